@@ -1,0 +1,310 @@
+"""Configurations: what an adapter is, as data, and `adapter_config.json` in and out."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any, ClassVar, Literal
+
+from peft.errors import PeftWarning
+from peft.hub import fetch, push, split_hub_arguments
+from peft.registry import PeftType, TaskType, method_of
+from peft.version import __version__
+
+CONFIG_NAME = "adapter_config.json"
+
+
+def _check_task_type(task_type: str | None) -> None:
+    known = [task.value for task in TaskType]
+    if task_type is not None and task_type not in known:
+        raise ValueError(f"Invalid task type: {task_type!r}. Use one of {', '.join(known)}, or None.")
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: sets as sorted lists, enums by value, sub-configurations as mappings."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def as_subconfig(name: str, value: Any, kind: type) -> Any:
+    """`value` as an instance of the sub-configuration class `kind`: itself, or built from a mapping (as JSON has it).
+
+    Raises TypeError where it is neither.
+    """
+    if value is None or isinstance(value, kind):
+        return value
+    if isinstance(value, Mapping):
+        return kind(**value)
+    raise TypeError(f"{name} must be a {kind.__name__} or a mapping of its fields, got {type(value).__name__}.")
+
+
+@dataclass
+class PeftConfigMixin:
+    """Reading and writing of configurations; the fields that every file has.
+
+    Args:
+        task_type: one of [`TaskType`], or None; decides which class `get_peft_model` returns.
+        peft_type: the method, one of [`PeftType`]; set by the subclasses.
+        auto_mapping: base model class and library, written for models without a task type.
+        peft_version: the library version that wrote the file.
+    """
+
+    task_type: str | TaskType | None = None
+    peft_type: str | PeftType | None = None
+    auto_mapping: dict | None = None
+    peft_version: str | None = None
+
+    #: fields that huggingface/peft's files do not have; written only where they differ from their default
+    beyond_reference: ClassVar[frozenset[str]] = frozenset()
+    #: fields that only matter in this process; never written
+    runtime_fields: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _check_task_type(self.task_type)
+        if self.peft_version is None:
+            self.peft_version = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name; sub-configurations as dictionaries."""
+        return asdict(self)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """What `adapter_config.json` holds."""
+        content = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            if f.name in self.runtime_fields or (f.name in self.beyond_reference and value == default):
+                continue
+            content[f.name] = _plain(value.to_dict() if hasattr(value, "to_dict") else _subfields(value))
+        return content
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, auto_mapping_dict: dict | None = None, **kwargs: Any) -> None:
+        """Writes `adapter_config.json` into a folder, which is made if need be.
+
+        Args:
+            save_directory: the folder.
+            auto_mapping_dict: goes into the file as `auto_mapping` in place of the field.
+            kwargs: with `push_to_hub=True`, the folder also goes to the hub (see `push_to_hub`).
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{os.fspath(save_directory)!r} is a file; a directory is needed to save a configuration.")
+        os.makedirs(save_directory, exist_ok=True)
+        content = self.to_json_dict()
+        if auto_mapping_dict is not None:
+            content["auto_mapping"] = auto_mapping_dict
+        path = os.path.join(save_directory, CONFIG_NAME)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.write(dump_config(content))
+        os.replace(path + ".tmp", path)
+        if kwargs.pop("push_to_hub", False):
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Commits `adapter_config.json` to a hub repository; `kwargs` as for `huggingface_hub` (token, private, ...)."""
+        return push(self.save_pretrained, repo_id, **{"commit_message": "Upload config", **kwargs})
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """The configuration of the class that `kwargs["peft_type"]` names (this class where it is absent).
+
+        Fields the class does not know, as files of later versions may have, are left out with a warning.
+
+        Raises:
+            KeyError: an unknown `peft_type`.
+        """
+        config_class = method_of(kwargs["peft_type"]).config_class if kwargs.get("peft_type") else cls
+        known = {f.name for f in fields(config_class) if f.init}
+        given = {key: value for key, value in kwargs.items() if key in known}
+        dropped = sorted(set(kwargs) - known)
+        if dropped:
+            written_by = kwargs.get("peft_version")
+            warnings.warn(
+                f"{config_class.__name__} has no field {', '.join(map(repr, dropped))}; ignored. The configuration was"
+                f" written by version {written_by or 'unknown'}, this is {__version__}: a newer version may be needed.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        return config_class(**given)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Reads a configuration from a folder or a hub repository.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository id.
+            subfolder: where in it the adapter lies.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` go to the hub; others override fields.
+
+        Raises:
+            ValueError: there is no `adapter_config.json`.
+            KeyError: it names a method that this version does not know.
+        """
+        hub, overrides = split_hub_arguments(kwargs)
+        content = read_config_file(pretrained_model_name_or_path, subfolder, **hub)
+        content.update({key: value for key, value in overrides.items() if key in content})
+        return cls.from_peft_type(**content)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
+        """The content of a configuration file, as a dictionary."""
+        with open(path_json_file, encoding="utf-8") as file:
+            content = json.load(file)
+        # Files that carry the settings of a run-time only optimisation of other tools
+        content.pop("runtime_config", None)
+        return {**content, **kwargs}
+
+    @classmethod
+    def _get_peft_type(cls, model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:
+        """The method of a saved adapter."""
+        return read_config_file(model_id, subfolder, **split_hub_arguments(hub)[0])["peft_type"]
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the adapter is a soft prompt rather than a change of layers."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the method is adaption prompt (Llama-Adapter)."""
+        return False
+
+
+def _subfields(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def dump_config(content: Mapping[str, Any]) -> str:
+    """`adapter_config.json` as text."""
+    return json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n"
+
+
+def read_config_file(source: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> dict[str, Any]:
+    """The content of `adapter_config.json` in a folder or hub repository.
+
+    Raises:
+        ValueError: there is none, or it is not a mapping with a `peft_type`.
+    """
+    where = f"{os.fspath(source)!r}" + (f" (subfolder {subfolder!r})" if subfolder else "")
+    try:
+        path = fetch(source, CONFIG_NAME, subfolder=subfolder, **hub)
+    except Exception as error:
+        raise ValueError(f"Can't find {CONFIG_NAME!r} at {where}: {error}") from error
+    if path is None:
+        raise ValueError(f"Can't find {CONFIG_NAME!r} at {where}. A saved adapter is a folder that holds this file.")
+    try:
+        return PeftConfigMixin.from_json_file(path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+@dataclass
+class PeftConfig(PeftConfigMixin):
+    """Base of all configurations.
+
+    Args:
+        base_model_name_or_path: name of the base model that the adapter belongs to; filled in by `get_peft_model`.
+        revision: revision of the base model.
+        inference_mode: True makes an adapter that is not trained.
+    """
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+
+@dataclass
+class LayerConfig(PeftConfig):
+    """Base of the methods that change layers: which modules get the adapter, and what is trained beside it.
+
+    Args:
+        target_modules: names to adapt. A list matches whole names or their last parts (`"q_proj"`,
+            `"self_attn.q_proj"`); a string is a regular expression for the whole name, or `"all-linear"`; None takes
+            the defaults for the model type.
+        exclude_modules: names to leave out, written the same way.
+        layers_to_transform: index or indices of the layers to adapt; others are left alone.
+        layers_pattern: name of the `nn.ModuleList` that the index counts in, where the common ones do not fit.
+        target_parameters: names of `nn.Parameter`s to adapt directly, such as `"experts.up_proj"` of a fused
+            mixture of experts.
+        modules_to_save: modules that are trained in full and stored with the adapter, such as a new head.
+        bias: which biases are trained and stored: `"none"`, `"all"`, or those of adapted layers (`"<method>_only"`).
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.target_parameters, str):
+            raise TypeError("target_parameters must be a list of names, got a str.")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} cannot be used when target_modules is a str: put the indices into the regular expression."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no effect without layers_to_transform: give both or neither.")
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """Base of the soft prompts. What is None is read from the base model's configuration.
+
+    Args:
+        num_virtual_tokens: length of the prompt, in tokens.
+        token_dim: width of the base model's embeddings.
+        num_transformer_submodules: 1 for a decoder or an encoder, 2 for an encoder-decoder.
+        num_attention_heads: attention heads of the base model.
+        num_layers: layers of the base model.
+        modules_to_save: modules that are trained in full and stored with the prompt.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_virtual_tokens is not None and self.num_virtual_tokens < 1:
+            raise ValueError(f"num_virtual_tokens must be a positive integer, got {self.num_virtual_tokens}.")
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The configuration of the class that `config_dict["peft_type"]` names.
+
+    Raises:
+        KeyError: an unknown `peft_type`.
+        TypeError: a field that the class does not have.
+    """
+    return method_of(config_dict["peft_type"]).config_class(**config_dict)

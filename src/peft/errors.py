@@ -1,0 +1,13 @@
+"""What this library raises and warns with, beyond Python's own exceptions."""
+
+
+class PeftError(Exception):
+    """Base of the errors that only this library knows."""
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """A configuration targets modules or parameters that the model does not have."""
+
+
+class PeftWarning(UserWarning):
+    """Something was asked for that has no effect, or an effect worth knowing about."""

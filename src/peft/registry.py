@@ -1,0 +1,193 @@
+"""The table of methods: one row each, imported when it is first used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+
+class PeftType(str, Enum):
+    """The methods, by the name that `adapter_config.json` holds."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    BOFT = "BOFT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    IA3 = "IA3"
+    BEFT = "BEFT"
+    LILY = "LILY"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    POLY = "POLY"
+    LN_TUNING = "LN_TUNING"
+    VERA = "VERA"
+    FROD = "FROD"
+    PVERA = "PVERA"
+    FOURIERFT = "FOURIERFT"
+    GLORA = "GLORA"
+    XLORA = "XLORA"
+    HRA = "HRA"
+    VBLORA = "VBLORA"
+    UNILORA = "UNILORA"
+    CPT = "CPT"
+    MISS = "MISS"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    HIRA = "HIRA"
+    SHIRA = "SHIRA"
+    C3A = "C3A"
+    WAVEFT = "WAVEFT"
+    OSF = "OSF"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    CARTRIDGE = "CARTRIDGE"
+    TINYLORA = "TINYLORA"
+    PSOFT = "PSOFT"
+    PEANUT = "PEANUT"
+    SHADOW = "SHADOW"
+    SUPERTUNING = "SUPERTUNING"
+    DEFT = "DEFT"
+
+
+class TaskType(str, Enum):
+    """What the model is for; decides the class that wraps it.
+
+    SEQ_CLS: classification of a text. SEQ_2_SEQ_LM: text to text. CAUSAL_LM: continuing a text. TOKEN_CLS:
+    classification of each token. QUESTION_ANS: finding an answer in a text. FEATURE_EXTRACTION: hidden states.
+    """
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@dataclass
+class Method:
+    """One method.
+
+    Attributes:
+        module: where it is written.
+        config_name: its configuration class there.
+        model_name: its tuner class there; for soft prompts, its encoder class.
+        prefix: beginning of the names of its tensors in a model.
+        mixed: whether huggingface/peft lets it take part in a `PeftMixedModel` (here every layer method can).
+        prompt: whether it is a soft prompt.
+        aliases: other public names, and what they are called in the module.
+    """
+
+    module: str
+    config_name: str
+    model_name: str
+    prefix: str
+    mixed: bool = False
+    prompt: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @cached_property
+    def config_class(self) -> type:
+        return getattr(import_module(self.module), self.config_name)
+
+    @cached_property
+    def model_class(self) -> type:
+        return getattr(import_module(self.module), self.model_name)
+
+    @property
+    def public_names(self) -> tuple[str, ...]:
+        return (self.config_name, self.model_name, *self.aliases)
+
+
+METHODS: dict[str, Method] = {
+    "LORA": Method(
+        "peft.tuners.lora", "LoraConfig", "LoraModel", "lora_", mixed=True, aliases=("LoraRuntimeConfig", "LoftQConfig")
+    ),
+    "HRA": Method("peft.tuners.hra", "HRAConfig", "HRAModel", "hra_"),
+    "IA3": Method("peft.tuners.ia3", "IA3Config", "IA3Model", "ia3_"),
+    "VERA": Method("peft.tuners.vera", "VeraConfig", "VeraModel", "vera_lambda_"),
+    "PROMPT_TUNING": Method(
+        "peft.tuners.prompt_tuning", "PromptTuningConfig", "PromptEmbedding", "prompt_tuning_", prompt=True,
+        aliases=("PromptTuningInit",),
+    ),
+}
+
+
+def method_of(peft_type: str | PeftType) -> Method:
+    """The row of a method.
+
+    Raises:
+        KeyError: there is no such method.
+    """
+    name = peft_type.value if isinstance(peft_type, Enum) else str(peft_type)
+    if name not in METHODS:
+        raise KeyError(f"Unknown peft_type {name!r}. This version knows {', '.join(sorted(METHODS))}.")
+    return METHODS[name]
+
+
+def register_peft_method(
+    *, name: str, config_cls: type, model_cls: type, prefix: str | None = None, is_mixed_compatible: bool = False
+) -> None:
+    """Adds a method from outside the library to the table.
+
+    Args:
+        name: the method's name in lower case; its upper case must be a [`PeftType`].
+        config_cls: its configuration class.
+        model_cls: its tuner (or encoder) class.
+        prefix: beginning of the names of its tensors; `name + "_"` if None.
+        is_mixed_compatible: whether it may take part in a `PeftMixedModel`.
+
+    Raises:
+        ValueError: the name is no `PeftType`, or not in lower case.
+        KeyError: the method is in the table already.
+    """
+    if not name.islower():
+        raise ValueError(f"The name of a method must be in lower case, got {name!r}.")
+    key = name.upper()
+    if key not in PeftType.__members__:
+        raise ValueError(f"Unknown method {name!r}: {key} is no member of PeftType.")
+    if key in METHODS:
+        raise KeyError(f"The method {name!r} is registered already.")
+    row = Method(config_cls.__module__, config_cls.__name__, model_cls.__name__, prefix or f"{name}_", is_mixed_compatible)
+    row.config_class, row.model_class = config_cls, model_cls
+    METHODS[key] = row
+
+
+class MethodTable(Mapping[PeftType, Any]):
+    """The table seen as a mapping from [`PeftType`] to one column of it."""
+
+    def __init__(self, column: str, only: str | None = None):
+        self._column, self._only = column, only
+
+    def _rows(self) -> dict[str, Method]:
+        return {name: row for name, row in METHODS.items() if self._only is None or getattr(row, self._only)}
+
+    def __getitem__(self, peft_type: str | PeftType) -> Any:
+        rows = self._rows()
+        name = peft_type.value if isinstance(peft_type, Enum) else str(peft_type)
+        if name not in rows:
+            raise KeyError(peft_type)
+        return getattr(rows[name], self._column)
+
+    def __iter__(self) -> Iterator[PeftType]:
+        return iter(PeftType(name) for name in self._rows())
+
+    def __len__(self) -> int:
+        return len(self._rows())
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[PeftType, Any] = MethodTable("config_class")
+PEFT_TYPE_TO_TUNER_MAPPING: Mapping[PeftType, Any] = MethodTable("model_class")
+PEFT_TYPE_TO_PREFIX_MAPPING: Mapping[PeftType, Any] = MethodTable("prefix")
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: Mapping[PeftType, Any] = MethodTable("model_class", only="mixed")
