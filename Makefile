@@ -1,0 +1,45 @@
+# make test    everything in tests/, on all cores       make lint   style, types, architecture
+# make demo    train, save, load, merge a LoRA here     make bench  speed and memory against the reference
+# The first of them makes .venv with the pinned packages of constraints.txt; nothing outside the folder is changed.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+.PHONY: setup test lint types architecture demo bench clean
+
+setup: $(READY)
+
+# Where Python comes without ensurepip (Debian's python3 package), its own pip serves the new environment.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed to work on the library (make PYTHON=...)."; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) 2>/dev/null || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# One thread per worker: the models of the tests are tiny, and the workers use all cores.
+test: $(READY)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+lint: $(READY) types architecture
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+architecture: $(READY)
+	$(BIN)/lint-imports
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
