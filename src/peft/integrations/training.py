@@ -1,0 +1,107 @@
+"""Getting a base model ready for training: frozen, in the right dtypes, with gradient checkpointing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft.errors import PeftWarning
+
+_HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Prepares a quantised transformers model for adapters to be trained on it.
+
+    Freezes all parameters; raises those in float16 or bfloat16, such as norms and the head, to float32 (unless a
+    backend other than bitsandbytes holds the weights: its kernels expect the dtype they have); switches gradient
+    checkpointing on and lets gradients flow through the frozen embeddings. A model that is not quantised is frozen and
+    raised to float32, no more.
+
+    Args:
+        model: the model, changed in place.
+        use_gradient_checkpointing: False leaves gradient checkpointing alone.
+        gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`; `{"use_reentrant": False}` is advised.
+        auto_clear_cache: whether CUDA's cache of free memory is emptied after the casts.
+
+    Returns:
+        `model`.
+    """
+    bitsandbytes = any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit"))
+    method = getattr(model, "quantization_method", None) or ("hqq" if getattr(model, "hqq_quantized", False) else None)
+    method = getattr(method, "value", method)
+    quantized = bitsandbytes or method is not None
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if method in (None, "bitsandbytes"):
+        for parameter in model.parameters():
+            if parameter.dtype in _HALF_PRECISION and type(parameter).__name__ != "Params4bit":
+                parameter.data = parameter.data.to(torch.float32)
+        if auto_clear_cache and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    if quantized and use_gradient_checkpointing:
+        settings = gradient_checkpointing_kwargs or {}
+        if settings.get("use_reentrant", True):
+            let_gradients_through_inputs(model)
+        _enable_gradient_checkpointing(model, gradient_checkpointing_kwargs)
+    elif gradient_checkpointing_kwargs:
+        warnings.warn(
+            "gradient_checkpointing_kwargs have no effect: "
+            + (
+                "use_gradient_checkpointing is False."
+                if quantized
+                else f"{type(model).__name__} is not quantised, so its gradient checkpointing is left as it is."
+            ),
+            PeftWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def let_gradients_through_inputs(model: Any) -> None:
+    """Makes the embeddings' output require gradients, which re-entrant checkpointing of frozen layers needs."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    else:
+        model.get_input_embeddings().register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def _enable_gradient_checkpointing(model: Any, settings: dict[str, Any] | None) -> None:
+    # transformers 5 renamed the method; the old name warns there.
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    enable: Callable[..., Any] = renamed or model.gradient_checkpointing_enable
+    enable(*([] if settings is None else [settings]))
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a model for mixed-precision training: trainable parameters to float32, frozen ones to `dtype`.
+
+    Saves memory over a base model in float32 while the optimizer still steps in full precision.
+
+    Args:
+        model: the model, changed in place.
+        dtype: torch.float16 or torch.bfloat16, as in the autocast it is trained with.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if dtype not in _HALF_PRECISION:
+        raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype!r}.")
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
