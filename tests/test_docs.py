@@ -1,0 +1,113 @@
+"""The documentation runs as it stands: its Python blocks are executed, its links lead somewhere, translations agree.
+
+The models that the pages name are there as tiny ones of the same kind, in folders of the same names; the hub that they
+push to is a server of the tests.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny_models
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def script(page: Path) -> str:
+    """The Python blocks of a page as one script, each line at its place, so that a traceback names the page's lines."""
+    lines, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        if fence:
+            inside = not inside and line.strip() == "```python"
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with the models that the pages name."""
+    folder = tmp_path_factory.mktemp("models")
+    words = {"vocab_size": 272, "max_position_embeddings": 256}
+    tiny_models.opt(**words).save_pretrained(folder / "facebook/opt-350m")
+    tiny_models.t5(vocab_size=272).save_pretrained(folder / "bigscience/mt0-large")
+    tiny_models.whisper().save_pretrained(folder / "openai/whisper-large-v2")
+    for name in ("facebook/opt-350m", "bigscience/mt0-large"):
+        tiny_models.byte_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def run(page: Path, folder: Path, endpoint: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the page's blocks in a fresh interpreter inside `folder`."""
+    environment = {**os.environ, "HF_TOKEN": "hf_test", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # the pages that do not speak of devices are for any
+    environment.pop("HF_HUB_OFFLINE", None)
+    if endpoint is None:
+        environment["HF_HUB_OFFLINE"] = "1"
+    else:
+        environment["HF_ENDPOINT"] = endpoint
+    path = folder / f"{page.stem}.py"
+    path.write_text(script(page), encoding="utf-8")
+    done = subprocess.run([sys.executable, path], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_readme_quick_start(models, tmp_path):
+    os.symlink(models / "facebook", tmp_path / "facebook")
+    printed = run(ROOT / "README.md", tmp_path).stdout
+    assert "trainable params:" in printed and "Adapters are" in printed
+    assert files(tmp_path / "opt-350m-lora") == ADAPTER_FILES
+    assert len([line for line in script(ROOT / "README.md").splitlines() if line.strip()]) <= 20
+
+
+@pytest.mark.slow
+def test_quick_tour(models, tmp_path):
+    from hub_server import HubServer
+
+    for name in ("facebook", "bigscience", "openai"):
+        os.symlink(models / name, tmp_path / name)
+    with HubServer() as hub:
+        run(ROOT / "docs/quicktour.md", tmp_path, hub.endpoint)
+        assert hub.files("your-name/mt0-large-lora") >= ADAPTER_FILES
+    for name in ("mt0-large-lora", "opt-350m-lora", "whisper-lora", "opt-350m-prompt"):
+        assert files(tmp_path / name) == ADAPTER_FILES
+    checkpoints = sorted((tmp_path / "mt0-large-checkpoints").glob("checkpoint-*"))
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints:
+        assert files(checkpoint) > ADAPTER_FILES
+        assert not files(checkpoint) & {"model.safetensors", "pytorch_model.bin"}
+    assert "model.safetensors" in files(tmp_path / "opt-350m-merged")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quicktour.md"])
+def test_translated_pages_hold_the_same_code(page):
+    english = ROOT / page
+    chinese = ROOT / ("README.zh.md" if page == "README.md" else "docs/zh/quicktour.md")
+    text = chinese.read_text(encoding="utf-8")
+    assert len(re.findall(r"[\u4e00-\u9fff]", text)) > 500
+    # `ast` leaves out the comments, which are translated
+    code = [ast.unparse(ast.parse(script(path))) for path in (english, chinese)]
+    assert code[0] and code[0] == code[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_to_files_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    broken = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert broken == []
