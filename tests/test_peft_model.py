@@ -8,10 +8,10 @@ import pickle
 import warnings
 
 import pytest
-import tiny_models as tiny
 import torch
 
 import peft
+import tiny_models as tiny
 from peft import (
     IA3Config,
     LoraConfig,
@@ -123,10 +123,9 @@ def test_the_heads_of_question_answering_and_token_classification_give_losses():
 def test_live_names_are_those_that_inference_engines_read():
     model = get_peft_model(tiny.llama(), causal(**RED, modules_to_save=["lm_head"]), adapter_name="red")
     names = {name for name, _ in model.named_parameters()}
-    layer = "base_model.model.model.layers.0.self_attn.q_proj"
-    expected = {f"{layer}.base_layer.weight", f"{layer}.lora_A.red.weight", f"{layer}.lora_B.red.weight"}
-    expected |= {"base_model.model.lm_head.original_module.weight", "base_model.model.lm_head.modules_to_save.red.weight"}
-    assert expected <= names
+    layer, head = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.lm_head"
+    assert {f"{layer}.base_layer.weight", f"{layer}.lora_A.red.weight", f"{layer}.lora_B.red.weight"} <= names
+    assert {f"{head}.original_module.weight", f"{head}.modules_to_save.red.weight"} <= names
 
 
 def test_attributes_and_the_base_model_are_reached_through_the_wrapper(model):
@@ -389,11 +388,11 @@ def test_merging_named_adapters_only(model):
 
 
 def test_merging_twice_or_unmerging_nothing_warns_and_changes_nothing(model):
-    with pytest.warns(UserWarning, match="(?i)unmerge"):
+    with pytest.warns(UserWarning, match=r"(?i)unmerge"):
         model.unmerge_adapter()
     model.merge_adapter()
     before = tiny.state(model)
-    with pytest.warns(UserWarning, match="(?i)merged"):
+    with pytest.warns(UserWarning, match=r"(?i)merged"):
         model.merge_adapter()
     tiny.assert_same_state(model, before)
 
@@ -434,7 +433,7 @@ def test_safe_merge_refuses_broken_weights_and_leaves_the_model_alone(model):
         model.base_model.model.model.layers[1].self_attn.v_proj.lora_A["red"].weight[0, 0] = float("inf")
     before = tiny.state(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="(?i)nan"):
+        with pytest.raises(ValueError, match=r"(?i)nan"):
             merge(safe_merge=True)
         tiny.assert_same_state(model, before)
         assert get_model_status(model).merged_adapters == []
@@ -552,7 +551,7 @@ def test_status_works_without_a_wrapper_and_refuses_a_plain_model():
     assert [status.name for status in get_layer_status(mlp)] == ["lin0"]
     assert get_model_status(mlp).adapter_model_type == "None"
     for ask in (get_layer_status, get_model_status):
-        with pytest.raises(ValueError, match="(?i)adapter"):
+        with pytest.raises(ValueError, match=r"(?i)adapter"):
             ask(tiny.MLP())
 
 
@@ -623,9 +622,8 @@ def test_rescale_adapter_scale_is_for_the_context_only(model):
         assert layer.scaling["red"] == 1.0
         raise KeyError("of the body")
     assert layer.scaling["red"] == 2.0
-    with pytest.raises(TypeError):
-        with rescale_adapter_scale(model, "much"):
-            pass
+    with pytest.raises(TypeError), rescale_adapter_scale(model, "much"):
+        pass
 
 
 def test_signatures_of_the_base_model_can_be_taken_over():
@@ -705,8 +703,6 @@ def half_wrong_target(model):
 
 def wrong_rank_of_a_later_layer(model):
     model.add_adapter("green", causal(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": -1}))
-
-
 
 
 FAILING = {

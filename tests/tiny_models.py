@@ -119,7 +119,7 @@ def byte_tokenizer():
 
 
 class Counting(Dataset):
-    """For causal models: rows that count on by a step of 1 from a random start, as `input_ids` and `labels` [length]."""
+    """For causal models: `input_ids` and `labels` [length] that count on by 1 from a random start."""
 
     def __init__(self, rows: int = 16, length: int = 8, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
