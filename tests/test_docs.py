@@ -95,6 +95,10 @@ def test_quick_tour(models, tmp_path):
     assert "model.safetensors" in files(tmp_path / "opt-350m-merged")
 
 
+def test_the_method_of_the_contributors_page_works(tmp_path):
+    run(ROOT / "CONTRIBUTING.md", tmp_path)
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/quicktour.md"])
 def test_translated_pages_hold_the_same_code(page):
     english = ROOT / page
