@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from peft.folder import find
+from peft.version import __version__
+
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+CARD_NAME = "README.md"
+
 #: keyword arguments of ``from_pretrained`` that speak to the hub rather than to the model
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+HUB_ARGUMENTS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_dir",
+    "local_files_only",
+    "force_download",
+    "repo_type",
+    "etag_timeout",
+    "endpoint",
+    "headers",
+    "user_agent",
+    "library_name",
+    "library_version",
+)
+#: those that huggingface_hub once had
+_OBSOLETE = ("proxies", "resume_download", "local_dir_use_symlinks")
 
 
 def split_hub_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parts ``arguments`` into (those for the hub, the rest); ``use_auth_token`` is read as ``token``."""
-    hub = {key: value for key, value in arguments.items() if key in HUB_ARGUMENTS and key != "proxies"}
-    rest = {key: value for key, value in arguments.items() if key not in (*HUB_ARGUMENTS, "use_auth_token")}
+    hub = {key: value for key, value in arguments.items() if key in HUB_ARGUMENTS}
+    rest = {k: value for k, value in arguments.items() if k not in (*HUB_ARGUMENTS, *_OBSOLETE, "use_auth_token")}
     if arguments.get("use_auth_token") is not None:
         hub.setdefault("token", arguments["use_auth_token"])
     return hub, rest
@@ -26,15 +51,14 @@ def fetch(source: str | os.PathLike, filename: str, *, subfolder: str | None = N
     Returns None where the folder or repository has no such file. Trouble on the way (no network, no access, an
     unknown repository) raises what huggingface_hub raises.
     """
-    folder = os.path.join(source, subfolder) if subfolder else os.fspath(source)
     if os.path.isdir(source):
-        path = os.path.join(folder, filename)
-        return path if os.path.isfile(path) else None
+        return find(os.path.join(source, subfolder) if subfolder else source, filename)
 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
+        hub = {"library_name": "peft", "library_version": __version__, **hub}
         return hf_hub_download(os.fspath(source), filename, subfolder=subfolder or None, **hub)
     except LocalEntryNotFoundError:
         raise
@@ -42,34 +66,93 @@ def fetch(source: str | os.PathLike, filename: str, *, subfolder: str | None = N
         return None
 
 
+def pinned(path: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """``hub`` with the commit that ``path``, a file in the hub's cache, belongs to as ``revision``.
+
+    What is fetched with it comes from that same commit, whatever is pushed meanwhile.
+    """
+    commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
+    return {**hub, "revision": commit[1], "force_download": False} if commit else hub
+
+
 def push(
     write: Callable[[str], object],
     repo_id: str,
     *,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    commit_description: str | None = None,
+    tags: list[str] | None = None,
 ) -> Any:
-    """Lets ``write`` fill a temporary folder and commits it to ``repo_id``, which is created if need be.
+    """Lets ``write`` fill a temporary folder and sends what it wrote to a hub repository, as one commit.
 
-    Returns huggingface_hub's ``CommitInfo``.
+    A model card that the repository has lies in the folder beforehand, to be updated rather than lost. Weights of the
+    other file format are removed by the same commit: they would be those of an older adapter.
+
+    Args:
+        write: writes files into the folder whose path it is given.
+        repo_id: made if need be.
+        commit_message: first line of the commit.
+        commit_description: the rest of its message.
+        private: whether a repository that is made is private; None for the account's default.
+        token: access token, or False for none; None takes the one that was stored on login.
+        revision: branch, made if need be.
+        create_pr: open a pull request instead of committing to the branch.
+        tags: added to those of the model card.
+
+    Returns:
+        huggingface_hub's ``CommitInfo``.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    api = HfApi(token=token)
+    api = HfApi(token=token, library_name="peft", library_version=__version__)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
+    if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
         api.create_branch(repo, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
+        card = Path(folder, CARD_NAME)
+        there = fetch(repo, CARD_NAME, revision=revision, token=token)
+        card_before = Path(there).read_bytes() if there else None
+        if card_before is not None:
+            card.write_bytes(card_before)
         write(folder)
-        return api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
+        if tags:
+            _add_tags(card, tags)
+        if card_before is not None and card.exists() and card.read_bytes() == card_before:
+            card.unlink()
+
+        files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
+        stale = {other for name in files if (other := _other_format(name))}
+        if stale:
+            stale &= set(api.list_repo_files(repo, revision=None if create_pr else revision))
+        # Not upload_folder, which may make several commits of one folder
+        return api.create_commit(
+            repo,
+            [
+                *(CommitOperationDelete(name) for name in sorted(stale)),
+                *(CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())),
+            ],
             commit_message=commit_message or "Upload adapter",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def _other_format(name: str) -> str | None:
+    """Name that the file of weights ``name`` has in the other format; None if it is no file of weights."""
+    folder, _, base = name.rpartition("/")
+    other = {SAFETENSORS_WEIGHTS_NAME: WEIGHTS_NAME, WEIGHTS_NAME: SAFETENSORS_WEIGHTS_NAME}.get(base)
+    return other and (f"{folder}/{other}" if folder else other)
+
+
+def _add_tags(path: Path, tags: list[str]) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
+    there = card.data.get("tags") or []
+    card.data["tags"] = list(dict.fromkeys([*([there] if isinstance(there, str) else there), *tags]))
+    card.save(path)

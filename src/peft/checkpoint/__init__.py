@@ -1,0 +1,9 @@
+"""Adapters in and out of files: their tensors and names, the two files on disk, the model card, the hub.
+
+This room knows configurations, the mechanism in `core` and the methods; it knows no model class.
+"""
+
+from peft.checkpoint.card import model_card
+from peft.checkpoint.files import infer_device, load_peft_weights, read_adapter, write_adapter
+
+__all__ = ["infer_device", "load_peft_weights", "model_card", "read_adapter", "write_adapter"]

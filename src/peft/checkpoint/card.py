@@ -1,0 +1,159 @@
+"""The model card of a saved adapter: `README.md`, with the block of metadata that the hub reads."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peft.errors import PeftWarning
+from peft.hub import CARD_NAME
+from peft.version import __version__
+
+#: what the hub calls a task, where the task type leaves no doubt
+PIPELINE_TAGS = {
+    "CAUSAL_LM": "text-generation",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+
+NEW_CARD = """---
+library_name: peft
+---
+
+# {method} adapter{of_base}
+
+A few weights trained on top of a base model{base}, which is needed to use them.
+
+```python
+from peft import {auto_class}
+
+model = {auto_class}.from_pretrained("<this repository or folder>")
+```
+"""
+
+_ADAPTER_TAG = "base_model:adapter:"
+_PROCEDURE = "## Training procedure"
+_VERSIONS = "### Framework versions"
+
+
+def model_card(
+    folder: str | os.PathLike | None,
+    *,
+    method: str,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    tags: Iterable[str] = (),
+    quantization: Mapping[str, Any] | None = None,
+) -> str:
+    """Text of the model card: the one in `folder` brought up to date, or a new one.
+
+    What a person or another program wrote into an existing card stays; its metadata gains what is known about the
+    adapter. A card that cannot be understood is returned as it is, with a warning.
+
+    Args:
+        folder: where a `README.md` may lie; None for a new card.
+        method: one of [`PeftType`].
+        base_model: name of the base model. Only an id of the hub goes into the metadata, since the hub refuses a
+            card that names a local path there.
+        task_type: one of [`TaskType`], or None.
+        tags: further tags, such as "transformers" where the base model is of that library.
+        quantization: how the base model's weights were held in training, by setting.
+    """
+    from huggingface_hub import ModelCard
+
+    base_id = base_model if base_model and _is_hub_id(base_model) else None
+    path = os.path.join(folder, CARD_NAME) if folder is not None else ""
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+        try:
+            card = ModelCard(text)
+        except Exception as error:
+            warnings.warn(f"{path} is left as it is, its metadata cannot be read: {error}", PeftWarning)
+            return text
+    else:
+        card = ModelCard(_new_card(method, base_model, base_id, task_type))
+
+    data = card.data
+    data["library_name"] = "peft"
+    data["tags"] = _tags(_as_list(data.get("tags")), method, base_id, tags)
+    if base_id is not None and base_id not in _as_list(data.get("base_model")):
+        data["base_model"] = base_id
+    if not data.get("pipeline_tag") and task_type in PIPELINE_TAGS:
+        data["pipeline_tag"] = PIPELINE_TAGS[task_type]
+    card.text = _with_version(_with_quantization(card.text, quantization))
+    return str(card)
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)
+
+
+def _new_card(method: str, base_model: str | None, base_id: str | None, task_type: str | None) -> str:
+    link = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else f"`{base_model}`"
+    return NEW_CARD.format(
+        method=method,
+        of_base=f" for {os.path.basename(base_model.rstrip('/'))}" if base_model else "",
+        base=f", {link}" if base_model else "",
+        auto_class=AUTO_CLASSES.get(task_type or "", "AutoPeftModel"),
+    )
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _tags(kept: list[str], method: str, base_id: str | None, further: Iterable[str]) -> list[str]:
+    """The tags of the card, then those that are new; a tag for another base model goes."""
+    new = set(further)
+    if method == "LORA":
+        new.add("lora")
+    if base_id is not None:
+        ours = _ADAPTER_TAG + base_id
+        kept = [tag for tag in kept if tag == ours or not tag.startswith(_ADAPTER_TAG)]
+        new.add(ours)
+    return [*kept, *sorted(new.difference(kept))]
+
+
+def _with_quantization(text: str, quantization: Mapping[str, Any] | None) -> str:
+    """`text` with the settings under the heading of the training procedure, unless it speaks of them already."""
+    if not quantization or "quantization config" in text:
+        return text
+    method = quantization.get("quant_method") or "bitsandbytes"
+    section = f"`{getattr(method, 'value', method)}` quantization config of the base model in training:\n\n"
+    section += "".join(f"- {name}: {value}\n" for name, value in quantization.items())
+    return _under_heading(text, _PROCEDURE, section + "\n")
+
+
+def _with_version(text: str) -> str:
+    """`text` with this version in the list of framework versions, in place of an older one."""
+    line = f"- PEFT {__version__}"
+    updated, found = re.subn(r"(?m)^- PEFT \S+", line, text)
+    return updated if found else _under_heading(text, _VERSIONS, line + "\n")
+
+
+def _under_heading(text: str, heading: str, section: str) -> str:
+    """`text` with `section` below `heading`, which is put at the end where there is none."""
+    before, found, after = text.partition(heading + "\n")
+    if not found:
+        return f"{text.rstrip()}\n\n{heading}\n\n{section}"
+    return f"{before}{heading}\n\n{section}{after.lstrip()}"

@@ -1,0 +1,229 @@
+"""The files of a saved adapter: `adapter_config.json` and its weights, written together and read together."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from peft.config import CONFIG_NAME, dump_config, read_config_file
+from peft.folder import replace_files, stamp
+from peft.hub import CARD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, fetch, pinned, split_hub_arguments
+
+#: how often a folder is read again that another process writes to at the same time
+ATTEMPTS = 20
+
+
+def infer_device() -> str:
+    """The kind of accelerator that this machine has ("cuda", "mps", "xpu", ...), or "cpu"."""
+    if hasattr(torch, "accelerator"):  # torch 2.6 and later
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found.type if found else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "xpu" if torch.xpu.is_available() else "cpu"
+
+
+def write_adapter(
+    folder: str | os.PathLike,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    card: str | None = None,
+    safe_serialization: bool = True,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Saves one adapter: configuration, weights and model card replace what is there all at once, or not at all.
+
+    A process that is killed on the way leaves the old adapter or the new one. Weights of the other file format that
+    lie in the folder are those of an older save and go.
+
+    Args:
+        folder: made if need be; other files in it are left alone.
+        config: content of `adapter_config.json`.
+        tensors: weights by the name they have in the file. Tensors that share memory are written in full each.
+        card: text of `README.md`; None leaves it as it is.
+        safe_serialization: write `adapter_model.safetensors`; False writes `adapter_model.bin`, a pickle.
+        metadata: further entries for the header of the safetensors file.
+
+    Raises:
+        ValueError: `folder` is a file, or a tensor has no values (it is on the meta device).
+        TypeError: something in `tensors` is not a tensor.
+        OSError: the files could not be written (a full disk); what was there before is still whole.
+    """
+    if os.path.isfile(folder):
+        raise ValueError(f"{os.fspath(folder)!r} is a file; a directory is needed to save an adapter.")
+    stored = _storable(tensors, whole_storage=not safe_serialization)
+
+    def write_safetensors(path: str) -> None:
+        try:
+            save_file(stored, path, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            raise OSError(f"{os.fspath(folder)!r}: the weights could not be written ({error}).") from error
+
+    def write_pickle(path: str) -> None:
+        with open(path, "wb") as file:
+            torch.save(stored, file)
+
+    if safe_serialization:
+        name, other, write = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, write_safetensors
+    else:
+        name, other, write = WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME, write_pickle
+    files: dict[str, bytes | Callable[[str], object]] = {CONFIG_NAME: dump_config(config).encode(), name: write}
+    if card is not None:
+        files[CARD_NAME] = card.encode()
+    replace_files(folder, files, drop=[other])
+
+
+def _storable(tensors: Mapping[str, torch.Tensor], whole_storage: bool) -> dict[str, torch.Tensor]:
+    """The tensors, contiguous, each with memory of its own (`whole_storage`: and of no more than itself)."""
+    wrong = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if wrong:
+        raise TypeError(f"Only tensors can be saved as weights; {wrong[0]!r} is a {type(tensors[wrong[0]]).__name__}.")
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} tensor(s) are on the meta device and have no values to save, such as {empty[0]!r}."
+            " Load or initialise the adapter before saving it."
+        )
+    stored, seen = {}, set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        memory = (tensor.device, storage.data_ptr())
+        alone = memory not in seen and not (whole_storage and storage.nbytes() > tensor.nbytes)
+        seen.add(memory)
+        tensor = tensor.detach()
+        stored[name] = tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
+    return stored
+
+
+def read_adapter(
+    source: str | os.PathLike,
+    subfolder: str | None = None,
+    *,
+    device: str | int | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Content of `adapter_config.json` and the weights, both of the same save.
+
+    That holds while other processes write to the folder or push to the repository. `load_peft_weights` describes the
+    arguments.
+
+    Raises:
+        ValueError: configuration or weights are missing.
+    """
+    hub, unknown = split_hub_arguments(hub)
+    _refuse(unknown, "read_adapter")
+    where, names = os.path.join(source, subfolder or ""), (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    if not os.path.isdir(source):
+        read_config_file(source, subfolder, **hub)  # now in the cache, as a file of one commit
+        cached = {**hub, "local_files_only": True, "force_download": False}
+        hub = pinned(fetch(source, CONFIG_NAME, subfolder=subfolder, **cached) or "", hub)
+    for _ in range(ATTEMPTS):
+        before = stamp(where, names)
+        try:
+            config = read_config_file(source, subfolder, **hub)
+            weights = load_peft_weights(source, device, key_mapping, subfolder=subfolder, **hub)
+        except Exception as error:
+            # A file that moved to its place between finding and opening it has no other stamp there
+            if stamp(where, names) == before and not isinstance(error, FileNotFoundError):
+                raise
+        else:
+            if stamp(where, names) == before:
+                return config, weights
+    raise OSError(f"{where!r} is being written again and again; no reading of it found it at rest.")
+
+
+def _refuse(unknown: Mapping[str, Any], function: str) -> None:
+    if unknown:
+        raise TypeError(f"{function}() does not know {', '.join(map(repr, unknown))}.")
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike,
+    device: str | int | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
+) -> dict[str, torch.Tensor]:
+    """The weights of a saved adapter, by the names they have in the file.
+
+    Args:
+        model_id: a folder, or a repository id on the hub.
+        device: where the tensors go; None takes the accelerator if there is one.
+        key_mapping: regular expressions and what to put in place of their matches, applied to each name without the
+            `base_model.model.` it begins with; for each name, the first expression that matches counts.
+        hf_hub_download_kwargs: `subfolder` says where in the folder or repository the adapter lies; `revision`,
+            `token`, `cache_dir`, `local_files_only` and `force_download` go to the hub.
+
+    Raises:
+        ValueError: there are no weights, or `key_mapping` fits the names badly.
+    """
+    subfolder = hf_hub_download_kwargs.pop("subfolder", None)
+    hub, unknown = split_hub_arguments(hf_hub_download_kwargs)
+    _refuse(unknown, "load_peft_weights")
+    path = _weights_path(model_id, subfolder, hub)
+    target = torch.device(infer_device() if device is None else device)
+    tensors = _load_safetensors(path, target) if path.endswith(".safetensors") else _load_pickle(path, target)
+    return _renamed(tensors, key_mapping) if key_mapping else tensors
+
+
+def _weights_path(source: str | os.PathLike, subfolder: str | None, hub: dict[str, Any]) -> str:
+    """Path of the weights, safetensors before pickle."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    reason: Exception | None = None
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        try:
+            path = fetch(source, name, subfolder=subfolder, **hub)
+        except LocalEntryNotFoundError as error:  # offline: the other format may be in the cache
+            reason = error
+            continue
+        if path is not None:
+            return path
+    place = "folder" if os.path.isdir(source) else "cache of the hub" if reason else "repository on the hub"
+    where = f"{os.fspath(source)!r}" + (f", subfolder {subfolder!r}" if subfolder else "")
+    raise ValueError(
+        f"Can't find the weights of an adapter at {where}: the {place} has neither {SAFETENSORS_WEIGHTS_NAME} nor"
+        f" {WEIGHTS_NAME}." + (f" {reason}" if reason else "")
+    ) from reason
+
+
+def _load_safetensors(path: str, device: torch.device) -> dict[str, torch.Tensor]:
+    # What safetensors cannot fill directly takes the way over the memory of the host
+    direct = device.type not in ("cpu", "mps", "meta")
+    try:
+        tensors = load_file(path, device=str(device) if direct else "cpu")
+    except SafetensorError as error:
+        raise SafetensorError(f"{path} is damaged or not a safetensors file: {error}") from error
+    return tensors if direct or device.type == "cpu" else {key: value.to(device) for key, value in tensors.items()}
+
+
+def _load_pickle(path: str, device: torch.device) -> dict[str, torch.Tensor]:
+    # Files older than torch 1.6 are not archives, and cannot be mapped into memory
+    return torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _renamed(tensors: dict[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    renamed: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        prefix = next((p for p in ("base_model.model.", "base_model.") if key.startswith(p)), None)
+        if prefix is None:
+            raise ValueError(f"key_mapping is for names that begin with 'base_model.'; the file has {key!r}.")
+        name = key.removeprefix(prefix)
+        for pattern, replacement in key_mapping.items():
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        if prefix + name in renamed:
+            raise ValueError(f"key_mapping gives two tensors the name {prefix + name!r}.")
+        renamed[prefix + name] = tensor
+    return renamed

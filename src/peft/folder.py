@@ -1,0 +1,235 @@
+"""Files in a folder that are replaced together: whoever loads them finds all the old ones or all the new ones.
+
+How a set of files is replaced, so that a process may be killed between any two steps:
+
+1. *Stage.* The new files are written into ``.peft-saving-<id>/<save>/`` beside the old ones and synced to disk. A
+   file that has to go is noted there as an empty ``-<name>``. A full disk ends here, with nothing changed.
+2. *Commit.* ``.peft-saving-<id>`` is renamed to ``.peft-saved``. In this one step the new set replaces the old: from
+   here on, what lies in ``.peft-saved`` counts before what lies at the usual place.
+3. *Settle.* The files move from ``.peft-saved/<save>/`` to their usual places, and ``.peft-saved`` goes away.
+
+Whoever finds a ``.peft-saved`` settles it first, readers too; on a folder that cannot be written they read through it
+instead. No lock is needed for that: every step is a rename out of, or into, a folder whose name belongs to this one
+save, so it happens once, whoever does it. Only a program that does not know all this can see a set of files half
+replaced, if it reads during step 3 or after a process was killed there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+
+from peft.errors import PeftWarning
+
+STAGED = ".peft-saving-"
+COMMITTED = ".peft-saved"
+GONE = "-"
+
+#: what a file system answers that cannot rename folders (some mounts of object stores)
+_NO_FOLDER_RENAME = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMFILE, errno.EXDEV}
+#: what a folder answers to fsync where it has none
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOTSUP}
+
+
+def replace_files(
+    folder: str | os.PathLike, files: Mapping[str, bytes | Callable[[str], object]], drop: Iterable[str] = ()
+) -> None:
+    """Writes ``files`` into ``folder`` and removes ``drop`` from it, all of it or nothing.
+
+    Args:
+        folder: made if need be. Other files in it stay as they are.
+        files: by name, the content, or a function that writes it to the path it is given.
+        drop: names of files that the new set makes void.
+
+    Raises:
+        OSError: it could not be written (a full disk, no permission); the folder is then as it was.
+    """
+    folder = os.fspath(folder)
+    os.makedirs(folder, exist_ok=True)
+    for name in files:
+        if os.path.isdir(os.path.join(folder, name)):
+            raise IsADirectoryError(f"{os.path.join(folder, name)!r} is a directory; a file is to be written there.")
+    settle(folder)
+    _sweep(folder)
+    stage, lock = _new_stage(folder)
+    try:
+        inside = os.path.join(stage, uuid.uuid4().hex[:12])
+        os.mkdir(inside)
+        for name, content in files.items():
+            _write(os.path.join(inside, name), content, like=os.path.join(folder, name))
+        for name in drop:
+            if os.path.exists(os.path.join(folder, name)):
+                _write(os.path.join(inside, GONE + name), b"")
+        _sync(inside)
+        _sync(stage)
+        _commit(folder, stage)
+        _sync(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)  # where it was not committed
+        _unlock(lock)
+    settle(folder)
+
+
+def find(folder: str | os.PathLike, name: str) -> str | None:
+    """Path of the file ``name`` as the last completed `replace_files` left it, or None if there is none."""
+    folder = os.fspath(folder)
+    with suppress(OSError):  # a folder that cannot be written is read through instead
+        settle(folder)
+    for save in _entries(os.path.join(folder, COMMITTED)):
+        inside = os.path.join(folder, COMMITTED, save)
+        if os.path.exists(os.path.join(inside, GONE + name)):
+            return None
+        if os.path.isfile(os.path.join(inside, name)):
+            return os.path.join(inside, name)
+    path = os.path.join(folder, name)
+    return path if os.path.isfile(path) else None
+
+
+def stamp(folder: str | os.PathLike, names: Iterable[str]) -> tuple:
+    """A value that changes whenever one of the files ``names`` is replaced."""
+    state = []
+    for name in names:
+        with suppress(OSError):
+            info = os.stat(find(folder, name) or "")
+            state.append((name, info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size))
+    return tuple(state)
+
+
+def settle(folder: str) -> None:
+    """Moves the files of a committed save to their places; does nothing where there is none."""
+    committed = os.path.join(folder, COMMITTED)
+    for save in _entries(committed):
+        inside = os.path.join(committed, save)
+        for entry in sorted(_entries(inside)):
+            # FileNotFoundError: somebody else is settling the same save, and was faster
+            with suppress(FileNotFoundError):
+                if entry.startswith(GONE):
+                    with suppress(FileNotFoundError):
+                        os.replace(os.path.join(folder, entry.removeprefix(GONE)), os.path.join(inside, entry))
+                    os.unlink(os.path.join(inside, entry))
+                else:
+                    os.replace(os.path.join(inside, entry), os.path.join(folder, entry))
+        _sync(folder)
+        with suppress(OSError):
+            os.rmdir(inside)
+    with suppress(OSError):
+        os.rmdir(committed)
+
+
+def _entries(path: str) -> list[str]:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return os.listdir(path)
+    return []
+
+
+def _commit(folder: str, stage: str) -> None:
+    """Renames ``stage`` to the committed place, once the save before it is settled."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return os.rename(stage, os.path.join(folder, COMMITTED))
+        except OSError as error:
+            if error.errno in _NO_FOLDER_RENAME:
+                return _move_one_by_one(folder, stage)
+            # Another process has committed in between (Windows says so with EACCES)
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.EACCES) or time.monotonic() > deadline:
+                raise
+        settle(folder)
+        time.sleep(0.005)
+
+
+def _move_one_by_one(folder: str, stage: str) -> None:
+    warnings.warn(
+        f"The file system of {folder!r} cannot rename folders; the files are replaced one after the other. If the"
+        " process is killed in between, files of two saves may be left there.",
+        PeftWarning,
+    )
+    inside = os.path.join(stage, *_entries(stage))
+    for entry in sorted(_entries(inside)):
+        if entry.startswith(GONE):
+            os.unlink(os.path.join(folder, entry.removeprefix(GONE)))
+        else:
+            shutil.move(os.path.join(inside, entry), os.path.join(folder, entry))
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def _write(path: str, content: bytes | Callable[[str], object], like: str | None = None) -> None:
+    if callable(content):
+        content(path)
+    else:
+        with open(path, "wb") as file:
+            file.write(content)
+    if like is not None and os.path.exists(like):
+        shutil.copymode(like, path)
+    _sync(path)
+
+
+def _sync(path: str) -> None:
+    """Returns when ``path``, a file or a folder, is on the disk."""
+    is_folder = os.path.isdir(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in _NO_FOLDER_SYNC):
+            raise
+
+
+def _new_stage(folder: str) -> tuple[str, int | None]:
+    """A new folder to write into, and the descriptor that holds its lock."""
+    while True:
+        stage = os.path.join(folder, STAGED + uuid.uuid4().hex[:12])
+        os.mkdir(stage)
+        # Between its making and its locking, another process may take it for an orphan: then once more
+        with suppress(BlockingIOError, FileNotFoundError):
+            lock = _lock(stage)
+            if os.path.isdir(stage):
+                return stage, lock
+            _unlock(lock)
+
+
+def _sweep(folder: str) -> None:
+    """Removes what killed processes have staged and not committed."""
+    for entry in _entries(folder):
+        if entry.startswith(STAGED):
+            path = os.path.join(folder, entry)
+            with suppress(BlockingIOError, FileNotFoundError):
+                lock = _lock(path)
+                if lock is not None or time.time() - os.stat(path).st_mtime > 86400:
+                    shutil.rmtree(path, ignore_errors=True)
+                _unlock(lock)
+
+
+def _lock(path: str) -> int | None:
+    """A descriptor that holds the lock of a folder until it is closed or its process ends, in whatever way.
+
+    None where folders have no locks (Windows, some network file systems). Raises BlockingIOError where another
+    process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
