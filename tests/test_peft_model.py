@@ -420,12 +420,16 @@ def test_merge_and_unload_keeps_the_trained_head():
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_unload_gives_back_the_base_model_bit_for_bit():
-    for build, config in [(tiny.llama, causal(**RED)), (tiny.bert, LoraConfig(task_type="SEQ_CLS"))]:
-        before = tiny.base_state(build())
-        unloaded = tiny.fill_adapter(get_peft_model(build(), config)).unload()
-        assert [name for name, _ in unloaded.named_parameters()] == list(before)
-        tiny.assert_base_untouched(unloaded, before)
+@pytest.mark.parametrize(
+    ("build", "config"),
+    [(tiny.llama, causal(**RED)), (tiny.bert, LoraConfig(task_type="SEQ_CLS"))],
+    ids=["layers", "layers and a head"],
+)
+def test_unload_gives_back_the_base_model_bit_for_bit(build, config):
+    before = tiny.base_state(build())
+    unloaded = tiny.fill_adapter(get_peft_model(build(), config)).unload()
+    assert [name for name, _ in unloaded.named_parameters()] == list(before)
+    tiny.assert_base_untouched(unloaded, before)
 
 
 def test_safe_merge_refuses_broken_weights_and_leaves_the_model_alone(model):

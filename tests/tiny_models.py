@@ -7,6 +7,7 @@ override fields of the model's configuration. Models come in evaluation mode.
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 from torch import nn
@@ -29,20 +30,21 @@ def _build(config_class: str, model_class: str, seed: int, **fields: object) -> 
 def llama(model_class: str = "LlamaForCausalLM", seed: int = 0, **fields: object) -> nn.Module:
     """Two layers of width 32; `q_proj`, `k_proj`, ... are Linear without bias; head not tied."""
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    small |= dict(num_key_value_heads=2, max_position_embeddings=64, vocab_size=VOCABULARY)
+    small |= dict(num_key_value_heads=2, max_position_embeddings=64, vocab_size=VOCABULARY, initializer_range=0.2)
     return _build("LlamaConfig", model_class, seed, **{**small, **fields})
 
 
 def gpt2(model_class: str = "GPT2LMHeadModel", seed: int = 0, **fields: object) -> nn.Module:
     """Two layers of width 32; `c_attn`, `c_proj`, `c_fc` are transposed Conv1D; head tied to the embedding."""
-    small = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCABULARY)
+    small = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCABULARY, initializer_range=0.2)
+    small |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     return _build("GPT2Config", model_class, seed, **{**small, **fields})
 
 
 def opt(seed: int = 0, **fields: object) -> nn.Module:
     """Two layers of width 32; flattens batch and sequence before `fc1`."""
     small = dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
-    small |= dict(max_position_embeddings=64, vocab_size=VOCABULARY, dropout=0.0)
+    small |= dict(max_position_embeddings=64, vocab_size=VOCABULARY, dropout=0.0, init_std=0.2)
     return _build("OPTConfig", "OPTForCausalLM", seed, **{**small, **fields})
 
 
@@ -164,7 +166,7 @@ def base_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
-        name.replace(".base_layer", "").replace(".original_module", ""): parameter.detach().clone()
+        re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name): parameter.detach().clone()
         for name, parameter in inner.named_parameters()
     }
 
