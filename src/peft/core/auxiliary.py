@@ -1,0 +1,361 @@
+"""What is trained beside the adapters: whole modules, and single rows of an embedding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.base_op import base_op
+from peft.core.layer import AdapterLayer
+from peft.core.routing import BASE, Route
+
+
+class AuxiliaryTrainingWrapper(nn.Module):
+    """A module of the model with something trained in its place: one version of it per adapter.
+
+    Takes part in the same states as adapter layers: active, disabled, merged, routed.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._active: list[str] = []
+        self._disable_adapters = False
+        self._trained_before_disable: list[nn.Parameter] = []
+        self._route: Route | None = None
+
+    # Attributes the wrapper lacks are those of the module it stands for.
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_modules" not in self.__dict__:
+                raise
+            return getattr(self.current_module(), name)
+
+    def current_module(self) -> nn.Module:
+        """The module that the next forward pass runs."""
+        raise NotImplementedError
+
+    def version(self, name: str) -> nn.Module:
+        """The module with what adapter `name` trained; the original if the adapter has nothing here."""
+        raise NotImplementedError
+
+    def has(self, name: str) -> bool:
+        """Whether adapter `name` has something here."""
+        raise NotImplementedError
+
+    def adapter_names(self) -> list[str]:
+        """The adapters that have something here."""
+        return list(dict.fromkeys(name for slot in self.adapter_layer_names for name in getattr(self, slot)))
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        """What adapter `name` trains here."""
+        raise NotImplementedError
+
+    def key_map(self, name: str) -> dict[str, str]:
+        """Names of an adapter's tensors below this module: as files have them -> as the live module has them."""
+        raise NotImplementedError
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names as files have them -> names as the live module has them."""
+        return self.key_map(adapter_name)
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter's tensors, as files name them, out of this module's `state_dict`."""
+        return {key: state_dict[live] for key, live in self.key_map(adapter_name).items() if live in state_dict}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return []
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes the version of this adapter the one that runs; the original where the adapter has none here.
+
+        Raises:
+            ValueError: several of the adapters have a version of this module.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_active(names)
+        for name in self.adapter_names():
+            if name in self._active or name in names:
+                self.set_requires_grad(name, name in names and not inference_mode)
+        self._active = [name for name in names if self.has(name)]
+
+    def check_active(self, names: Sequence[str]) -> None:
+        """Raises ValueError where these adapters cannot be active here together."""
+        here = [name for name in names if self.has(name)]
+        if len(here) > 1:
+            raise ValueError(
+                f"Only one adapter at a time can have its own version of a module; {', '.join(here)} all have one."
+            )
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Makes what these adapters have here trainable or not."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self.adapter_parameters(name) if self.has(name) else ():
+                parameter.requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches between the adapters' version and the original; what was trainable before is so again after."""
+        if enabled == (not self._disable_adapters):
+            return
+        if enabled:
+            changed, self._trained_before_disable = self._trained_before_disable, []
+        else:
+            changed = [p for name in self.adapter_names() for p in self.adapter_parameters(name) if p.requires_grad]
+            self._trained_before_disable = changed
+        for parameter in changed:
+            parameter.requires_grad_(enabled)
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter."""
+        for slot in self.adapter_layer_names:
+            if adapter_name in getattr(self, slot):
+                del getattr(self, slot)[adapter_name]
+        self._active = [name for name in self._active if name != adapter_name]
+
+    def route(self, route: Route | None) -> None:
+        """Sets which adapter each sample of the next forward passes gets; None ends it."""
+        self._route = route
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_names" in kwargs:
+            names = kwargs.pop("adapter_names")
+            if names is not None:
+                return self._forward_routed(Route(names), x, *args, **kwargs)
+        if self._route is not None:
+            return self._forward_routed(self._route, x, *args, **kwargs)
+        return self.current_module()(x, *args, **kwargs)
+
+    def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        groups = [(self.version(name), index) for name, index in route.groups(x.shape[0], x.device)]
+        parts = [(index, module(x.index_select(0, index), *args, **kwargs)) for module, index in groups]
+        joined = parts[0][1].new_empty(x.shape[0], *parts[0][1].shape[1:])
+        for index, part in parts:
+            joined.index_copy_(0, index, part.to(joined.dtype))
+        return joined
+
+    def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        """The module to leave in the model: with what the adapters trained if `merge`, else the original."""
+        raise NotImplementedError
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A module that each adapter trains in full: `modules_to_save[adapter]` beside `original_module`.
+
+    Args:
+        module_to_save: the module.
+        adapter_name: the first adapter.
+        tied_module: a module to share the copy's weight with (tied embeddings).
+    """
+
+    adapter_layer_names = ("modules_to_save",)
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str, tied_module: nn.Module | None = None):
+        super().__init__()
+        self.original_module = module_to_save
+        self.modules_to_save = nn.ModuleDict()
+        module_to_save.requires_grad_(False)
+        self.update(adapter_name, tied_module)
+
+    def update(self, adapter_name: str, tied_module: nn.Module | None = None) -> None:
+        """Makes a copy of the original for another adapter."""
+        copied = copy.deepcopy(self.original_module)
+        copied.requires_grad_(False)
+        if tied_module is not None:
+            copied.weight = tied_module.weight
+        # Hooks (of accelerate, say) belong to the original's place in the model.
+        if hasattr(self.original_module, "_hf_hook"):
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(copied, copy.copy(self.original_module._hf_hook))
+        self.modules_to_save[adapter_name] = copied
+
+    def has(self, name: str) -> bool:
+        return name in self.modules_to_save
+
+    def version(self, name: str) -> nn.Module:
+        return self.modules_to_save[name] if name != BASE and self.has(name) else self.original_module
+
+    def current_module(self) -> nn.Module:
+        return self.original_module if self._disable_adapters or not self._active else self.modules_to_save[self._active[0]]
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        return [p for p in self.modules_to_save[name].parameters() if p.is_floating_point()]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the module that runs, as models with tied embeddings ask for it."""
+        return self.current_module().weight
+
+    def key_map(self, name: str) -> dict[str, str]:
+        if not self.has(name):
+            return {}
+        return {leaf: f"modules_to_save.{name}.{leaf}" for leaf in self.modules_to_save[name].state_dict()}
+
+    def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        names = [name for name in (self._active if adapter_names is None else adapter_names) if self.has(name)]
+        return self.modules_to_save[names[0]].requires_grad_(True) if merge and names else self.original_module
+
+
+class TrainableTokensLayer(AdapterLayer):
+    """Rows of an embedding that are trained on their own: `trainable_tokens_delta[adapter]`, [tokens, dim].
+
+    Args:
+        base_layer: an `nn.Embedding`, or the linear layer tied to one.
+        tied: the layer whose rows these are too (an output layer shares those of the embedding).
+    """
+
+    adapter_layer_names = ("trainable_tokens_delta",)
+    other_param_names = ("token_indices",)
+    kinds = frozenset(("Embedding", "Linear"))
+    label = ""
+
+    def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None):
+        super().__init__(base_layer)
+        if tied is not None:
+            # The same containers: what is trained, moved or deleted there is so here.
+            self.trainable_tokens_delta = tied.trainable_tokens_delta
+            self.token_indices = tied.token_indices
+        self._is_tied = tied is not None
+
+    def create(self, name: str, config: Any, token_indices: Sequence[int] = ()) -> None:
+        if self._is_tied:
+            return
+        weight = self.get_base_weight()
+        outside = [index for index in token_indices if not -weight.shape[0] <= index < weight.shape[0]]
+        if outside:
+            raise IndexError(f"Token index {outside[0]} is out of range for an embedding of {weight.shape[0]} tokens.")
+        self.token_indices[name] = list(token_indices)
+        rows = weight.detach()[torch.tensor(token_indices, dtype=torch.long, device=weight.device)]
+        self.trainable_tokens_delta[name] = nn.Parameter(rows.clone())
+
+    def key_map(self, name: str) -> dict[str, str]:
+        return {} if self._is_tied else super().key_map(name)
+
+    def transform(self, name: str, weight: Tensor) -> Tensor:
+        rows = self.trainable_tokens_delta[name].to(weight)
+        index = torch.tensor(self.token_indices[name], dtype=torch.long, device=weight.device)
+        # An embedding's matrix is the transpose of its weight, so tokens are columns there and rows of a linear layer.
+        return weight.index_copy(1, index, rows.T) if self.op.kind == "Embedding" else weight.index_copy(0, index, rows)
+
+    def names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        names = super().names_to_merge(adapter_names)
+        seen: set[int] = set()
+        for name in names:
+            shared = seen.intersection(self.token_indices[name])
+            if shared:
+                raise ValueError(f"The token indices {sorted(shared)} are trained by several of {', '.join(names)}; they cannot all be merged.")
+            seen.update(self.token_indices[name])
+        return names
+
+    @property
+    def type_name(self) -> str:
+        return type(self).__name__
+
+
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+    """An embedding of which an adapter trains some rows beside its other changes: `token_adapter` around it.
+
+    Args:
+        module_to_save: the embedding, or the output layer tied to it.
+        adapter_name: the first adapter.
+        token_indices: the rows it trains.
+        tied_adapter: the token adapter of the embedding that this module is tied to.
+    """
+
+    def __init__(
+        self,
+        module_to_save: nn.Module,
+        adapter_name: str,
+        token_indices: Sequence[int],
+        tied_adapter: TrainableTokensLayer | None = None,
+    ):
+        super().__init__()
+        op = base_op(module_to_save)
+        if op is None or op.kind not in TrainableTokensLayer.kinds:
+            raise TypeError(f"trainable_token_indices needs an embedding, got {type(module_to_save).__name__}.")
+        self.token_adapter = TrainableTokensLayer(module_to_save, tied_adapter)
+        self.update(adapter_name, token_indices=token_indices)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The embedding itself."""
+        return self.token_adapter.base_layer
+
+    def update(self, adapter_name: str, token_indices: Sequence[int] = ()) -> None:
+        """Adds the rows of another adapter."""
+        self.token_adapter.add_adapter(adapter_name, None, token_indices=token_indices)
+
+    def has(self, name: str) -> bool:
+        return self.token_adapter.has(name)
+
+    def adapter_names(self) -> list[str]:
+        return self.token_adapter.adapter_names()
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        return list(self.token_adapter.adapter_parameters(name))
+
+    def current_module(self) -> nn.Module:
+        return self.token_adapter
+
+    def check_active(self, names: Sequence[str]) -> None:
+        """Several adapters may train rows of one embedding."""
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        self.token_adapter.set_adapter(adapter_names, inference_mode)
+        self._active = self.token_adapter.active_adapters
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self.token_adapter.set_requires_grad(adapter_names, requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.token_adapter.enable_adapters(enabled)
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.token_adapter.delete_adapter(adapter_name)
+        self._active = self.token_adapter.active_adapters
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return self.token_adapter.merged_adapters
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding with the trained rows in it, as models with tied embeddings ask for it."""
+        return self.token_adapter.effective()[0]
+
+    def key_map(self, name: str) -> dict[str, str]:
+        return {f"token_adapter.{key}": f"token_adapter.{live}" for key, live in self.token_adapter.key_map(name).items()}
+
+    def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        if merge and not self.token_adapter._is_tied:
+            self.token_adapter.merge(adapter_names=adapter_names, keep=False)
+        return self.original_module
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(x, *args, **kwargs)
+
+    def route(self, route: Route | None) -> None:
+        self.token_adapter.route(route)

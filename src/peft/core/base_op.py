@@ -1,0 +1,260 @@
+"""Kinds of base module: how each holds its matrix, and how it is applied with another one.
+
+A method sees a weight as a matrix [out, in] whatever the module is. `BaseOp` gives that view of the module's own
+weight, turns a changed matrix back into the module's shape, and runs the module with it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class BaseOp:
+    """A module seen as a matrix [out_features, in_features] and a way to apply it.
+
+    Attributes:
+        kind: what the module is, in a word; part of what status reports and errors say.
+        weight_name, bias_name: its parameters (`bias_name` may name None).
+        linear: whether the module maps the last dimension of its input by the matrix, so that a method may act on
+            the input or the output instead of the matrix.
+        batch_dim: the dimension of the input that counts samples.
+    """
+
+    kind = "Module"
+    weight_name = "weight"
+    bias_name: str | None = "bias"
+    linear = False
+    batch_dim = 0
+
+    def __init__(self, module: nn.Module):
+        weight = getattr(module, self.weight_name)
+        self.out_features, self.in_features = self.features(module, weight)
+
+    def features(self, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        out_features, in_features = self.matrix(weight).shape
+        return out_features, in_features
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The module's weight as a matrix [out, in]; a view where that is possible."""
+        return weight
+
+    def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """A matrix [out, in] in the shape of the weight `like`."""
+        return matrix
+
+    def run(self, module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """The module's output with another weight (in the module's shape) and bias."""
+        tensors = {self.weight_name: weight}
+        if bias is not None and self.bias_name is not None:
+            tensors[self.bias_name] = bias
+        return functional_call(module, tensors, args, kwargs)
+
+    def select(self, index: Tensor, rows: int, args: tuple, kwargs: dict[str, Any]) -> tuple[list, dict[str, Any]]:
+        """The arguments of a call for some samples of the batch: what has a row per sample, cut down to `index`."""
+        return [self._rows(a, index, rows) for a in args], {k: self._rows(v, index, rows) for k, v in kwargs.items()}
+
+    def _rows(self, value: Any, index: Tensor, rows: int, dim: int = 0) -> Any:
+        has_rows = isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == rows
+        return value.index_select(dim, index) if has_rows else value
+
+
+class LinearOp(BaseOp):
+    """`nn.Linear` and whatever behaves like it, quantised or not: weight [out, in]."""
+
+    kind = "Linear"
+    linear = True
+
+    def features(self, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+        # The packed weight of a quantised layer has another shape, so the module is asked.
+        if hasattr(module, "out_features") and hasattr(module, "in_features"):
+            return module.out_features, module.in_features
+        return super().features(module, weight)
+
+    def run(self, module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        return F.linear(args[0], weight, bias)
+
+
+class TransposedOp(BaseOp):
+    """transformers' `Conv1D` (GPT-2): a linear layer that holds its weight as [in, out]."""
+
+    kind = "Conv1D"
+    linear = True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.T
+
+    def run(self, module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        return F.linear(args[0], weight.T, bias)
+
+
+class ConvOp(BaseOp):
+    """Convolutions in 1 to 3 dimensions: weight [out, in / groups, *kernel], the matrix its flattening."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        self.kind = type(module).__name__
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.reshape(like.shape)
+
+
+class EmbeddingOp(BaseOp):
+    """`nn.Embedding`: weight [tokens, dim]; as a matrix it maps one-hot tokens to dim, so it is [dim, tokens]."""
+
+    kind = "Embedding"
+    bias_name = None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.T
+
+
+class AttentionOp(BaseOp):
+    """The fused input projection of `nn.MultiheadAttention`: in_proj_weight [3 dim, dim].
+
+    The output projection is a module of its own there and gets an adapter of its own.
+    """
+
+    kind = "MultiheadAttention"
+    weight_name = "in_proj_weight"
+    bias_name = "in_proj_bias"
+
+    def __init__(self, module: nn.MultiheadAttention):
+        super().__init__(module)
+        self.batch_dim = 0 if module.batch_first else 1
+        self.heads = module.num_heads
+
+    #: arguments of its forward, in order, that have a row per sample
+    ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
+
+    def select(self, index: Tensor, rows: int, args: tuple, kwargs: dict[str, Any]) -> tuple[list, dict[str, Any]]:
+        named = {**dict(zip(self.ARGUMENTS, args, strict=False)), **kwargs}
+        for name in ("query", "key", "value"):
+            named[name] = named[name].index_select(self.batch_dim, index)
+        named["key_padding_mask"] = self._rows(named.get("key_padding_mask"), index, rows)
+        mask = named.get("attn_mask")
+        if mask is not None and mask.dim() == 3:
+            named["attn_mask"] = mask.unflatten(0, (rows, self.heads)).index_select(0, index).flatten(0, 1)
+        return [named.pop("query")], named
+
+
+class NormOp(BaseOp):
+    """`nn.LayerNorm` and the RMS norms: weight [dim], the matrix [dim, 1]."""
+
+    kind = "LayerNorm"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight[:, None]
+
+    def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix[:, 0]
+
+
+class ParameterOp(BaseOp):
+    """One `nn.Parameter` of a module: [out, in], or a stack [experts, out, in] as fused mixtures of experts hold it.
+
+    A stack is seen as one matrix [experts * out, in]. Modules that say `is_transposed` hold [experts, in, out].
+    """
+
+    kind = "Parameter"
+    bias_name = None
+
+    def __init__(self, module: nn.Module, parameter_name: str):
+        self.weight_name = parameter_name
+        weight = getattr(module, parameter_name)
+        if weight.dim() not in (2, 3):
+            raise ValueError(
+                f"Parameter {parameter_name!r} has {weight.dim()} dimensions; a matrix or a stack of matrices is needed."
+            )
+        self.num_experts = weight.shape[0] if weight.dim() == 3 else 1
+        self.transposed = weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
+        super().__init__(module)
+        #: of one expert
+        self.expert_out_features = self.out_features // self.num_experts
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return (weight.transpose(1, 2) if self.transposed else weight).reshape(-1, self._inner(weight))
+
+    def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        if not self.transposed:
+            return matrix.reshape(like.shape)
+        return matrix.reshape(like.shape[0], like.shape[2], like.shape[1]).transpose(1, 2)
+
+    def _inner(self, weight: Tensor) -> int:
+        return weight.shape[-2] if self.transposed else weight.shape[-1]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # By name and only if it is loaded: asking must not import transformers.
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(module, nn.LayerNorm) or (
+        type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.dim() == 1
+    )
+
+
+def _is_linear_like(module: nn.Module) -> bool:
+    """Quantised and sharded linear layers of other packages are no `nn.Linear`, but say what they map."""
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+
+
+#: first match wins
+_KINDS: list[tuple[Callable[[nn.Module], bool], type[BaseOp]]] = [
+    (_is_conv1d, TransposedOp),
+    (lambda module: isinstance(module, nn.Embedding), EmbeddingOp),
+    (lambda module: isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), ConvOp),
+    (lambda module: isinstance(module, nn.MultiheadAttention), AttentionOp),
+    (lambda module: isinstance(module, nn.Linear), LinearOp),
+    (_is_norm, NormOp),
+    (_is_linear_like, LinearOp),
+]
+
+
+def base_op(module: nn.Module, parameter_name: str | None = None) -> BaseOp | None:
+    """What kind of module this is, or None where it is none that a matrix can be seen in.
+
+    Raises:
+        ValueError: a module of a known kind that is set up in a way that has no one matrix.
+    """
+    if parameter_name is not None:
+        return ParameterOp(module, parameter_name)
+    for matches, kind in _KINDS:
+        if matches(module):
+            if kind is AttentionOp and module.in_proj_weight is None:
+                raise ValueError(
+                    "nn.MultiheadAttention with keys or values of another width (kdim, vdim) has no fused input"
+                    " projection and is not supported."
+                )
+            return kind(module)
+    return None
+
+
+def kernel_numel(module: nn.Module) -> int:
+    """Positions in a convolution's kernel; 1 for other modules."""
+    return math.prod(getattr(module, "kernel_size", ())) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
+
+
+def is_dense(weight: Any) -> bool:
+    """Whether a weight is a plain floating tensor that can be computed with as it is."""
+    return isinstance(weight, torch.Tensor) and weight.is_floating_point()

@@ -1,0 +1,327 @@
+"""Targets to plan: which modules of a model a configuration means, worked out and checked before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from peft.config import LayerConfig
+from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.core.base_op import LinearOp, ParameterOp, TransposedOp, base_op
+from peft.core.layer import AdapterLayer
+from peft.core.target_tables import DEFAULT_TARGETS
+from peft.errors import NoMatchingPeftModuleError, PeftWarning
+
+#: stands for "nothing", for configurations whose targets come from elsewhere
+DUMMY_TARGET_MODULES = "dummy-target-modules"
+ALL_LINEAR = "all-linear"
+#: heads that the task classes add to `modules_to_save` without knowing which of them a model has
+HEAD_NAMES = frozenset(("classifier", "score", "qa_outputs"))
+
+
+@dataclass
+class Target:
+    """One place that gets an adapter: a module, or one parameter of it."""
+
+    key: str
+    module: nn.Module
+    parameter_name: str | None = None
+
+
+@dataclass
+class Plan:
+    """What adding one adapter will do.
+
+    Attributes:
+        targets: modules and parameters that get the adapter, in the order of the model.
+        save: names of the modules that are copied and trained in full.
+        left_out: modules that matched and were excluded.
+    """
+
+    targets: list[Target] = field(default_factory=list)
+    save: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def module_names(self) -> list[str]:
+        return [target.key for target in self.targets if target.parameter_name is None]
+
+    @property
+    def parameter_names(self) -> list[str]:
+        return [f"{target.key}.{target.parameter_name}" for target in self.targets if target.parameter_name is not None]
+
+
+def model_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules under the names they have without adapters; adapted ones as their adapter layer."""
+    if isinstance(model, AuxiliaryTrainingWrapper):
+        yield prefix, model
+        return
+    if isinstance(model, AdapterLayer):
+        yield prefix, model
+        children = model.get_base_layer().named_children()
+    else:
+        yield prefix, model
+        children = model.named_children()
+    for name, child in children:
+        yield from model_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def ends_with(key: str, names: Iterable[str]) -> str | None:
+    """Which of `names` a dotted key is, or ends with, whole parts only; the longest if several."""
+    names = names if isinstance(names, (set, frozenset, dict)) else set(names)
+    start = 0
+    while True:
+        if key[start:] in names:
+            return key[start:]
+        dot = key.find(".", start)
+        if dot < 0:
+            return None
+        start = dot + 1
+
+
+def matching_entry(wanted: str | Iterable[str] | None, key: str) -> str | None:
+    """The entry of `target_modules` or `exclude_modules` that means `key`, if any."""
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        return wanted if re.fullmatch(wanted, key) else None
+    return ends_with(key, wanted)
+
+
+def get_pattern_key(patterns: Iterable[str], key: str) -> str:
+    """The first of `patterns` (regular expressions for the end of a name) that fits `key`; `key` if none does."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", key)), key)
+
+
+def layer_index(key: str, layers_pattern: str | Iterable[str] | None) -> int | None:
+    """The number of the layer that a module belongs to, as `layers_to_transform` counts."""
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
+    for pattern in patterns or [r"[^.]*"]:
+        found = re.match(rf".*\.{pattern}\.(\d+)\.", key) or (re.match(rf"{pattern}\.(\d+)\.", key) if patterns else None)
+        if found:
+            return int(found.group(1))
+    return None
+
+
+def check_target_module_exists(config: Any, key: str) -> str | None:
+    """The entry of `config.target_modules` by which the module `key` gets an adapter, or None."""
+    if matching_entry(getattr(config, "exclude_modules", None), key):
+        return None
+    targets = config.target_modules
+    if targets is None or targets == DUMMY_TARGET_MODULES:
+        return None
+    entry = matching_entry(targets, key)
+    wanted = getattr(config, "layers_to_transform", None)
+    if entry is None or entry == key or wanted is None:
+        return entry
+    index = layer_index(key, getattr(config, "layers_pattern", None))
+    return entry if index in ([wanted] if isinstance(wanted, int) else wanted) else None
+
+
+def default_targets(peft_type: str, model_type: str | None, model: nn.Module) -> set[str] | str:
+    """What a method adapts in models of this type.
+
+    Raises:
+        ValueError: nothing is known of the type.
+    """
+    targets = DEFAULT_TARGETS.get(peft_type, {}).get(model_type or "")
+    if targets is None:
+        known = f"model type {model_type!r}" if model_type else type(model).__name__
+        linear = sorted({key.rpartition(".")[2] for key in linear_modules(model)})
+        raise ValueError(
+            f"Please specify `target_modules` in the configuration: there are no defaults for {known}."
+            + (f" Its linear layers are called {', '.join(linear[:12])}." if linear else "")
+        )
+    return targets if isinstance(targets, str) else set(targets)
+
+
+def linear_modules(model: nn.Module) -> list[str]:
+    """Names of the linear layers, transposed ones too."""
+    return [key for key, module in model_modules(model) if _is_linear(module)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, AdapterLayer):
+        return module.op.linear
+    return not isinstance(module, nn.MultiheadAttention) and isinstance(base_op(module), (LinearOp, TransposedOp))
+
+
+def all_linear(model: nn.Module, leave_out: Iterable[str] = ()) -> set[str]:
+    """What "all-linear" means in a model: every linear layer but the output embedding and those in `leave_out`."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    leave_out = set(leave_out)
+    inside = {id(m) for _, a in model_modules(model) if isinstance(a, nn.MultiheadAttention) for m in a.children()}
+    return {
+        key
+        for key, module in model_modules(model)
+        if _is_linear(module) and module is not head and id(module) not in inside and not ends_with(key, leave_out)
+    }
+
+
+def state_dict_targets(state_dict: Iterable[str], prefix: str) -> set[str]:
+    """Names of the modules that have tensors of a method in a state dict."""
+    return {key.rpartition(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
+
+
+def make_plan(
+    model: nn.Module,
+    config: LayerConfig,
+    layer_class: type[AdapterLayer],
+    *,
+    only: set[str] | None = None,
+    also_save: Iterable[str] = (),
+) -> Plan:
+    """Works out what `config` means in `model` and checks that it can be done.
+
+    Args:
+        model: the base model, with or without adapters.
+        config: the configuration, its targets filled in.
+        layer_class: the method's layer.
+        only: names of modules to adapt instead of the configuration's targets (from a state dict).
+        also_save: names of modules to train in full beyond `config.modules_to_save`.
+
+    Raises:
+        NoMatchingPeftModuleError: nothing matches.
+        ValueError: a module that matches cannot carry the method.
+    """
+    plan = Plan()
+    used: set[str] = set()
+    saved = {*(config.modules_to_save or ()), *also_save}
+    inside_saved: str | None = None
+    names = []
+    for key, module in model_modules(model):
+        names.append(key)
+        if inside_saved is not None and key.startswith(inside_saved):
+            continue
+        entry = ends_with(key, saved)
+        if entry is not None:
+            plan.save.append(key)
+            used.add(entry)
+            inside_saved = f"{key}."
+            continue
+        plan.targets += _parameter_targets(key, module, config, used)
+        target_entry = (key if key in only else None) if only is not None else check_target_module_exists(config, key)
+        if target_entry is None:
+            if only is None and config.exclude_modules and matching_entry(config.target_modules, key):
+                plan.left_out.append(key)
+            continue
+        if isinstance(module, ModulesToSaveWrapper):
+            raise ValueError(f"{key!r} is trained in full by another adapter (modules_to_save) and cannot get an adapter too.")
+        used.add(target_entry)
+        plan.targets.append(Target(key, module))
+    _check_matches(plan, model, config, names, used, only)
+    for target in plan.targets:
+        _check_target(target, config, layer_class)
+    return plan
+
+
+def _parameter_targets(key: str, module: nn.Module, config: LayerConfig, used: set[str]) -> list[Target]:
+    """The parameters of one module that the configuration names, in the order the module has them."""
+    wanted = getattr(config, "target_parameters", None)
+    if not wanted:
+        return []
+    base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+    targets = []
+    for name, _ in base.named_parameters(recurse=False):
+        entry = ends_with(f"{key}.{name}" if key else name, wanted)
+        if entry is not None and not matching_entry(config.exclude_modules, key):
+            used.add(entry)
+            targets.append(Target(key, module, name))
+    return targets
+
+
+def _check_target(target: Target, config: LayerConfig, layer_class: type[AdapterLayer]) -> None:
+    module = target.module
+    if target.parameter_name is not None and not target.key:
+        raise ValueError(
+            f"target_parameters={target.parameter_name!r} is a top-level parameter of the model, which cannot be wrapped."
+        )
+    module = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+    op = base_op(module, target.parameter_name)
+    if op is None or _kind_of(op) not in layer_class.kinds:
+        supported = ", ".join(sorted(layer_class.kinds - {"Parameter"}))
+        raise ValueError(
+            f"Target module {target.key!r} is a {type(module).__name__}, which is not supported by {config.peft_type}."
+            f" Supported are {supported}" + (", and parameters by name in target_parameters." if "Parameter" in layer_class.kinds else ".")
+        )
+    layer_class.check(config, target.key, module, op)
+
+
+def _kind_of(op: Any) -> str:
+    return "Parameter" if isinstance(op, ParameterOp) else op.kind
+
+
+def _check_matches(plan: Plan, model: nn.Module, config: LayerConfig, names: list[str], used: set[str], only: set[str] | None) -> None:
+    """Raises where nothing matched; warns by name of what did not."""
+    where = type(model).__name__
+    asked = sorted(config.target_modules) if isinstance(config.target_modules, (set, list)) else config.target_modules
+    if not plan.targets and config.target_modules != DUMMY_TARGET_MODULES and only is None:
+        raise NoMatchingPeftModuleError(_nothing_matches(plan, config, asked, where, names, model))
+    from_table = getattr(config, "_targets_are_defaults", False)
+    unmatched = []
+    if only is None and isinstance(config.target_modules, (set, list)) and not from_table:
+        unmatched += [f"target_modules entry {entry!r}" + _did_you_mean(entry, names) for entry in sorted(set(config.target_modules) - used)]
+    for entry in sorted(set(getattr(config, "target_parameters", None) or ()) - used):
+        unmatched.append(f"target_parameters entry {entry!r}" + _did_you_mean(entry, [n for n, _ in model.named_parameters()]))
+    for entry in sorted(set(config.modules_to_save or ()) - used - HEAD_NAMES):
+        unmatched.append(f"modules_to_save entry {entry!r}" + _did_you_mean(entry, names))
+    excludes = config.exclude_modules or ()
+    for entry in [excludes] if isinstance(excludes, str) else sorted(excludes):
+        if not any(matching_entry([entry] if not isinstance(excludes, str) else entry, name) for name in names):
+            unmatched.append(f"exclude_modules entry {entry!r}")
+    for pattern_field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, pattern_field, None) or ():
+            if not any(get_pattern_key([pattern], target.key) == pattern for target in plan.targets):
+                unmatched.append(f"{pattern_field} key {pattern!r}")
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is not None and only is None:
+        indices = {layer_index(target.key, config.layers_pattern) for target in plan.targets}
+        missing = sorted(set([wanted] if isinstance(wanted, int) else wanted) - indices)
+        if missing:
+            unmatched.append(f"layers_to_transform index {', '.join(map(str, missing))}")
+    if unmatched:
+        warnings.warn(f"In {where}, nothing matches the " + "; nor the ".join(unmatched) + ".", PeftWarning, stacklevel=2)
+
+
+def _nothing_matches(plan: Plan, config: LayerConfig, asked: Any, where: str, names: list[str], model: nn.Module) -> str:
+    parameters = getattr(config, "target_parameters", None)
+    if parameters:
+        return (
+            f"target_parameters={sorted(parameters)}: no such parameter found in {where}."
+            + _did_you_mean(sorted(parameters)[0], [name for name, _ in model.named_parameters()])
+        )
+    if plan.left_out:
+        return (
+            f"All modules that target_modules={asked} matches in {where} ({len(plan.left_out)}, such as"
+            f" {plan.left_out[0]!r}) are left out by exclude_modules={config.exclude_modules}. Nothing is left to adapt."
+        )
+    if plan.save and any(matching_entry(config.target_modules, key) for key in plan.save):
+        return f"target_modules={asked} and modules_to_save={config.modules_to_save} name the same modules; nothing is left to adapt."
+    if config.layers_to_transform is not None:
+        return (
+            f"No module that target_modules={asked} matches was found in {where} in layers_to_transform="
+            f"{config.layers_to_transform}"
+            + (f" (counted in layers_pattern={config.layers_pattern})." if config.layers_pattern else ". Check the indices, or give layers_pattern.")
+        )
+    linear = len(linear_modules(model))
+    first = asked if isinstance(asked, str) else next(iter(asked), "")
+    return f"Target modules {asked} not found in {where} ({linear} linear layers)." + _did_you_mean(first, names)
+
+
+def _did_you_mean(entry: str, names: Iterable[str]) -> str:
+    """The nearest name, and how many modules have it; empty if there is none near."""
+    names = list(names)
+    tail_parts = entry.count(".") + 1
+    tails: dict[str, int] = {}
+    for name in names:
+        tail = ".".join(name.split(".")[-tail_parts:])
+        if tail and not tail.isdigit():
+            tails[tail] = tails.get(tail, 0) + 1
+    near = difflib.get_close_matches(entry, tails, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r} ({tails[near[0]]} modules)?" if near else ""

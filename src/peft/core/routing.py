@@ -1,0 +1,46 @@
+"""Mixed batches: which adapter each sample of a batch gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: the name that stands for the base model without any adapter
+BASE = "__base__"
+
+
+class Route:
+    """The adapters of a batch's samples, and the index of each adapter's rows, worked out once per batch size.
+
+    Args:
+        names: the adapter of each sample; `"__base__"` for none.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.names = list(names)
+        self._groups: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
+
+    def groups(self, rows: int, device: torch.device) -> list[tuple[str, Tensor]]:
+        """(adapter, indices of its rows) for a tensor of `rows` rows.
+
+        A layer may see several rows per sample, next to each other: beams, or tokens where a model flattens batch and
+        sequence (OPT does).
+
+        Raises:
+            ValueError: the rows cannot be shared out among the samples.
+        """
+        key = (rows, device)
+        if key not in self._groups:
+            if not self.names or rows % len(self.names):
+                raise ValueError(
+                    f"The length of adapter_names ({len(self.names)}) does not fit a layer that sees {rows} rows: one"
+                    " name per sample is needed."
+                )
+            repeats = rows // len(self.names)
+            indices: dict[str, list[int]] = {}
+            for i, name in enumerate(self.names):
+                indices.setdefault(name, []).extend(range(i * repeats, (i + 1) * repeats))
+            self._groups[key] = [(name, torch.tensor(index, device=device)) for name, index in indices.items()]
+        return self._groups[key]

@@ -1,0 +1,27 @@
+"""Tensors that all layers of an adapter share."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class SharedTensors(nn.Module):
+    """Frozen tensors by adapter name, as buffers: they move with the model and are not trained."""
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._buffers[name]  # type: ignore[return-value]
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._buffers
+
+    def __iter__(self):  # noqa: ANN204
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)

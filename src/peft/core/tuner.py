@@ -1,0 +1,647 @@
+"""Plans applied to a model, and the life of adapters over all its layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import PeftConfig
+from peft.core.auxiliary import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensLayer,
+    TrainableTokensWrapper,
+)
+from peft.core.base_op import AttentionOp
+from peft.core.layer import AdapterLayer
+from peft.core.plan import (
+    ALL_LINEAR,
+    Plan,
+    all_linear,
+    check_target_module_exists,
+    default_targets,
+    ends_with,
+    make_plan,
+    model_modules,
+    state_dict_targets,
+)
+from peft.core.routing import BASE, Route
+from peft.core.storage import place_of
+from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
+from peft.errors import PeftWarning
+
+Part = AdapterLayer | AuxiliaryTrainingWrapper
+#: dtypes that adapters are not trained in
+UPCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def parts_of(model: nn.Module) -> list[tuple[str, Part]]:
+    """All adapter layers and trained modules in a model by name, outer ones before what they wrap."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))]
+
+
+def model_config_of(model: nn.Module) -> dict[str, Any]:
+    """The model's configuration as a dictionary; empty where it has none."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config) if isinstance(config, dict) else {}
+
+
+def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """(parent, module, its name in the parent) of the module called `key`."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+class BaseTuner(nn.Module):
+    """A model with adapters of one method on its layers.
+
+    Args:
+        model: the base model, changed in place.
+        peft_config: the configuration of the first adapter, or configurations by name.
+        adapter_name: the first adapter's name.
+        low_cpu_mem_usage: make the adapter's tensors without memory (on the meta device), to be loaded next.
+        state_dict: an adapter's tensors; their names decide which modules get the adapter.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: the configuration does not fit the model; the model is as before.
+    """
+
+    #: beginning of the names of the method's tensors
+    prefix: str = ""
+    #: the layer of the method
+    layer_class: ClassVar[type[AdapterLayer]] = AdapterLayer
+    #: containers on this object that hold tensors which all layers of an adapter share
+    shared_names: tuple[str, ...] = ()
+    #: whether a model outside `PeftModel` can hold the method (its shared tensors need a place to live)
+    injectable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        self.peft_config: dict[str, Any] = {}
+        self._parts: list[tuple[str, Part]] | None = None
+        if hasattr(model, "peft_config") and not isinstance(model.peft_config, PeftConfig):
+            # A model that carries injected adapters keeps its own record of them.
+            self.peft_config = model.peft_config
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        self.prepare_shared()
+        if configs.get(adapter_name) is not None:
+            self.inject_adapter(
+                self.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict, config=configs[adapter_name]
+            )
+        model.peft_config = self.peft_config
+
+    # ---- what a method may write
+
+    def prepare_shared(self) -> None:
+        """Makes the containers of shared tensors; called once."""
+
+    def complete_config(self, config: Any, model_config: dict[str, Any]) -> None:
+        """Fills in what a configuration leaves open, beside its targets."""
+
+    def check_config(self, adapter_name: str, config: Any) -> None:
+        """Raises ValueError where an adapter does not go together with those that are there."""
+
+    def prepare(self, plan: Plan, config: Any, adapter_name: str) -> None:
+        """Makes what the layers of an adapter share; called when the plan is settled, before the first layer."""
+
+    def layer_settings(self, config: Any, key: str) -> dict[str, Any]:
+        """What the adapter on module `key` gets beyond the configuration (a rank of its own, say)."""
+        return {}
+
+    def make_layer(self, config: Any, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
+        """A layer of the method around `target`, without adapters yet."""
+        return self.layer_class(target, parameter_name)
+
+    # ---- adding an adapter
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+        config: PeftConfig | None = None,
+    ) -> None:
+        """Adds an adapter: plans, checks, and only then changes the model.
+
+        Args:
+            model: the base model.
+            adapter_name: the adapter's name.
+            autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
+            low_cpu_mem_usage: make tensors on the meta device.
+            state_dict: tensors whose names decide which modules get the adapter.
+            config: its configuration; `self.peft_config[adapter_name]` if None.
+        """
+        config = config or self.peft_config[adapter_name]
+        check_adapter_name(adapter_name)
+        config = self._prepare_adapter_config(config, model_config_of(model))
+        self._check_new_adapter_config(config, adapter_name)
+        if config.target_modules == ALL_LINEAR:
+            config.target_modules = all_linear(model, config.modules_to_save or ())
+        with ExitStack() as undo:
+            restructured = self._prepare_model(config, model)
+            if restructured is not None:
+                undo.callback(restructured)
+            tied = tie_configuration(config, model)
+            only = state_dict_targets(state_dict, self.prefix) if state_dict is not None else None
+            plan = make_plan(model, config, self.layer_class, only=only, also_save=tied)
+            self._check_tokens(config, model)
+            warn_of_tied_targets(plan.module_names, config, model)
+            trained = {id(p): p.requires_grad for p in model.parameters()}
+            undo.callback(self._undo, model, adapter_name, self.parts(), trained)
+            with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+                self.prepare(plan, config, adapter_name)
+                for target in plan.targets:
+                    parent, module, name = get_submodules(model, self._live_key(model, target.key))
+                    extra = {} if target.parameter_name is None else {"parameter_name": target.parameter_name}
+                    self._create_and_replace(config, adapter_name, module, name, parent, current_key=target.key, **extra)
+                self._save_modules(model, plan.save, adapter_name, config)
+                self._train_tokens(model, adapter_name, config)
+            self._parts = None
+            self.targeted_module_names += [key for key in plan.module_names if key not in self.targeted_module_names]
+            self.targeted_parameter_names += [key for key in plan.parameter_names if key not in self.targeted_parameter_names]
+            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            self.peft_config[adapter_name] = config
+            active = self.active_adapters or [adapter_name]
+            self._mark_only_adapters_as_trainable(model)
+            self.set_adapter(active, inference_mode=all(self.peft_config[name].inference_mode for name in active))
+            undo.pop_all()
+
+    def _undo(self, model: nn.Module, adapter_name: str, before: list[tuple[str, Part]], trained: dict[int, bool]) -> None:
+        """Takes an adapter that could not be added back out."""
+        old = {id(part) for _, part in before}
+        self._parts = None
+        for key, part in reversed(self.parts()):
+            if id(part) in old:
+                part.delete_adapter(adapter_name)
+            elif "token_adapter" != key.rpartition(".")[2]:
+                parent, _, name = get_submodules(model, key)
+                setattr(parent, name, part.base_layer if isinstance(part, AdapterLayer) else part.original_module)
+        for container in self.shared_names:
+            if adapter_name in getattr(self, container):
+                del getattr(self, container)[adapter_name]
+        self._parts = None
+        self.peft_config.pop(adapter_name, None)
+        for parameter in model.parameters():
+            parameter.requires_grad_(trained.get(id(parameter), parameter.requires_grad))
+
+    def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:
+        """Fills in the defaults for the model type."""
+        if config.target_modules is None and not getattr(config, "target_parameters", None):
+            config.target_modules = default_targets(config.peft_type, model_config.get("model_type"), self.model)
+            config._targets_are_defaults = True
+        self.complete_config(config, model_config)
+        return config
+
+    def _check_new_adapter_config(self, config: Any, adapter_name: str | None = None) -> None:
+        """Raises where an adapter does not go together with those that are there."""
+        bias = getattr(config, "bias", "none")
+        own = f"{self.prefix.rstrip('_').split('_')[0]}_only"
+        if bias not in ("none", "all", own):
+            raise NotImplementedError(f"bias={bias!r} is not known; use 'none', 'all' or {own!r}.")
+        others = [name for name in self.peft_config if name != adapter_name]
+        if bias != "none" and others:
+            raise ValueError(
+                f"{type(self).__name__} supports only 1 adapter with bias; {', '.join(others)} is there already. Set bias to"
+                " 'none' for all adapters."
+            )
+        for name in others:
+            if getattr(self.peft_config[name], "bias", "none") != "none":
+                raise ValueError(f"{type(self).__name__} supports only 1 adapter with bias, and {name!r} trains biases already.")
+        self.check_config(adapter_name or "", config)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> Callable[[], None] | None:
+        """Changes the model's own structure before it gets adapters, where a configuration asks for it.
+
+        Returns what undoes that.
+        """
+        return None
+
+    def _live_key(self, model: nn.Module, key: str) -> str:
+        """The name that the module `key` of the plain model has now, adapter layers on its way counted in."""
+        if not self.parts():
+            return key
+        module, path = model, []
+        for name in key.split(".") if key else ():
+            while isinstance(module, AdapterLayer):
+                module = module.base_layer
+                path.append("base_layer")
+            module = getattr(module, name)
+            path.append(name)
+        return ".".join(path)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Puts an adapter on one module: on the layer of this method that is there, or on a new one around it."""
+        settings = self.layer_settings(peft_config, current_key)
+        layer = self._find_layer(target, parameter_name)
+        if layer is None:
+            layer = self.make_layer(peft_config, target, parameter_name, current_key)
+            self._replace_module(parent, target_name, layer, target)
+        layer.add_adapter(adapter_name, peft_config, **settings)
+        if isinstance(layer.op, AttentionOp):
+            # Its output projection is a module that is read, not called, and gets a layer of its own.
+            attention = layer.get_base_layer()
+            self._create_and_replace(
+                peft_config, adapter_name, attention.out_proj, "out_proj", attention, current_key=f"{current_key}.out_proj"
+            )
+            attention.out_proj.is_read = True
+
+    def _find_layer(self, module: nn.Module, parameter_name: str | None) -> AdapterLayer | None:
+        """The layer of this method among those that wrap a module."""
+        while isinstance(module, AdapterLayer):
+            if isinstance(module, self.layer_class) and module.parameter_name == parameter_name:
+                return module
+            module = module.base_layer
+        return None
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Puts `new_module`, which wraps `child`, in its place."""
+        new_module.train(child.training)
+        setattr(parent, child_name, new_module)
+
+    def _save_modules(self, model: nn.Module, keys: Sequence[str], adapter_name: str, config: Any) -> None:
+        tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
+        first_copy: dict[int, nn.Module] = {}
+        for key in keys:
+            parent, module, name = get_submodules(model, self._live_key(model, key))
+            tie_to = first_copy.get(0) if key in tied else None
+            if isinstance(module, ModulesToSaveWrapper):
+                module.update(adapter_name, tie_to)
+            else:
+                module = ModulesToSaveWrapper(module, adapter_name, tie_to)
+                setattr(parent, name, module)
+            if key in tied:
+                first_copy.setdefault(0, module.modules_to_save[adapter_name])
+
+    def _token_targets(self, config: Any, model: nn.Module) -> dict[str, list[int]]:
+        """Embedding -> rows to train, with the names completed."""
+        wanted = getattr(config, "trainable_token_indices", None)
+        if not wanted:
+            return {}
+        if not isinstance(wanted, dict):
+            embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+            key = next((name for name, module in model.named_modules() if module is embedding), "embed_tokens")
+            for part in (".token_adapter.base_layer", ".token_adapter"):
+                key = key.removesuffix(part)
+            wanted = {key: list(wanted)}
+        return wanted
+
+    def _check_tokens(self, config: Any, model: nn.Module) -> None:
+        """Raises where `trainable_token_indices` names no embedding, rows outside it, or a module that is a target too."""
+        for wanted, indices in self._token_targets(config, model).items():
+            found = [(key, module) for key, module in model_modules(model) if ends_with(key, {wanted})]
+            if not found:
+                raise ValueError(f"trainable_token_indices names {wanted!r}, which {type(model).__name__} does not have.")
+            for key, module in found:
+                if check_target_module_exists(config, key):
+                    raise TypeError(f"{key!r} is in target_modules and in trainable_token_indices; choose one of them.")
+                weight = getattr(module, "weight", None)
+                if isinstance(weight, Tensor) and indices and max(indices) >= weight.shape[0]:
+                    raise IndexError(
+                        f"trainable_token_indices has index {max(indices)}, but {key!r} has {weight.shape[0]} rows."
+                    )
+
+    def _train_tokens(self, model: nn.Module, adapter_name: str, config: Any) -> None:
+        targets = self._token_targets(config, model)
+        tied = tied_embedding_modules(model)
+        for wanted, indices in targets.items():
+            for key in [key for key, _ in model_modules(model) if ends_with(key, {wanted})]:
+                wrapper = self._train_tokens_of(model, key, adapter_name, indices, None)
+                if key in tied:
+                    for other in tied:
+                        if other != key and not any(ends_with(other, {name}) for name in targets):
+                            self._train_tokens_of(model, other, adapter_name, indices, wrapper.token_adapter)
+
+    def _train_tokens_of(
+        self, model: nn.Module, key: str, adapter_name: str, indices: Sequence[int], tied: Any
+    ) -> TrainableTokensWrapper:
+        parent, module, name = get_submodules(model, key)
+        if isinstance(module, TrainableTokensWrapper):
+            module.update(adapter_name, token_indices=indices)
+            return module
+        wrapper = TrainableTokensWrapper(module, adapter_name, indices, tied)
+        setattr(parent, name, wrapper)
+        return wrapper
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Brings an adapter to the dtype it is trained in: its base weight's, but float32 in place of halves."""
+        for _, part in self.parts():
+            if isinstance(part, AdapterLayer) and part.has(adapter_name):
+                _, dtype = place_of(part.get_base_layer())
+                if dtype is not None:
+                    part.move(adapter_name, dtype=torch.float32 if autocast_adapter_dtype and dtype in UPCAST_DTYPES else dtype)
+            elif isinstance(part, ModulesToSaveWrapper) and part.has(adapter_name) and autocast_adapter_dtype:
+                for parameter in part.adapter_parameters(adapter_name):
+                    if parameter.dtype in UPCAST_DTYPES:
+                        parameter.data = parameter.data.float()
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freezes the base model; trains the biases that the configurations ask for."""
+        own = {id(p) for _, part in self.parts() for name in part.adapter_names() for p in part.adapter_parameters(name)}
+        for parameter in model.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad = False
+        for config in self.peft_config.values():
+            bias = getattr(config, "bias", "none")
+            if bias == "all":
+                for name, parameter in model.named_parameters():
+                    if name.rpartition(".")[2].endswith("bias") and id(parameter) not in own:
+                        parameter.requires_grad = True
+            elif bias != "none":
+                for _, part in self.parts():
+                    if isinstance(part, self.layer_class) and part.bias is not None:
+                        part.bias.requires_grad = True
+
+    # ---- adapters and their state
+
+    def parts(self) -> list[tuple[str, Part]]:
+        """Adapter layers and trained modules of the model by name; found once and remembered."""
+        if self._parts is None:
+            self._parts = parts_of(self.model)
+        return self._parts
+
+    def layers(self) -> Iterator[AdapterLayer]:
+        """The adapter layers, outer ones before what they wrap."""
+        return (part for _, part in self.parts() if isinstance(part, AdapterLayer))
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(getattr(self, "_active", ()))
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter; a list if there are several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    def check_names(self, names: str | Sequence[str], error: type[Exception] = ValueError) -> list[str]:
+        """`names` as a list.
+
+        Raises:
+            ValueError: some adapter does not exist.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        missing = [name for name in names if name not in self.peft_config]
+        if missing:
+            raise error(f"Adapter {', '.join(missing)} not found; there are {', '.join(self.peft_config) or 'none'}.")
+        return names
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes these adapters the active ones; trainable unless `inference_mode`, all others not.
+
+        Raises:
+            ValueError: an adapter does not exist, or two of them train the same module in full.
+        """
+        names = self.check_names(adapter_name)
+        for _, part in self.parts():
+            if isinstance(part, AuxiliaryTrainingWrapper):
+                part.check_active(names)
+        for _, part in self.parts():
+            part.set_adapter(names, inference_mode)
+        self._active = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Makes adapters trainable or not, active or not."""
+        names = self.check_names(adapter_names)
+        for _, part in self.parts():
+            part.set_requires_grad(names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Switches the adapters on again; what was trainable before is so again."""
+        for _, part in self.parts():
+            part.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Lets the model act as its base model; keeps which adapters were active and trainable."""
+        for _, part in self.parts():
+            part.enable_adapters(False)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the adapters are switched off."""
+        return any(part.disable_adapters for _, part in self.parts())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter. If it was the only active one, the first that is left becomes active.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {', '.join(self.peft_config) or 'none'}.")
+        del self.peft_config[adapter_name]
+        left = [name for name in self.active_adapters if name != adapter_name]
+        if not left and self.peft_config:
+            left = [next(iter(self.peft_config))]
+            if self.active_adapters:
+                warnings.warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now.", PeftWarning, stacklevel=2)
+        for _, part in self.parts():
+            part.delete_adapter(adapter_name)
+            if isinstance(part, AdapterLayer) and part.adapter_names() and part.active_adapters != left:
+                part.set_adapter(left)
+        for container in self.shared_names:
+            if adapter_name in getattr(self, container):
+                del getattr(self, container)[adapter_name]
+        self._active = left
+
+    @contextmanager
+    def routed(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """While it lasts, each sample of a batch gets the adapter named at its place (`"__base__"`: none).
+
+        Raises:
+            ValueError: a name is unknown, adapters are merged, or the model is in training mode.
+        """
+        if adapter_names is None:
+            yield
+            return
+        self.check_names([name for name in dict.fromkeys(adapter_names) if name != BASE])
+        if self.training:
+            raise ValueError("adapter_names (mixed batches) cannot be used in training mode; call model.eval() first.")
+        if any(part.merged_adapters for _, part in self.parts()):
+            raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+        route = Route(adapter_names)
+        for _, part in self.parts():
+            part.route(route)
+        try:
+            yield
+        finally:
+            for _, part in self.parts():
+                part.route(None)
+
+    # ---- merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Makes adapters (the active ones if None) part of the base weights; `unmerge_adapter` undoes it bit for bit.
+
+        For that, the original of every merged weight is kept: as much memory again as those weights take
+        (`merge_memory()` says how much). A call that raises leaves all weights as they were.
+
+        Raises:
+            ValueError: `safe_merge`, and some weight would not be finite.
+            NotImplementedError: some adapter cannot be merged.
+        """
+        self._check_merge(adapter_names)
+        done: list[AdapterLayer] = []
+        shared = self._shared_weights()
+        try:
+            # Inner layers first: what they make of the weight is what the outer ones change.
+            for layer in reversed(list(self.layers())):
+                before = len(layer.merged_adapters)
+                layer.merge(safe_merge, adapter_names, own=self._is_shared(layer, shared))
+                if len(layer.merged_adapters) > before == 0:
+                    done.append(layer)
+        except Exception:
+            for layer in reversed(done):
+                layer.unmerge()
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Gives the base weights back as they were before merging, bit for bit."""
+        merged = [layer for layer in self.layers() if layer.merged]
+        if not merged:
+            warnings.warn("No adapter is merged: nothing to do.", PeftWarning, stacklevel=2)
+        for layer in merged:
+            layer.unmerge()
+
+    def merge_memory(self) -> int:
+        """Bytes kept to undo the present merge."""
+        return sum(layer.merge_memory() for layer in self.layers())
+
+    def _shared_weights(self) -> set[int]:
+        """Parameters that several modules hold (tied embeddings, replicated layers)."""
+        seen: set[int] = set()
+        shared: set[int] = set()
+        for module in self.model.modules():
+            for parameter in module._parameters.values():
+                (shared if id(parameter) in seen else seen).add(id(parameter))
+        return shared
+
+    @staticmethod
+    def _is_shared(layer: AdapterLayer, shared: set[int]) -> bool:
+        # Tied modules with trained tokens share those as well, so they stay tied.
+        return id(layer.weight) in shared and not isinstance(layer, TrainableTokensLayer)
+
+    def _check_merge(self, adapter_names: Sequence[str] | None) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            warnings.warn(f"Adapter {', '.join(unknown)} does not exist and is not merged.", PeftWarning, stacklevel=3)
+        for layer in self.layers():
+            for name in names:
+                if layer.has(name) and name not in layer.merged_adapters:
+                    layer.check_merge(name)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Makes adapters part of the base weights for good and gives the base model back, without adapter layers.
+
+        Args:
+            progressbar: show one.
+            safe_merge: check first that all outcomes are finite.
+            adapter_names: which; the active ones if None.
+
+        Raises:
+            ValueError: `safe_merge`, and some weight would not be finite.
+            NotImplementedError: some adapter cannot be merged.
+        """
+        self._check_merge(adapter_names)
+        if safe_merge:
+            for layer in self.layers():
+                names = [n for n in (self.active_adapters if adapter_names is None else adapter_names) if layer.has(n)]
+                if names:
+                    layer.merged_weight([n for n in names if n not in layer.merged_adapters], safe=True)
+        return self._unload_and_optionally_merge(merge=True, progressbar=progressbar, adapter_names=adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapter layers; merged adapters are taken out first."""
+        for layer in self.layers():
+            if layer.merged:
+                layer.unmerge()
+        return self._unload_and_optionally_merge(merge=False)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        parts = list(reversed(self.parts()))
+        shared = self._shared_weights() if merge else set()
+        for key, part in _with_progress(parts, progressbar, "Merging" if merge else "Unloading"):
+            if isinstance(part, AdapterLayer):
+                if merge:
+                    part.merge(safe_merge, adapter_names, keep=False, own=self._is_shared(part, shared))
+                plain = part.base_layer
+            else:
+                plain = part.unload(merge, adapter_names)
+            if key.rpartition(".")[2] == "token_adapter":
+                continue
+            parent, _, name = get_submodules(self.model, key)
+            setattr(parent, name, plain)
+        self._parts = None
+        if "peft_config" in self.model.__dict__:
+            del self.model.peft_config
+        return self.model
+
+    # ---- being the model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "_modules" not in self.__dict__:
+                raise
+            return getattr(self.model, name)
+
+    def key_map(self, adapter_name: str) -> dict[str, str]:
+        """Names of tensors that all layers of an adapter share: as files have them -> as this object has them."""
+        return {slot: f"{slot}.{adapter_name}" for slot in self.shared_names if adapter_name in getattr(self, slot)}
+
+
+def _with_progress(items: list[Any], show: bool, label: str) -> Any:
+    if not show:
+        return items
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=label)
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises ValueError where a string cannot name an adapter."""
+    if not isinstance(name, str) or not name or "." in name or name == BASE:
+        raise ValueError(f"{name!r} cannot name an adapter: a name is a string without dots, and not {BASE!r}.")
+
+

@@ -1,0 +1,68 @@
+"""Tied weights: an embedding and an output layer that are one tensor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from peft.core.plan import ends_with, model_modules
+from peft.errors import PeftWarning
+
+
+def tied_embedding_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that share their weight with the input embedding, the embedding first; empty if none does."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
+        return []
+    weight = _plain_weight(embedding)
+    tied = [key for key, module in model_modules(model) if key and _plain_weight(module) is weight]
+    return tied if len(tied) > 1 else []
+
+
+def _plain_weight(module: nn.Module) -> Any:
+    """A module's own weight, whatever wraps it; None where it has none."""
+    while True:
+        inner = getattr(module, "token_adapter", None) or module.__dict__.get("_modules", {}).get("base_layer")
+        inner = inner or module.__dict__.get("_modules", {}).get("original_module")
+        if inner is None:
+            return module.__dict__.get("_parameters", {}).get("weight")
+        module = inner
+
+
+def tie_configuration(config: Any, model: nn.Module) -> list[str]:
+    """With `ensure_weight_tying`, lets a configuration that names one of two tied modules mean both.
+
+    Returns the names of modules to train in full beyond those that `modules_to_save` names.
+    """
+    if not getattr(config, "ensure_weight_tying", False):
+        return []
+    tied = tied_embedding_modules(model)
+    if not tied:
+        warnings.warn("ensure_weight_tying has no effect: the model ties no weights.", PeftWarning, stacklevel=3)
+        return []
+    saved = config.modules_to_save or ()
+    if not any(ends_with(key, saved) for key in tied):
+        return []
+    config.modules_to_save = sorted({*saved, tied[0]})
+    return [key for key in tied if not ends_with(key, saved)]
+
+
+def warn_of_tied_targets(targets: Sequence[str], config: Any, model: nn.Module) -> None:
+    """Says what happens when one of several modules that are the same tensor gets an adapter."""
+    tied = tied_embedding_modules(model)
+    hit = [key for key in tied if key in targets] or [
+        key for key in tied if config.modules_to_save and ends_with(key, config.modules_to_save)
+    ]
+    if hit and not getattr(config, "ensure_weight_tying", False):
+        others = [key for key in tied if key not in hit]
+        warnings.warn(
+            f"{', '.join(hit)} shares its weight with {', '.join(others) or 'each other'} (tied embeddings), and the adapter"
+            " changes it alone. Merging gives it a weight of its own; to save the merged model so, set"
+            " config.tie_word_embeddings=False, or else the copies become one again on loading. ensure_weight_tying=True"
+            " keeps them the same.",
+            PeftWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,50 @@
+"""Products with chains of Householder reflections, in compact WY form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reflect(rows: Tensor, u: Tensor, orthogonal: bool = False) -> Tensor:
+    """`rows` times (I - 2 u1 u1^T) ... (I - 2 ur ur^T).
+
+    The product of r reflections is I - U T U^T with an upper triangular T [r, r], whose inverse is half the identity
+    plus the strict upper triangle of U^T U (arXiv:0911.2181, the UT transform), so two thin products and one solve do it.
+
+    Args:
+        rows: [..., n].
+        u: [n, r]; its columns are normalised here.
+        orthogonal: make the columns orthonormal first, by Gram-Schmidt in their order.
+    """
+    u = torch.nn.functional.normalize(u, dim=0)
+    if orthogonal:
+        u = gram_schmidt(u)
+        return rows - 2 * (rows @ u) @ u.T
+    inverse = torch.triu(u.T @ u, diagonal=1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+    # rows @ U @ T: T is found by solving rather than inverting, for accuracy.
+    projected = _solve_right(inverse, rows @ u)
+    return rows - projected @ u.T
+
+
+def _solve_right(upper: Tensor, rows: Tensor) -> Tensor:
+    """`rows` @ inverse of an upper triangular matrix. Computed in float32 where the dtype has no solver."""
+    dtype = rows.dtype
+    work = torch.promote_types(dtype, torch.float32)
+    flat = rows.reshape(-1, rows.shape[-1])
+    solved = torch.linalg.solve_triangular(upper.to(work), flat.to(work), upper=True, left=False)
+    return solved.to(dtype).reshape(rows.shape)
+
+
+def gram_schmidt(u: Tensor) -> Tensor:
+    """The columns of `u` [n, r] made orthonormal one after the other, each against those before it.
+
+    A column that depends on those before it becomes zero, which as a reflection does nothing.
+    """
+    basis: list[Tensor] = []
+    for column in u.unbind(1):
+        for other in basis:
+            column = column - (column @ other) * other
+        norm = column.norm()
+        basis.append(torch.where(norm > 1e-6, column / norm.clamp_min(1e-6), torch.zeros_like(column)))
+    return torch.stack(basis, dim=1)

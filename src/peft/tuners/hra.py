@@ -1,0 +1,89 @@
+"""Householder reflection adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.layer import AdapterLayer
+from peft.core.tuner import BaseTuner
+from peft.ops.householder import reflect
+from peft.registry import PeftType
+
+
+@dataclass
+class HRAConfig(LayerConfig):
+    """Householder reflection adaptation (arXiv:2405.17484).
+
+    W' = W (I - 2 u1 u1^T) ... (I - 2 ur ur^T), with u1 ... ur the normalised columns of `hra_u` [in, r].
+
+    Args:
+        r: number of reflections; even, so that the adapter starts without effect.
+        apply_GS: make the reflections orthogonal to each other (Gram-Schmidt).
+        init_weights: start with pairs of equal reflections, which cancel; False starts at random.
+    """
+
+    r: int = 8
+    apply_GS: bool = False  # noqa: N815 - the name in the files
+    init_weights: bool = True
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.HRA
+        if self.r < 1:
+            raise ValueError(f"r must be a positive integer, got {self.r}.")
+
+
+class HRALayer(AdapterLayer):
+    """A module whose weight is multiplied by reflections."""
+
+    adapter_layer_names = ("hra_u",)
+    other_param_names = ("hra_r", "hra_apply_GS")
+    label = "hra"
+
+    hra_u: nn.ParameterDict
+
+    def create(self, name: str, config: HRAConfig) -> None:
+        self.hra_r[name], self.hra_apply_GS[name] = config.r, config.apply_GS
+        u = torch.empty(self.in_features, config.r)
+        if config.init_weights and config.r % 2 == 0:
+            half = torch.empty(self.in_features, config.r // 2)
+            nn.init.kaiming_uniform_(half, a=5**0.5)
+            u = half.repeat_interleave(2, dim=1)
+        else:
+            nn.init.kaiming_uniform_(u, a=5**0.5)
+        self.hra_u[name] = nn.Parameter(u)
+
+    def transform(self, name: str, weight: Tensor) -> Tensor:
+        return reflect(weight, self.hra_u[name], orthogonal=self.hra_apply_GS[name])
+
+    def cheap(self, name: str) -> bool:
+        return self.op.linear
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # W R x: reflecting the activations costs less than reflecting the weight. R x = (x^T R^T)^T, so in reverse order.
+        u = self.hra_u[name].to(x.dtype)
+        return below(reflect(x, u.flip(1), orthogonal=self.hra_apply_GS[name]), *args, **kwargs)
+
+    @classmethod
+    def check(cls, config: HRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if config.init_weights and config.r % 2:
+            raise ValueError(
+                f"HRA starts without effect only with an even number of reflections, got r={config.r}; choose an even r, or"
+                " init_weights=False for a random start."
+            )
+
+
+class HRAModel(BaseTuner):
+    """A model with Householder reflection adapters."""
+
+    prefix = "hra_"
+    layer_class = HRALayer

@@ -1,0 +1,125 @@
+"""(IA)^3: scaling of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import ConvOp
+from peft.core.layer import AdapterLayer
+from peft.core.plan import matching_entry
+from peft.core.target_tables import FEEDFORWARD_TARGETS
+from peft.core.tuner import BaseTuner
+from peft.registry import PeftType
+
+
+@dataclass
+class IA3Config(LayerConfig):
+    """Infused adapter by inhibiting and amplifying inner activations (arXiv:2205.05638).
+
+    The output of a module is multiplied by the vector `ia3_l` [out, 1]; for feed-forward modules its input is, and the
+    vector is [1, in].
+
+    Args:
+        feedforward_modules: those of `target_modules` whose input is scaled.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        init_ia3_weights: start at one, without effect; False starts at random.
+    """
+
+    feedforward_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(
+        ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.IA3
+        if isinstance(self.feedforward_modules, (list, tuple)):
+            self.feedforward_modules = set(self.feedforward_modules)
+        if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
+            outside = self.feedforward_modules - self.target_modules
+            if outside:
+                raise ValueError(f"feedforward_modules must be among target_modules; {sorted(outside)} is not.")
+
+
+class IA3Layer(AdapterLayer):
+    """A module whose output or input is scaled."""
+
+    adapter_layer_names = ("ia3_l",)
+    label = ""
+
+    ia3_l: nn.ParameterDict
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str | None = None, is_feedforward: bool = False):
+        super().__init__(base_layer, parameter_name)
+        self.is_feedforward = is_feedforward
+
+    def create(self, name: str, config: IA3Config) -> None:
+        size = self._channels() if self.is_feedforward else self.out_features
+        if isinstance(self.op, ConvOp):
+            shape = (1, size, *[1] * (self.weight.dim() - 2))
+        else:
+            shape = (1, size) if self.is_feedforward else (size, 1)
+        start = torch.ones(shape) if config.init_ia3_weights else torch.randn(shape)
+        self.ia3_l[name] = nn.Parameter(start)
+
+    def _channels(self) -> int:
+        return self.get_base_layer().in_channels if isinstance(self.op, ConvOp) else self.in_features
+
+    def transform(self, name: str, weight: Tensor) -> Tensor:
+        scale = self.ia3_l[name].flatten()
+        if not self.is_feedforward:
+            return weight * scale[:, None]
+        if isinstance(self.op, ConvOp):
+            return _scale_channels(weight, scale, self.get_base_layer())
+        return weight * scale
+
+    def transform_bias(self, name: str, bias: Tensor | None) -> Tensor | None:
+        return bias if bias is None or self.is_feedforward else bias * self.ia3_l[name].flatten()
+
+    def cheap(self, name: str) -> bool:
+        return self.op.linear or isinstance(self.op, ConvOp) or (self.op.kind == "Embedding" and not self.is_feedforward)
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        scale = self.ia3_l[name] if isinstance(self.op, ConvOp) else self.ia3_l[name].flatten()
+        if self.is_feedforward:
+            return below(x * scale.to(x.dtype), *args, **kwargs)
+        result = below(x, *args, **kwargs)
+        return result * scale.to(result.dtype)
+
+    @property
+    def type_name(self) -> str:
+        return self.op.kind
+
+
+def _scale_channels(weight: Tensor, scale: Tensor, conv: Any) -> Tensor:
+    """Scales a convolution's weight [out, in / groups * kernel] by its input channels [in]."""
+    grouped = scale.reshape(conv.groups, -1)
+    per_output = grouped.repeat_interleave(weight.shape[0] // conv.groups, dim=0)
+    return weight * per_output.repeat_interleave(weight.shape[1] // per_output.shape[1], dim=1)
+
+
+class IA3Model(BaseTuner):
+    """A model with (IA)^3 vectors."""
+
+    prefix = "ia3_"
+    layer_class = IA3Layer
+
+    def complete_config(self, config: IA3Config, model_config: dict[str, Any]) -> None:
+        if config.feedforward_modules is None:
+            if getattr(config, "_targets_are_defaults", False):
+                config.feedforward_modules = set(FEEDFORWARD_TARGETS[model_config["model_type"]])
+            else:
+                raise ValueError("Please specify `feedforward_modules` along with `target_modules`; [] if there are none.")
+
+    def make_layer(self, config: IA3Config, target: nn.Module, parameter_name: str | None, key: str) -> IA3Layer:
+        name = key if parameter_name is None else f"{key}.{parameter_name}"
+        return IA3Layer(target, parameter_name, matching_entry(config.feedforward_modules, name) is not None)

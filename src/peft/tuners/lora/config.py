@@ -1,0 +1,116 @@
+"""What a LoRA adapter is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from peft.config import LayerConfig, as_subconfig
+from peft.registry import PeftType
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings that only matter in the running process; never saved.
+
+    Args:
+        ephemeral_gpu_offload: move tensors to the accelerator for heavy parts of an initialisation only.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoftQConfig:
+    """Settings of the LoftQ initialisation (arXiv:2310.08659).
+
+    Args:
+        loftq_bits: bits of the quantisation.
+        loftq_iter: alternating steps.
+    """
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+
+@dataclass
+class LoraConfig(LayerConfig):
+    """Low-rank adaptation (arXiv:2106.09685): W' = W + s B A, with A [r, in], B [out, r] and s = lora_alpha / r.
+
+    Args:
+        r: rank of the change.
+        lora_alpha: numerator of the scale.
+        lora_dropout: probability of dropout on the adapter's input.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).
+        init_lora_weights: True starts A at random and B at zero, without effect; `"gaussian"` draws A from a normal
+            distribution of deviation 1 / r; False starts both at random, with an effect.
+        rank_pattern: ranks of single modules: name or regular expression for its end -> rank.
+        alpha_pattern: the same for lora_alpha.
+        trainable_token_indices: rows of the embedding to train as well: a list for the input embedding, or module
+            name -> list.
+        layer_replication: ranges [start, end) of decoder layers to build the model anew from; repeated layers share
+            their weights and have adapters of their own.
+        lora_bias: give B a bias.
+        ensure_weight_tying: keep what is trained of tied modules (embedding and output layer) the same.
+        runtime_config: see [`LoraRuntimeConfig`].
+        megatron_config: transformer configuration of Megatron's parallel layers.
+        megatron_core: import name of Megatron's core package.
+        loftq_config, eva_config, corda_config, lora_ga_config: settings of those initialisations.
+        use_dora, use_qalora, qalora_group_size, alora_invocation_tokens, arrow_config, use_bdlora, velora_config,
+            kasa_config, monteclora_config: settings of those variants.
+    """
+
+    r: int = 8
+    lora_alpha: int = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset(("runtime_config",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        self.runtime_config = as_subconfig("runtime_config", self.runtime_config, LoraRuntimeConfig) or LoraRuntimeConfig()
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias=True cannot be combined with use_dora=True.")
+        if self.lora_bias and self.init_lora_weights not in (True, False):
+            raise ValueError(f"lora_bias=True needs init_lora_weights=True or False, got {self.init_lora_weights!r}.")
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
+            raise ValueError("init_lora_weights='loftq' needs loftq_config, such as LoftQConfig(loftq_bits=4).")
+        self._custom_modules: dict[type[nn.Module], type[nn.Module]] = {}
+
+    def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:
+        """Adapter layers for kinds of module that LoRA does not know: module class -> layer class.
+
+        Not saved: has to be called again before loading.
+        """
+        self._custom_modules.update(mapping)

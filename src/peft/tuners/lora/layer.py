@@ -1,0 +1,350 @@
+"""The LoRA layer, for each kind of base module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.core.base_op import BaseOp, ConvOp, ParameterOp
+from peft.core.layer import AdapterLayer
+from peft.core.plan import get_pattern_key
+from peft.tuners.lora.config import LoraConfig
+
+_INITS = (True, False, "gaussian")
+#: fields of variants that this version has no code for, and the value that leaves each out
+_OTHER_VARIANTS = {
+    "use_dora": False, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None, "use_bdlora": None,
+    "velora_config": None, "kasa_config": None, "monteclora_config": None, "megatron_config": None,
+}  # fmt: skip
+
+
+class LoraLayer(AdapterLayer):
+    """A module with low-rank adapters: W' = W + scaling B A (arXiv:2106.09685).
+
+    Per adapter: `lora_A[name].weight` [r, in] and `lora_B[name].weight` [out, r] (for embeddings the parameters
+    `lora_embedding_A[name]` [r, tokens] and `lora_embedding_B[name]` [dim, r]), `scaling[name]`, `r[name]`,
+    `lora_alpha[name]`, `lora_dropout[name]`.
+
+    Args:
+        base_layer: the module.
+        adapter_name: a first adapter to make, if any.
+        config: its configuration.
+        r, lora_alpha: its rank and the numerator of its scale.
+        parameter_name: the parameter to adapt, for modules that hold bare parameters.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
+    label = "lora"
+
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    lora_bias: dict[str, bool]
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: LoraConfig | None = None,
+        r: int = 0,
+        lora_alpha: float = 1,
+        parameter_name: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(base_layer, parameter_name)
+        self.lora_dropout = nn.ModuleDict()
+        self.fan_in_fan_out = self.op.kind == "Conv1D"
+        if adapter_name is not None:
+            if config is None:
+                raise TypeError(f"{type(self).__name__} needs a config to make adapter {adapter_name!r}.")
+            self.update_layer(adapter_name, r, lora_alpha, config)
+            self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    def container(self, slot: str) -> nn.Module:
+        return nn.ParameterDict() if "embedding" in slot else nn.ModuleDict()
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        """Makes an adapter, or makes it anew."""
+        self.add_adapter(adapter_name, config, r=r, lora_alpha=lora_alpha)
+
+    def create(self, name: str, config: LoraConfig, r: int = 0, lora_alpha: float | None = None) -> None:
+        r = r or config.r
+        if r < 1:
+            raise ValueError(f"r must be a positive integer, got {r}.")
+        self.r[name] = r
+        self.lora_alpha[name] = config.lora_alpha if lora_alpha is None else lora_alpha
+        self.use_rslora[name], self.lora_bias[name], self.use_dora[name] = config.use_rslora, config.lora_bias, False
+        self.scaling[name] = self.lora_alpha[name] / (math.sqrt(r) if config.use_rslora else r)
+        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.make_factors(name, r, config)
+        self.reset_lora_parameters(name, config.init_lora_weights)
+
+    def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
+        """Makes A and B, their values still open."""
+        self.lora_A[name] = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False)
+        self.lora_B[name] = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=config.lora_bias)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
+        """Gives an adapter its start values."""
+        a, b = self.factors(adapter_name)
+        with torch.no_grad():
+            if init_lora_weights == "gaussian":
+                nn.init.normal_(a, std=1 / self.r[adapter_name])
+            else:
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            if init_lora_weights is False:
+                nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(b)
+            if self.lora_bias[adapter_name]:
+                bias = self.lora_B[adapter_name].bias
+                nn.init.zeros_(bias) if init_lora_weights is not False else nn.init.normal_(bias, std=0.02)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B as they are stored."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def delta(self, name: str) -> Tensor:
+        a, b = self.factors(name)
+        return self.scaling[name] * (b @ a)
+
+    def transform_bias(self, name: str, bias: Tensor | None) -> Tensor | None:
+        if not self.lora_bias[name]:
+            return bias
+        change = self.scaling[name] * self.lora_B[name].bias
+        return change if bias is None else bias + change
+
+    def check_merge(self, name: str) -> None:
+        if self.lora_bias[name] and self.get_base_bias() is None:
+            raise ValueError(
+                f"Adapter {name!r} has a bias (lora_bias=True), but the {self.op.kind} has none that it could be merged into."
+            )
+
+    # ---- scale
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the scale of an adapter to `scale` times what its configuration says."""
+        if self.has(adapter):
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scale of the active adapters."""
+        for name in self._live:
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scale of the active adapters; without `scale`, sets it to what the configuration says."""
+        for name in self._live:
+            self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+    def _initial_scaling(self, name: str) -> float:
+        r = self.r[name]
+        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+
+    # ---- checks
+
+    @classmethod
+    def check(cls, config: LoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        name = f"{key}.{op.weight_name}" if isinstance(op, ParameterOp) else key
+        r = rank_of(config, name)
+        if r < 1:
+            raise ValueError(f"r must be a positive integer, got {r} for {name!r}.")
+        if config.init_lora_weights not in _INITS:
+            raise ValueError(
+                f"Unknown init_lora_weights={config.init_lora_weights!r}; this version has {', '.join(map(repr, _INITS))}."
+            )
+        for variant, off in _OTHER_VARIANTS.items():
+            if getattr(config, variant) != off:
+                raise ValueError(f"{variant}={getattr(config, variant)!r} is not supported by this version.")
+        if isinstance(op, ParameterOp):
+            _check_parameter(config, name)
+        elif config.lora_bias and op.kind == "Embedding":
+            raise ValueError(f"lora_bias=True is not supported for embeddings ({key!r}).")
+        elif isinstance(op, ConvOp) and r % module.groups:
+            raise ValueError(f"r={r} must be a multiple of the groups of {key!r} ({module.groups}).")
+
+
+def _check_parameter(config: LoraConfig, name: str) -> None:
+    for setting in ("lora_dropout", "fan_in_fan_out", "lora_bias"):
+        if getattr(config, setting):
+            raise ValueError(f"{setting}={getattr(config, setting)} is not supported for target_parameters ({name!r}).")
+
+
+def rank_of(config: LoraConfig, key: str) -> int:
+    """The rank of the adapter on one module."""
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
+
+
+def alpha_of(config: LoraConfig, key: str) -> float:
+    """Its lora_alpha."""
+    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
+
+
+class Linear(LoraLayer):
+    """LoRA on linear layers, with their weight as [out, in] or transposed."""
+
+    def cheap(self, name: str) -> bool:
+        return True
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x, *args, **kwargs)
+
+    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        a, b = self.lora_A[name], self.lora_B[name]
+        # A and B, which are small, come to the dtype of the activations rather than these to theirs.
+        low = F.linear(self.lora_dropout[name](x), a.weight.to(x.dtype))
+        bias = b.bias if b.bias is None else b.bias.to(x.dtype)
+        return result + F.linear(low, b.weight.to(x.dtype), bias) * self.scaling[name]
+
+
+class Embedding(LoraLayer):
+    """LoRA on embeddings: the change of the row of token t is scaling B A[:, t]."""
+
+    def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
+        self.lora_embedding_A[name] = nn.Parameter(torch.empty(r, self.in_features))
+        self.lora_embedding_B[name] = nn.Parameter(torch.empty(self.out_features, r))
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
+        a, b = self.factors(adapter_name)
+        nn.init.normal_(b)
+        nn.init.normal_(a) if init_lora_weights is False else nn.init.zeros_(a)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+    def cheap(self, name: str) -> bool:
+        return True
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x, *args, **kwargs)
+
+    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        a, b = (factor.to(result.dtype) for factor in self.factors(name))
+        base = self.get_base_layer()
+        low = F.embedding(x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        change = F.linear(low, b) * self.scaling[name]
+        # Some models (Gemma) multiply the embedding in its own forward.
+        scale = getattr(base, "embed_scale", None)
+        return result + (change if scale is None else change * torch.as_tensor(scale).to(change))
+
+
+class _ConvNd(LoraLayer):
+    """LoRA on convolutions: A is the same convolution with r outputs, B a 1x1 convolution in as many groups."""
+
+    conv: ClassVar[type[nn.Module]]
+
+    def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
+        base = self.get_base_layer()
+        # skip_init passes no string for padding_mode on to some versions' meta device, so it is set after.
+        shape = dict(kernel_size=base.kernel_size, stride=base.stride, padding=base.padding, dilation=base.dilation)
+        self.lora_A[name] = self.conv(base.in_channels, r, **shape, padding_mode=base.padding_mode, bias=False)
+        self.lora_B[name] = self.conv(r, base.out_channels, 1, groups=base.groups, bias=config.lora_bias)
+
+    def delta(self, name: str) -> Tensor:
+        a, b = self.factors(name)
+        return self.scaling[name] * (b.flatten(1) @ a.flatten(1))
+
+    def check_merge(self, name: str) -> None:
+        super().check_merge(name)
+        if self.get_base_layer().groups > 1:
+            raise NotImplementedError(
+                "LoRA on a convolution with groups cannot be merged: its A sees the channels of all groups, and the base"
+                " weight has no room for such a change."
+            )
+
+    def cheap(self, name: str) -> bool:
+        return True
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x, *args, **kwargs)
+
+    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        a, b = self.lora_A[name], self.lora_B[name]
+        bias = b.bias if b.bias is None else b.bias.to(x.dtype)
+        low = a._conv_forward(self.lora_dropout[name](x), a.weight.to(x.dtype), None)
+        return result + b._conv_forward(low, b.weight.to(x.dtype), bias) * self.scaling[name]
+
+
+class Conv1d(_ConvNd):
+    """LoRA on `nn.Conv1d`."""
+
+    conv = nn.Conv1d
+
+
+class Conv2d(_ConvNd):
+    """LoRA on `nn.Conv2d`."""
+
+    conv = nn.Conv2d
+
+
+class Conv3d(_ConvNd):
+    """LoRA on `nn.Conv3d`."""
+
+    conv = nn.Conv3d
+
+
+class MultiheadAttention(LoraLayer):
+    """LoRA on the fused input projection of `nn.MultiheadAttention`; its output projection has a layer of its own."""
+
+
+class ParamWrapper(LoraLayer):
+    """LoRA on one parameter of a module, a matrix or a stack of matrices (fused mixtures of experts).
+
+    For a stack of E matrices [out, in], A is [r E, in], expert by expert, and B [out, r E], rank by rank.
+    """
+
+    op: ParameterOp
+
+    def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
+        experts = self.op.num_experts
+        self.lora_A[name] = nn.utils.skip_init(nn.Linear, self.in_features, r * experts, bias=False)
+        self.lora_B[name] = nn.utils.skip_init(nn.Linear, r * experts, self.op.expert_out_features, bias=False)
+
+    def delta(self, name: str) -> Tensor:
+        a, b = self.factors(name)
+        experts, r = self.op.num_experts, self.r[name]
+        a = a.view(experts, r, -1)
+        b = b.view(b.shape[0], r, experts).permute(2, 0, 1)
+        return (self.scaling[name] * torch.bmm(b, a)).flatten(0, 1)
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices the parameter stacks."""
+        return self.op.num_experts
+
+    @property
+    def out_features(self) -> int:
+        return self.op.expert_out_features
+
+    def get_param(self) -> nn.Parameter:
+        """The parameter."""
+        return getattr(self.get_base_layer(), self.op.weight_name)
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read other attributes of the module (an expert count, say) through the wrapper.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def type_name(self) -> str:
+        return "lora.ParamWrapper"
+
+
+LAYERS: dict[str, type[LoraLayer]] = {
+    "Linear": Linear, "Conv1D": Linear, "Embedding": Embedding, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d,
+    "MultiheadAttention": MultiheadAttention, "Parameter": ParamWrapper,
+}  # fmt: skip
