@@ -600,6 +600,15 @@ def test_torch_device_says_where_the_file_is_read_to(model, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_ephemeral_offload_is_a_setting_of_this_process_only(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "red", ephemeral_gpu_offload=True).eval()
+    assert loaded.peft_config["default"].runtime_config.ephemeral_gpu_offload
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    assert "ephemeral" not in (tmp_path / "again" / "adapter_config.json").read_text()
+
+
 def test_loaded_adapters_are_frozen_unless_asked(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "red", adapter_name="red")

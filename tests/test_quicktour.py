@@ -25,6 +25,8 @@ from peft import (
     get_peft_model,
 )
 
+pytest_plugins = ["hub_server"]
+
 
 def sizes(folder):
     """The files below a folder, with their sizes in bytes."""
@@ -190,7 +192,22 @@ def test_whisper_has_no_task_class_and_needs_none(tmp_path):
 
     assert type(loaded) is PeftModel and type(loaded.get_base_model()).__name__ == "WhisperForConditionalGeneration"
     assert torch.equal(loaded.generate(input_features=sound, max_new_tokens=8), expected)
-    assert not torch.equal(base.generate(input_features=sound, max_new_tokens=8), expected) or base is not model
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(input_features=sound, max_new_tokens=8), expected)
+
+
+def test_a_model_pushed_to_the_hub_is_loaded_by_its_name(hub, tmp_path):
+    base = tiny.saved_base(tiny.llama(), tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]))
+    tiny.fill_adapter(model).eval()
+    expected = model.generate(input_ids=tiny.tokens(), max_new_tokens=8, do_sample=False)
+
+    model.push_to_hub("tester/counting-lora")
+
+    pushed = set(hub.repos["tester/counting-lora"].files())
+    assert pushed == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    loaded = AutoPeftModelForCausalLM.from_pretrained("tester/counting-lora")
+    assert torch.equal(loaded.generate(input_ids=tiny.tokens(), max_new_tokens=8, do_sample=False), expected)
 
 
 def test_loading_in_two_steps(tmp_path):
