@@ -23,12 +23,13 @@ _HOMES: dict[str, str] = {
             "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeftType TaskType"
         ),
         "peft.errors": "NoMatchingPeftModuleError PeftError PeftWarning",
+        "peft.mapping": "get_peft_model",
         "peft.mixed": "PeftMixedModel",
         "peft.model": "PeftModel",
         "peft.tasks": (
             "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction"
             " PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification"
-            " PeftModelForTokenClassification get_peft_model"
+            " PeftModelForTokenClassification"
         ),
         "peft.functional": "inject_adapter_in_model",
         "peft.core.status": "get_layer_status get_model_status",

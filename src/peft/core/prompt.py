@@ -47,8 +47,9 @@ def find_word_embeddings(model: nn.Module) -> nn.Module:
         ValueError: none of these.
     """
     if hasattr(model, "get_input_embeddings"):
+        get_input_embeddings: Any = model.get_input_embeddings
         try:
-            found = model.get_input_embeddings()
+            found = get_input_embeddings()
         except (NotImplementedError, AttributeError):  # what transformers raises for models that it cannot tell for
             found = None
         if found is not None and embedding_width(found) is not None:
@@ -141,7 +142,8 @@ class VirtualTokens(nn.Module):
                     f"token_dim={config.token_dim}, but the word embeddings of {type(model).__name__} are {width} wide."
                     " Leave token_dim out to have it read from the model."
                 )
-        return {field: value if getattr(config, field) is None else getattr(config, field) for field, value in found.items()}
+        given = {field: getattr(config, field) for field in found if getattr(config, field) is not None}
+        return {**found, **given}
 
     @classmethod
     def build(cls, config: PromptLearningConfig, model: nn.Module, word_embeddings: nn.Module) -> VirtualTokens:
@@ -220,7 +222,8 @@ class VirtualTokens(nn.Module):
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The tensors that a file's are copied into, by the names they have there."""
-        return {"prompt_embeddings": self.embedding.weight, **{name: getattr(self, name) for name in self.stored_beside}}
+        beside = {name: getattr(self, name) for name in self.stored_beside}
+        return {"prompt_embeddings": self.embedding.weight, **beside}
 
 
 class PromptHost(nn.Module):
@@ -265,7 +268,7 @@ class PromptHost(nn.Module):
 
     def _delete_prompt_encoder(self, adapter_name: str) -> None:
         """Forgets an adapter's prompt, where it has one."""
-        if adapter_name in self._modules.get("prompt_encoder", ()):
+        if adapter_name in (self._modules.get("prompt_encoder") or {}):  # type: ignore[operator]
             del self.prompt_encoder[adapter_name]
 
     @contextmanager
@@ -355,8 +358,8 @@ class PromptHost(nn.Module):
             raise ValueError("adapter_names (a mixed batch) cannot be used with soft prompts; use set_adapter.")
         if ("input_ids" in inputs) == ("inputs_embeds" in inputs):
             raise ValueError(
-                "A soft prompt goes before the input's tokens: exactly one of input_ids and inputs_embeds is needed, got"
-                f" {', '.join(inputs) or 'nothing'}."
+                "A soft prompt goes before the input's tokens: exactly one of input_ids and inputs_embeds is needed,"
+                f" got {', '.join(inputs) or 'nothing'}."
             )
         encoder: Any = self._prompt
         batch = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[0]

@@ -48,18 +48,19 @@ class PromptTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PROMPT_TUNING
-        known = [start.value for start in self.starts]
-        if self.prompt_tuning_init not in known:
-            raise ValueError(f"prompt_tuning_init={self.prompt_tuning_init!r} is not known; use one of {', '.join(known)}.")
-        self.prompt_tuning_init = self.starts(self.prompt_tuning_init)
-        from_text = self.prompt_tuning_init.value == "TEXT"
+        known = ", ".join(start.value for start in self.starts)
+        start: Any = self.prompt_tuning_init
+        if start not in [*self.starts]:
+            raise ValueError(f"prompt_tuning_init={start!r} is not known; use one of {known}.")
+        self.prompt_tuning_init = start = self.starts(start)
+        from_text = start == "TEXT"
         for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
             if from_text and not getattr(self, name):
                 raise ValueError(f"prompt_tuning_init='TEXT' needs {name}; got {getattr(self, name)!r}.")
         if self.tokenizer_kwargs and not from_text:
             raise ValueError(
-                f"tokenizer_kwargs={self.tokenizer_kwargs} has no effect with prompt_tuning_init={self.prompt_tuning_init.value!r}:"
-                " a tokenizer is only loaded for 'TEXT'."
+                "tokenizer_kwargs has no effect: a tokenizer is only loaded with prompt_tuning_init='TEXT', and it is"
+                f" {start.value!r} here."
             )
 
 
@@ -87,4 +88,6 @@ class PromptEmbedding(VirtualTokens):
 
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
         ids = torch.tensor(tokenizer(config.prompt_tuning_init_text)["input_ids"], device=device)
+        if not len(ids):
+            raise ValueError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens to start from.")
         return ids.repeat(-(-count // len(ids)))[:count]

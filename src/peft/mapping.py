@@ -1,0 +1,89 @@
+"""From a base model and a configuration to an adapted model of the class that fits the task."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from peft.config import PeftConfig
+from peft.errors import PeftWarning
+from peft.mixed import PeftMixedModel
+from peft.model import PeftModel
+from peft.registry import TaskType
+from peft.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel | PeftMixedModel:
+    """Adds a new adapter to a base model, which is changed in place.
+
+    Args:
+        model: the base model, of transformers or any other `nn.Module`.
+        peft_config: the adapter's configuration; `base_model_name_or_path` and `revision` are filled in.
+        adapter_name: the adapter's name.
+        mixed: give a [`PeftMixedModel`], which holds adapters of several methods.
+        autocast_adapter_dtype: keep the adapter in float32 where the base model is in half precision.
+        revision: revision of the base model.
+        low_cpu_mem_usage: make the adapter's tensors on the meta device, to be loaded next.
+
+    Returns:
+        The class that `peft_config.task_type` names, or [`PeftModel`].
+
+    Raises:
+        ValueError: the configuration does not fit the model, which is then as before.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}.")
+    named = peft_config.base_model_name_or_path
+    name = getattr(model, "name_or_path", None) or named
+    if named is not None and named != name:
+        warnings.warn(
+            f"The configuration was made for the base model {named!r}, and this one is {name!r}: the adapter will be"
+            " saved as belonging to the latter. Make sure that it is the right model.",
+            PeftWarning,
+        )
+    if revision is not None and peft_config.revision not in (None, revision):
+        warnings.warn(
+            f"The configuration has revision {peft_config.revision!r} of the base model: overwritten by {revision!r}.",
+            PeftWarning,
+        )
+    before = dict(peft_config.__dict__)
+    peft_config.base_model_name_or_path = name
+    peft_config.revision = revision if revision is not None else peft_config.revision
+    try:
+        if mixed:
+            return PeftMixedModel(model, peft_config, adapter_name=adapter_name)
+        return model_class_for(peft_config)(
+            model,
+            peft_config,
+            adapter_name=adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+    except BaseException:
+        peft_config.__dict__.clear()
+        peft_config.__dict__.update(before)
+        raise
+
+
+def model_class_for(peft_config: PeftConfig) -> type[PeftModel]:
+    """The class that wraps a model for a configuration's task.
+
+    Raises:
+        ValueError: a soft prompt without a task.
+    """
+    task = peft_config.task_type
+    if task is None and peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} needs a task_type, which says where the prompt goes: one of"
+            f" {', '.join(known.value for known in TaskType)}."
+        )
+    return PeftModel if task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]

@@ -1,0 +1,260 @@
+"""One class per task: which heads are trained with an adapter, and where a soft prompt goes in its inputs."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from peft.config import PeftConfig
+from peft.core.prompt import cached_tokens, find_word_embeddings, lengthen
+from peft.errors import PeftWarning
+from peft.model import PeftModel
+
+_COMMON = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
+
+
+@contextmanager
+def _replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """For a while, `owner.name` is `value`."""
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+class TaskModel(PeftModel):
+    """Base of the classes below.
+
+    Adapters on layers leave the forward pass as the base model has it. A soft prompt goes before the tokens of the
+    input; outputs with one entry per token have those of the virtual tokens first.
+    """
+
+    takes_prompts = True
+    #: heads of the base model that are new for each task: trained and stored with the adapter where they are found
+    heads: ClassVar[tuple[str, ...]] = ()
+    #: the arguments of `forward`, in order
+    arguments: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "inputs_embeds", "labels", *_COMMON)
+    #: labels with one entry per token
+    labels_by_token: ClassVar[tuple[str, ...]] = ()
+    #: labels that are positions in the input
+    labelled_positions: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any):
+        with self._heads_saved(peft_config):
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        with self._heads_saved(peft_config):
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+    @contextmanager
+    def _heads_saved(self, config: Any) -> Iterator[None]:
+        """Adds the task's heads to the modules that `config` saves; not so if adding the adapter then fails."""
+        before = getattr(config, "modules_to_save", None)
+        if self.heads and hasattr(config, "modules_to_save"):
+            config.modules_to_save = [*(before or ()), *(head for head in self.heads if head not in (before or ()))]
+        try:
+            yield
+        except BaseException:
+            if hasattr(config, "modules_to_save"):
+                config.modules_to_save = before
+            raise
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward pass, with the active adapter.
+
+        Args:
+            args: positional arguments; with a soft prompt they are `arguments`, in this order.
+            kwargs: whatever the base model takes; `adapter_names` for a mixed batch; `task_ids` for methods that
+                tell tasks apart.
+        """
+        if not self.prompt_active:
+            return super().forward(*args, **kwargs)
+        inputs = self._prompted({**dict(zip(self.arguments, args, strict=False)), **kwargs})
+        return self._prompt.finish(self.base_model(**inputs), inputs.get("labels"))
+
+    def _prompted(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self.with_prompt(inputs, self.labels_by_token, self.labelled_positions)
+
+
+class PeftModelForSequenceClassification(TaskModel):
+    """A classifier of whole texts; `classifier` or `score` is trained with the adapter."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(TaskModel):
+    """A classifier of tokens; `classifier` or `score` is trained with the adapter. Labels go by token."""
+
+    heads = ("classifier", "score")
+    labels_by_token = ("labels",)
+
+
+class PeftModelForQuestionAnswering(TaskModel):
+    """Finds an answer in a text; `qa_outputs` is trained with the adapter.
+
+    With a soft prompt of n virtual tokens, logit n + i belongs to token i; `start_positions` and `end_positions` count
+    tokens of the input.
+    """
+
+    heads = ("qa_outputs",)
+    arguments = (
+        "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds",
+        "start_positions", "end_positions", *_COMMON,
+    )  # fmt: skip
+    labelled_positions = ("start_positions", "end_positions")
+
+
+class PeftModelForFeatureExtraction(TaskModel):
+    """A model whose hidden states are the result."""
+
+    arguments = ("input_ids", "attention_mask", "inputs_embeds", *_COMMON)
+
+
+class GeneratingModel(TaskModel):
+    """Base of the tasks that generate text."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the active adapter; with a soft prompt, the result has no virtual tokens.
+
+        Args:
+            args: as the base model takes them.
+            kwargs: whatever the base model takes; `adapter_names` for a mixed batch; `task_ids` for methods that
+                tell tasks apart.
+        """
+        if not self.prompt_active:
+            return super().generate(*args, **kwargs)
+        return self._generate_with_prompt(*args, **kwargs)
+
+    def _generate_with_prompt(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        if kwargs.pop("position_ids", None) is not None:
+            warnings.warn("position_ids are ignored: with a soft prompt, generate counts itself.", PeftWarning)
+        with self._prompted_steps(task_ids):
+            return self.base_model.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the base model's next forward pass gets during generation, the soft prompt included."""
+        prepare = self.base_model.prepare_inputs_for_generation
+        if not self.prompt_active:
+            return prepare(*args, **kwargs)
+        return self._prepare_step(prepare, kwargs.pop("task_ids", None), *args, **kwargs)
+
+    @contextmanager
+    def _prompted_steps(self, task_ids: Tensor | None) -> Iterator[None]:
+        """For a while, the base model generates with the soft prompt."""
+        prepare = self.base_model.prepare_inputs_for_generation
+        tokens = self._prompt.num_virtual_tokens
+
+        # `wraps` lets transformers see which arguments the base model takes.
+        @functools.wraps(prepare)
+        def prepare_step(input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+            return self._prepare_step(prepare, task_ids, input_ids, **kwargs)
+
+        # A cache of fixed length needs room for the virtual tokens: the fifth argument is its length.
+        make_cache: Any = getattr(self.base_model, "_prepare_cache_for_generation", None)
+
+        def make_longer_cache(*args: Any, **kwargs: Any) -> Any:
+            return make_cache(*args[:4], args[4] + tokens, *args[5:], **kwargs)
+
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(self.base_model, "prepare_inputs_for_generation", prepare_step))
+            if make_cache is not None:
+                stack.enter_context(_replaced(self.base_model, "_prepare_cache_for_generation", make_longer_cache))
+            yield
+
+    @property
+    def _decoder_embeddings(self) -> nn.Module:
+        """The word embeddings of an encoder-decoder's decoder."""
+        return find_word_embeddings(self.base_model.get_decoder())
+
+    def _prepare_step(
+        self, prepare: Callable[..., dict[str, Any]], task_ids: Tensor | None, input_ids: Tensor, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The base model's own preparation, made to believe that the virtual tokens are tokens like others: they stand
+        in its inputs as padding, so that what it slices and masks has the right length, and are put in afterwards."""
+        prompt, batch = self._prompt, input_ids.shape[0]
+        side = "decoder_" if self._encodes_first else ""
+        ids, vectors, tokens = f"{side}input_ids", f"{side}inputs_embeds", prompt.num_virtual_tokens
+        seen = cached_tokens(kwargs.get("past_key_values"))
+        filled = tokens if prompt.adds_tokens and not seen else 0
+        if kwargs.get("next_sequence_length") is not None and prompt.adds_tokens:
+            mask = kwargs.get(f"{side}attention_mask")
+            kwargs["next_sequence_length"] = tokens + (input_ids if mask is None else mask).shape[1] - seen
+        prompt.make_room(kwargs, batch, seen, side)
+        if kwargs.get(vectors) is not None:
+            kwargs[vectors] = pad(kwargs[vectors], (0, 0, filled, 0))
+        inputs = prepare(pad(input_ids, (filled, 0)), **kwargs)
+        # Positions count as in `forward`: transformers would have the padding of a batch share them.
+        inputs.pop(f"{side}position_ids", None)
+        if not seen:
+            for name in (ids, vectors):
+                if inputs.get(name) is not None:
+                    inputs[name] = inputs[name][:, filled:]
+            if task_ids is not None:  # beams stand next to each other
+                task_ids = task_ids.repeat_interleave(batch // task_ids.shape[0], dim=0)
+            embed = self._decoder_embeddings if side else self.word_embeddings
+            prompt.insert(inputs, prompt.prompt(batch, task_ids), embed, side)
+        return inputs
+
+
+class PeftModelForCausalLM(GeneratingModel):
+    """A language model that continues texts. Labels go by token."""
+
+    labels_by_token = ("labels",)
+
+
+class PeftModelForSeq2SeqLM(GeneratingModel):
+    """An encoder-decoder that turns texts into texts. A soft prompt goes before the encoder's input."""
+
+    arguments = (
+        "input_ids", "attention_mask", "inputs_embeds",
+        "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels", *_COMMON,
+    )  # fmt: skip
+
+    def _prompted(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        task_ids = inputs.get("task_ids")
+        inputs = super()._prompted(inputs)
+        prompt = self._prompt
+        if not prompt.prompts_decoder:
+            return inputs
+        if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs and "labels" in inputs:
+            inputs["decoder_input_ids"] = self.base_model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        batch = inputs["inputs_embeds"].shape[0]
+        lengthen(inputs, "labels", prompt.labels(batch))
+        prompt.make_room(inputs, batch, 0, "decoder_")
+        prompt.insert(inputs, prompt.prompt(batch, task_ids), self._decoder_embeddings, "decoder_")
+        return inputs
+
+    def _generate_with_prompt(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        if not self._prompt.adds_tokens:
+            return super()._generate_with_prompt(*args, task_ids=task_ids, **kwargs)
+        ids = kwargs.pop("inputs", None) if not args else args[0]
+        if ids is not None:
+            kwargs["input_ids"] = ids
+        if kwargs.pop("encoder_outputs", None) is not None:
+            warnings.warn("encoder_outputs are ignored: they were made without the soft prompt.", PeftWarning)
+        kwargs = self.with_prompt({**kwargs, "task_ids": task_ids})
+        if self._prompt.prompts_decoder:
+            return super()._generate_with_prompt(None, *args[1:], task_ids=task_ids, **kwargs)
+        return self.base_model.generate(None, *args[1:], **kwargs)
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
