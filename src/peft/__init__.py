@@ -25,9 +25,8 @@ _HOMES: dict[str, str] = {
         "peft.errors": "NoMatchingPeftModuleError PeftError PeftWarning",
         "peft.mapping": "get_peft_model",
         "peft.mixed": "PeftMixedModel",
-        "peft.model": "PeftModel",
         "peft.tasks": (
-            "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction"
+            "PeftModel MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction"
             " PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification"
             " PeftModelForTokenClassification"
         ),

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from peft.config import PeftConfig
 from peft.core.prompt import cached_tokens, find_word_embeddings, lengthen
 from peft.errors import PeftWarning
-from peft.model import PeftModel
+from peft.model import TASK_CLASSES, PeftModel
 
 _COMMON = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 
@@ -258,3 +258,5 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     "QUESTION_ANS": PeftModelForQuestionAnswering,
     "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
 }
+
+TASK_CLASSES.update(MODEL_TYPE_TO_PEFT_MODEL_MAPPING)

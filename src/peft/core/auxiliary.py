@@ -359,3 +359,29 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     def route(self, route: Route | None) -> None:
         self.token_adapter.route(route)
+
+
+def save_modules(model: nn.Module, keys: Sequence[str], adapter_name: str, tied: Sequence[str] = ()) -> None:
+    """Gives an adapter its own copy of modules of a model, to be trained in full; those in `tied` share their weight."""
+    shared: nn.Module | None = None
+    for key in keys:
+        parent, _, name = key.rpartition(".")
+        owner = model.get_submodule(parent)
+        module = getattr(owner, name)
+        if isinstance(module, ModulesToSaveWrapper):
+            module.update(adapter_name, shared if key in tied else None)
+        else:
+            module = ModulesToSaveWrapper(module, adapter_name, shared if key in tied else None)
+            setattr(owner, name, module)
+        if key in tied:
+            shared = shared or module.modules_to_save[adapter_name]
+
+
+def unsave_modules(model: nn.Module, adapter_name: str) -> None:
+    """Takes an adapter's copies out again; modules that no other adapter trains are put back."""
+    for key, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            module.delete_adapter(adapter_name)
+            if not module.modules_to_save:
+                parent, _, name = key.rpartition(".")
+                setattr(model.get_submodule(parent), name, module.original_module)

@@ -70,6 +70,8 @@ class AdapterLayer(nn.Module):
         self.merged_adapters: list[str] = []
         self._before_merge: dict[str, Any] = {}
         self._trained_before_disable: list[nn.Parameter] = []
+        self._merged_before_disable: list[str] = []
+        self._merged_own = False
         self._route: Route | None = None
         self._mode = _RUN_BASE
 
@@ -190,6 +192,15 @@ class AdapterLayer(nn.Module):
                 if moved is not entry.data:
                     entries[name] = type(entry)(moved, requires_grad=entry.requires_grad) if isinstance(entry, nn.Parameter) else moved
 
+    def fill_in(self, name: str, config: Any, settings: dict[str, Any]) -> None:
+        """Gives those tensors of an adapter that have no memory the values of a fresh adapter."""
+        before = list(self.adapter_parameters(name))
+        self.create(name, config, **settings)
+        self.move(name, *place_of(self.get_base_layer()))
+        for old, new in zip(before, self.adapter_parameters(name), strict=True):
+            new.data = new.data.to(old.dtype) if old.is_meta else old.data
+            new.requires_grad_(old.requires_grad)
+
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of one adapter."""
         for slot in self.adapter_layer_names:
@@ -263,7 +274,13 @@ class AdapterLayer(nn.Module):
             for parameter in self._trained_before_disable:
                 parameter.requires_grad_(True)
             self._trained_before_disable = []
+            if self._merged_before_disable:
+                self.merge(adapter_names=self._merged_before_disable, own=self._merged_own)
+                self._merged_before_disable = []
         else:
+            if self.merged:
+                self._merged_before_disable = list(self.merged_adapters)
+                self.unmerge()
             self._trained_before_disable = [
                 p for name in self.adapter_names() for p in self.adapter_parameters(name) if p.requires_grad
             ]
@@ -483,6 +500,7 @@ class AdapterLayer(nn.Module):
             if bias is not None and bias is not self.get_base_bias():
                 self._write(self.op.bias_name or "", bias, keep, own)
         self.merged_adapters.extend(names)
+        self._merged_own = own
         self._refresh()
 
     def _write(self, name: str, value: Tensor, keep: bool, own: bool) -> None:

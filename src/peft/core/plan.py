@@ -85,6 +85,15 @@ def ends_with(key: str, names: Iterable[str]) -> str | None:
         start = dot + 1
 
 
+def modules_named(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The model's modules that `names` mean, outermost only."""
+    names, found = set(names), []
+    for key, _ in model_modules(model):
+        if ends_with(key, names) and not any(key.startswith(f"{outer}.") for outer in found):
+            found.append(key)
+    return found
+
+
 def matching_entry(wanted: str | Iterable[str] | None, key: str) -> str | None:
     """The entry of `target_modules` or `exclude_modules` that means `key`, if any."""
     if wanted is None:

@@ -111,3 +111,11 @@ def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None
     if getattr(hook, "offload", False) and getattr(hook, "execution_device", None) is not None:
         device = torch.device(hook.execution_device)
     return device, dtype
+
+
+def backend_of(layer: Any) -> str | None:
+    """What the storage of an adapter layer's base weight is called; None for plain tensors."""
+    try:
+        return storage_of(layer.get_base_layer(), layer.op.weight_name).backend
+    except TypeError:
+        return None

@@ -153,8 +153,3 @@ FEEDFORWARD_TARGETS: Targets = {"mt5": []} | _table(
         "mlp.c_proj": "gpt2 gpt_bigcode",
     }
 )
-
-
-def default_targets(peft_type: str, model_type: str | None) -> list[str] | str | None:
-    """What the method `peft_type` adapts in a model of type `model_type`; None where there is no default."""
-    return DEFAULT_TARGETS.get(peft_type, {}).get(model_type or "")

@@ -16,6 +16,7 @@ from peft.core.auxiliary import (
     ModulesToSaveWrapper,
     TrainableTokensLayer,
     TrainableTokensWrapper,
+    save_modules,
 )
 from peft.core.base_op import AttentionOp
 from peft.core.layer import AdapterLayer
@@ -173,7 +174,8 @@ class BaseTuner(nn.Module):
                     parent, module, name = get_submodules(model, self._live_key(model, target.key))
                     extra = {} if target.parameter_name is None else {"parameter_name": target.parameter_name}
                     self._create_and_replace(config, adapter_name, module, name, parent, current_key=target.key, **extra)
-                self._save_modules(model, plan.save, adapter_name, config)
+                tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
+                save_modules(model, plan.save, adapter_name, tied)
                 self._train_tokens(model, adapter_name, config)
             self._parts = None
             self.targeted_module_names += [key for key in plan.module_names if key not in self.targeted_module_names]
@@ -286,20 +288,6 @@ class BaseTuner(nn.Module):
         new_module.train(child.training)
         setattr(parent, child_name, new_module)
 
-    def _save_modules(self, model: nn.Module, keys: Sequence[str], adapter_name: str, config: Any) -> None:
-        tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
-        first_copy: dict[int, nn.Module] = {}
-        for key in keys:
-            parent, module, name = get_submodules(model, self._live_key(model, key))
-            tie_to = first_copy.get(0) if key in tied else None
-            if isinstance(module, ModulesToSaveWrapper):
-                module.update(adapter_name, tie_to)
-            else:
-                module = ModulesToSaveWrapper(module, adapter_name, tie_to)
-                setattr(parent, name, module)
-            if key in tied:
-                first_copy.setdefault(0, module.modules_to_save[adapter_name])
-
     def _token_targets(self, config: Any, model: nn.Module) -> dict[str, list[int]]:
         """Embedding -> rows to train, with the names completed."""
         wanted = getattr(config, "trainable_token_indices", None)
@@ -349,6 +337,26 @@ class BaseTuner(nn.Module):
         wrapper = TrainableTokensWrapper(module, adapter_name, indices, tied)
         setattr(parent, name, wrapper)
         return wrapper
+
+    def fill_in(self, adapter_name: str) -> None:
+        """Gives tensors of an adapter that are still without memory the values of a fresh adapter."""
+        for key, part in self.parts():
+            if isinstance(part, AdapterLayer) and part.has(adapter_name):
+                if any(parameter.is_meta for parameter in part.adapter_parameters(adapter_name)):
+                    part.fill_in(adapter_name, self.peft_config[adapter_name], self.layer_settings(self.peft_config[adapter_name], key))
+
+    def without_start(
+        self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """An adapter that works on the original base model, where its initialisation changed the base weights.
+
+        Raises:
+            ValueError: the initialisation changes nothing, so there is nothing to convert.
+        """
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is for initialisations that change the base weights; that of adapter"
+            f" {adapter_name!r} does not. Save without it."
+        )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Brings an adapter to the dtype it is trained in: its base weight's, but float32 in place of halves."""

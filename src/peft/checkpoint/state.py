@@ -1,0 +1,265 @@
+"""An adapter's tensors in and out of a model, by the names that files have for them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.auxiliary import AuxiliaryTrainingWrapper
+from peft.core.layer import AdapterLayer
+from peft.core.plan import ends_with
+from peft.core.prompt import PromptHost
+from peft.core.tuner import BaseTuner, parts_of
+from peft.errors import PeftWarning
+
+#: last parts of the names of embeddings and output layers
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+
+
+class IncompatibleKeys(NamedTuple):
+    """What did not fit in loading: the adapter's names in the model without a value, and names that only the file has."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Slot(NamedTuple):
+    """Where one tensor of an adapter lives in a model."""
+
+    live_name: str
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.owner, self.attribute)
+
+
+def adapter_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
+    """Where the tensors of an adapter live, by the names that files have for them."""
+    slots = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper, BaseTuner)):
+            continue
+        prefix = f"{path}." if path else ""
+        for file_name, live in module.key_map(adapter_name).items():
+            owner_path, _, attribute = live.rpartition(".")
+            slots[prefix + file_name] = Slot(prefix + live, module.get_submodule(owner_path), attribute)
+    return slots
+
+
+def config_of(model: nn.Module, adapter_name: str) -> Any:
+    """The configuration of an adapter on a model.
+
+    Raises:
+        KeyError: there is no such adapter.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    if adapter_name not in configs:
+        raise KeyError(f"Adapter {adapter_name!r} not found; there are {', '.join(configs) or 'none'}.")
+    return configs[adapter_name]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors by the names that files have for them.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        state_dict: the model's state dict, where it has to be gathered from several processes; None reads the model.
+        adapter_name: which adapter.
+        unwrap_compiled: look inside the wrapper of `torch.compile`.
+        save_embedding_layers: take the base model's embeddings along; `"auto"` does so where the adapter targets them
+            or the vocabulary has another size than that of the model it is named after.
+
+    Raises:
+        KeyError: there is no such adapter.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    config = config_of(model, adapter_name)
+    slots = adapter_slots(model, adapter_name)
+    slots.update(_bias_slots(model, config))
+    if config.is_prompt_learning and isinstance(model, PromptHost):
+        tensors = model.prompt_state_dict(adapter_name)
+    else:
+        tensors = {}
+        if _wants_embeddings(model, config, save_embedding_layers):
+            slots.update(_embedding_slots(model))
+    for key, slot in slots.items():
+        tensors[key] = slot.tensor.detach() if state_dict is None else state_dict[slot.live_name]
+    return tensors
+
+
+def _bias_slots(model: nn.Module, config: Any) -> dict[str, Slot]:
+    """The biases of the base model that belong to an adapter."""
+    bias = getattr(config, "bias", "none")
+    if bias == "none":
+        return {}
+    slots = {}
+    if bias == "all":
+        for path, module in model.named_modules():
+            if any(part in f".{path}." for part in (".modules_to_save.", ".lora_A.", ".lora_B.")):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("bias") and parameter is not None:
+                    live = f"{path}.{name}" if path else name
+                    slots[live.replace(".original_module.", ".")] = Slot(live, module, name)
+        return slots
+    for path, part in parts_of(model):
+        if isinstance(part, AdapterLayer) and part.op.bias_name and part.get_base_bias() is not None:
+            live = f"{path}{'.base_layer' * _depth(part)}.{part.op.bias_name}"
+            slots[live] = Slot(live, part.get_base_layer(), part.op.bias_name)
+    return slots
+
+
+def _depth(layer: AdapterLayer) -> int:
+    """How many adapter layers lie between a layer and its base module, itself counted in."""
+    inner = layer.base_layer
+    return 1 + (_depth(inner) if isinstance(inner, AdapterLayer) else 0)
+
+
+def _wants_embeddings(model: nn.Module, config: Any, choice: bool | str) -> bool:
+    if choice != "auto":
+        return bool(choice)
+    targets = getattr(config, "target_modules", None)
+    named = (
+        any(name in targets for name in EMBEDDING_LAYER_NAMES)
+        if isinstance(targets, str)
+        else bool(targets) and any(ends_with(target, set(EMBEDDING_LAYER_NAMES)) for target in targets)
+    )
+    if named:
+        warnings.warn(
+            "The adapter targets embedding layers, so their base weights are saved along (save_embedding_layers=True).",
+            PeftWarning,
+            stacklevel=4,
+        )
+        return True
+    return _vocabulary_changed(model, config)
+
+
+def _vocabulary_changed(model: nn.Module, config: Any) -> bool:
+    """Whether the model's vocabulary has another size than that of the model it is named after, if that can be told."""
+    name, now = config.base_model_name_or_path, getattr(getattr(model, "config", None), "vocab_size", None)
+    if not name or now is None:
+        return False
+    import json
+
+    from peft.hub import fetch
+
+    try:
+        path = fetch(name, "config.json")
+    except Exception:  # noqa: BLE001 - offline, private, gone: then nothing can be told
+        return False
+    if path is None:
+        return False
+    with open(path, encoding="utf-8") as file:
+        before = json.load(file).get("vocab_size")
+    return before is not None and before != now
+
+
+def _embedding_slots(model: nn.Module) -> dict[str, Slot]:
+    """The base weights of the embedding and the output layer."""
+    slots = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(model, getter)() if hasattr(model, getter) else None
+        path = next((path for path, module in model.named_modules() if module is layer), None) if layer is not None else None
+        if path is None:
+            continue
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            continue  # what is trained there is saved in full already
+        base, depth = (layer.get_base_layer(), _depth(layer)) if isinstance(layer, AdapterLayer) else (layer, 0)
+        for name, _ in base.named_parameters(recurse=False):
+            live = f"{path}{'.base_layer' * depth}.{name}"
+            slots[live] = Slot(live, base, name)
+    return slots
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> IncompatibleKeys:
+    """Puts an adapter's tensors, named as in a file, into a model. All are checked before the first is copied.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters; the adapter exists already.
+        peft_model_state_dict: the tensors.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: leave out tensors of another shape, with a warning, rather than raise.
+        low_cpu_mem_usage: take the tensors themselves where the model's are on the meta device.
+
+    Returns:
+        Names of this adapter that got no value, and names that the model has no place for.
+
+    Raises:
+        KeyError: there is no such adapter.
+        RuntimeError: shapes differ.
+    """
+    config = config_of(model, adapter_name)
+    slots = adapter_slots(model, adapter_name)
+    prompt: dict[str, Tensor] = {}
+    if config.is_prompt_learning and isinstance(model, PromptHost):
+        prompt = model.prompt_encoder[adapter_name].stored_tensors()  # type: ignore[operator,union-attr]
+    found: list[tuple[str, Tensor, Slot | None]] = []
+    unexpected, wrong = [], []
+    for key, value in peft_model_state_dict.items():
+        slot = slots.get(key) or (None if key in prompt else _base_slot(model, key))
+        if slot is None and key not in prompt:
+            unexpected.append(key)
+            continue
+        target = prompt[key] if slot is None else slot.tensor
+        if target.shape != value.shape:
+            wrong.append((key, f"{key}: the file has {tuple(value.shape)}, the model {tuple(target.shape)}"))
+            continue
+        found.append((key, value, slot))
+    if wrong and not ignore_mismatched_sizes:
+        listed = "\n  ".join(text for _, text in wrong[:20]) + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+        raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {adapter_name!r}:\n  {listed}")
+    if wrong:
+        warnings.warn(f"Left out for their size: {'; '.join(text for _, text in wrong)}.", PeftWarning, stacklevel=2)
+    with torch.no_grad():
+        for key, value, slot in found:
+            if slot is not None and slot.tensor.is_meta:
+                _assign(slot, value)
+            else:
+                (prompt[key] if slot is None else slot.tensor).copy_(value)
+    given = set(peft_model_state_dict)
+    missing = [slot.live_name for key, slot in slots.items() if key not in given]
+    missing += [f"prompt_encoder.{adapter_name}.{key}" for key in prompt if key not in given]
+    return IncompatibleKeys(missing, unexpected)
+
+
+def _base_slot(model: nn.Module, key: str) -> Slot | None:
+    """The place of a tensor of the base model (an embedding, a bias) that a file has along with the adapter."""
+    path, _, name = key.rpartition(".")
+    candidates: Iterator[str] = iter((path, f"{path}.base_layer", f"{path}.original_module"))
+    for candidate in candidates:
+        try:
+            owner = model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        if name in owner._parameters and owner._parameters[name] is not None:
+            return Slot(f"{candidate}.{name}", owner, name)
+    return None
+
+
+def _assign(slot: Slot, value: Tensor) -> None:
+    """Replaces a tensor without memory by `value`, in its dtype."""
+    old = slot.tensor
+    value = value.to(old.dtype)
+    if isinstance(old, nn.Parameter):
+        setattr(slot.owner, slot.attribute, nn.Parameter(value, requires_grad=old.requires_grad))
+    else:
+        slot.owner.register_buffer(slot.attribute, value)

@@ -1,0 +1,591 @@
+"""`PeftModel`: a base model and its named adapters."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.checkpoint import get_peft_model_state_dict, model_card, read_adapter, set_peft_model_state_dict, write_adapter
+from peft.checkpoint.card import CARD_NAME
+from peft.checkpoint.files import load_peft_weights
+from peft.checkpoint.state import IncompatibleKeys
+from peft.config import PeftConfig
+from peft.core import status
+from peft.core.auxiliary import save_modules, unsave_modules
+from peft.core.plan import modules_named
+from peft.core.prompt import PromptHost
+from peft.core.tuner import BaseTuner, check_adapter_name, parts_of
+from peft.errors import PeftWarning
+from peft.hub import push, split_hub_arguments
+from peft.registry import method_of
+
+#: task type -> the class for it; filled by `peft.tasks`
+TASK_CLASSES: dict[str, type[PeftModel]] = {}
+
+
+class PeftModel(PromptHost):
+    """A base model with adapters, each under a name of its own.
+
+    `base_model` is the tuner, which holds the base model (`get_base_model()`); for soft prompts it is the base model.
+    Attributes that this class does not have are those of the tuner and the base model.
+
+    Args:
+        model: the base model, changed in place; its weights are frozen.
+        peft_config: configuration of the first adapter.
+        adapter_name: its name.
+        autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
+        low_cpu_mem_usage: make the adapter's tensors without memory (on the meta device), to be loaded next.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: the configuration does not fit; the model is as before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ):
+        super().__init__()
+        check_adapter_name(adapter_name)
+        self.peft_type = peft_config.peft_type
+        self._active_prompt: str | None = None
+        if peft_config.is_prompt_learning:
+            self._peft_config: dict[str, Any] | None = {}
+            self.base_model = model
+            self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
+        else:
+            self._peft_config = None
+            tuner_class = method_of(peft_config.peft_type).model_class
+            self.base_model = tuner_class(model, {}, adapter_name)
+            self.base_model.inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
+            )
+        self._prepare_for_gradient_checkpointing(model)
+        base_config = getattr(self.get_base_model(), "config", None)
+        if getattr(base_config, "pretraining_tp", 1) != 1:
+            # Sharded linear layers of old Llama code would bypass the adapters.
+            base_config.pretraining_tp = 1
+
+    # ---- what there is
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The configurations by adapter name."""
+        return self.base_model.peft_config if self._peft_config is None else self._peft_config
+
+    @property
+    def _tuner(self) -> BaseTuner | None:
+        return self.base_model if isinstance(self.base_model, BaseTuner) else None
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        if self._tuner is not None:
+            return self._tuner.active_adapters
+        return [self._active_prompt] if self._active_prompt is not None else []
+
+    @property
+    def active_adapter(self) -> Any:
+        """Name of the active adapter; a list if there are several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @active_adapter.setter
+    def active_adapter(self, name: str | list[str]) -> None:
+        self.set_adapter(name)
+
+    @property
+    def active_peft_config(self) -> Any:
+        """Configuration of the (first) active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train in full; None if there are none."""
+        names = {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration; models without one count as custom."""
+        return getattr(self.get_base_model(), "config", {"model_type": "custom"})
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with its adapter layers."""
+        return self._tuner.model if self._tuner is not None else self.base_model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters."""
+        return status.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, of how many."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The status of every adapted module, see [`get_layer_status`]."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The status of all adapters together, see [`get_model_status`]."""
+        return status.get_model_status(self)
+
+    # ---- adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds an adapter of the same method, not active yet.
+
+        Raises:
+            ValueError: the name is taken, the method is another, or the configuration does not fit.
+        """
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"An adapter {adapter_name!r} exists already; delete it first, or choose another name.")
+        self._check_new_adapter_config(peft_config, is_trainable=False)
+        if peft_config.is_prompt_learning:
+            self._add_prompt(adapter_name, peft_config)
+        else:
+            self.base_model.inject_adapter(
+                self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
+            )
+
+    def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
+        if peft_config.peft_type != self.peft_type:
+            raise ValueError(
+                f"All adapters of a PeftModel have the same PEFT type: this one has {_value(self.peft_type)}, the new adapter"
+                f" {_value(peft_config.peft_type)}. Use get_peft_model(..., mixed=True) to mix methods."
+            )
+        if peft_config.is_prompt_learning and is_trainable:
+            raise ValueError("A prompt learning adapter that is loaded cannot be trainable; what made it is not saved.")
+
+    def _add_prompt(self, name: str, config: PeftConfig) -> None:
+        self.peft_config[name] = config
+        keys: list[str] = []
+        try:
+            self._setup_prompt_encoder(name)
+            keys = modules_named(self.base_model, getattr(config, "modules_to_save", None) or ())
+            save_modules(self.base_model, keys, name)
+            if self._active_prompt is None:
+                self.set_adapter(name, config.inference_mode)
+        except BaseException:
+            del self.peft_config[name]
+            self._delete_prompt_encoder(name)
+            unsave_modules(self.base_model, name)
+            raise
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes an adapter (or several) the active one; trainable unless `inference_mode`, all others not.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        if self._tuner is not None:
+            self._tuner.set_adapter(adapter_name, inference_mode)
+            return
+        name = adapter_name if isinstance(adapter_name, str) else adapter_name[0]
+        if name not in self.peft_config:
+            raise ValueError(f"Adapter {name} not found; there are {', '.join(self.peft_config)}.")
+        self._active_prompt = name
+        for other, encoder in self.prompt_encoder.items():
+            encoder.requires_grad_(other == name and not inference_mode and not self.peft_config[other].inference_mode)
+        for _, part in parts_of(self.base_model):
+            part.set_adapter(name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Makes adapters trainable or not, active or not.
+
+        Raises:
+            TypeError: the adapter is a soft prompt.
+        """
+        if self._tuner is None:
+            raise TypeError("set_requires_grad() is for adapters on layers; this model has a soft prompt.")
+        self._tuner.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter. If it was the only active one, the first that is left becomes active.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        if self._tuner is not None:
+            self._tuner.delete_adapter(adapter_name)
+            return
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist; there are {', '.join(self.peft_config)}.")
+        del self.peft_config[adapter_name]
+        self._delete_prompt_encoder(adapter_name)
+        for _, part in parts_of(self.base_model):
+            part.delete_adapter(adapter_name)
+        if self._active_prompt == adapter_name:
+            self._active_prompt = None
+            if self.peft_config:
+                self.set_adapter(next(iter(self.peft_config)))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """While it lasts, the model acts as its base model. May be nested; afterwards all is as before."""
+        tuner = self._tuner
+        if tuner is None:
+            parts = [part for _, part in parts_of(self.base_model) if not part.disable_adapters]
+            for part in parts:
+                part.enable_adapters(False)
+            try:
+                with self._without_prompt():
+                    yield
+            finally:
+                for part in parts:
+                    part.enable_adapters(True)
+            return
+        was_disabled = tuner.disabled
+        tuner.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if not was_disabled:
+                tuner.enable_adapter_layers()
+
+    # ---- being the model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward pass with the active adapters.
+
+        `adapter_names`, one name per sample, gives each sample an adapter of its own (`"__base__"`: none).
+        """
+        with self.routed(args, kwargs):
+            return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate` with the active adapters; `adapter_names` as for `forward`."""
+        with self.routed(args, kwargs):
+            return self.get_base_model().generate(*args, **kwargs)
+
+    @contextmanager
+    def routed(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Takes `adapter_names` out of `kwargs`; while it lasts, each sample gets the adapter named at its place.
+
+        Raises:
+            ValueError: there is not one name per sample, or mixed batches cannot be used at present.
+        """
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self._tuner is None:
+            raise ValueError("adapter_names (a mixed batch) cannot be used with soft prompts; use set_adapter.")
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
+        # Batches come first, or second (sequence first).
+        if tensors and not any(len(names) in value.shape[:2] for value in tensors):
+            raise ValueError(
+                f"adapter_names has length {len(names)}, but no input has that many samples (the first has shape"
+                f" {tuple(tensors[0].shape)}); one name per sample is needed."
+            )
+        with self._tuner.routed(names):
+            yield
+
+    def _prepare_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Lets gradients reach adapters inside checkpointed blocks, whose inputs otherwise need none."""
+        if not getattr(model, "is_gradient_checkpointing", False):
+            return
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+
+    # ---- files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves adapters: `default` into the folder itself, others into subfolders of their names.
+
+        Each is replaced as a whole: a process that is killed meanwhile leaves the old files or the new ones.
+
+        Args:
+            save_directory: the folder, made if need be.
+            safe_serialization: write safetensors; False writes a pickle (`.bin`).
+            selected_adapters: names of the adapters to save; all if None.
+            save_embedding_layers: take the base model's embeddings along; `"auto"` where they belong to the change.
+            is_main_process: False gathers what there is to gather and writes nothing.
+            path_initial_model_for_weight_conversion: the adapter as it was before training, for initialisations that
+                change the base weights: what is saved then works on the original base model.
+            kwargs: `state_dict`, where it has to be gathered from several processes; `push_to_hub=True` with what
+                `push_to_hub` takes.
+
+        Raises:
+            ValueError: the directory is a file, or an adapter does not exist.
+            OSError: the files could not be written; what was there before is still whole.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{os.fspath(save_directory)!r} is a file; a directory is needed to save adapters.")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"selected_adapters names {', '.join(unknown)}, which does not exist; there are {', '.join(self.peft_config)}."
+            )
+        gathered = kwargs.pop("state_dict", None)
+        card = self._card(save_directory)
+        for name in names:
+            config = self.peft_config[name]
+            tensors = get_peft_model_state_dict(self, gathered, name, save_embedding_layers=save_embedding_layers)
+            content = {**config.to_json_dict(), "inference_mode": True, **self._facts(config)}
+            if path_initial_model_for_weight_conversion is not None:
+                tensors, content = self.base_model.without_start(
+                    name, tensors, content, path_initial_model_for_weight_conversion
+                )
+            if is_main_process:
+                folder = save_directory if name == "default" else os.path.join(save_directory, name)
+                own_card = card if name == "default" else None
+                write_adapter(folder, content, tensors, card=own_card, safe_serialization=safe_serialization)
+        if is_main_process and "default" not in names:
+            self.create_or_update_model_card(save_directory)
+        if is_main_process and kwargs.pop("push_to_hub", False):
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+
+    def _facts(self, config: PeftConfig) -> dict[str, Any]:
+        """What a saved configuration says of the base model."""
+        base = self.get_base_model()
+        facts: dict[str, Any] = {}
+        if config.base_model_name_or_path is None:
+            facts["base_model_name_or_path"] = base.__dict__.get("name_or_path") or None
+        if config.task_type is None:
+            facts["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        return facts
+
+    def _card(self, folder: str | os.PathLike) -> str:
+        base_config = getattr(self.get_base_model(), "config", None)
+        quantization = getattr(base_config, "quantization_config", None)
+        config = next(iter(self.peft_config.values()))
+        return model_card(
+            folder,
+            method=str(_value(self.peft_type)),
+            base_model=config.base_model_name_or_path or getattr(base_config, "_name_or_path", None),
+            task_type=_value(config.task_type) if config.task_type else None,
+            quantization=quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
+            tags=["transformers"] if type(self.get_base_model()).__module__.startswith("transformers") else [],
+        )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Writes the model card (`README.md`) of a folder, or brings the one that is there up to date."""
+        os.makedirs(output_dir, exist_ok=True)
+        with open(os.path.join(output_dir, CARD_NAME), "w", encoding="utf-8") as file:
+            file.write(self._card(output_dir))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Commits the adapters to a hub repository, which is made if need be.
+
+        Args:
+            repo_id: the repository.
+            kwargs: what `save_pretrained` takes, and `token`, `private`, `revision`, `commit_message`,
+                `commit_description`, `create_pr`, `tags` for the hub.
+
+        Returns:
+            huggingface_hub's `CommitInfo`.
+        """
+        for_hub = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+        hub = {key: kwargs.pop(key) for key in for_hub if key in kwargs}
+        return push(lambda folder: self.save_pretrained(folder, **kwargs), repo_id, **hub)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A base model with a saved adapter on it.
+
+        Args:
+            model: the base model, changed in place.
+            model_id: a folder, or a repository id on the hub.
+            adapter_name: the name the adapter gets.
+            is_trainable: whether it is to be trained further; frozen otherwise.
+            config: its configuration; read from the files if None.
+            autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
+            ephemeral_gpu_offload: see `LoraRuntimeConfig`.
+            low_cpu_mem_usage: make no tensors that loading replaces.
+            key_mapping: regular expressions for names in the file -> what to put in their place.
+            kwargs: `subfolder`; `revision`, `token`, `cache_dir`, `local_files_only`, ... for the hub; `torch_device`.
+
+        Raises:
+            ValueError: there is no adapter, or it does not fit; the model is as before.
+            RuntimeError: its tensors have other shapes; the model is as before.
+        """
+        if config is not None and not isinstance(config, PeftConfig):
+            raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}.")
+        source = _Source.read(model_id, key_mapping, kwargs, config, is_trainable, ephemeral_gpu_offload)
+        if cls is PeftModel and source.config.task_type in TASK_CLASSES:
+            cls = TASK_CLASSES[source.config.task_type]
+        if source.config.is_prompt_learning and is_trainable:
+            raise ValueError("A prompt learning adapter that is loaded cannot be trainable; what made it is not saved.")
+        peft_model = cls(
+            model,
+            source.config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+        try:
+            peft_model._load_tensors(adapter_name, source, kwargs)
+        except BaseException:
+            peft_model._take_apart()
+            raise
+        if not is_trainable:
+            peft_model.eval()
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> IncompatibleKeys:
+        """Loads a saved adapter beside those that are there; the active adapter stays the active one.
+
+        Where an adapter of that name exists, its tensors are replaced.
+
+        Args:
+            model_id: a folder, or a repository id on the hub.
+            adapter_name: the name the adapter gets.
+            is_trainable: whether it is to be trained further.
+            torch_device: where to read the file to; by default where the model is.
+            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping: as for `from_pretrained`.
+            kwargs: `subfolder`; `revision`, `token`, `cache_dir`, `local_files_only`, ... for the hub.
+
+        Returns:
+            Names of the adapter that the file has no value for, and names in the file that the model has no place for;
+            both are warned of as well.
+
+        Raises:
+            ValueError: there is no adapter, or it does not fit; the model is as before.
+            RuntimeError: its tensors have other shapes; the model is as before.
+        """
+        new = adapter_name not in self.peft_config
+        config = None if new else self.peft_config[adapter_name]
+        kwargs["torch_device"] = torch_device
+        source = _Source.read(model_id, key_mapping, kwargs, config, is_trainable, ephemeral_gpu_offload)
+        if new:
+            self._check_new_adapter_config(source.config, is_trainable)
+            self.add_adapter(
+                adapter_name,
+                source.config,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
+        try:
+            result = self._load_tensors(adapter_name, source, kwargs)
+        except BaseException:
+            if new:
+                self.delete_adapter(adapter_name)
+            raise
+        if not is_trainable:
+            self.eval()
+        return result
+
+    def _load_tensors(self, adapter_name: str, source: _Source, options: dict[str, Any]) -> IncompatibleKeys:
+        result = set_peft_model_state_dict(
+            self,
+            source.tensors,
+            adapter_name,
+            ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
+        )
+        if self._tuner is not None:
+            self._tuner.fill_in(adapter_name)
+        for keys, what in ((result.missing_keys, "has no value for"), (result.unexpected_keys, "has what the model has no place for:")):
+            if keys:
+                listed = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+                warnings.warn(f"Adapter {adapter_name!r}: {source.name} {what} {listed}.", PeftWarning, stacklevel=4)
+        return result
+
+    def _take_apart(self) -> None:
+        """Leaves the base model as it was before it was wrapped."""
+        if self._tuner is not None:
+            self._tuner.unload()
+            return
+        for name in list(self.peft_config):
+            unsave_modules(self.base_model, name)
+
+    def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
+        return type(self.base_model if is_prompt_tuning else self.get_base_model())
+
+
+class _Source:
+    """A saved adapter, read."""
+
+    def __init__(self, name: str, config: PeftConfig, tensors: dict[str, Tensor]):
+        self.name, self.config, self.tensors = name, config, tensors
+
+    @classmethod
+    def read(
+        cls,
+        model_id: str | os.PathLike,
+        key_mapping: dict[str, str] | None,
+        options: dict[str, Any],
+        config: PeftConfig | None,
+        is_trainable: bool,
+        ephemeral_gpu_offload: bool,
+    ) -> _Source:
+        """Reads configuration (unless given) and tensors, both of the same save."""
+        hub, _ = split_hub_arguments(options)
+        subfolder = options.get("subfolder")
+        device = options.get("torch_device") or "cpu"
+        if config is None:
+            content, tensors = read_adapter(model_id, subfolder, device=device, key_mapping=key_mapping, **hub)
+            config = PeftConfig.from_peft_type(**content)
+            config.inference_mode = not is_trainable
+        else:
+            tensors = load_peft_weights(model_id, device, key_mapping, subfolder=subfolder, **hub)
+            config.inference_mode = not is_trainable
+        runtime = getattr(config, "runtime_config", None)
+        if runtime is not None and ephemeral_gpu_offload:
+            runtime.ephemeral_gpu_offload = True
+        return cls(os.fspath(model_id), config, tensors)
+
+
+def _value(member: Any) -> Any:
+    """The value of an enum's member; other things as they are."""
+    return getattr(member, "value", member)
