@@ -19,17 +19,24 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from typing import TypeVar
 
 from peft.errors import PeftWarning
 
 STAGED = ".peft-saving-"
 COMMITTED = ".peft-saved"
 GONE = "-"
+
+#: how often files are read again that are replaced at the same time
+ATTEMPTS = 50
+
+T = TypeVar("T")
 
 #: what a file system answers that cannot rename folders (some mounts of object stores)
 _NO_FOLDER_RENAME = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMFILE, errno.EXDEV}
@@ -63,9 +70,8 @@ def replace_files(
         os.mkdir(inside)
         for name, content in files.items():
             _write(os.path.join(inside, name), content, like=os.path.join(folder, name))
-        for name in drop:
-            if os.path.exists(os.path.join(folder, name)):
-                _write(os.path.join(inside, GONE + name), b"")
+        for name in drop:  # also where it is not there yet: another process may be writing it
+            _write(os.path.join(inside, GONE + name), b"")
         _sync(inside)
         _sync(stage)
         _commit(folder, stage)
@@ -91,14 +97,37 @@ def find(folder: str | os.PathLike, name: str) -> str | None:
     return path if os.path.isfile(path) else None
 
 
-def stamp(folder: str | os.PathLike, names: Iterable[str]) -> tuple:
-    """A value that changes whenever one of the files ``names`` is replaced."""
-    state = []
-    for name in names:
-        with suppress(OSError):
-            info = os.stat(find(folder, name) or "")
-            state.append((name, info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size))
-    return tuple(state)
+def read_at_rest(folder: str | os.PathLike, name: str, read: Callable[[], T]) -> T:
+    """What ``read`` returns, which reads several files of one set: called once more if the set is replaced meanwhile.
+
+    Args:
+        folder: where the files lie.
+        name: one of them, by which it is seen that they are still the same.
+        read: reads them, by the paths that `find` gives.
+
+    Raises:
+        OSError: the files were replaced again and again.
+    """
+    lost: FileNotFoundError | None = None
+    for _ in range(ATTEMPTS):
+        path = find(folder, name)
+        if path is None:
+            return read()
+        try:
+            # Open until the end, so that no later file gets the number by which this one is known
+            with open(path, "rb") as held:
+                before = os.fstat(held.fileno())
+                try:
+                    content = read()
+                except Exception:
+                    if os.path.samestat(before, os.stat(find(folder, name) or "")):
+                        raise
+                else:
+                    if os.path.samestat(before, os.stat(find(folder, name) or "")):
+                        return content
+        except FileNotFoundError as error:  # moved to its place between finding and opening it
+            lost = error
+    raise OSError(f"Could not read {os.fspath(folder)!r}: {lost or 'its files are replaced all the time'}.") from lost
 
 
 def settle(folder: str) -> None:
@@ -153,20 +182,23 @@ def _move_one_by_one(folder: str, stage: str) -> None:
     inside = os.path.join(stage, *_entries(stage))
     for entry in sorted(_entries(inside)):
         if entry.startswith(GONE):
-            os.unlink(os.path.join(folder, entry.removeprefix(GONE)))
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, entry.removeprefix(GONE)))
         else:
             shutil.move(os.path.join(inside, entry), os.path.join(folder, entry))
     shutil.rmtree(stage, ignore_errors=True)
 
 
 def _write(path: str, content: bytes | Callable[[str], object], like: str | None = None) -> None:
-    if callable(content):
-        content(path)
-    else:
-        with open(path, "wb") as file:
+    """Writes a file, with the permissions of `like` if there is such a file, else with those of any new file."""
+    with open(path, "wb") as file:
+        if not callable(content):
             file.write(content)
-    if like is not None and os.path.exists(like):
-        shutil.copymode(like, path)
+    permissions = path if like is None or not os.path.exists(like) else like
+    mode = stat.S_IMODE(os.stat(permissions).st_mode)
+    if callable(content):
+        content(path)  # safetensors makes a file that only its owner may read
+    os.chmod(path, mode)
     _sync(path)
 
 

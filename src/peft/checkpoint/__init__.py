@@ -4,7 +4,15 @@ This room knows configurations, the mechanism in `core` and the methods; it know
 """
 
 from peft.checkpoint.card import model_card
-from peft.checkpoint.state import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.checkpoint.files import infer_device, load_peft_weights, read_adapter, write_adapter
+from peft.checkpoint.state import get_peft_model_state_dict, set_peft_model_state_dict
 
-__all__ = ["get_peft_model_state_dict", "set_peft_model_state_dict", "infer_device", "load_peft_weights", "model_card", "read_adapter", "write_adapter"]
+__all__ = [
+    "get_peft_model_state_dict",
+    "infer_device",
+    "load_peft_weights",
+    "model_card",
+    "read_adapter",
+    "set_peft_model_state_dict",
+    "write_adapter",
+]

@@ -13,11 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peft.config import CONFIG_NAME, dump_config, read_config_file
-from peft.folder import replace_files, stamp
+from peft.folder import read_at_rest, replace_files
 from peft.hub import CARD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, fetch, pinned, split_hub_arguments
-
-#: how often a folder is read again that another process writes to at the same time
-ATTEMPTS = 20
 
 
 def infer_device() -> str:
@@ -70,8 +67,13 @@ def write_adapter(
             raise OSError(f"{os.fspath(folder)!r}: the weights could not be written ({error}).") from error
 
     def write_pickle(path: str) -> None:
-        with open(path, "wb") as file:
-            torch.save(stored, file)
+        try:
+            with open(path, "wb") as file:
+                torch.save(stored, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
     if safe_serialization:
         name, other, write = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, write_safetensors
@@ -123,24 +125,17 @@ def read_adapter(
     """
     hub, unknown = split_hub_arguments(hub)
     _refuse(unknown, "read_adapter")
-    where, names = os.path.join(source, subfolder or ""), (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    if not os.path.isdir(source):
-        read_config_file(source, subfolder, **hub)  # now in the cache, as a file of one commit
-        cached = {**hub, "local_files_only": True, "force_download": False}
-        hub = pinned(fetch(source, CONFIG_NAME, subfolder=subfolder, **cached) or "", hub)
-    for _ in range(ATTEMPTS):
-        before = stamp(where, names)
-        try:
-            config = read_config_file(source, subfolder, **hub)
-            weights = load_peft_weights(source, device, key_mapping, subfolder=subfolder, **hub)
-        except Exception as error:
-            # A file that moved to its place between finding and opening it has no other stamp there
-            if stamp(where, names) == before and not isinstance(error, FileNotFoundError):
-                raise
-        else:
-            if stamp(where, names) == before:
-                return config, weights
-    raise OSError(f"{where!r} is being written again and again; no reading of it found it at rest.")
+
+    def read() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        config = read_config_file(source, subfolder, **hub)
+        return config, load_peft_weights(source, device, key_mapping, subfolder=subfolder, **hub)
+
+    if os.path.isdir(source):
+        return read_at_rest(os.path.join(source, subfolder or ""), CONFIG_NAME, read)
+    read_config_file(source, subfolder, **hub)  # now it is in the cache, as a file of one commit
+    cached = {**hub, "local_files_only": True, "force_download": False}
+    hub = pinned(fetch(source, CONFIG_NAME, subfolder=subfolder, **cached) or "", hub)
+    return read()
 
 
 def _refuse(unknown: Mapping[str, Any], function: str) -> None:
@@ -166,6 +161,7 @@ def load_peft_weights(
 
     Raises:
         ValueError: there are no weights, or `key_mapping` fits the names badly.
+        LocalEntryNotFoundError: the hub cannot be reached and its cache has no weights.
     """
     subfolder = hf_hub_download_kwargs.pop("subfolder", None)
     hub, unknown = split_hub_arguments(hf_hub_download_kwargs)
@@ -189,12 +185,11 @@ def _weights_path(source: str | os.PathLike, subfolder: str | None, hub: dict[st
             continue
         if path is not None:
             return path
-    place = "folder" if os.path.isdir(source) else "cache of the hub" if reason else "repository on the hub"
     where = f"{os.fspath(source)!r}" + (f", subfolder {subfolder!r}" if subfolder else "")
-    raise ValueError(
-        f"Can't find the weights of an adapter at {where}: the {place} has neither {SAFETENSORS_WEIGHTS_NAME} nor"
-        f" {WEIGHTS_NAME}." + (f" {reason}" if reason else "")
-    ) from reason
+    missing = f"Can't find the weights of an adapter at {where}: no {SAFETENSORS_WEIGHTS_NAME} and no {WEIGHTS_NAME}"
+    if reason is not None:
+        raise LocalEntryNotFoundError(f"{missing} in the cache, and the hub was not reached. {reason}") from reason
+    raise ValueError(f"{missing} in that " + ("folder." if os.path.isdir(source) else "repository of the hub."))
 
 
 def _load_safetensors(path: str, device: torch.device) -> dict[str, torch.Tensor]:
