@@ -88,7 +88,7 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     config = config_of(model, adapter_name)
     slots = adapter_slots(model, adapter_name)
-    slots.update(_bias_slots(model, config))
+    slots.update(_bias_slots(model, config, adapter_name))
     if config.is_prompt_learning and isinstance(model, PromptHost):
         tensors = model.prompt_state_dict(adapter_name)
     else:
@@ -100,20 +100,20 @@ def get_peft_model_state_dict(
     return tensors
 
 
-def _bias_slots(model: nn.Module, config: Any) -> dict[str, Slot]:
+def _bias_slots(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Slot]:
     """The biases of the base model that belong to an adapter."""
     bias = getattr(config, "bias", "none")
     if bias == "none":
         return {}
     slots = {}
     if bias == "all":
+        own = {slot.live_name for slot in adapter_slots(model, adapter_name).values()}
         for path, module in model.named_modules():
-            if any(part in f".{path}." for part in (".modules_to_save.", ".lora_A.", ".lora_B.")):
-                continue
-            for name, parameter in module.named_parameters(recurse=False):
-                if name.endswith("bias") and parameter is not None:
-                    live = f"{path}.{name}" if path else name
-                    slots[live.replace(".original_module.", ".")] = Slot(live, module, name)
+            for name, _ in module.named_parameters(recurse=False):
+                live = f"{path}.{name}" if path else name
+                if name.endswith("bias"):
+                    key = live.replace(f".{adapter_name}.", ".") if live in own else live
+                    slots[key] = Slot(live, module, name)
         return slots
     for path, part in parts_of(model):
         if isinstance(part, AdapterLayer) and part.op.bias_name and part.get_base_bias() is not None:
@@ -214,7 +214,10 @@ def set_peft_model_state_dict(
         prompt = model.prompt_encoder[adapter_name].stored_tensors()  # type: ignore[operator,union-attr]
     found: list[tuple[str, Tensor, Slot | None]] = []
     unexpected, wrong = [], []
+    injected = not isinstance(model, PromptHost)
     for key, value in peft_model_state_dict.items():
+        if injected:
+            key = key.removeprefix("base_model.model.")  # a file of a PeftModel, for injected adapters
         slot = slots.get(key) or (None if key in prompt else _base_slot(model, key))
         if slot is None and key not in prompt:
             unexpected.append(key)
@@ -235,7 +238,7 @@ def set_peft_model_state_dict(
                 _assign(slot, value)
             else:
                 (prompt[key] if slot is None else slot.tensor).copy_(value)
-    given = set(peft_model_state_dict)
+    given = {key for key, _, _ in found} | {key for key, _ in wrong}
     missing = [slot.live_name for key, slot in slots.items() if key not in given]
     missing += [f"prompt_encoder.{adapter_name}.{key}" for key in prompt if key not in given]
     return IncompatibleKeys(missing, unexpected)

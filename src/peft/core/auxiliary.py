@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
 from peft.core.routing import BASE, Route
+from peft.errors import PeftWarning
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -214,8 +216,18 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return {leaf: f"modules_to_save.{name}.{leaf}" for leaf in self.modules_to_save[name].state_dict()}
 
     def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
-        names = [name for name in (self._active if adapter_names is None else adapter_names) if self.has(name)]
-        return self.modules_to_save[names[0]].requires_grad_(True) if merge and names else self.original_module
+        if not merge or not self._active:
+            return self.original_module
+        active = self._active[0]
+        others = [name for name in adapter_names or () if name != active and self.has(name)]
+        if others:
+            warnings.warn(
+                f"{', '.join(others)} trained a version of {type(self.original_module).__name__} too, but the active adapter's"
+                f" ({active!r}) is the one that stays; call set_adapter first to have another.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        return self.modules_to_save[active].requires_grad_(True)
 
 
 class TrainableTokensLayer(AdapterLayer):

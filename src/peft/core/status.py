@@ -168,8 +168,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_agreed([layer.enabled for layer in layers]),
-        active_adapters=_agreed([layer.active_adapters for layer in layers if layer.module_type != "ModulesToSaveWrapper"]),
-        merged_adapters=_agreed([layer.merged_adapters for layer in layers if layer.module_type != "ModulesToSaveWrapper"]),
+        active_adapters=_agreed([layer.active_adapters for layer in layers]),
+        merged_adapters=_agreed([layer.merged_adapters for layer in layers]),
         requires_grad={
             name: _agreed([layer.requires_grad[name] for layer in layers if name in layer.requires_grad]) for name in names
         },

@@ -373,6 +373,9 @@ class BaseTuner(nn.Module):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freezes the base model; trains the biases that the configurations ask for."""
         own = {id(p) for _, part in self.parts() for name in part.adapter_names() for p in part.adapter_parameters(name)}
+        originals = {
+            id(p) for _, part in self.parts() if isinstance(part, ModulesToSaveWrapper) for p in part.original_module.parameters()
+        }
         for parameter in model.parameters():
             if id(parameter) not in own:
                 parameter.requires_grad = False
@@ -380,7 +383,7 @@ class BaseTuner(nn.Module):
             bias = getattr(config, "bias", "none")
             if bias == "all":
                 for name, parameter in model.named_parameters():
-                    if name.rpartition(".")[2].endswith("bias") and id(parameter) not in own:
+                    if name.rpartition(".")[2].endswith("bias") and id(parameter) not in own | originals:
                         parameter.requires_grad = True
             elif bias != "none":
                 for _, part in self.parts():

@@ -199,6 +199,12 @@ class Linear(LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(x, *args, **kwargs)
 
+    def delta(self, name: str) -> Tensor:
+        change = super().delta(name)
+        # huggingface/peft applies the change of attention's output projection twice, once of them out of sight of the
+        # gradient; adapters trained with it rely on that.
+        return change + change.detach() if self.is_read else change
+
     def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
         # A and B, which are small, come to the dtype of the activations rather than these to theirs.
