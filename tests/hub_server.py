@@ -1,7 +1,7 @@
 """A hub on localhost: as much of the Hugging Face Hub's protocol as its client needs to create, push and download.
 
-Use the fixture `hub` (``pytest_plugins = ["hub_server"]`` in a test module). Everything is in memory; the client's
-cache is in `tmp_path`; `hub.requests` lists what the client asked for.
+Use the fixture `hub` (``pytest_plugins = ["hub_server"]`` in a test module, and no import of this one). Everything is
+in memory; the client's cache is in `tmp_path`; `hub.requests` lists what the client asked for.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class Refusal(Exception):
 
 
 class Hub(ThreadingHTTPServer):
+    """The server, and all that it holds: repositories by name, contents of large files by sha256."""
+
     daemon_threads = True
+    token, user = TOKEN, USER
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Request)
@@ -73,6 +76,7 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.user_agents: set[str] = set()
 
     def downloads(self) -> list[str]:
         """Paths of the files whose content was sent."""
@@ -88,14 +92,15 @@ class Request(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         url = urlsplit(self.path)
-        self.query, path = parse_qs(url.query), unquote(url.path)
+        self.query, path = parse_qs(url.query), url.path  # a quoted slash is part of a name
         self.body = self._read_body()
         self.server.requests.append((self.command, path))
+        self.server.user_agents.add(self.headers.get("User-Agent", ""))
         try:
             for method, pattern, answer in ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method.split():
-                    return answer(self, **match.groupdict())
+                    return answer(self, **{name: unquote(part) for name, part in match.groupdict().items()})
             raise Refusal(404, message=f"no such route: {self.command} {path}")
         except Refusal as refusal:
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message, **refusal.headers}
@@ -279,16 +284,16 @@ ROUTES = [
     ("GET", "/api/whoami-v2", Request.whoami),
     ("POST", "/api/repos/create", Request.create_repo),
     ("POST", "/api/validate-yaml", Request.validate_yaml),
-    ("POST", f"/api/models/{_REPO}/preupload/(?P<revision>.+)", Request.preupload),
-    ("POST", f"/api/models/{_REPO}/commit/(?P<revision>.+)", Request.commit),
-    ("POST", f"/api/models/{_REPO}/branch/(?P<name>.+)", Request.branch),
+    ("POST", f"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)", Request.preupload),
+    ("POST", f"/api/models/{_REPO}/commit/(?P<revision>[^/]+)", Request.commit),
+    ("POST", f"/api/models/{_REPO}/branch/(?P<name>[^/]+)", Request.branch),
     ("GET", f"/api/models/{_REPO}", Request.info),
-    ("GET", f"/api/models/{_REPO}/revision/(?P<revision>.+)", Request.info),
+    ("GET", f"/api/models/{_REPO}/revision/(?P<revision>[^/]+)", Request.info),
     ("GET", f"/api/models/{_REPO}/tree/(?P<revision>[^/]+)", Request.tree),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", Request.lfs_batch),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", Request.lfs_put),
     ("GET", "/lfs/(?P<oid>[0-9a-f]{64})", Request.lfs_get),
-    ("HEAD GET", f"/{_REPO}/resolve/(?P<revision>refs/pr/[0-9]+|[^/]+)/(?P<path>.+)", Request.resolve),
+    ("HEAD GET", f"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Request.resolve),
 ]
 
 

@@ -72,7 +72,7 @@ def pinned(path: str, hub: dict[str, Any]) -> dict[str, Any]:
     What is fetched with it comes from that same commit, whatever is pushed meanwhile.
     """
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
-    return {**hub, "revision": commit[1], "force_download": False} if commit else hub
+    return {**hub, "revision": commit[1]} if commit else hub
 
 
 def push(
