@@ -1,9 +1,202 @@
-"""Old import paths of the reference implementation, as rows: path -> where its names live now."""
+"""Old import paths: the table says where each name that was once importable from a path lives now.
+
+`install` makes them importable. Nothing is imported before a name is asked for, and nothing in this library uses them.
+"""
 
 from __future__ import annotations
 
-OLD_PATHS: dict[str, tuple[str, ...]] = {}
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+from peft.registry import METHODS, PeftType
+
+
+def _at(home: str, names: str) -> dict[str, str]:
+    """`names`, divided by blanks, as a mapping to `home:name`; `old=new` where the name is another there now."""
+    pairs = (name.partition("=") for name in names.split())
+    return {old: f"{home}:{new or old}" for old, _, new in pairs}
+
+
+#: methods without default targets
+_NO_DEFAULTS = frozenset(
+    (
+        PeftType.ADAPTION_PROMPT,
+        PeftType.CARTRIDGE,
+        PeftType.CPT,
+        PeftType.MULTITASK_PROMPT_TUNING,
+        PeftType.P_TUNING,
+        PeftType.PREFIX_TUNING,
+        PeftType.PROMPT_TUNING,
+        PeftType.SHADOW,
+        PeftType.TRAINABLE_TOKENS,
+        PeftType.XLORA,
+    )
+)
+
+_TYPES = _at("peft.registry", "PeftType TaskType register_peft_method")
+_ERRORS = _at("peft.errors", "NoMatchingPeftModuleError PeftError")
+_WARNING = _at("peft.errors", "PeftWarning")
+_CONSTANTS = {
+    **_at("peft.config", "CONFIG_NAME"),
+    **_at("peft.hub", "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
+    **_at("peft.checkpoint.state", "EMBEDDING_LAYER_NAMES"),
+    **_at("peft.core.plan", "DUMMY_TARGET_MODULES INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR"),
+    **_at("peft.integrations.backends", "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES"),
+    **_at("peft.core.target_tables", "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=FEEDFORWARD_TARGETS"),
+    **{
+        f"TRANSFORMERS_MODELS_TO_{method.value.replace('_', '')}_TARGET_MODULES_MAPPING": (
+            f"peft.core.target_tables:DEFAULT_TARGETS[{method.value}]"
+        )
+        for method in PeftType
+        if method not in _NO_DEFAULTS
+    },
+}
+_STATE = _at("peft.checkpoint", "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict")
+_WRAPPERS = _at("peft.core.auxiliary", "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper")
+_TRAINING = _at("peft.integrations.training", "cast_mixed_precision_params prepare_model_for_kbit_training")
+_OTHER = {
+    **_CONSTANTS,
+    **_WRAPPERS,
+    **_TRAINING,
+    **_at("peft.checkpoint", "infer_device"),
+    **_at("peft.core.plan", "get_pattern_key"),
+    **_at("peft.core.tuner", "_get_submodules=get_submodules"),
+    **_at("peft.integrations.backends", "get_quantization_config id_tensor_storage"),
+    **_at("peft.integrations.transformers", "fsdp_auto_wrap_policy shift_tokens_right"),
+}
+_BACKENDS = _at(
+    "peft.integrations.backends",
+    "is_aqlm_available is_bnb_4bit_available is_bnb_available is_diffusers_available is_eetq_available"
+    " is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available"
+    " is_te_pytorch_available is_torchao_available is_xpu_available",
+)
+_MODELS = {
+    **_at("peft.model", "PeftModel"),
+    **_at(
+        "peft.tasks",
+        "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM"
+        " PeftModelForSequenceClassification PeftModelForTokenClassification",
+    ),
+}
+
+#: old path -> name there -> where it lives now
+OLD_PATHS: dict[str, dict[str, str]] = {
+    "peft.import_utils": _BACKENDS,
+    "peft.mapping_func": {
+        **_at("peft.mapping", "get_peft_model"),
+        **_at("peft.tasks", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"),
+    },
+    "peft.mixed_model": _at("peft.mixed", "PeftMixedModel"),
+    "peft.peft_model": {
+        **_MODELS,
+        **_STATE,
+        **_at("peft.core.status", "TunerLayerStatus TunerModelStatus get_layer_status get_model_status"),
+    },
+    "peft.tuners.mixed": _at("peft.mixed", "MixedModel"),
+    "peft.tuners.mixed.model": _at("peft.mixed", "MixedModel"),
+    "peft.tuners.tuners_utils": {
+        **_at("peft.core.layer", "BaseTunerLayer=AdapterLayer"),
+        **_at("peft.core.tuner", "BaseTuner"),
+        **_at("peft.core.plan", "check_target_module_exists"),
+        **_at("peft.functional", "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
+    },
+    "peft.utils": {**_OTHER, **_STATE, **_TYPES, **_ERRORS, **_WARNING},
+    "peft.utils.constants": _CONSTANTS,
+    "peft.utils.error": _ERRORS,
+    "peft.utils.integrations": _at(
+        "peft.integrations.backends", "dequantize_module_weight gather_params_ctx get_bnb_param_type init_empty_weights"
+    ),
+    "peft.utils.other": _OTHER,
+    "peft.utils.peft_types": _TYPES,
+    "peft.utils.save_and_load": _STATE,
+    "peft.utils.transformers_weight_conversion": {
+        **_at(
+            "peft.integrations.transformers",
+            "build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers"
+            " convert_peft_config_for_transformers",
+        ),
+        **_at("transformers.conversion_mapping", "get_model_conversion_mapping"),
+    },
+    "peft.utils.warning": _WARNING,
+}
+
+#: methods that are one file here and were a folder: all names of the file, under the paths that the folder had
+ONE_FILE_METHODS = sorted({method.module for method in METHODS.values()} - {"peft.tuners.lora"})
+
+
+class OldPath(ModuleType):
+    """A module without names of its own: reading, setting or deleting one does so where it lives.
+
+    So what replaces a function under its old path replaces it for this library too.
+    """
+
+    def _home(self, name: str) -> tuple[str, str]:
+        """(module, name) there."""
+        path = self.__name__
+        if path in OLD_PATHS:
+            home, _, attribute = OLD_PATHS[path].get(name, "").partition(":")
+            return home, attribute
+        return (path.rpartition(".")[0], name) if not name.startswith("__") else ("", "")
+
+    def __getattr__(self, name: str) -> Any:
+        home, attribute = self._home(name)
+        if not home:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        attribute, _, key = attribute.partition("[")
+        value = getattr(import_module(home), attribute)
+        return value[key.removesuffix("]")] if key else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        home, attribute = self._home(name)
+        # What the import system sets, such as submodules, belongs to this module itself.
+        if home and not isinstance(value, ModuleType):
+            setattr(import_module(home), attribute, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        home, attribute = self._home(name)
+        if home and name not in self.__dict__:
+            delattr(import_module(home), attribute)
+        else:
+            super().__delattr__(name)
+
+    def __dir__(self) -> list[str]:
+        names = OLD_PATHS.get(self.__name__)
+        return sorted(
+            {*super().__dir__(), *(dir(import_module(self.__name__.rpartition(".")[0])) if names is None else names)}
+        )
+
+
+class OldPathFinder:
+    """Finds the old paths, for `sys.meta_path`."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        if name in ONE_FILE_METHODS:
+            # The file as it is, but as a package, so that what is below it is looked for at all.
+            spec = PathFinder.find_spec(name, path)
+            if spec is not None and spec.submodule_search_locations is None:
+                spec.submodule_search_locations = []
+            return spec
+        parent, _, leaf = name.rpartition(".")
+        if name in OLD_PATHS or (parent in ONE_FILE_METHODS and leaf in ("config", "layer", "model")):
+            spec = ModuleSpec(name, self, origin=__file__, is_package=True)  # type: ignore[arg-type]
+            spec.has_location = True
+            return spec
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return OldPath(spec.name, f"An old path; see `{__name__}` for where its names live now.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to run."""
 
 
 def install() -> None:
     """Makes the old paths importable."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
+    sys.meta_path.insert(0, OldPathFinder())  # type: ignore[arg-type]

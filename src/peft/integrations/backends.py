@@ -15,6 +15,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from peft.core.storage import onloaded, storage_of
 
+#: dtypes that quantised layers may compute in
+ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: names of the 8-bit float dtypes, which adapters are not kept in; a version of torch may lack some
+UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+
 
 def _is_available(package: str) -> Callable[[], bool]:
     """A function that says whether `package` is installed; it looks when it is first called."""
@@ -45,12 +50,6 @@ is_torchao_available = _is_available("torchao")
 def is_xpu_available() -> bool:
     """Whether PyTorch sees an Intel GPU."""
     return hasattr(torch, "xpu") and torch.xpu.is_available()
-
-
-def infer_device() -> str:
-    """The type of the accelerator that PyTorch sees, or `"cpu"`."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
-    return accelerator.type if accelerator is not None else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def get_quantization_config(model: nn.Module, method: str) -> Any:

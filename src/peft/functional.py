@@ -1,0 +1,169 @@
+"""Adapters on a model that stays what it is: functions for packages that build on this one, without a `PeftModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from peft.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.config import PeftConfig
+from peft.core.layer import AdapterLayer
+from peft.core.tuner import UPCAST_DTYPES, BaseTuner, Part, parts_of
+from peft.integrations.transformers import convert_peft_config_for_transformers
+from peft.registry import method_of
+
+__all__ = [
+    "cast_adapter_dtype",
+    "delete_adapter",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_adapter",
+    "set_peft_model_state_dict",
+    "set_requires_grad",
+]
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Puts an adapter on a model's layers, in place, and makes it the active one.
+
+    Args:
+        peft_config: its configuration; kept, completed, as `model.peft_config[adapter_name]`.
+        model: the base model, with or without adapters.
+        adapter_name: its name.
+        low_cpu_mem_usage: make its tensors without memory (on the meta device), to be loaded next.
+        state_dict: an adapter's tensors; their names decide which modules get the adapter.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: a soft prompt, or a method whose layers share tensors that live outside the model; or the
+            configuration does not fit the model, which is then as before.
+    """
+    method = method_of(peft_config.peft_type or "")
+    if method.prompt:
+        raise ValueError(
+            f"{peft_config.peft_type} is a soft prompt (prompt learning), which has no place inside a model: use"
+            " get_peft_model."
+        )
+    if not method.model_class.injectable:
+        raise ValueError(
+            f"The layers of {peft_config.peft_type} share tensors that live beside the model: use get_peft_model."
+        )
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise ValueError(f"Adapter {adapter_name!r} exists already; delete it first, or choose another name.")
+    convert_peft_config_for_transformers(peft_config, model)
+    return method.model_class(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict).model
+
+
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | Sequence[str],
+    inference_mode: bool = False,
+    layer_cls: type[AdapterLayer] = AdapterLayer,
+) -> None:
+    """Makes adapters the active ones; trainable unless `inference_mode`, all others not.
+
+    Args:
+        model: a model with adapters.
+        adapter_name: one or several; they act in this order.
+        inference_mode: whether they are left frozen.
+        layer_cls: the kind of adapter layers that are concerned.
+
+    Raises:
+        ValueError: no layer of the model has such an adapter.
+    """
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    parts = _parts_with(model, names, layer_cls)
+    tuner = _tuner_of(model)
+    if tuner is not None:
+        tuner.set_adapter(names, inference_mode)
+        return
+    for part in parts:
+        part.set_adapter(names, inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Makes adapters trainable or not, active or not.
+
+    Raises:
+        ValueError: no layer of the model has such an adapter.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    for part in _parts_with(model, names):
+        part.set_requires_grad(names, requires_grad)
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: type[AdapterLayer] = AdapterLayer
+) -> list[str] | None:
+    """Removes an adapter from all layers of a model. The layers stay, and so does its entry in `model.peft_config`.
+
+    (In a `PeftModel` the entry goes too.) If it was the only active one, the first that is left becomes active.
+
+    Args:
+        model: a model with adapters.
+        adapter_name: which.
+        prefix: beginning of the names of its tensors. Names of adapters are unique in a model, so it is not needed.
+        layer_cls: the kind of adapter layers that are concerned.
+
+    Returns:
+        The adapters that are active then; None if none is left.
+
+    Raises:
+        ValueError: no layer of the model has such an adapter.
+    """
+    parts = _parts_with(model, [adapter_name], layer_cls)
+    tuner = _tuner_of(model)
+    if tuner is not None:
+        tuner.delete_adapter(adapter_name)
+        return tuner.active_adapters or None
+    for part in parts:
+        part.delete_adapter(adapter_name)
+    active = [part.active_adapters for part in parts if part.adapter_names()]
+    return max(active, key=len, default=None) or None
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Brings an adapter that is in half precision or 8-bit floats to float32, so that it can be trained.
+
+    Args:
+        model: a model with adapters.
+        adapter_name: which.
+        autocast_adapter_dtype: False leaves it as it is.
+    """
+    if not autocast_adapter_dtype:
+        return
+    for _, part in parts_of(model):
+        if part.has(adapter_name):
+            for parameter in part.adapter_parameters(adapter_name):
+                if parameter.dtype in UPCAST_DTYPES:
+                    parameter.data = parameter.data.float()
+
+
+def _tuner_of(model: nn.Module) -> BaseTuner | None:
+    """The tuner of a `PeftModel`, which keeps account of its adapters; None for a model with injected ones."""
+    return next((module for module in model.modules() if isinstance(module, BaseTuner)), None)
+
+
+def _parts_with(model: nn.Module, names: Sequence[str], layer_cls: type[AdapterLayer] = AdapterLayer) -> list[Part]:
+    """The adapter layers and trained modules of a model.
+
+    Raises:
+        ValueError: one of `names` is on none of them.
+    """
+    parts = [part for _, part in parts_of(model) if isinstance(part, layer_cls) or not isinstance(part, AdapterLayer)]
+    there = sorted({name for part in parts for name in part.adapter_names()})
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ValueError(
+            f"Adapter {', '.join(missing)} not found in {type(model).__name__}; there are {', '.join(there) or 'none'}."
+        )
+    return parts

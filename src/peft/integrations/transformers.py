@@ -1,0 +1,429 @@
+"""What transformers asks of this library, and what its models need that other models do not.
+
+Transformers 5 fuses the experts of mixture models into one parameter per projection, such as `experts.gate_up_proj`
+[experts, 2 * width, hidden] and `experts.down_proj` [experts, hidden, width], where files, and earlier versions, have a
+linear layer per expert. Adapters for such layers become adapters for the parameters here. Which layers went into which
+parameter is read from transformers' own rules for weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig, PeftConfig
+from peft.core.base_op import base_op
+from peft.core.layer import AdapterLayer
+from peft.core.plan import ALL_LINEAR, check_target_module_exists, ends_with, get_pattern_key, model_modules
+from peft.registry import METHODS, PeftType, method_of
+
+
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:
+    """Labels [batch, length] as inputs of a decoder: one place to the right, ignored ones (-100) as padding.
+
+    Raises:
+        ValueError: `pad_token_id` is None.
+    """
+    if pad_token_id is None:
+        raise ValueError("pad_token_id must be set in the model's configuration to make decoder inputs of labels.")
+    shifted = input_ids.roll(1, dims=-1)
+    shifted[..., 0] = decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+# ---- experts that became one parameter
+
+
+@dataclass(frozen=True)
+class ExpertRule:
+    """One of transformers' rules that fuse the layers of experts: for `gate_up_proj`, say.
+
+    Attributes:
+        parameter: the parameter that they become.
+        projections: names of the layers of one expert that go into it, in order.
+        rule: transformers' `WeightConverter`.
+    """
+
+    parameter: str
+    projections: tuple[str, ...]
+    rule: Any
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """One fused parameter of a model; `key` is the module that has it, `count` the number of experts."""
+
+    key: str
+    count: int
+    rule: ExpertRule
+
+    def layers(self, projection: str) -> list[str]:
+        """Names that the layers of one projection would have; first the one that all experts share."""
+        return [f"{self.key}.{projection}", *(f"{self.key}.{expert}.{projection}" for expert in range(self.count))]
+
+
+def fuse_lora_a(projections: Sequence[Sequence[Tensor]]) -> Tensor:
+    """LoRA's A of a fused parameter, [experts * projections * r, in], of [projections][experts] of [r, in]."""
+    return torch.cat([a for expert in zip(*projections, strict=True) for a in expert])
+
+
+def fuse_lora_b(projections: Sequence[Sequence[Tensor]]) -> Tensor:
+    """LoRA's B of a fused parameter, of [projections][experts] of [out, r].
+
+    The outcome is [projections * out, projections * r * experts]. Each projection has its own part of the rank, so
+    that an expert's B is block diagonal. Columns go rank by rank, the experts of one rank side by side.
+    """
+    experts = [torch.block_diag(*expert) for expert in zip(*projections, strict=True)]
+    return torch.stack(experts, dim=-1).flatten(1)
+
+
+_FUSE = {"lora_A": fuse_lora_a, "lora_B": fuse_lora_b}
+
+
+def _conversions_of(model: nn.Module) -> list[Any]:
+    """Transformers' rules from weights in files to those of `model`; none for other models, or before version 5."""
+    if "transformers" not in sys.modules or not hasattr(model, "base_model_prefix") or _model_type(model) is None:
+        return []
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return []
+    return list(get_model_conversion_mapping(model))
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _expert_rules(conversions: Iterable[Any]) -> list[ExpertRule]:
+    rules = []
+    for conversion in conversions:
+        stacks = any(type(op).__name__ == "MergeModulelist" for op in getattr(conversion, "operations", ()))
+        if stacks and len(conversion.target_patterns) == 1:
+            layers = [re.search(r"\*\.(\w+)\.weight$", pattern) for pattern in conversion.source_patterns]
+            if all(layers):
+                parameter = conversion.target_patterns[0].rpartition(".")[2]
+                rules.append(ExpertRule(parameter, tuple(layer[1] for layer in layers if layer), conversion))
+    return rules
+
+
+def _expert_stacks(model: nn.Module, conversions: Iterable[Any]) -> list[ExpertStack]:
+    """The fused parameters of a model, in its order."""
+    rules = {rule.parameter: rule for rule in _expert_rules(conversions)}
+    stacks = []
+    for key, module in model_modules(model) if rules else ():
+        base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+        for name, parameter in base.named_parameters(recurse=False):
+            if name in rules and parameter.dim() == 3:
+                stacks.append(ExpertStack(key, parameter.shape[0], rules[name]))
+    return stacks
+
+
+def convert_peft_config_for_transformers(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    conversions: Sequence[Any] | None = None,
+    state_dict: Iterable[str] | None = None,
+) -> None:
+    """Lets a LoRA configuration that names the layers of experts mean the parameters they are fused into, in place.
+
+    A parameter that holds n layers of an expert gets n times the rank and `lora_alpha`, so that each layer has its own
+    part of the rank, at the same scale. Configurations that name no such layers are left as they are.
+
+    Args:
+        peft_config: the configuration.
+        model: the base model, with or without adapters.
+        conversions: transformers' rules for its weights; looked up if None.
+        state_dict: names of the adapter's tensors, where it is loaded: they tell whether a name that other layers of
+            the model have as well means the experts.
+
+    Raises:
+        ValueError: only some of the layers that share a parameter are named, or their ranks differ.
+    """
+    config: Any = peft_config
+    if config.peft_type != PeftType.LORA or not isinstance(config, LayerConfig) or not config.target_modules:
+        return
+    stacks = _expert_stacks(model, _conversions_of(model) if conversions is None else conversions)
+    if not stacks or not _means_experts(config, model, stacks, state_dict):
+        return
+    parameters: list[str] = []
+    for parameter in dict.fromkeys(stack.rule.parameter for stack in stacks):
+        same = [stack for stack in stacks if stack.rule.parameter == parameter]
+        chosen = [stack for stack in same if _named_projections(config, stack)]
+        for stack in chosen:
+            _check_complete(config, stack)
+        if chosen:
+            _set_rank(config, chosen)
+        # The plain name stands for all layers of the model; where some are left out, each is named.
+        parameters += [parameter] if chosen == same else [f"{stack.key}.{parameter}" for stack in chosen]
+    routers = _routers(config, model, stacks)
+    if not parameters and not routers:
+        return
+    config.target_parameters = sorted({*(config.target_parameters or ()), *parameters, *routers})
+    _drop_converted_targets(config, model)
+    if parameters and config.lora_dropout and config.inference_mode:
+        config.lora_dropout = 0.0  # of no effect in inference, and parameters cannot have it
+
+
+def _named_projections(config: Any, stack: ExpertStack) -> list[str]:
+    """Those layers of an expert that a configuration means."""
+    if config.target_modules == ALL_LINEAR:
+        return list(stack.rule.projections)
+    return [
+        projection
+        for projection in stack.rule.projections
+        if any(check_target_module_exists(config, layer) for layer in stack.layers(projection))
+    ]
+
+
+def _means_experts(config: Any, model: nn.Module, stacks: list[ExpertStack], state_dict: Iterable[str] | None) -> bool:
+    """Whether names in `config` that fit layers of experts mean them."""
+    if state_dict is not None:
+        names = "|".join({re.escape(name) for stack in stacks for name in stack.rule.projections})
+        return any(re.search(rf"\.\d+\.({names})\.lora_", key) for key in state_dict)
+    conversion_mapping = sys.modules.get("transformers.conversion_mapping")
+    families = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
+    if families.get(_model_type(model) or "") in ("mixtral", "qwen2_moe"):
+        return True
+    # Adapters that huggingface/peft made for other models have other layers of the same name, and not the experts.
+    return config.target_modules != ALL_LINEAR and not any(
+        base_op(module) is not None and check_target_module_exists(config, key)
+        for key, module in model_modules(model)
+        if key.rpartition(".")[2] in {name for stack in stacks for name in stack.rule.projections}
+    )
+
+
+def _check_complete(config: Any, stack: ExpertStack) -> None:
+    named = _named_projections(config, stack)
+    missing = [projection for projection in stack.rule.projections if projection not in named]
+    if missing:
+        raise ValueError(
+            f"target_modules names {', '.join(named)} of the experts but not {', '.join(missing)}. They are one"
+            f" parameter, {stack.key}.{stack.rule.parameter}, and can only get an adapter together."
+        )
+
+
+def _set_rank(config: Any, stacks: list[ExpertStack]) -> None:
+    """Gives the fused parameter the rank and alpha of all its layers together."""
+    rule = stacks[0].rule
+    for pattern, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+        values = getattr(config, pattern)
+        layers = [layer for stack in stacks for name in rule.projections for layer in stack.layers(name)[1:]]
+        found = {values.get(get_pattern_key(values, layer), default) for layer in layers} if values else {default}
+        if len(found) > 1:
+            raise ValueError(
+                f"{pattern} gives layers of experts that are one parameter, {rule.parameter}, {sorted(found)}."
+            )
+        total = found.pop() * len(rule.projections)
+        if total != default:
+            values[rf".*\.{rule.parameter}"] = total
+
+
+def _routers(config: Any, model: nn.Module, stacks: list[ExpertStack]) -> list[str]:
+    """The routers beside the experts that `config` means; linear layers before, they hold a bare weight now."""
+    beside = {stack.key.rpartition(".")[0] for stack in stacks}
+    found = set()
+    for key, module in model_modules(model):
+        parent, _, name = key.rpartition(".")
+        weight = getattr(module, "weight", None) if parent in beside and base_op(module) is None else None
+        wanted = config.target_modules == ALL_LINEAR or check_target_module_exists(config, key)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and wanted:
+            found.add(f"{name}.weight")
+    return sorted(found)
+
+
+def _drop_converted_targets(config: Any, model: nn.Module) -> None:
+    """Takes out of `target_modules` what matches no layer any more."""
+    if config.target_modules == ALL_LINEAR:
+        return
+    layers = [
+        key for key, module in model_modules(model) if isinstance(module, AdapterLayer) or base_op(module) is not None
+    ]
+    if isinstance(config.target_modules, str):
+        if not any(re.fullmatch(config.target_modules, key) for key in layers):
+            config.target_modules = set()
+    else:
+        config.target_modules = {
+            entry for entry in config.target_modules if any(ends_with(key, {entry}) for key in layers)
+        }
+
+
+def convert_peft_adapter_state_dict_for_transformers(
+    model: nn.Module, peft_config: PeftConfig, adapter_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """LoRA tensors, as a file has them, under the names and in the shapes that this version of transformers needs.
+
+    Layers of experts become their fused parameter, and layers that transformers has renamed get their new name.
+
+    Args:
+        model: the base model, with or without adapters.
+        peft_config: the adapter's configuration, converted (see `convert_peft_config_for_transformers`).
+        adapter_state_dict: its tensors by name (`base_model.model.<layer>.lora_A.weight`).
+        adapter_name: not needed.
+    """
+    conversions = _conversions_of(model) if peft_config.peft_type == PeftType.LORA else []
+    if not conversions:
+        return dict(adapter_state_dict)
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
+    stacks = {f"{stack.key}.{stack.rule.parameter}": stack for stack in _expert_stacks(model, conversions)}
+    layers = {key for key, _ in model_modules(model)}
+    result: dict[str, Tensor] = {}
+    experts: dict[tuple[str, str], dict[tuple[str, int], Tensor]] = {}
+    for key, tensor in adapter_state_dict.items():
+        found = re.match(r"base_model\.model\.(.*)\.(lora_\w+.*)", key)
+        if found is None or found[1].replace(".base_layer", "") in layers:
+            result[key] = tensor
+            continue
+        layer, rest = found.groups()
+        weight, pattern = rename_source_key(f"{layer}.weight", renamings, converters)
+        parts = layer.split(".")
+        if pattern is not None and weight in stacks:
+            experts.setdefault((weight, rest.partition(".")[0]), {})[parts[-1], int(parts[-2])] = tensor
+        elif weight.removesuffix(".weight") in layers:
+            result[f"base_model.model.{weight.removesuffix('.weight')}.{rest}"] = tensor
+        else:
+            result[key] = tensor
+    for (weight, side), tensors in experts.items():
+        stack = stacks[weight]
+        # Experts that the adapter leaves alone get a change of zero.
+        nothing = torch.zeros_like(next(iter(tensors.values())))
+        parts_of_b = [
+            [tensors.get((name, expert), nothing) for expert in range(stack.count)] for name in stack.rule.projections
+        ]
+        wrapper = _wrapper(stack.key, stack.rule.parameter, _targeted(peft_config, stacks.values()))
+        result[f"base_model.model.{wrapper}.{side}.weight"] = _FUSE[side](parts_of_b)
+    return result
+
+
+def _targeted(config: Any, stacks: Iterable[ExpertStack]) -> list[str]:
+    """The fused parameters that a configuration means, in the order in which they get their layers."""
+    wanted = config.target_parameters or ()
+    names = dict.fromkeys(stack.rule.parameter for stack in stacks)
+    return [name for name in names if any(entry.rpartition(".")[2] == name for entry in wanted)]
+
+
+def _wrapper(key: str, parameter: str, targeted: Sequence[str]) -> str:
+    """The name of the layer that adapts `parameter` of module `key`: the first parameter's is the innermost."""
+    inside = len(targeted) - 1 - targeted.index(parameter) if parameter in targeted else 0
+    return key + ".base_layer" * inside
+
+
+def build_peft_weight_mapping(
+    weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: PeftConfig | None = None
+) -> list[Any]:
+    """The rules by which transformers itself loads an adapter's file into a model with that adapter.
+
+    Args:
+        weight_conversions: its rules for the model's own weights.
+        adapter_name: the adapter.
+        peft_config: its configuration, converted or not.
+
+    Returns:
+        Rules that take the prefix off the names in the file, add the adapter's name, and convert what transformers has
+        renamed or fused since.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    rules = [WeightRenaming(r"^base_model\.model\.", "")]
+    methods = (
+        [method_of(peft_config.peft_type)] if peft_config is not None and peft_config.peft_type else METHODS.values()
+    )
+    for prefix in sorted({method.prefix for method in methods if not method.prompt}):
+        rules.append(WeightRenaming(rf"\.({prefix}[^.]*)", rf".\1.{adapter_name}"))
+    rules += [rule for rule in weight_conversions or () if isinstance(rule, WeightRenaming)]
+
+    experts = _expert_rules(weight_conversions or ())
+    targeted = [rule.parameter for rule in experts if peft_config is None or _mentions(peft_config, rule)]
+    for rule in experts:
+        container = rule.rule.target_patterns[0].rpartition(".")[0]
+        for side in _FUSE:
+            converter = WeightConverter(
+                [
+                    re.sub(r"\.weight$", f".{side}.{adapter_name}.weight", pattern)
+                    for pattern in rule.rule.source_patterns
+                ],
+                f"{_wrapper(container, rule.parameter, targeted)}.{side}.{adapter_name}.weight",
+                operations=[_fuse_operation(side)],
+            )
+            for attribute in ("scope_prefix", "base_model_prefix"):
+                if hasattr(rule.rule, attribute):
+                    setattr(converter, attribute, getattr(rule.rule, attribute))
+            rules.append(converter)
+    return rules
+
+
+def _mentions(config: Any, rule: ExpertRule) -> bool:
+    """Whether a configuration, converted or not, is for the parameter of a rule."""
+    if any(entry.rpartition(".")[2] == rule.parameter for entry in getattr(config, "target_parameters", None) or ()):
+        return True
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, str):
+        return targets == ALL_LINEAR or any(name in targets for name in rule.projections) or "[" in targets
+    return any(entry.rpartition(".")[2] in rule.projections for entry in targets or ())
+
+
+@lru_cache
+def _fuse_operation(side: str) -> Any:
+    """`fuse_lora_a` or `fuse_lora_b` as transformers' conversion operation."""
+    from transformers.core_model_loading import ConversionOps
+
+    class FuseExperts(ConversionOps):
+        def convert(
+            self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+        ) -> dict[str, Any]:
+            with torch.no_grad():
+                return {target_patterns[0]: _FUSE[side]([input_dict[pattern] for pattern in source_patterns])}
+
+    return FuseExperts()
+
+
+# ---- FSDP
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
+    """Which modules FSDP wraps: transformer blocks, soft prompts, and each trainable leaf by itself.
+
+    A leaf of its own because FSDP wants the parameters of a wrapped module all trainable or all frozen.
+
+    Args:
+        model: a `PeftModel`. The classes of its blocks are those that its parts list as `_no_split_modules`, or the
+            names in the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP, separated by commas.
+
+    Returns:
+        A policy as `torch.distributed.fsdp` takes it.
+
+    Raises:
+        TypeError: the model has no module of a class that is named.
+    """
+    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    if names is not None:
+        wanted = {name.strip() for name in names.split(",") if name.strip()}
+    else:
+        wanted = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    by_name = {type(module).__name__: type(module) for module in model.modules()}
+    missing = sorted(wanted - by_name.keys())
+    if names is not None and missing:
+        raise TypeError(f"FSDP_TRANSFORMER_CLS_TO_WRAP names {', '.join(missing)}; the model has no such module.")
+    classes = {by_name[name] for name in wanted if name in by_name}
+    classes |= {method.model_class for method in METHODS.values() if method.prompt}
+
+    def wraps(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+        return recurse or isinstance(module, tuple(classes)) or _is_trainable_leaf(module)
+
+    return wraps
+
+
+def _is_trainable_leaf(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return next(module.children(), None) is None and isinstance(weight, Tensor) and weight.requires_grad

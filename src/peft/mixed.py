@@ -1,0 +1,142 @@
+"""Adapters of several methods on one model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft.checkpoint.state import IncompatibleKeys, adapter_slots
+from peft.config import PeftConfig
+from peft.core.tuner import BaseTuner, check_adapter_name
+from peft.model import PeftModel
+from peft.registry import METHODS, method_of
+
+
+class MixedModel(BaseTuner):
+    """A model with adapters of several methods: a tuner for each of them, all on the same model.
+
+    Where two methods adapt the same module, the layer of the later one wraps that of the earlier: its adapters act on
+    the outcome of the others.
+    """
+
+    prefix = "mixed_"
+
+    def prepare_shared(self) -> None:
+        self._tuners: dict[str, BaseTuner] = {}
+
+    def _tuner_for(self, config: PeftConfig) -> BaseTuner:
+        """The tuner of a configuration's method, up to date with what the others have done."""
+        method = str(getattr(config.peft_type, "value", config.peft_type))
+        if method not in self._tuners:
+            # It must not take over the record of another tuner, nor leave its own on the model.
+            self._tuners[method] = method_of(method).model_class(self.model, {}, "")
+        tuner = self._tuners[method]
+        tuner.peft_config = self.peft_config
+        tuner._active = self.active_adapters
+        tuner._parts = None
+        return tuner
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+        config: PeftConfig | None = None,
+    ) -> None:
+        tuner = self._tuner_for(config or self.peft_config[adapter_name])
+        try:
+            tuner.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, config)
+        finally:
+            self._parts = None
+            model.peft_config = self.peft_config
+        self._active = tuner.active_adapters
+        self.targeted_module_names = list(dict.fromkeys(self.targeted_module_names + tuner.targeted_module_names))
+        self.targeted_parameter_names = list(
+            dict.fromkeys(self.targeted_parameter_names + tuner.targeted_parameter_names)
+        )
+
+    def fill_in(self, adapter_name: str) -> None:
+        self._tuner_for(self.peft_config[adapter_name]).fill_in(adapter_name)
+
+
+class PeftMixedModel(PeftModel):
+    """A base model with adapters of several methods, each under a name of its own.
+
+    Any of them can be active together; they act in the order in which their methods came. Made by
+    `get_peft_model(..., mixed=True)`. Saving is not supported; adapters are loaded one by one.
+
+    Args:
+        model: the base model, changed in place; its weights are frozen.
+        peft_config: configuration of the first adapter.
+        adapter_name: its name.
+        autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
+        low_cpu_mem_usage: make the adapter's tensors without memory (on the meta device), to be loaded next.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: the method cannot be mixed, or the configuration does not fit; the
+            model is as before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ):
+        super(PeftModel, self).__init__()
+        check_adapter_name(adapter_name)
+        self._check_new_adapter_config(peft_config, is_trainable=False)
+        self._peft_config = None
+        self._active_prompt = None
+        self.base_model = MixedModel(model, {}, adapter_name)
+        self.base_model.inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
+        )
+        self._prepare_for_gradient_checkpointing(model)
+
+    def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
+        method = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
+        if not method_of(method).mixed:
+            raise ValueError(
+                f"{method} cannot be part of a PeftMixedModel (mixed=True); these can:"
+                f" {', '.join(name for name, row in METHODS.items() if row.mixed)}."
+            )
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Removes adapters. If none of the active ones is left, the first that is left becomes active.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        for name in self.base_model.check_names(adapter_name):
+            super().delete_adapter(name)
+
+    def _load_tensors(self, adapter_name: str, source: Any, options: dict[str, Any]) -> IncompatibleKeys:
+        # Files know nothing of layers of other methods around an adapter's own.
+        slots = adapter_slots(self, adapter_name)
+        live = {key.replace(".base_layer", ""): key for key in slots}
+        source.tensors = {key if key in slots else live.get(key, key): value for key, value in source.tensors.items()}
+        return super()._load_tensors(adapter_name, source, options)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Not supported.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("Saving is not supported for PeftMixedModel.")
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Not supported, as saving is not.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("Model card creation is not supported for PeftMixedModel.")
