@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import peft
 import tiny_models as tiny
@@ -387,8 +388,14 @@ def test_merging_named_adapters_only(model):
     assert torch.equal(attention.v_proj.base_layer.weight, v_before)
 
 
+def test_a_name_to_merge_that_does_not_exist_is_warned_of(model):
+    with pytest.warns(UserWarning, match="green"):
+        model.merge_adapter(adapter_names=["blue", "green"])
+    assert get_model_status(model).merged_adapters in (["blue"], "irregular")
+
+
 def test_merging_twice_or_unmerging_nothing_warns_and_changes_nothing(model):
-    with pytest.warns(UserWarning, match=r"(?i)unmerge"):
+    with pytest.warns(UserWarning, match=r"(?i)merged"):
         model.unmerge_adapter()
     model.merge_adapter()
     before = tiny.state(model)
@@ -594,6 +601,18 @@ def test_low_cpu_mem_usage_makes_meta_tensors_that_loading_replaces(model, tmp_p
         assert torch.equal(found[name], expected[name])
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_tensors_that_a_file_lacks_are_named_and_start_afresh(low_cpu_mem_usage, tmp_path):
+    get_peft_model(tiny.llama(), causal(**RED)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if "layers.1" not in key}, path)
+    with pytest.warns(UserWarning, match="layers.1.self_attn.v_proj.lora_A"):
+        loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    start = loaded.base_model.model.model.layers[1].self_attn.v_proj
+    assert 0 < start.lora_A["default"].weight.abs().max() < 1 and not start.lora_B["default"].weight.any()
+    assert torch.equal(logits(loaded), logits(tiny.llama()))
+
+
 def test_torch_device_says_where_the_file_is_read_to(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "red", torch_device="cpu").eval()
@@ -699,7 +718,6 @@ def test_a_wrong_adapter_name_suggests_the_nearest_one(model):
         lambda: model.set_adapter("rde"),
         lambda: model.delete_adapter("rde"),
         lambda: model.set_requires_grad("rde"),
-        lambda: model.merge_adapter(adapter_names=["rde"]),
     ):
         with pytest.raises(ValueError, match="rde") as caught:
             call()
@@ -728,7 +746,6 @@ FAILING = {
     "set: unknown": lambda model: model.set_adapter("green"),
     "set: one of a list unknown": lambda model: model.base_model.set_adapter(["blue", "green"]),
     "delete: unknown": lambda model: model.delete_adapter("green"),
-    "merge: unknown": lambda model: model.merge_adapter(adapter_names=["blue", "green"]),
     "set_requires_grad: unknown": lambda model: model.set_requires_grad(["blue", "green"]),
     "forward: unknown name in a batch": lambda model: logits(model, adapter_names=["red", "green", "blue"]),
     "forward: too few names": lambda model: logits(model, adapter_names=["red"]),
@@ -767,6 +784,17 @@ def test_a_failed_get_peft_model_leaves_the_base_as_it_was(fields):
     before, modules = tiny.state(plain), [(name, type(module)) for name, module in plain.named_modules()]
     with pytest.raises(ValueError):
         get_peft_model(plain, causal(**fields))
+    assert [(name, type(module)) for name, module in plain.named_modules()] == modules
+    tiny.assert_same_state(plain, before)
+    assert not hasattr(plain, "peft_config")
+
+
+def test_a_failed_from_pretrained_leaves_the_base_as_it_was(tmp_path):
+    get_peft_model(tiny.llama(intermediate_size=64), causal(target_modules=["up_proj"])).save_pretrained(tmp_path)
+    plain = tiny.llama()
+    before, modules = tiny.state(plain), [(name, type(module)) for name, module in plain.named_modules()]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(plain, tmp_path)
     assert [(name, type(module)) for name, module in plain.named_modules()] == modules
     tiny.assert_same_state(plain, before)
     assert not hasattr(plain, "peft_config")
