@@ -420,25 +420,35 @@ class AdapterLayer(nn.Module):
     def _run(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """All of `x` with one adapter, or with none."""
         names = [name] if name != BASE and self.has(name) else []
-        with self._read_with(names):
+        with self._below_with(name, names):
             if not names:
                 return self.base_layer(x, *args, **kwargs)
             run = self._chain if self.cheap(name) else self._run_with_weight
             return run(names, x, *args, **kwargs)
 
     @contextmanager
-    def _read_with(self, names: list[str]) -> Iterator[None]:
-        """While it lasts, inner modules whose weight is read rather than called have it with these adapters."""
-        inner = [child for child in self.base_layer.children() if isinstance(child, AdapterLayer) and child.is_read]
+    def _below_with(self, name: str, names: list[str]) -> Iterator[None]:
+        """While it lasts, the layers underneath give all samples adapter `name`, as this one does.
+
+        Args:
+            name: the adapter's name, or the one that stands for none.
+            names: it, if it is on this layer.
+        """
+        below = self.base_layer
+        inner = [child for child in below.children() if isinstance(child, AdapterLayer) and child.is_read]
         before = [(child._live, child._mode) for child in inner]
         for child in inner:
-            child._live = names
-            child._mode = _RUN_WEIGHT if names else _RUN_BASE
+            child._live, child._mode = names, _RUN_WEIGHT if names else _RUN_BASE
+        route = below._route if isinstance(below, AdapterLayer) else None
+        if route is not None:
+            below._route = Route([name])
         try:
             yield
         finally:
-            for child, (child._live, child._mode) in zip(inner, before, strict=True):
-                pass
+            for child, (live, mode) in zip(inner, before, strict=True):
+                child._live, child._mode = live, mode
+            if route is not None:
+                below._route = route
 
     # ---- merging
 

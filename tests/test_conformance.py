@@ -1,0 +1,368 @@
+"""Every method on every kind of module: the promises that the mechanism makes for all of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import peft
+from peft.core.base_op import base_op
+from peft.core.layer import AdapterLayer
+from peft.registry import METHODS
+
+torch.set_num_threads(1)
+
+#: settings that a method needs to fit the small modules here, beyond its targets
+SETTINGS: dict[str, dict] = {
+    "LORA": {"r": 4, "lora_alpha": 6},
+    "HRA": {"r": 4},
+    "IA3": {"feedforward_modules": []},
+    "VERA": {"r": 6},
+}
+#: (method, kind) whose change has no place in the base weight
+UNMERGEABLE = {("LORA", "Conv2d groups")}
+BATCH = 4
+
+
+class Experts(nn.Module):
+    """A mixture of experts with stacked weights [experts, out, in]."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 12, 8) / 3)
+        self.down = nn.Parameter(torch.randn(3, 8, 12) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(torch.einsum("...i,eoi->...eo", x, self.up))
+        return torch.einsum("...ei,eoi->...o", hidden, self.down)
+
+
+class Matrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.scale.T
+
+
+KINDS = {
+    "Linear": lambda: nn.Linear(8, 12),
+    "Linear no bias": lambda: nn.Linear(8, 12, bias=False),
+    "Conv1D": lambda: Conv1D(12, 8),
+    "Conv1d": lambda: nn.Conv1d(4, 8, 3, padding=1),
+    "Conv2d": lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1),
+    "Conv2d groups": lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2),
+    "Conv3d": lambda: nn.Conv3d(4, 8, 2),
+    "Embedding": lambda: nn.Embedding(16, 8),
+    "MultiheadAttention": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+    "MultiheadAttention sequence first": lambda: nn.MultiheadAttention(8, 2),
+    "LayerNorm": lambda: nn.LayerNorm(8),
+    "Parameter": Matrix,
+    "Parameter stacked": Experts,
+}
+PARAMETERS = {"Parameter": ["target.scale"], "Parameter stacked": ["target.up", "target.down"]}
+
+
+class Model(nn.Module):
+    """One target module between fixed ones."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.target = KINDS[kind]()
+        self.other = nn.Linear(8, 8)
+
+    def inputs(self, generator: torch.Generator) -> Tensor:
+        if self.kind == "Embedding":
+            return torch.randint(0, 16, (BATCH, 5), generator=generator)
+        if "Conv" in self.kind and self.kind != "Conv1D":
+            return torch.randn(BATCH, 4, *[6] * int(self.kind[4]), generator=generator)
+        if "sequence first" in self.kind:
+            return torch.randn(5, BATCH, 8, generator=generator)
+        return torch.randn(BATCH, 5, 8, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "Embedding":
+            return self.other(self.target(x))
+        if "Conv" in self.kind and self.kind != "Conv1D":
+            return self.target(x)
+        x = self.other(x)
+        return self.target(x, x, x)[0] if "Attention" in self.kind else self.target(x)
+
+    @property
+    def batch_dim(self) -> int:
+        return 1 if "sequence first" in self.kind else 0
+
+
+def build(kind: str, dtype: torch.dtype = torch.float32) -> Model:
+    torch.manual_seed(3)
+    return Model(kind).to(dtype).eval()
+
+
+def config_for(method: str, kind: str, **changes):
+    where = {"target_modules": [], "target_parameters": PARAMETERS[kind]} if kind in PARAMETERS else {"target_modules": ["target"]}
+    return METHODS[method].config_class(**{**SETTINGS.get(method, {}), **where, **changes})
+
+
+def randomise(model: nn.Module, name: str, seed: int = 5) -> None:
+    """Gives an adapter an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, AdapterLayer) and module.has(name):
+                for parameter in module.trainable_parameters(name):
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def adapted(method: str, kind: str, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("default",)):
+    model = peft.get_peft_model(build(kind, dtype), config_for(method, kind), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config_for(method, kind))
+    for seed, name in enumerate(names):
+        randomise(model, name, seed)
+    return model.eval()
+
+
+def inputs_of(model, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = model.get_base_model().inputs(torch.Generator().manual_seed(7))
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _supports(method: str, kind: str) -> bool:
+    module, layer_class = build(kind).target, METHODS[method].model_class.layer_class
+    if kind in PARAMETERS:
+        return "Parameter" in layer_class.kinds
+    return base_op(module).kind in layer_class.kinds
+
+
+LAYER_METHODS = [name for name, row in METHODS.items() if not row.prompt and hasattr(row.model_class, "layer_class")]
+CASES = [(method, kind) for method in LAYER_METHODS for kind in KINDS]
+SUPPORTED = [case for case in CASES if _supports(*case)]
+MERGEABLE = [case for case in SUPPORTED if case not in UNMERGEABLE]
+over = pytest.mark.parametrize
+
+
+@over("method, kind", [case for case in CASES if case not in SUPPORTED])
+def test_unsupported_module_is_refused(method, kind):
+    model = build(kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises((ValueError, TypeError), match="not supported"):
+        peft.get_peft_model(model, config_for(method, kind))
+    assert_same_state(model, before)
+
+
+def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not hasattr(model, "peft_config") or not model.peft_config
+
+
+@over("method, kind", SUPPORTED)
+def test_a_fresh_adapter_changes_nothing(method, kind):
+    base = build(kind)
+    x = base.inputs(torch.Generator().manual_seed(7))
+    model = peft.get_peft_model(build(kind), config_for(method, kind)).eval()
+    torch.testing.assert_close(model(x), base(x), rtol=1e-4, atol=1e-5)
+
+
+@over("method, kind", SUPPORTED)
+def test_disabled_is_the_base_model_exactly(method, kind):
+    model, base = adapted(method, kind), build(kind)
+    x = inputs_of(model)
+    changed, expected = model(x), base(x)
+    assert not torch.allclose(changed, expected, atol=1e-4), "the adapter has no effect, so this would show nothing"
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), changed)
+    assert torch.equal(model.unload()(x), expected)
+
+
+@over("method, kind", MERGEABLE)
+def test_merged_computes_the_same(method, kind):
+    model = adapted(method, kind)
+    x = inputs_of(model)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(model(x), build(kind)(x))
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), expected)
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
+    assert not any(type(module).__module__.startswith("peft") for module in merged.modules())
+    assert list(merged.state_dict()) == list(build(kind).state_dict())
+
+
+@over("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@over("method, kind", MERGEABLE)
+def test_unmerge_gives_back_every_bit(method, kind, dtype):
+    before = build(kind, dtype).state_dict()
+    model = adapted(method, kind, dtype)
+    model.merge_adapter()
+    base = model.get_base_model()
+    assert any(not torch.equal(base_value(base, name), value) for name, value in before.items())
+    assert model.merge_memory() > 0
+    model.unmerge_adapter()
+    assert all(torch.equal(base_value(base, name), value) for name, value in before.items())
+    assert model.merge_memory() == 0
+
+
+def base_value(model: nn.Module, name: str) -> Tensor:
+    """A tensor of the base model by the name it has without adapters."""
+    module: nn.Module = model
+    *path, leaf = name.split(".")
+    for part in path:
+        module = getattr(module.get_base_layer() if isinstance(module, AdapterLayer) else module, part)
+    return getattr(module.get_base_layer() if isinstance(module, AdapterLayer) else module, leaf)
+
+
+@over("method, kind", [case for case in UNMERGEABLE if case in SUPPORTED])
+def test_what_cannot_be_merged_says_so(method, kind):
+    model = adapted(method, kind)
+    x = inputs_of(model)
+    expected = model(x)
+    with pytest.raises(NotImplementedError, match="merge"):
+        model.merge_and_unload()
+    assert torch.equal(model(x), expected)
+
+
+@over("method, kind", SUPPORTED)
+def test_save_and_load(method, kind, tmp_path):
+    model = adapted(method, kind)
+    x = inputs_of(model)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    for low_cpu_mem_usage in (False, True):
+        loaded = peft.PeftModel.from_pretrained(build(kind), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        torch.testing.assert_close(loaded(x), model(x))
+        assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    mine, theirs = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(loaded)
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@over("method, kind", SUPPORTED)
+def test_mixed_batch_is_each_alone(method, kind):
+    model = adapted(method, kind, names=("a", "b"))
+    x = inputs_of(model)
+    rows = ["a", "__base__", "b", "a"]
+    dim = model.get_base_model().batch_dim
+    alone = {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        alone[name] = model(x)
+    with model.disable_adapter():
+        alone["__base__"] = model(x)
+    mixed = model(x, adapter_names=rows)
+    for row, name in enumerate(rows):
+        torch.testing.assert_close(mixed.select(dim, row), alone[name].select(dim, row), rtol=1e-4, atol=1e-5)
+
+
+@over("method, kind", SUPPORTED)
+def test_gradients_go_to_the_active_adapter_alone(method, kind):
+    model = adapted(method, kind, names=("a", "b"))
+    model.set_adapter("b")
+    model(inputs_of(model)).square().sum().backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert with_gradient == trainable
+    assert trainable
+    assert all(".b" in name for name in trainable)
+
+
+@over("method, kind", MERGEABLE)
+def test_several_active_adapters_act_as_when_merged(method, kind):
+    model = adapted(method, kind, names=("a", "b"))
+    model.base_model.set_adapter(["a", "b"])
+    x = inputs_of(model)
+    together = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), together, rtol=1e-3, atol=1e-4)
+
+
+@over("method, kind", SUPPORTED)
+def test_deepcopy_and_pickle(method, kind):
+    model = adapted(method, kind, names=("a", "b"))
+    x = inputs_of(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        twin.set_adapter("b")
+        assert not torch.allclose(twin(x), model(x), atol=1e-4)
+        twin.delete_adapter("b")
+        assert list(model.peft_config) == ["a", "b"]
+
+
+@over("method, kind", SUPPORTED)
+def test_deleting_leaves_the_others(method, kind):
+    model = adapted(method, kind, names=("a", "b"))
+    x = inputs_of(model)
+    expected = model(x)
+    model.delete_adapter("b")
+    assert torch.equal(model(x), expected)
+    assert not [name for name, _ in model.named_parameters() if name.endswith(".b") or ".b." in name]
+    assert list(model.peft_config) == ["a"]
+
+
+@over("method, kind", SUPPORTED)
+def test_a_failed_add_leaves_nothing(method, kind, monkeypatch):
+    model = adapted(method, kind)
+    x = inputs_of(model)
+    expected = model(x)
+    state = {name: (value.clone(), value.requires_grad) for name, value in model.state_dict(keep_vars=True).items()}
+    layer_class = METHODS[method].model_class.layer_class
+
+    def fail(self, name, config, **settings):
+        original(self, name, config, **settings)
+        raise MemoryError("no memory left")
+
+    for subclass in {layer_class, *layer_class.__subclasses__()}:
+        if "create" in vars(subclass):
+            original = subclass.create
+            monkeypatch.setattr(subclass, "create", fail)
+    with pytest.raises(MemoryError):
+        model.add_adapter("other", config_for(method, kind))
+    plain = build(kind)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    with pytest.raises(MemoryError):
+        peft.get_peft_model(plain, config_for(method, kind))
+    assert_same_state(plain, before)
+    assert list(model.peft_config) == ["default"]
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(state)
+    assert all(torch.equal(after[name], value) and after[name].requires_grad == grad for name, (value, grad) in state.items())
+    assert torch.equal(model(x), expected)
+
+
+@over("method", LAYER_METHODS)
+def test_half_precision_base_trains_the_adapter_in_float32(method):
+    model = adapted(method, "Linear", torch.bfloat16)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.dtype == torch.float32 for parameter in trained)
+    output = model(inputs_of(model, torch.bfloat16))
+    assert output.dtype == torch.bfloat16
+    kept = peft.get_peft_model(build("Linear", torch.bfloat16), config_for(method, "Linear"), autocast_adapter_dtype=False)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in kept.parameters() if parameter.requires_grad)
+
+
+@over("method", LAYER_METHODS)
+def test_two_methods_on_one_module(method):
+    """In a mixed model, adapters of different methods act one on top of the other, merged or not."""
+    model = peft.get_peft_model(build("Linear"), config_for(method, "Linear"), adapter_name="a", mixed=True)
+    other = "HRA" if method != "HRA" else "LORA"
+    model.add_adapter("b", config_for(other, "Linear"))
+    model.set_adapter(["a", "b"])
+    for seed, name in enumerate("ab"):
+        randomise(model, name, seed)
+    model.eval()
+    x = model.base_model.model.inputs(torch.Generator().manual_seed(7))
+    together = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), together, rtol=1e-3, atol=1e-4)
