@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft import folder as folder_module
 from peft.checkpoint import load_peft_weights, model_card, read_adapter, write_adapter
 from peft.config import read_config_file
@@ -360,7 +361,9 @@ def test_processes_killed_while_saving(tmp_path):
             save(tmp_path, mark, safe_serialization=bool(generator.getrandbits(2)), size=150)
             mark = 5 - mark
 
-    for turn in range(40):
+    for turn in range(400):
+        if turn >= 40 and {2, 3} <= set(seen):
+            break
         child = in_child(lambda: save_for_ever(2 + turn % 2), wait=False)  # noqa: B023 - called before the next turn
         time.sleep(generator.uniform(0.002, 0.06))
         os.kill(child, signal.SIGKILL)
@@ -435,6 +438,23 @@ def test_a_folder_that_may_only_be_read():
         assert COMMITTED not in names(folder)
 
 
+@needs_fork
+def test_a_model_is_loaded_from_what_was_committed(tmp_path):
+    def model(r):
+        return get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(r=r, target_modules=["0"]))
+
+    def die_before_moving():
+        os.replace = lambda *_: os._exit(9)
+        model(3).save_pretrained(tmp_path)
+
+    model(2).save_pretrained(tmp_path)
+    assert in_child(die_before_moving) == 9
+    loaded = PeftModel.from_pretrained(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path)
+    assert loaded.peft_config["default"].r == 3
+    assert loaded.base_model.model[0].lora_A["default"].weight.shape == (3, 4)
+    assert names(tmp_path) == {CONFIG, WEIGHTS, CARD}
+
+
 def test_a_config_alone_is_found_in_a_committed_save(tmp_path):
     (tmp_path / CONFIG).write_text('{"r": 1}')
     pending = tmp_path / COMMITTED / "id"
@@ -451,17 +471,21 @@ def test_a_config_alone_is_found_in_a_committed_save(tmp_path):
 def test_readers_and_writers_at_the_same_time(tmp_path):
     """Three writers, of both formats, and a reader beside them: no reading is a mixture, nothing is lost."""
     save(tmp_path, 1, size=30)
-    until = time.monotonic() + 1
+    start, seen, stop = time.monotonic(), [], tmp_path / "stop"
 
     def keep_saving(mark):
-        while time.monotonic() < until:
+        while not stop.exists():
             save(tmp_path, mark, safe_serialization=mark != 4, size=30)
 
     writers = [in_child(lambda mark=mark: keep_saving(mark), wait=False) for mark in (2, 4, 6)]
-    seen = []
-    while time.monotonic() < until:
-        seen.append(mark_of(tmp_path))
-    assert [os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) for writer in writers] == [0, 0, 0]
+    try:
+        while time.monotonic() < start + 1 or (not {2, 4, 6} <= set(seen) and time.monotonic() < start + 30):
+            seen.append(mark_of(tmp_path))
+    finally:
+        stop.touch()
+        ends = [os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) for writer in writers]
+    stop.unlink()
+    assert ends == [0, 0, 0]
     assert {2, 4, 6} <= set(seen)
     assert mark_of(tmp_path) in (2, 4, 6)
     save(tmp_path, 7)
