@@ -36,7 +36,7 @@ architecture: $(READY)
 	$(BIN)/lint-imports
 
 demo: $(READY)
-	$(BIN)/python examples/demo.py
+	$(BIN)/peft demo
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

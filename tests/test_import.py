@@ -21,7 +21,8 @@ OPTIONAL = ("transformers", "accelerate", "datasets", "diffusers", "bitsandbytes
 def loaded_after(code: str) -> set[str]:
     """Names of the modules that a fresh interpreter holds after `code`."""
     report = "\nimport json, sys; print(json.dumps(list(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
     return set(json.loads(run.stdout.splitlines()[-1]))
 
 
