@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
-
 from torch import nn
 
 from peft.config import PeftConfig
 from peft.errors import PeftWarning
+from peft.mixed import PeftMixedModel
 from peft.model import PeftModel
 from peft.registry import TaskType
 from peft.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -22,7 +21,7 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> Any:
+) -> PeftModel | PeftMixedModel:
     """Adds a new adapter to a base model, which is changed in place.
 
     Args:
@@ -60,8 +59,6 @@ def get_peft_model(
     peft_config.revision = revision if revision is not None else peft_config.revision
     try:
         if mixed:
-            from peft.mixed import PeftMixedModel
-
             return PeftMixedModel(model, peft_config, adapter_name=adapter_name)
         return model_class_for(peft_config)(
             model,

@@ -81,17 +81,42 @@ class TaskModel(PeftModel):
         """
         if not self.prompt_active:
             return super().forward(*args, **kwargs)
-        inputs = self._prompted({**dict(zip(self.arguments, args, strict=False)), **kwargs})
-        return self._prompt.finish(self.base_model(**inputs), inputs.get("labels"))
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        inputs = self._prompted(given)
+        return self._prompt.finish(self._run(inputs, given.get("input_ids")), inputs.get("labels"))
 
     def _prompted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.with_prompt(inputs, self.labels_by_token, self.labelled_positions)
+
+    def _run(self, inputs: dict[str, Any], input_ids: Tensor | None) -> Any:
+        """The base model's forward pass; `input_ids` as they were before the prompt took their place."""
+        return self.base_model(**inputs)
 
 
 class PeftModelForSequenceClassification(TaskModel):
     """A classifier of whole texts; `classifier` or `score` is trained with the adapter."""
 
     heads = ("classifier", "score")
+
+    def _run(self, inputs: dict[str, Any], input_ids: Tensor | None) -> Any:
+        # Decoders (their heads are called `score`) judge by the last token that is not padding, which they find in the
+        # ids: so they get ids, with any for the virtual tokens, and the vectors where those are looked up.
+        if input_ids is None or "inputs_embeds" not in inputs or not hasattr(self.base_model, "score"):
+            return super()._run(inputs, input_ids)
+        vectors = inputs.pop("inputs_embeds")
+        config = getattr(self.base_model, "config", None)
+        any_id = 1 if getattr(config, "pad_token_id", None) == 0 else 0
+        ids = pad(input_ids, (vectors.shape[1] - input_ids.shape[1], 0), value=any_id)
+
+        def look_up(*_: Any) -> Tensor:
+            hook.remove()
+            return vectors
+
+        hook = self.word_embeddings.register_forward_hook(look_up)
+        try:
+            return self.base_model(input_ids=ids, **inputs)
+        finally:
+            hook.remove()
 
 
 class PeftModelForTokenClassification(TaskModel):
@@ -186,6 +211,8 @@ class GeneratingModel(TaskModel):
         prompt, batch = self._prompt, input_ids.shape[0]
         side = "decoder_" if self._encodes_first else ""
         ids, vectors, tokens = f"{side}input_ids", f"{side}inputs_embeds", prompt.num_virtual_tokens
+        if kwargs.get("use_cache") is False:
+            kwargs.pop("past_key_values", None)  # a prompt of keys and values comes back from the step before
         seen = cached_tokens(kwargs.get("past_key_values"))
         filled = tokens if prompt.adds_tokens and not seen else 0
         if kwargs.get("next_sequence_length") is not None and prompt.adds_tokens:

@@ -229,7 +229,7 @@ class VirtualTokens(nn.Module):
 class PromptHost(nn.Module):
     """What a `PeftModel` knows of soft prompts: its encoders by adapter name, and how a prompt gets into the inputs."""
 
-    base_model: nn.Module
+    base_model: Any
     peft_config: dict[str, Any]
     prompt_encoder: nn.ModuleDict
     #: whether the forward pass knows where a prompt goes: so for the classes of the tasks
@@ -288,8 +288,8 @@ class PromptHost(nn.Module):
         return not self._prompt_disabled and self._prompt is not None
 
     @property
-    def _prompt(self) -> VirtualTokens | None:
-        """The active adapter's prompt."""
+    def _prompt(self) -> Any:
+        """The active adapter's [`VirtualTokens`]; None if it has none."""
         name: Any = self.active_adapter
         encoders: Any = self._modules.get("prompt_encoder") or {}
         return encoders[name] if isinstance(name, str) and name in encoders else None

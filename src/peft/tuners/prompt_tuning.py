@@ -52,7 +52,8 @@ class PromptTuningConfig(PromptLearningConfig):
         start: Any = self.prompt_tuning_init
         if start not in [*self.starts]:
             raise ValueError(f"prompt_tuning_init={start!r} is not known; use one of {known}.")
-        self.prompt_tuning_init = start = self.starts(start)
+        start = self.starts(start)
+        self.prompt_tuning_init = start
         from_text = start == "TEXT"
         for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
             if from_text and not getattr(self, name):
