@@ -59,10 +59,11 @@ def _take_over_signature(model: Any, name: str) -> None:
         return  # it has named arguments of its own
 
     # Through the class, so that a copy of the model calls itself and not the model it was copied from.
-    @wraps(original)
+    @wraps(original, updated=())
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(type(self), name)(self, *args, **kwargs)
 
+    del call.__wrapped__  # type: ignore[attr-defined]
     call.__signature__ = _with_self(inspect.signature(original))  # type: ignore[attr-defined]
     model.__dict__[name] = MethodType(call, model)
 
