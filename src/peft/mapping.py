@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+
 from torch import nn
 
 from peft.config import PeftConfig
 from peft.errors import PeftWarning
 from peft.mixed import PeftMixedModel
 from peft.model import PeftModel
-from peft.registry import TaskType
 from peft.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 
@@ -57,10 +57,10 @@ def get_peft_model(
     before = dict(peft_config.__dict__)
     peft_config.base_model_name_or_path = name
     peft_config.revision = revision if revision is not None else peft_config.revision
+    task = peft_config.task_type
+    model_class = PeftMixedModel if mixed else PeftModel if task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
     try:
-        if mixed:
-            return PeftMixedModel(model, peft_config, adapter_name=adapter_name)
-        return model_class_for(peft_config)(
+        return model_class(
             model,
             peft_config,
             adapter_name=adapter_name,
@@ -71,18 +71,3 @@ def get_peft_model(
         peft_config.__dict__.clear()
         peft_config.__dict__.update(before)
         raise
-
-
-def model_class_for(peft_config: PeftConfig) -> type[PeftModel]:
-    """The class that wraps a model for a configuration's task.
-
-    Raises:
-        ValueError: a soft prompt without a task.
-    """
-    task = peft_config.task_type
-    if task is None and peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{type(peft_config).__name__} needs a task_type, which says where the prompt goes: one of"
-            f" {', '.join(known.value for known in TaskType)}."
-        )
-    return PeftModel if task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
