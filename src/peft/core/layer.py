@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
-from peft.core.base_op import BaseOp, ParameterOp, base_op
+from peft.core.base_op import BaseOp, NormOp, ParameterOp, base_op
 from peft.core.routing import BASE, Route
 from peft.core.storage import onloaded, place_of, storage_of
 from peft.errors import PeftWarning
@@ -457,6 +457,16 @@ class AdapterLayer(nn.Module):
         with onloaded(self.get_base_layer()):
             weight = self.get_base_weight()
             return self.effective([adapter])[0] - weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter's effect is a change of a weight matrix, which a LoRA can have too."""
+        if not self.has(adapter_name) or isinstance(self.op, NormOp):
+            return False
+        try:
+            self.check_merge(adapter_name)
+        except NotImplementedError:
+            return False
+        return True
 
     def merged_weight(self, names: Sequence[str], safe: bool = False) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with these adapters, as merging writes them.

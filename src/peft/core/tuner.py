@@ -268,10 +268,11 @@ class BaseTuner(nn.Module):
             self._replace_module(parent, target_name, layer, target)
         layer.add_adapter(adapter_name, peft_config, **settings)
         if isinstance(layer.op, AttentionOp):
-            # Its output projection is a module that is read, not called, and gets a layer of its own.
+            # Its output projection is a module that is read, not called, and gets a layer of its own. What the
+            # configuration says of the attention module (a rank, say) holds for both.
             attention = layer.get_base_layer()
             self._create_and_replace(
-                peft_config, adapter_name, attention.out_proj, "out_proj", attention, current_key=f"{current_key}.out_proj"
+                peft_config, adapter_name, attention.out_proj, "out_proj", attention, current_key=current_key
             )
             attention.out_proj.is_read = True
 
@@ -542,6 +543,11 @@ class BaseTuner(nn.Module):
         for layer in merged:
             layer.unmerge()
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether [`convert_to_lora`] can turn an adapter into a LoRA: all its changes are changes of weights."""
+        layers = [layer for layer in self.layers() if layer.has(adapter_name)]
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
     def merge_memory(self) -> int:
         """Bytes kept to undo the present merge."""
         return sum(layer.merge_memory() for layer in self.layers())
@@ -608,7 +614,7 @@ class BaseTuner(nn.Module):
     ) -> nn.Module:
         parts = list(reversed(self.parts()))
         shared = self._shared_weights() if merge else set()
-        for key, part in _with_progress(parts, progressbar, "Merging" if merge else "Unloading"):
+        for key, part in with_progress(parts, progressbar, "Merging" if merge else "Unloading"):
             if isinstance(part, AdapterLayer):
                 if merge:
                     part.merge(safe_merge, adapter_names, keep=False, own=self._is_shared(part, shared))
@@ -642,7 +648,8 @@ class BaseTuner(nn.Module):
         return {slot: f"{slot}.{adapter_name}" for slot in self.shared_names if adapter_name in getattr(self, slot)}
 
 
-def _with_progress(items: list[Any], show: bool, label: str) -> Any:
+def with_progress(items: list[Any], show: bool, label: str) -> Any:
+    """`items`, with a progress bar while they are walked through if `show`."""
     if not show:
         return items
     from tqdm.auto import tqdm
