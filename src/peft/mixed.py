@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from peft.checkpoint.state import IncompatibleKeys, adapter_slots
 from peft.config import PeftConfig
+from peft.core.plan import Plan
 from peft.core.tuner import BaseTuner, check_adapter_name
 from peft.model import PeftModel
 from peft.registry import METHODS, method_of
 
 
 class MixedModel(BaseTuner):
-    """A model with adapters of several methods: a tuner for each of them, all on the same model.
+    """A model with adapters of several methods. What is a method's own is asked of a tuner of that method.
 
     Where two methods adapt the same module, the layer of the later one wraps that of the earlier: its adapters act on
     the outcome of the others.
@@ -25,19 +26,20 @@ class MixedModel(BaseTuner):
     prefix = "mixed_"
 
     def prepare_shared(self) -> None:
-        self._tuners: dict[str, BaseTuner] = {}
+        #: by method; in a dictionary, so that the model they hold is not a part of this module twice
+        self._methods: dict[str, BaseTuner] = {}
 
-    def _tuner_for(self, config: PeftConfig) -> BaseTuner:
-        """The tuner of a configuration's method, up to date with what the others have done."""
-        method = str(getattr(config.peft_type, "value", config.peft_type))
-        if method not in self._tuners:
-            # It must not take over the record of another tuner, nor leave its own on the model.
-            self._tuners[method] = method_of(method).model_class(self.model, {}, "")
-        tuner = self._tuners[method]
-        tuner.peft_config = self.peft_config
-        tuner._active = self.active_adapters
-        tuner._parts = None
-        return tuner
+    def _method(self, config: Any) -> BaseTuner:
+        """The tuner of a configuration's method."""
+        name = _name_of_method(config)
+        if name not in self._methods:
+            self._methods[name] = method = method_of(name).model_class(self.model, {}, "")
+            for slot in method.shared_names:
+                setattr(self, slot, getattr(method, slot))
+            self.shared_names = (*self.shared_names, *method.shared_names)
+        method = self._methods[name]
+        method.peft_config = {key: other for key, other in self.peft_config.items() if _name_of_method(other) == name}
+        return method
 
     def inject_adapter(
         self,
@@ -46,22 +48,37 @@ class MixedModel(BaseTuner):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
-        config: PeftConfig | None = None,
+        config: Any = None,
     ) -> None:
-        tuner = self._tuner_for(config or self.peft_config[adapter_name])
-        try:
-            tuner.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, config)
-        finally:
-            self._parts = None
-            model.peft_config = self.peft_config
-        self._active = tuner.active_adapters
-        self.targeted_module_names = list(dict.fromkeys(self.targeted_module_names + tuner.targeted_module_names))
-        self.targeted_parameter_names = list(
-            dict.fromkeys(self.targeted_parameter_names + tuner.targeted_parameter_names)
-        )
+        config = config or self.peft_config[adapter_name]
+        method = self._method(config)
+        self.prefix, self.layer_class = method.prefix, method.layer_class  # type: ignore[misc]
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, config)
 
-    def fill_in(self, adapter_name: str) -> None:
-        self._tuner_for(self.peft_config[adapter_name]).fill_in(adapter_name)
+    def complete_config(self, config: Any, model_config: dict[str, Any]) -> None:
+        self._method(config).complete_config(config, model_config)
+
+    def check_config(self, adapter_name: str, config: Any) -> None:
+        self._method(config).check_config(adapter_name, config)
+
+    def prepare(self, plan: Plan, config: Any, adapter_name: str) -> None:
+        self._method(config).prepare(plan, config, adapter_name)
+
+    def layer_settings(self, config: Any, key: str) -> dict[str, Any]:
+        return self._method(config).layer_settings(config, key)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> Callable[[], None] | None:
+        return self._method(peft_config)._prepare_model(peft_config, model)
+
+    def _create_and_replace(self, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        self._method(peft_config)._create_and_replace(peft_config, *args, **kwargs)
+
+    def key_map(self, adapter_name: str) -> dict[str, str]:
+        return self._method(self.peft_config[adapter_name]).key_map(adapter_name)
+
+
+def _name_of_method(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 class PeftMixedModel(PeftModel):
@@ -102,10 +119,9 @@ class PeftMixedModel(PeftModel):
         self._prepare_for_gradient_checkpointing(model)
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
-        method = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
-        if not method_of(method).mixed:
+        if not method_of(peft_config.peft_type or "").mixed:
             raise ValueError(
-                f"{method} cannot be part of a PeftMixedModel (mixed=True); these can:"
+                f"{_name_of_method(peft_config)} cannot be part of a PeftMixedModel (mixed=True); these can:"
                 f" {', '.join(name for name, row in METHODS.items() if row.mixed)}."
             )
 
