@@ -143,7 +143,7 @@ class AutoPeftModel:
 
 
 def _make_room_for_tokens(
-    base_model: nn.Module, source: str | os.PathLike, where: dict[str, Any], trust_remote_code: bool
+    base_model: Any, source: str | os.PathLike, where: dict[str, Any], trust_remote_code: bool
 ) -> None:
     """Enlarges the embeddings to hold all tokens of the tokenizer that lies with the adapter, if there is one."""
     try:

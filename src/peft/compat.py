@@ -199,4 +199,4 @@ class OldPathFinder:
 def install() -> None:
     """Makes the old paths importable."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
-    sys.meta_path.insert(0, OldPathFinder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, OldPathFinder())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,12 +49,13 @@ def inject_adapter_in_model(
             configuration does not fit the model, which is then as before.
     """
     method = method_of(peft_config.peft_type or "")
+    tuner_class: Any = method.model_class
     if method.prompt:
         raise ValueError(
             f"{peft_config.peft_type} is a soft prompt (prompt learning), which has no place inside a model: use"
             " get_peft_model."
         )
-    if not method.model_class.injectable:
+    if not tuner_class.injectable:
         raise ValueError(
             f"The layers of {peft_config.peft_type} share tensors that live beside the model: use get_peft_model."
         )

@@ -63,7 +63,7 @@ def _take_over_signature(model: Any, name: str) -> None:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(type(self), name)(self, *args, **kwargs)
 
-    del call.__wrapped__  # type: ignore[attr-defined]
+    del call.__wrapped__
     call.__signature__ = _with_self(inspect.signature(original))  # type: ignore[attr-defined]
     model.__dict__[name] = MethodType(call, model)
 
@@ -97,7 +97,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (int, float)):
         raise TypeError(f"multiplier must be a float, got {type(multiplier).__name__}.")
-    layers = [
+    layers: list[Any] = [
         module for module in model.modules() if isinstance(module, AdapterLayer) and getattr(module, "scaling", None)
     ]
     if not layers:

@@ -131,7 +131,7 @@ def _depth(layer: AdapterLayer) -> int:
 def _wants_embeddings(model: nn.Module, config: Any, choice: bool | str) -> bool:
     if choice != "auto":
         return bool(choice)
-    targets = getattr(config, "target_modules", None)
+    targets: Any = getattr(config, "target_modules", None)
     named = (
         any(name in targets for name in EMBEDDING_LAYER_NAMES)
         if isinstance(targets, str)
@@ -171,7 +171,7 @@ def _embedding_slots(model: nn.Module) -> dict[str, Slot]:
     """The base weights of the embedding and the output layer."""
     slots = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(model, getter)() if hasattr(model, getter) else None
+        layer: Any = getattr(model, getter)() if hasattr(model, getter) else None
         path = next((path for path, module in model.named_modules() if module is layer), None) if layer is not None else None
         if path is None:
             continue
@@ -211,7 +211,7 @@ def set_peft_model_state_dict(
     slots = adapter_slots(model, adapter_name)
     prompt: dict[str, Tensor] = {}
     if config.is_prompt_learning and isinstance(model, PromptHost):
-        prompt = model.prompt_encoder[adapter_name].stored_tensors()  # type: ignore[operator,union-attr]
+        prompt = model.prompt_encoder[adapter_name].stored_tensors()  # type: ignore[operator]
     found: list[tuple[str, Tensor, Slot | None]] = []
     unexpected, wrong = [], []
     injected = not isinstance(model, PromptHost)

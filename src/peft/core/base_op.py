@@ -73,7 +73,7 @@ class LinearOp(BaseOp):
     kind = "Linear"
     linear = True
 
-    def features(self, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    def features(self, module: Any, weight: Tensor) -> tuple[int, int]:
         # The packed weight of a quantised layer has another shape, so the module is asked.
         if hasattr(module, "out_features") and hasattr(module, "in_features"):
             return module.out_features, module.in_features

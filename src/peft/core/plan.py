@@ -87,7 +87,8 @@ def ends_with(key: str, names: Iterable[str]) -> str | None:
 
 def modules_named(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The model's modules that `names` mean, outermost only."""
-    names, found = set(names), []
+    names = set(names)
+    found: list[str] = []
     for key, _ in model_modules(model):
         if ends_with(key, names) and not any(key.startswith(f"{outer}.") for outer in found):
             found.append(key)
@@ -161,7 +162,7 @@ def _is_linear(module: nn.Module) -> bool:
     return not isinstance(module, nn.MultiheadAttention) and isinstance(base_op(module), (LinearOp, TransposedOp))
 
 
-def all_linear(model: nn.Module, leave_out: Iterable[str] = ()) -> set[str]:
+def all_linear(model: Any, leave_out: Iterable[str] = ()) -> set[str]:
     """What "all-linear" means in a model: every linear layer but the output embedding and those in `leave_out`."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     leave_out = set(leave_out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 
@@ -20,7 +22,7 @@ class SharedTensors(nn.Module):
     def __contains__(self, name: object) -> bool:
         return name in self._buffers
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self) -> Iterator[str]:
         return iter(self._buffers)
 
     def __len__(self) -> int:

@@ -107,7 +107,7 @@ def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None
         if tensor.is_floating_point() and tensor.element_size() >= 2:
             dtype = tensor.dtype
             break
-    hook = getattr(module, "_hf_hook", None)
+    hook: Any = getattr(module, "_hf_hook", None)
     if getattr(hook, "offload", False) and getattr(hook, "execution_device", None) is not None:
         device = torch.device(hook.execution_device)
     return device, dtype

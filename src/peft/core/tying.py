@@ -12,7 +12,7 @@ from peft.core.plan import ends_with, model_modules
 from peft.errors import PeftWarning
 
 
-def tied_embedding_modules(model: nn.Module) -> list[str]:
+def tied_embedding_modules(model: Any) -> list[str]:
     """Names of the modules that share their weight with the input embedding, the embedding first; empty if none does."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):

@@ -73,7 +73,8 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
     Raises:
         TypeError: the weight is held in a way that cannot be read.
     """
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    layer: Any = module
+    base = layer.get_base_layer() if hasattr(module, "get_base_layer") else module
     with onloaded(base):
         return storage_of(base, "weight").read(base, "weight")
 
@@ -116,7 +117,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
             yield
         return
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None:
             return None
         return type(parameter)(parameter.to("meta"), requires_grad=parameter.requires_grad)

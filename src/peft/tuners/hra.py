@@ -50,6 +50,8 @@ class HRALayer(AdapterLayer):
     label = "hra"
 
     hra_u: nn.ParameterDict
+    hra_r: dict[str, int]
+    hra_apply_GS: dict[str, bool]  # noqa: N815
 
     def create(self, name: str, config: HRAConfig) -> None:
         self.hra_r[name], self.hra_apply_GS[name] = config.r, config.apply_GS

@@ -31,7 +31,7 @@ class IA3Config(LayerConfig):
         init_ia3_weights: start at one, without effect; False starts at random.
     """
 
-    feedforward_modules: list[str] | str | None = None
+    feedforward_modules: list[str] | set[str] | str | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
 
@@ -72,7 +72,8 @@ class IA3Layer(AdapterLayer):
         self.ia3_l[name] = nn.Parameter(start)
 
     def _channels(self) -> int:
-        return self.get_base_layer().in_channels if isinstance(self.op, ConvOp) else self.in_features
+        base: Any = self.get_base_layer()
+        return base.in_channels if isinstance(self.op, ConvOp) else self.in_features
 
     def transform(self, name: str, weight: Tensor) -> Tensor:
         scale = self.ia3_l[name].flatten()
