@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, ClassVar, Literal
 
 from peft.errors import PeftWarning
+from peft.folder import replace_files
 from peft.hub import fetch, push, split_hub_arguments
 from peft.registry import PeftType, TaskType, method_of
 from peft.version import __version__
@@ -103,14 +104,10 @@ class PeftConfigMixin:
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"{os.fspath(save_directory)!r} is a file; a directory is needed to save a configuration.")
-        os.makedirs(save_directory, exist_ok=True)
         content = self.to_json_dict()
         if auto_mapping_dict is not None:
             content["auto_mapping"] = auto_mapping_dict
-        path = os.path.join(save_directory, CONFIG_NAME)
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.write(dump_config(content))
-        os.replace(path + ".tmp", path)
+        replace_files(save_directory, {CONFIG_NAME: dump_config(content).encode()})
         if kwargs.pop("push_to_hub", False):
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from peft.checkpoint import get_peft_model_state_dict, model_card, read_adapter, set_peft_model_state_dict, write_adapter
-from peft.checkpoint.card import CARD_NAME
 from peft.checkpoint.files import load_peft_weights
 from peft.checkpoint.state import IncompatibleKeys
 from peft.config import PeftConfig
@@ -22,7 +21,8 @@ from peft.core.plan import modules_named
 from peft.core.prompt import PromptHost
 from peft.core.tuner import BaseTuner, check_adapter_name, parts_of
 from peft.errors import PeftWarning
-from peft.hub import push, split_hub_arguments
+from peft.folder import replace_files
+from peft.hub import CARD_NAME, push, split_hub_arguments
 from peft.registry import method_of
 
 #: task type -> the class for it; filled by `peft.tasks`
@@ -64,13 +64,13 @@ class PeftModel(PromptHost):
             self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
         else:
             self._peft_config = None
-            tuner_class = method_of(peft_config.peft_type).model_class
+            tuner_class = method_of(peft_config.peft_type or "").model_class
             self.base_model = tuner_class(model, {}, adapter_name)
             self.base_model.inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
             )
         self._prepare_for_gradient_checkpointing(model)
-        base_config = getattr(self.get_base_model(), "config", None)
+        base_config: Any = getattr(self.get_base_model(), "config", None)
         if getattr(base_config, "pretraining_tp", 1) != 1:
             # Sharded linear layers of old Llama code would bypass the adapters.
             base_config.pretraining_tp = 1
@@ -174,6 +174,8 @@ class PeftModel(PromptHost):
             )
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}.")
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
                 f"All adapters of a PeftModel have the same PEFT type: this one has {_value(self.peft_type)}, the new adapter"
@@ -281,7 +283,8 @@ class PeftModel(PromptHost):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate` with the active adapters; `adapter_names` as for `forward`."""
         with self.routed(args, kwargs):
-            return self.get_base_model().generate(*args, **kwargs)
+            base: Any = self.get_base_model()
+            return base.generate(*args, **kwargs)
 
     @contextmanager
     def routed(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -306,7 +309,7 @@ class PeftModel(PromptHost):
         with self._tuner.routed(names):
             yield
 
-    def _prepare_for_gradient_checkpointing(self, model: nn.Module) -> None:
+    def _prepare_for_gradient_checkpointing(self, model: Any) -> None:
         """Lets gradients reach adapters inside checkpointed blocks, whose inputs otherwise need none."""
         if not getattr(model, "is_gradient_checkpointing", False):
             return
@@ -385,22 +388,23 @@ class PeftModel(PromptHost):
 
     def _card(self, folder: str | os.PathLike) -> str:
         base_config = getattr(self.get_base_model(), "config", None)
-        quantization = getattr(base_config, "quantization_config", None)
+        quantization: Any = getattr(base_config, "quantization_config", None)
         config = next(iter(self.peft_config.values()))
+        base: Any = self.get_base_model()
+        tags = ["transformers"] if type(base).__module__.startswith("transformers") else []
+        tags += getattr(base, "model_tags", None) or []
         return model_card(
             folder,
             method=str(_value(self.peft_type)),
             base_model=config.base_model_name_or_path or getattr(base_config, "_name_or_path", None),
             task_type=_value(config.task_type) if config.task_type else None,
             quantization=quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
-            tags=["transformers"] if type(self.get_base_model()).__module__.startswith("transformers") else [],
+            tags=tags,
         )
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Writes the model card (`README.md`) of a folder, or brings the one that is there up to date."""
-        os.makedirs(output_dir, exist_ok=True)
-        with open(os.path.join(output_dir, CARD_NAME), "w", encoding="utf-8") as file:
-            file.write(self._card(output_dir))
+        replace_files(output_dir, {CARD_NAME: self._card(output_dir).encode()})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Commits the adapters to a hub repository, which is made if need be.
@@ -456,6 +460,7 @@ class PeftModel(PromptHost):
             cls = TASK_CLASSES[source.config.task_type]
         if source.config.is_prompt_learning and is_trainable:
             raise ValueError("A prompt learning adapter that is loaded cannot be trainable; what made it is not saved.")
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         peft_model = cls(
             model,
             source.config,
@@ -467,6 +472,8 @@ class PeftModel(PromptHost):
             peft_model._load_tensors(adapter_name, source, kwargs)
         except BaseException:
             peft_model._take_apart()
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
             raise
         if not is_trainable:
             peft_model.eval()

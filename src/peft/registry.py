@@ -84,7 +84,7 @@ class Method:
         config_name: its configuration class there.
         model_name: its tuner class there; for soft prompts, its encoder class.
         prefix: beginning of the names of its tensors in a model.
-        mixed: whether huggingface/peft lets it take part in a `PeftMixedModel` (here every layer method can).
+        mixed: whether it may take part in a `PeftMixedModel`; soft prompts may not.
         prompt: whether it is a soft prompt.
         aliases: other public names, and what they are called in the module.
     """
@@ -93,9 +93,12 @@ class Method:
     config_name: str
     model_name: str
     prefix: str
-    mixed: bool = False
+    mixed: bool = True
     prompt: bool = False
     aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.mixed = self.mixed and not self.prompt
 
     @cached_property
     def config_class(self) -> type:
@@ -112,11 +115,12 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "LORA": Method(
-        "peft.tuners.lora", "LoraConfig", "LoraModel", "lora_", mixed=True, aliases=("LoraRuntimeConfig", "LoftQConfig")
+        "peft.tuners.lora", "LoraConfig", "LoraModel", "lora_", aliases=("LoraRuntimeConfig", "LoftQConfig")
     ),
     "HRA": Method("peft.tuners.hra", "HRAConfig", "HRAModel", "hra_"),
     "IA3": Method("peft.tuners.ia3", "IA3Config", "IA3Model", "ia3_"),
     "VERA": Method("peft.tuners.vera", "VeraConfig", "VeraModel", "vera_lambda_"),
+    "LOHA": Method("peft.tuners.loha", "LoHaConfig", "LoHaModel", "hada_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning", "PromptTuningConfig", "PromptEmbedding", "prompt_tuning_", prompt=True,
         aliases=("PromptTuningInit",),

@@ -206,7 +206,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return [p for p in self.modules_to_save[name].parameters() if p.is_floating_point()]
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Any:
         """The weight of the module that runs, as models with tied embeddings ask for it."""
         return self.current_module().weight
 
@@ -242,6 +242,9 @@ class TrainableTokensLayer(AdapterLayer):
     other_param_names = ("token_indices",)
     kinds = frozenset(("Embedding", "Linear"))
     label = ""
+
+    trainable_tokens_delta: nn.ParameterDict
+    token_indices: dict[str, list[int]]
 
     def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None):
         super().__init__(base_layer)
@@ -362,9 +365,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return {f"token_adapter.{key}": f"token_adapter.{live}" for key, live in self.token_adapter.key_map(name).items()}
 
     def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
-        if merge and not self.token_adapter._is_tied:
-            self.token_adapter.merge(adapter_names=adapter_names, keep=False)
-        return self.original_module
+        return self.original_module  # the tuner has merged the layer inside
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(x, *args, **kwargs)

@@ -170,7 +170,8 @@ class AdapterLayer(nn.Module):
         base = self.get_base_layer()
         device, dtype = place_of(base)
         self.create(name, config, **settings)
-        self.move(name, device, dtype)
+        without_memory = torch.get_default_device().type == "meta"  # low_cpu_mem_usage: loading will bring the tensors
+        self.move(name, None if without_memory else device, dtype)
         for parameter in self.adapter_parameters(name):
             parameter.requires_grad_(False)
         self._refresh()
@@ -404,7 +405,7 @@ class AdapterLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)
         if len(groups) == 1:
             return self._run(groups[0][0], x, *args, **kwargs)
-        if all(self.cheap(name) and type(self).adapt is AdapterLayer.adapt for name, _ in here):
+        if type(self).add is not AdapterLayer.add and all(self.cheap(name) for name, _ in here):
             # Additive: the base module runs once over all samples.
             result = self.base_layer(x, *args, **kwargs).clone()
             for name, index in here:

@@ -197,12 +197,11 @@ class VirtualTokens(nn.Module):
         longer = self.adds_tokens and not seen
         for name in TYPES_OF_TOKENS if longer and not side else ():
             lengthen(inputs, name, torch.zeros(batch_size, self.num_virtual_tokens))
-        for name in (f"{side}position_ids", "cache_position"):
-            given = inputs.get(name)
-            if given is not None:
-                front = given.amin(-1, keepdim=True) + torch.arange(self.num_virtual_tokens, device=given.device)
-                moved = given + self.num_virtual_tokens
-                inputs[name] = torch.cat((front, moved), dim=-1) if longer else moved
+        given = inputs.get(f"{side}position_ids")
+        if given is not None:
+            front = given.amin(-1, keepdim=True) + torch.arange(self.num_virtual_tokens, device=given.device)
+            moved = given + self.num_virtual_tokens
+            inputs[f"{side}position_ids"] = torch.cat((front, moved), dim=-1) if longer else moved
 
     def mask(self, batch_size: int) -> Tensor:
         """[batch, num_virtual_tokens]: 1 for each virtual token that attention may see."""
@@ -353,17 +352,17 @@ class PromptHost(nn.Module):
         Raises:
             ValueError: the inputs leave no place for a prompt.
         """
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        if "adapter_names" in inputs:
-            raise ValueError("adapter_names (a mixed batch) cannot be used with soft prompts; use set_adapter.")
-        if ("input_ids" in inputs) == ("inputs_embeds" in inputs):
+        inputs = dict(inputs)
+        given = [name for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
+        if len(given) != 1:
             raise ValueError(
                 "A soft prompt goes before the input's tokens: exactly one of input_ids and inputs_embeds is needed,"
-                f" got {', '.join(inputs) or 'nothing'}."
+                f" got {' and '.join(given) or 'neither'}."
             )
         encoder: Any = self._prompt
-        batch = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[0]
+        batch = inputs[given[0]].shape[0]
         task_ids = inputs.pop("task_ids", None)
+        inputs.pop("cache_position", None)  # of older transformers; models work it out themselves
         # The decoder's cache says nothing of the encoder, which runs anew on whatever input it is given.
         seen = 0 if encoder.adds_tokens and self._encodes_first else cached_tokens(inputs.get("past_key_values"))
         encoder.make_room(inputs, batch, seen)
@@ -372,7 +371,7 @@ class PromptHost(nn.Module):
         for name in labels_by_token if encoder.adds_tokens else ():
             lengthen(inputs, name, encoder.labels(batch))
         for name in labelled_positions if encoder.adds_tokens else ():
-            if name in inputs:
+            if inputs.get(name) is not None:
                 inputs[name] = inputs[name].clamp(min=0) + encoder.num_virtual_tokens
         encoder.insert(inputs, encoder.prompt(batch, task_ids), self.word_embeddings)
         return inputs

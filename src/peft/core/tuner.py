@@ -97,16 +97,16 @@ class BaseTuner(nn.Module):
         self.targeted_parameter_names: list[str] = []
         self.peft_config: dict[str, Any] = {}
         self._parts: list[tuple[str, Part]] | None = None
-        if hasattr(model, "peft_config") and not isinstance(model.peft_config, PeftConfig):
+        record = getattr(model, "peft_config", None)
+        if record is not None and not isinstance(record, PeftConfig):
             # A model that carries injected adapters keeps its own record of them.
-            self.peft_config = model.peft_config
+            self.peft_config = record
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         self.prepare_shared()
         if configs.get(adapter_name) is not None:
             self.inject_adapter(
                 self.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict, config=configs[adapter_name]
             )
-        model.peft_config = self.peft_config
 
     # ---- what a method may write
 
@@ -139,7 +139,7 @@ class BaseTuner(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
-        config: PeftConfig | None = None,
+        config: Any = None,
     ) -> None:
         """Adds an adapter: plans, checks, and only then changes the model.
 
@@ -185,6 +185,7 @@ class BaseTuner(nn.Module):
             active = self.active_adapters or [adapter_name]
             self._mark_only_adapters_as_trainable(model)
             self.set_adapter(active, inference_mode=all(self.peft_config[name].inference_mode for name in active))
+            model.peft_config = self.peft_config  # type: ignore[assignment]
             undo.pop_all()
 
     def _undo(self, model: nn.Module, adapter_name: str, before: list[tuple[str, Part]], trained: dict[int, bool]) -> None:
@@ -270,7 +271,7 @@ class BaseTuner(nn.Module):
         if isinstance(layer.op, AttentionOp):
             # Its output projection is a module that is read, not called, and gets a layer of its own. What the
             # configuration says of the attention module (a rank, say) holds for both.
-            attention = layer.get_base_layer()
+            attention: Any = layer.get_base_layer()
             self._create_and_replace(
                 peft_config, adapter_name, attention.out_proj, "out_proj", attention, current_key=current_key
             )
@@ -289,7 +290,7 @@ class BaseTuner(nn.Module):
         new_module.train(child.training)
         setattr(parent, child_name, new_module)
 
-    def _token_targets(self, config: Any, model: nn.Module) -> dict[str, list[int]]:
+    def _token_targets(self, config: Any, model: Any) -> dict[str, list[int]]:
         """Embedding -> rows to train, with the names completed."""
         wanted = getattr(config, "trainable_token_indices", None)
         if not wanted:

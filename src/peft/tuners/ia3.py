@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import ConvOp
+from peft.core.combine import add_combined, check_combination, combined_config, exact_targets, joined_targets, layers_with
 from peft.core.layer import AdapterLayer
 from peft.core.plan import matching_entry
 from peft.core.target_tables import FEEDFORWARD_TARGETS
 from peft.core.tuner import BaseTuner
+from peft.ops.merging import task_arithmetic
 from peft.registry import PeftType
 
 
@@ -124,3 +126,35 @@ class IA3Model(BaseTuner):
     def make_layer(self, config: IA3Config, target: nn.Module, parameter_name: str | None, key: str) -> IA3Layer:
         name = key if parameter_name is None else f"{key}.{parameter_name}"
         return IA3Layer(target, parameter_name, matching_entry(config.feedforward_modules, name) is not None)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Adds an adapter whose vectors are the weighted sums of those of others; it is not active yet.
+
+        An adapter that is not on a module counts there with a vector of ones, which is what it does. A call that
+        raises changes nothing.
+
+        Args:
+            adapters: names of the adapters to combine. One of them at most may have `modules_to_save`, which the new
+                adapter takes over as they are.
+            weights: a factor for each.
+            adapter_name: the new adapter's name.
+
+        Raises:
+            ValueError: an adapter does not exist, the name is taken, or an adapter is on a bare parameter.
+        """
+        adapters, weights = check_combination(self, adapters, weights, adapter_name)
+        configs = [self.peft_config[name] for name in adapters]
+        if any(config.target_parameters for config in configs):
+            raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
+        layers: dict[str, Any] = layers_with(self, adapters)
+        config = combined_config(self, adapters, layers)
+        feedforward = [key for key, layer in layers.items() if layer.is_feedforward and not layer.is_read]
+        rule = joined_targets([config.feedforward_modules for config in configs])
+        config.feedforward_modules = exact_targets(self.model, feedforward, [rule]) if feedforward else set()
+        tensors = {}
+        for layer in layers.values():
+            vectors = layer.ia3_l
+            ones = torch.ones_like(next(vectors[name] for name in adapters if name in vectors))
+            here = [vectors[name].data if name in vectors else ones for name in adapters]
+            tensors[layer] = {"ia3_l": task_arithmetic(here, weights)}
+        add_combined(self, adapter_name, adapters, config, tensors)

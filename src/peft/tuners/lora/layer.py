@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from peft.core.base_op import BaseOp, ConvOp, ParameterOp
 from peft.core.layer import AdapterLayer
 from peft.core.plan import get_pattern_key
+from peft.ops.lora import lora_linear
 from peft.tuners.lora.config import LoraConfig
 
 _INITS = (True, False, "gaussian")
@@ -91,8 +93,9 @@ class LoraLayer(AdapterLayer):
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         """Makes A and B, their values still open."""
-        self.lora_A[name] = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False)
-        self.lora_B[name] = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=config.lora_bias)
+        here = torch.get_default_device()  # skip_init knows only what it is told
+        self.lora_A[name] = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, device=here)
+        self.lora_B[name] = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=config.lora_bias, device=here)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
         """Gives an adapter its start values."""
@@ -208,9 +211,63 @@ class Linear(LoraLayer):
     def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
         # A and B, which are small, come to the dtype of the activations rather than these to theirs.
-        low = F.linear(self.lora_dropout[name](x), a.weight.to(x.dtype))
-        bias = b.bias if b.bias is None else b.bias.to(x.dtype)
-        return result + F.linear(low, b.weight.to(x.dtype), bias) * self.scaling[name]
+        dtype = _compute_dtype(x)
+        x, result = x.to(dtype), result.to(dtype)
+        if _is_plain(a) and _is_plain(b) and b.bias is None:
+            overwritable = result.is_contiguous() and not result._is_view() and not _is_watched(self.base_layer)
+            return lora_linear(
+                x, None, None, result if overwritable else result.clone(), a.weight.to(dtype), b.weight.to(dtype),
+                self.scaling[name], self._dropout(name),
+            )  # fmt: skip
+        return result + b(a(self.lora_dropout[name](x.to(a.weight.dtype)))).to(dtype) * self.scaling[name]
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        base, a, b = self.base_layer, self.lora_A[name], self.lora_B[name]
+        if below is not base or not _is_frozen_dense(base) or not _is_plain(a) or not _is_plain(b) or b.bias is not None:
+            return self.add(name, x, below(x, *args, **kwargs))
+        dtype = _compute_dtype(x)
+        weight = base.weight.T if self.op.kind == "Conv1D" else base.weight
+        if weight.dtype != dtype:
+            if dtype == x.dtype:  # no autocast: the base itself says what it thinks of the mixture
+                return self.add(name, x, below(x))
+            weight = weight.to(dtype)
+        bias = base.bias if base.bias is None else base.bias.to(dtype)
+        return lora_linear(
+            x.to(dtype), weight, bias, None, a.weight.to(dtype), b.weight.to(dtype), self.scaling[name], self._dropout(name)
+        )
+
+    def _dropout(self, name: str) -> float:
+        """Probability of dropout at present."""
+        dropout = self.lora_dropout[name]
+        return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer computes in."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks on a module see what goes in and out, so that it has to be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a factor is the linear layer that it seems, with nobody watching."""
+    return type(module) is nn.Linear and not _is_watched(module) and "forward" not in module.__dict__
+
+
+def _is_frozen_dense(module: nn.Module) -> bool:
+    """Whether a base module is a linear layer that may be computed here rather than called."""
+    if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
+        return False
+    if _is_watched(module) or "forward" in module.__dict__ or module.weight.requires_grad:
+        return False
+    return type(module.weight) is nn.Parameter and (module.bias is None or not module.bias.requires_grad)
 
 
 class Embedding(LoraLayer):
@@ -313,8 +370,9 @@ class ParamWrapper(LoraLayer):
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         experts = self.op.num_experts
-        self.lora_A[name] = nn.utils.skip_init(nn.Linear, self.in_features, r * experts, bias=False)
-        self.lora_B[name] = nn.utils.skip_init(nn.Linear, r * experts, self.op.expert_out_features, bias=False)
+        here, outputs = torch.get_default_device(), self.op.expert_out_features
+        self.lora_A[name] = nn.utils.skip_init(nn.Linear, self.in_features, r * experts, bias=False, device=here)
+        self.lora_B[name] = nn.utils.skip_init(nn.Linear, r * experts, outputs, bias=False, device=here)
 
     def delta(self, name: str) -> Tensor:
         a, b = self.factors(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,10 @@ from torch import nn
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
+from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LAYERS, LoraLayer, alpha_of, rank_of
+from peft.tuners.lora.merging import Combination, add_weighted_adapter
 
 
 class LoraModel(BaseTuner):
@@ -34,6 +36,47 @@ class LoraModel(BaseTuner):
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> Callable[[], None] | None:
         return replicate_layers(model, peft_config.layer_replication) if peft_config.layer_replication else None
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: SignMethod = "total",
+    ) -> None:
+        """Adds an adapter that combines others; it is not active yet. A call that raises changes nothing.
+
+        Args:
+            adapters: names of the adapters to combine. One of them at most may have `modules_to_save` or
+                `trainable_token_indices`, which the new adapter takes over as they are.
+            weights: a factor for each; negative ones take an adapter's effect away.
+            adapter_name: the new adapter's name.
+            combination_type: `"cat"` and `"svd"` make the weighted sum of the changes that the adapters make to a
+                weight: exact, with the sum of all ranks, or the nearest of rank `svd_rank`. `"linear"` sums the
+                factors A and B instead, which is cheap and rough. `"ties"` (arXiv:2306.01708), `"dare_linear"`,
+                `"dare_ties"` (arXiv:2311.03099) and `"magnitude_prune"` prune first; with `_svd` at the end they
+                work on the changes, else on A and B. Those on A and B need adapters of the same rank.
+            svd_rank: rank of the new adapter, for the svd types; the largest of the adapters' ranks if None.
+            svd_clamp: quantile that no entry of the factors may pass, for the svd types.
+            svd_full_matrices: has no influence on the outcome; taken for compatibility.
+            svd_driver: method of `torch.linalg.svd` on CUDA.
+            density: share of the entries that pruning keeps, 0 to 1.
+            majority_sign_method: how `ties` and `dare_ties` elect the sign of an entry: by the sum (`"total"`) or by
+                counting (`"frequency"`).
+
+        Raises:
+            ValueError: an adapter does not exist, the name is taken, ranks differ where they may not, a setting is
+                out of range or missing, or an adapter is on a bare parameter.
+            RuntimeError: an unknown `majority_sign_method`.
+        """
+        how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+        add_weighted_adapter(self, adapters, weights, adapter_name, how)
+
 
 def replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], None]:
     """Builds a model's stack of layers anew from ranges [start, end) of it; repeated layers share their weights.
@@ -43,7 +86,7 @@ def replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> Callabl
     Raises:
         ValueError: the model has no such stack, or it is shorter than a range.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     count = getattr(config, "num_hidden_layers", None)
     stacks = [
         (module, name, child)
@@ -82,5 +125,6 @@ def _number_layers(layers: nn.ModuleList) -> None:
     # Attention modules find their part of the cache by this number.
     for index, layer in enumerate(layers):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+            attention: Any = module
+            if hasattr(attention, "layer_idx"):
+                attention.layer_idx = index

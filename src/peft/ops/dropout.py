@@ -1,0 +1,58 @@
+"""Dropout masks of one bit per element: cheap to draw, and all that a backward pass has to keep."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+#: binary digits that a probability is rounded to; 0.1 becomes 0.10010
+DIGITS = 12
+
+
+@lru_cache(maxsize=64)
+def rounded(p: float) -> tuple[int, ...]:
+    """A probability as binary digits after the point, the last first, trailing zeros left out."""
+    count = min(max(round(p * 2**DIGITS), 1), 2**DIGITS - 1)
+    digits = [count >> i & 1 for i in range(DIGITS)]
+    return tuple(digits[digits.index(1) :])
+
+
+def drop_probability(p: float) -> float:
+    """The probability that `p` is rounded to."""
+    digits = rounded(p)
+    return sum(digit * 2.0 ** (i - len(digits)) for i, digit in enumerate(digits))
+
+
+def draw_mask(numel: int, p: float, device: torch.device) -> Tensor:
+    """Random bits, packed in bytes: each is 1, for "keep", with probability 1 - p.
+
+    64 bits are drawn at once: with independent fair words w, `m | w` halves the distance of the share of ones in m to
+    1, and `m & w` halves the share, so one word per binary digit of p gives exactly that share.
+
+    Args:
+        numel: number of elements; the result has a byte for every eight of them, and up to seven bytes more.
+        p: probability of "drop", rounded to `DIGITS` binary digits.
+        device: where; its default generator is drawn from.
+    """
+    digits = rounded(p)
+    words = torch.empty(len(digits), -(-numel // 64), dtype=torch.int64, device=device).random_(-(2**63), None)
+    dropped = words[0]  # the last digit is 1: a fair word
+    for digit, word in zip(digits[1:], words[1:], strict=True):
+        dropped = dropped.bitwise_or_(word) if digit else dropped.bitwise_and_(word)
+    return dropped.bitwise_not_().view(torch.uint8)
+
+
+@lru_cache(maxsize=32)
+def _factors(p: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[256, 8]: for each byte of a mask, what its eight elements are multiplied with."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return (bits / (1 - drop_probability(p))).to(dtype)
+
+
+def mask_factors(mask: Tensor, p: float, like: Tensor) -> Tensor:
+    """What dropout multiplies `like` with, in its shape and dtype: 0, or 1 / (1 - p)."""
+    table = _factors(p, like.dtype, like.device)
+    flat = torch.nn.functional.embedding(mask.int(), table).view(-1)
+    return flat[: like.numel()].view(like.shape)

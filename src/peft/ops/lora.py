@@ -1,0 +1,120 @@
+"""The product of a linear layer with a low-rank adapter, with as little beside the layer's own as there can be.
+
+y = x W^T + b + s (drop(x) A^T) B^T. Beyond the frozen layer, a training step keeps x, the r columns of x A^T and, with
+dropout, a bit per element of x; the low-rank products are added into the layer's output and into the gradient of x in
+place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from peft.ops.dropout import draw_mask, mask_factors
+
+
+def lora_linear_plain(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float
+) -> Tensor:
+    """The formula itself. `result` is x W^T + b, computed from `weight` and `bias` if None."""
+    if result is None:
+        result = F.linear(x, weight, bias)  # type: ignore[arg-type]
+    return result + F.linear(F.linear(F.dropout(x, p), a), b) * scaling
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float = 0.0
+) -> Tensor:
+    """x W^T + b + scaling (drop(x) A^T) B^T.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], frozen; None where `result` is given.
+        bias: [out], frozen, or None.
+        result: x W^T + b where something else has computed it: [..., out]. It is overwritten.
+        a: [r, in], in the dtype of x.
+        b: [out, r], in the dtype of x.
+        scaling: s.
+        p: probability of dropout on the adapter's input.
+    """
+    if _needs_plain(x, a, b, weight if result is None else result):
+        return lora_linear_plain(x, weight, bias, result, a, b, scaling, p)
+    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
+        if not (a.requires_grad and b.requires_grad and x.dim() > 1):
+            # With a frozen factor there is less to keep than `_LoraLinear` does.
+            return lora_linear_plain(x, weight, bias, result, a, b, scaling, p)
+        return _LoraLinear.apply(x, weight, bias, result, a, b, scaling, p)
+    out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
+    _add_product(out, F.linear(x if p == 0 else F.dropout(x, p), a), b, scaling)
+    return out
+
+
+def _needs_plain(*tensors: Tensor | None) -> bool:
+    """Whether the tensors, or who is watching, ask for operations that can be traced, transformed or sharded."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+
+
+def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float) -> None:
+    """out += scaling low B^T, in place."""
+    out.view(-1, out.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), b.T, alpha=scaling)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The product and its gradients; x, A and B all tracked or x alone not, and W and b frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        result: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
+        mask = draw_mask(x.numel(), p, x.device) if p > 0 else None
+        low = F.linear(x if mask is None else x * mask_factors(mask, p, x), a)
+        _add_product(out, low, b, scaling)
+        if result is not None:
+            ctx.mark_dirty(result)
+        ctx.scaling, ctx.p = scaling, p
+        ctx.save_for_backward(x, weight if result is None else None, low, a, b, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, low, a, b, mask = ctx.saved_tensors
+        factors = None if mask is None else mask_factors(mask, ctx.p, x)
+        dropped = x if factors is None else x * factors
+        if torch.is_grad_enabled():  # a second derivative is wanted, so everything comes from tensors with a history
+            low = F.linear(dropped, a)
+        flat, dropped, low = grad.flatten(0, -2), dropped.flatten(0, -2), low.flatten(0, -2)
+        grad_low = flat @ (b * ctx.scaling)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient(flat, weight, grad_low, a, factors).view(x.shape)
+        grad_a = grad_low.T @ dropped
+        grad_b = (flat.T @ low) * ctx.scaling
+        return grad_x, None, None, grad if ctx.needs_input_grad[3] else None, grad_a, grad_b, None, None
+
+
+def _input_gradient(flat: Tensor, weight: Tensor | None, grad_low: Tensor, a: Tensor, factors: Tensor | None) -> Tensor:
+    """Gradient of x through the adapter, and through W where that is given."""
+    if factors is None:
+        if weight is None:
+            return grad_low @ a
+        through = flat @ weight
+        return through + grad_low @ a if torch.is_grad_enabled() else through.addmm_(grad_low, a)
+    low = (grad_low @ a) * factors.flatten(0, -2)
+    return low if weight is None else low + flat @ weight
