@@ -432,8 +432,9 @@ def test_inputs_without_a_place_for_a_prompt():
         model(attention_mask=inputs["attention_mask"])
     with pytest.raises(ValueError, match=r"attention_mask.*\(3, 1, 7, 7\)"):
         model(inputs["input_ids"], attention_mask=torch.ones(3, 1, 7, 7))
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(**inputs, adapter_names=["default"] * 3)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="adapter_names"):
+            call(**inputs, adapter_names=["default"] * 3)
 
 
 # ---- what later methods may do, on small made-up ones

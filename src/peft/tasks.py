@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -81,9 +82,10 @@ class TaskModel(PeftModel):
         """
         if not self.prompt_active:
             return super().forward(*args, **kwargs)
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        inputs = self._prompted(given)
-        return self._prompt.finish(self._run(inputs, given.get("input_ids")), inputs.get("labels"))
+        with self.routed(args, kwargs):
+            given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+            inputs = self._prompted(given)
+            return self._prompt.finish(self._run(inputs, given.get("input_ids")), inputs.get("labels"))
 
     def _prompted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.with_prompt(inputs, self.labels_by_token, self.labelled_positions)
@@ -160,7 +162,8 @@ class GeneratingModel(TaskModel):
         """
         if not self.prompt_active:
             return super().generate(*args, **kwargs)
-        return self._generate_with_prompt(*args, **kwargs)
+        with self.routed(args, kwargs):
+            return self._generate_with_prompt(*args, **kwargs)
 
     def _generate_with_prompt(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         if kwargs.pop("position_ids", None) is not None:
@@ -215,15 +218,20 @@ class GeneratingModel(TaskModel):
             kwargs.pop("past_key_values", None)  # a prompt of keys and values comes back from the step before
         seen = cached_tokens(kwargs.get("past_key_values"))
         filled = tokens if prompt.adds_tokens and not seen else 0
+        mask = kwargs.get(f"{side}attention_mask")
+        length = tokens + (input_ids if mask is None else mask).shape[1]
         if kwargs.get("next_sequence_length") is not None and prompt.adds_tokens:
-            mask = kwargs.get(f"{side}attention_mask")
-            kwargs["next_sequence_length"] = tokens + (input_ids if mask is None else mask).shape[1] - seen
+            kwargs["next_sequence_length"] = length - seen
+        if kwargs.get("cache_position") is not None and prompt.adds_tokens:  # older transformers
+            kwargs["cache_position"] = torch.arange(seen, length, device=input_ids.device)
         prompt.make_room(kwargs, batch, seen, side)
         if kwargs.get(vectors) is not None:
             kwargs[vectors] = pad(kwargs[vectors], (0, 0, filled, 0))
         inputs = prepare(pad(input_ids, (filled, 0)), **kwargs)
         # Positions count as in `forward`: transformers would have the padding of a batch share them.
         inputs.pop(f"{side}position_ids", None)
+        if not prompt.adds_tokens:
+            inputs.pop("cache_position", None)
         if not seen:
             for name in (ids, vectors):
                 if inputs.get(name) is not None:
@@ -255,7 +263,8 @@ class PeftModelForSeq2SeqLM(GeneratingModel):
         prompt = self._prompt
         if not prompt.prompts_decoder:
             return inputs
-        if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs and "labels" in inputs:
+        given = [name for name in ("decoder_input_ids", "decoder_inputs_embeds") if inputs.get(name) is not None]
+        if not given and inputs.get("labels") is not None:
             inputs["decoder_input_ids"] = self.base_model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
         batch = inputs["inputs_embeds"].shape[0]
         lengthen(inputs, "labels", prompt.labels(batch))
