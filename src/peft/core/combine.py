@@ -1,0 +1,150 @@
+"""Adapters combined into a new one: what is the same for every method that can do so.
+
+A method computes the new adapter's tensors first; then the adapter is added like any other, and filled with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peft.core.layer import AdapterLayer
+from peft.core.plan import matching_entry, model_modules
+from peft.core.tuner import BaseTuner, check_adapter_name
+from peft.errors import PeftWarning
+
+
+def exact_targets(model: nn.Module, keys: Iterable[str], rules: Iterable[Any] = ()) -> set[str] | str:
+    """`target_modules` that mean the modules `keys` of a model and no others.
+
+    That is the first of `rules` that does, else their full names, else (where one module's name is the end of
+    another's) a regular expression.
+    """
+    wanted = set(keys)
+    modules = [key for key, _ in model_modules(model)]
+    for rule in (*rules, wanted):
+        if rule and {key for key in modules if matching_entry(rule, key)} == wanted:
+            return rule
+    return "|".join(re.escape(key) for key in sorted(wanted))
+
+
+def joined_targets(rules: Sequence[Any]) -> set[str] | str | None:
+    """What means everything that any of several `target_modules` means; None for a mixture of names and patterns."""
+    if all(isinstance(rule, str) for rule in rules):
+        return "|".join(f"({rule})" for rule in dict.fromkeys(rules))
+    return None if any(isinstance(rule, str) for rule in rules) else {name for rule in rules for name in rule or ()}
+
+
+def check_combination(
+    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> tuple[list[str], list[float]]:
+    """The adapters to combine and their weights, as many as there are of both.
+
+    Raises:
+        ValueError: there is no such adapter, they train the same module in full, or the new name is taken.
+    """
+    check_adapter_name(adapter_name)
+    missing = [name for name in adapters if name not in tuner.peft_config]
+    if missing:
+        there_are = ", ".join(tuner.peft_config) or "none"
+        raise ValueError(f"Adapter {', '.join(missing)} does not exist; there are {there_are}.")
+    if adapter_name in tuner.peft_config:
+        raise ValueError(f"An adapter {adapter_name!r} exists already; delete it first, or choose another name.")
+    if not adapters or not weights:
+        raise ValueError("At least one adapter and its weight are needed.")
+    if len(adapters) != len(weights):
+        used = min(len(adapters), len(weights))
+        warnings.warn(
+            f"{len(adapters)} adapters and {len(weights)} weights were given; only the first {used} of both are used.",
+            PeftWarning,
+            stacklevel=4,
+        )
+    names = list(adapters)[: len(weights)]
+    _owners(tuner, names)
+    return names, [float(weight) for weight in weights][: len(names)]
+
+
+def _owners(tuner: BaseTuner, names: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, str]]:
+    """Modules that one of the adapters trains in full (or rows of them), and which does."""
+    owners = []
+    for key, part in tuner.parts():
+        if isinstance(part, AuxiliaryTrainingWrapper):
+            here = [name for name in dict.fromkeys(names) if part.has(name)]
+            if len(here) > 1:
+                setting = "trainable_token_indices" if isinstance(part, TrainableTokensWrapper) else "modules_to_save"
+                raise ValueError(
+                    f"{', '.join(here)} all train {key!r} itself ({setting}), and there is no sum of that. At most one"
+                    " of the adapters to combine may; the new adapter takes it over as it is."
+                )
+            owners += [(part, name) for name in here]
+    return owners
+
+
+def layers_with(tuner: BaseTuner, names: Sequence[str]) -> dict[str, AdapterLayer]:
+    """The tuner's layers that have any of the adapters, by the name that the module has without adapters."""
+    found = {}
+    for key, part in tuner.parts():
+        if isinstance(part, tuner.layer_class) and any(part.has(name) for name in names):
+            found[plain_key(key)] = part
+    return found
+
+
+def plain_key(key: str) -> str:
+    """The name of a module without adapters, given the one that it has with them."""
+    return ".".join(part for part in key.split(".") if part != "base_layer")
+
+
+def combined_config(tuner: BaseTuner, names: Sequence[str], layers: Mapping[str, AdapterLayer]) -> Any:
+    """A configuration like that of the first adapter, for just the modules that any of the adapters is on."""
+    configs = [tuner.peft_config[name] for name in names]
+    config = copy.deepcopy(configs[0])
+    # Attention's output projection comes with the attention module.
+    keys = [key for key, layer in layers.items() if not layer.is_read]
+    config.target_modules = exact_targets(tuner.model, keys, [joined_targets([c.target_modules for c in configs])])
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.modules_to_save = sorted({name for c in configs for name in c.modules_to_save or ()}) or None
+    tokens = [c.trainable_token_indices for c in configs if getattr(c, "trainable_token_indices", None)]
+    if tokens:
+        config.trainable_token_indices = tokens[0]
+    return config
+
+
+def add_combined(
+    tuner: BaseTuner,
+    adapter_name: str,
+    names: Sequence[str],
+    config: Any,
+    tensors: Mapping[AdapterLayer, Mapping[str, Tensor]],
+) -> None:
+    """Adds an adapter with these tensors, by layer and then by the name that files have for them; all or nothing.
+
+    What one of the adapters `names` trains beside the layers, it takes over.
+    """
+    owners = _owners(tuner, names)
+    active = tuner.active_adapters
+    tuner.inject_adapter(tuner.model, adapter_name, config=config)
+    try:
+        for layer, values in tensors.items():
+            layer.move(adapter_name, dtype=next(layer.dtype_of(name) for name in names if layer.has(name)))
+            _fill(layer, {live: values[key] for key, live in layer.key_map(adapter_name).items()})
+        for part, owner in owners:
+            state, before = part.state_dict(), part.key_map(owner)
+            _fill(part, {live: state[before[key]] for key, live in part.key_map(adapter_name).items()})
+    except BaseException:
+        tuner.delete_adapter(adapter_name)
+        tuner.set_adapter(active)
+        raise
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    state = module.state_dict()
+    for name, value in values.items():
+        state[name].copy_(value)

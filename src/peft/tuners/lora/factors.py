@@ -1,0 +1,97 @@
+"""What a LoRA on any kind of module is made of, as plain matrices, and the tensors that it is stored as.
+
+The change of a weight is a stack of blocks [blocks, out, in]: one block for most modules, one per group of a
+convolution, one per expert of a stacked parameter. A block of rank r is a product b a, so a LoRA is a pair of stacks,
+a [blocks, r, in] and b [blocks, out, r].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft.core.base_op import ConvOp, EmbeddingOp, ParameterOp, kernel_numel
+from peft.core.layer import AdapterLayer
+from peft.core.storage import onloaded
+
+
+def block_count(layer: AdapterLayer) -> int:
+    """How many blocks the weight of a layer's module has."""
+    if isinstance(layer.op, ConvOp):
+        return _conv(layer).groups
+    return layer.op.num_experts if isinstance(layer.op, ParameterOp) else 1
+
+
+def _conv(layer: AdapterLayer) -> Any:
+    return layer.get_base_layer()
+
+
+def block_rank(layer: AdapterLayer, r: int) -> int:
+    """The rank of one block where the adapter's rank is `r`: the groups of a convolution share it, experts do not."""
+    return r // block_count(layer) if isinstance(layer.op, ConvOp) else r
+
+
+def adapter_rank(layer: AdapterLayer, rank: int) -> int:
+    """The adapter's rank where that of one block is `rank`."""
+    return rank * block_count(layer) if isinstance(layer.op, ConvOp) else rank
+
+
+@torch.no_grad()
+def change_blocks(layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor | None]:
+    """What an adapter of any method changes a layer's base weight by [blocks, out, in], and its bias [out] if it does.
+
+    Computed in the adapter's dtype, so that nothing of it is lost in a base weight of lower precision.
+    """
+    with onloaded(layer.get_base_layer()):
+        bias = layer.get_base_bias()
+        changed_bias = layer.transform_bias(name, bias)
+        if type(layer).transform is AdapterLayer.transform:
+            change = layer.delta(name)
+        else:
+            weight = layer.op.matrix(layer.get_base_weight())
+            weight = weight.to(layer.dtype_of(name) or weight.dtype)
+            change = layer.transform(name, weight) - weight
+    if changed_bias is bias:
+        changed_bias = None
+    elif bias is not None and changed_bias is not None:
+        changed_bias = changed_bias - bias
+    return change.unflatten(0, (block_count(layer), -1)), changed_bias
+
+
+def store(layer: AdapterLayer, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """The tensors of a LoRA on a layer's module, by the names that files have for them."""
+    if isinstance(layer.op, EmbeddingOp):
+        return {"lora_embedding_A": a[0].contiguous(), "lora_embedding_B": b[0].contiguous()}
+    if isinstance(layer.op, ConvOp):
+        conv = _conv(layer)
+        window = tuple(conv.kernel_size)
+        a, b = _over_all_channels(layer, a).flatten(0, 1), b.flatten(0, 1)
+        a, b = a.view(-1, conv.in_channels, *window), b.view(*b.shape, *(1 for _ in window))
+    else:
+        # A has all ranks of the first expert before those of the next; B has the first rank of all experts before the
+        # next rank.
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
+
+
+def _over_all_channels(layer: AdapterLayer, a: Tensor) -> Tensor:
+    """`a` [groups, r, in] over the channels of all groups, which a LoRA's A sees: zero for those of the others."""
+    groups = len(a)
+    conv = _conv(layer)
+    if a.shape[-1] == conv.in_channels * kernel_numel(conv):
+        return a
+    wide = a.new_zeros(groups, a.shape[1], groups, a.shape[2])
+    index = torch.arange(groups, device=a.device)
+    wide[index, :, index] = a
+    return wide.flatten(2)
+
+
+def load(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    """The stacks a [blocks, r, in] and b [blocks, out, r] of a LoRA, without its scale."""
+    a, b = layer.factors(name)
+    blocks = block_count(layer)
+    if isinstance(layer.op, ConvOp):
+        return a.flatten(1).unflatten(0, (blocks, -1)), b.flatten(1).unflatten(0, (blocks, -1))
+    return a.unflatten(0, (blocks, -1)), b.unflatten(1, (-1, blocks)).permute(2, 0, 1)

@@ -1,0 +1,173 @@
+"""LoRA adapters combined into a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import copysign, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft.core.combine import add_combined, check_combination, combined_config, layers_with
+from peft.core.tuner import BaseTuner
+from peft.ops.merging import SignMethod, check_density, check_sign_method, clamp_to_quantile, combine, truncated_svd
+from peft.tuners.lora.factors import adapter_rank, block_rank, load, store
+
+_ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+#: "cat" puts the factors side by side; those on the product decompose it again
+COMBINATIONS = (*_ON_FACTORS, "cat", "svd", *(f"{name}_svd" for name in _ON_FACTORS[1:]))
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How to combine: what [`LoraModel.add_weighted_adapter`] is called with.
+
+    Raises:
+        ValueError, RuntimeError: there is no such combination, or something it needs is missing or out of range.
+    """
+
+    name: str
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_driver: str | None = None
+    density: float | None = None
+    majority_sign_method: SignMethod = "total"
+
+    def __post_init__(self) -> None:
+        if self.name not in COMBINATIONS:
+            raise ValueError(f"Unknown combination_type {self.name!r}; use one of {', '.join(COMBINATIONS)}.")
+        if self.method not in ("linear", "cat"):
+            check_density(self.density)
+        if "ties" in self.name:
+            check_sign_method(self.majority_sign_method)
+        if self.svd_rank is not None and self.svd_rank < 1:
+            raise ValueError(f"svd_rank must be a positive integer, got {self.svd_rank}.")
+        if self.svd_clamp is not None and not 0 <= self.svd_clamp <= 1:
+            raise ValueError(f"svd_clamp must be a quantile (0 to 1), got {self.svd_clamp}.")
+
+    @property
+    def on_product(self) -> bool:
+        """Whether the changes of the weight are combined, rather than the factors that they are made of."""
+        return self.name.endswith("svd")
+
+    @property
+    def method(self) -> str:
+        """What is done with the tensors: "cat", or a method of [`combine`]."""
+        return self.name.removesuffix("_svd").replace("svd", "linear")
+
+    def of(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """Tensors of one kind combined."""
+        method = "linear" if self.method == "cat" else self.method
+        return combine(tensors, weights, method, self.density, self.majority_sign_method)
+
+
+def add_weighted_adapter(
+    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
+) -> None:
+    """See [`LoraModel.add_weighted_adapter`]."""
+    adapters, weights = check_combination(tuner, adapters, weights, adapter_name)
+    if any(tuner.peft_config[name].target_parameters for name in adapters):
+        raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
+    layers = layers_with(tuner, adapters)
+    if not how.on_product:
+        _check_factors(tuner, adapters, layers, how)
+    if "dare" in how.name:
+        _skip_start_values(tuner, adapters, layers, how)
+    tensors, ranks = {}, {}
+    for key, layer in layers.items():
+        here = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if layer.has(name)]
+        ranks[key], tensors[layer] = _combined(layer, here, how, key)
+    config = combined_config(tuner, adapters, layers)
+    config.r = config.lora_alpha = max(ranks.values())
+    config.rank_pattern = {key: rank for key, rank in ranks.items() if rank != config.r and not layers[key].is_read}
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.use_rslora, config.init_lora_weights = False, True
+    config.lora_bias = any("lora_B.bias" in values for values in tensors.values())
+    if config.lora_bias:
+        for layer, values in tensors.items():
+            values.setdefault("lora_B.bias", torch.zeros(layer.out_features))
+    add_combined(tuner, adapter_name, adapters, config, tensors)
+
+
+def _check_factors(tuner: BaseTuner, adapters: Sequence[str], layers: dict[str, Any], how: Combination) -> None:
+    for key, layer in layers.items():
+        ranks = {name: layer.r[name] for name in adapters if layer.has(name)}
+        if how.method != "cat" and len(set(ranks.values())) > 1:
+            listed = ", ".join(f"{name}: r={r}" for name, r in ranks.items())
+            raise ValueError(
+                f"combination_type {how.name!r} needs adapters of the same r, but on {key!r} they have {listed}. Use"
+                " 'cat' or one of the svd types."
+            )
+
+
+def _skip_start_values(tuner: BaseTuner, adapters: Sequence[str], layers: dict[str, Any], how: Combination) -> None:
+    """Draws the random numbers that huggingface/peft starts the new adapter with before it draws what to drop.
+
+    So a seed drops the same entries here and there.
+    """
+    rank = (how.svd_rank if how.on_product else None) or max(tuner.peft_config[name].r for name in adapters)
+    for layer in layers.values():
+        name = next(name for name in adapters if layer.has(name))
+        a, b = (torch.empty(factor.numel() // layer.r[name] * rank) for factor in layer.factors(name))
+        for draw in (a, b, b) if layer.op.kind == "Embedding" else (a, b, a):
+            draw.normal_() if layer.op.kind == "Embedding" else draw.uniform_()
+
+
+def _combined(
+    layer: Any, here: Sequence[tuple[str, float]], how: Combination, key: str
+) -> tuple[int, dict[str, Tensor]]:
+    """The combination of some adapters on one layer: its rank and its tensors."""
+    names = [name for name, _ in here]
+    scaled = [weight * float(layer.scaling[name]) for name, weight in here]
+    with torch.no_grad():
+        if how.on_product:
+            factors = _of_products(layer, names, [weight for _, weight in here], how, key)
+        else:
+            factors = _of_factors(layer, names, scaled, how)
+        tensors = store(layer, *factors)
+        if any(layer.lora_bias[name] for name in names):
+            tensors["lora_B.bias"] = how.of([_bias(layer, name) for name in names], scaled)
+    return adapter_rank(layer, factors[0].shape[1]), tensors
+
+
+def _bias(layer: Any, name: str) -> Tensor:
+    bias = layer.lora_B[name].bias
+    return layer.lora_B[name].weight.new_zeros(layer.out_features) if bias is None else bias
+
+
+def _of_factors(layer: Any, names: Sequence[str], scaled: Sequence[float], how: Combination) -> tuple[Tensor, Tensor]:
+    """All A combined, and all B; the weights, which count once in the product, are shared out between them."""
+    stacks = [load(layer, name) for name in names]
+    if how.method == "cat":
+        a = torch.cat([a * s for (a, _), s in zip(stacks, scaled, strict=True)], dim=1)
+        return a, torch.cat([b for _, b in stacks], dim=2)
+    for_b = [sqrt(abs(s)) for s in scaled]
+    for_a = [copysign(root, s) for root, s in zip(for_b, scaled, strict=True)]
+    return how.of([a for a, _ in stacks], for_a), how.of([b for _, b in stacks], for_b)
+
+
+def _of_products(
+    layer: Any, names: Sequence[str], weights: Sequence[float], how: Combination, key: str
+) -> tuple[Tensor, Tensor]:
+    """The combined change of the weight, decomposed again."""
+    wanted = how.svd_rank or max(layer.r[name] for name in names)
+    change = how.of([product(layer, name) for name in names], weights)
+    rank = block_rank(layer, wanted)
+    if adapter_rank(layer, rank) != wanted or not 1 <= rank <= min(change.shape[1:]):
+        largest = adapter_rank(layer, min(change.shape[1:]))
+        raise ValueError(
+            f"svd_rank={how.svd_rank} does not fit {key!r}: its weight has a rank of at most {largest}"
+            + (f", in equal parts for {len(change)} groups." if len(change) > 1 else ".")
+        )
+    a, b = truncated_svd(change, rank, how.svd_driver)
+    if how.svd_clamp is not None:
+        a, b = clamp_to_quantile([a, b], how.svd_clamp)
+    return a, b
+
+
+def product(layer: Any, name: str) -> Tensor:
+    """The scaled product of an adapter's factors: [blocks, out, in]."""
+    a, b = load(layer, name)
+    return torch.bmm(b, a) * layer.scaling[name]
