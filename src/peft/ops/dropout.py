@@ -36,10 +36,11 @@ def draw_mask(numel: int, p: float, device: torch.device) -> Tensor:
         p: probability of "drop", rounded to `DIGITS` binary digits.
         device: where; its default generator is drawn from.
     """
-    digits = rounded(p)
-    words = torch.empty(len(digits), -(-numel // 64), dtype=torch.int64, device=device).random_(-(2**63), None)
-    dropped = words[0]  # the last digit is 1: a fair word
-    for digit, word in zip(digits[1:], words[1:], strict=True):
+    digits = rounded(p)[1:]
+    word = torch.empty(-(-numel // 64), dtype=torch.int64, device=device)
+    dropped = torch.empty_like(word).random_(-(2**63), None)  # the last digit is 1: a fair word
+    for digit in digits:
+        word.random_(-(2**63), None)
         dropped = dropped.bitwise_or_(word) if digit else dropped.bitwise_and_(word)
     return dropped.bitwise_not_().view(torch.uint8)
 

@@ -27,7 +27,15 @@ def lora_linear_plain(
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float = 0.0
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    p: float = 0.0,
+    overwrite: bool = False,
 ) -> Tensor:
     """x W^T + b + scaling (drop(x) A^T) B^T.
 
@@ -35,11 +43,12 @@ def lora_linear(
         x: [..., in].
         weight: [out, in], frozen; None where `result` is given.
         bias: [out], frozen, or None.
-        result: x W^T + b where something else has computed it: [..., out]. It is overwritten.
+        result: x W^T + b where something else has computed it: [..., out].
         a: [r, in], in the dtype of x.
         b: [out, r], in the dtype of x.
         scaling: s.
         p: probability of dropout on the adapter's input.
+        overwrite: whether `result` is nobody else's and may be overwritten.
     """
     if _needs_plain(x, a, b, weight if result is None else result):
         return lora_linear_plain(x, weight, bias, result, a, b, scaling, p)
@@ -47,10 +56,13 @@ def lora_linear(
         if not (a.requires_grad and b.requires_grad and x.dim() > 1):
             # With a frozen factor there is less to keep than `_LoraLinear` does.
             return lora_linear_plain(x, weight, bias, result, a, b, scaling, p)
-        return _LoraLinear.apply(x, weight, bias, result, a, b, scaling, p)
+        # Writing into a view would tell autograd of the whole that it shows.
+        overwrite = overwrite and result is not None and not result._is_view()
+        return _LoraLinear.apply(x, weight, bias, result, a, b, scaling, p, overwrite)
     out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
-    _add_product(out, F.linear(x if p == 0 else F.dropout(x, p), a), b, scaling)
-    return out
+    # The same mask as with gradients: checkpointing runs once with and once without.
+    low = F.linear(_dropped(x, p)[0], a)
+    return _add_product(out, low, b, scaling, overwrite or result is None)
 
 
 def _needs_plain(*tensors: Tensor | None) -> bool:
@@ -62,9 +74,21 @@ def _needs_plain(*tensors: Tensor | None) -> bool:
     return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
 
 
-def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float) -> None:
-    """out += scaling low B^T, in place."""
-    out.view(-1, out.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), b.T, alpha=scaling)
+def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float, overwrite: bool) -> Tensor:
+    """out + scaling low B^T, in place if `overwrite`."""
+    flat, low = out.view(-1, out.shape[-1]) if overwrite else out.reshape(-1, out.shape[-1]), low.reshape(-1, low.shape[-1])
+    if overwrite:
+        flat.addmm_(low, b.T, alpha=scaling)
+        return out
+    return torch.addmm(flat, low, b.T, alpha=scaling).view(out.shape)
+
+
+def _dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+    """x with dropout, and the mask, if any."""
+    if p == 0:
+        return x, None
+    mask = draw_mask(x.numel(), p, x.device)
+    return x * mask_factors(mask, p, x), mask
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -81,12 +105,13 @@ class _LoraLinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
         p: float,
+        overwrite: bool,
     ) -> Tensor:
         out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
-        mask = draw_mask(x.numel(), p, x.device) if p > 0 else None
-        low = F.linear(x if mask is None else x * mask_factors(mask, p, x), a)
-        _add_product(out, low, b, scaling)
-        if result is not None:
+        dropped, mask = _dropped(x, p)
+        low = F.linear(dropped, a)
+        out = _add_product(out, low, b, scaling, overwrite or result is None)
+        if overwrite:
             ctx.mark_dirty(result)
         ctx.scaling, ctx.p = scaling, p
         ctx.save_for_backward(x, weight if result is None else None, low, a, b, mask)
@@ -106,7 +131,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = _input_gradient(flat, weight, grad_low, a, factors).view(x.shape)
         grad_a = grad_low.T @ dropped
         grad_b = (flat.T @ low) * ctx.scaling
-        return grad_x, None, None, grad if ctx.needs_input_grad[3] else None, grad_a, grad_b, None, None
+        return grad_x, None, None, grad if ctx.needs_input_grad[3] else None, grad_a, grad_b, None, None, None
 
 
 def _input_gradient(flat: Tensor, weight: Tensor | None, grad_low: Tensor, a: Tensor, factors: Tensor | None) -> Tensor:

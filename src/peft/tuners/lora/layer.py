@@ -214,10 +214,9 @@ class Linear(LoraLayer):
         dtype = _compute_dtype(x)
         x, result = x.to(dtype), result.to(dtype)
         if _is_plain(a) and _is_plain(b) and b.bias is None:
-            overwritable = result.is_contiguous() and not result._is_view() and not _is_watched(self.base_layer)
             return lora_linear(
-                x, None, None, result if overwritable else result.clone(), a.weight.to(dtype), b.weight.to(dtype),
-                self.scaling[name], self._dropout(name),
+                x, None, None, result, a.weight.to(dtype), b.weight.to(dtype), self.scaling[name], self._dropout(name),
+                overwrite=result.is_contiguous() and not _is_watched(self.base_layer),
             )  # fmt: skip
         return result + b(a(self.lora_dropout[name](x.to(a.weight.dtype)))).to(dtype) * self.scaling[name]
 

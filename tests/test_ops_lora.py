@@ -1,0 +1,254 @@
+"""The fused product of a linear layer with LoRA: equal to the plain formula wherever and however it is used."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import peft
+from peft.ops.dropout import draw_mask, drop_probability, mask_factors
+from peft.ops.lora import lora_linear, lora_linear_plain
+
+torch.set_num_threads(1)
+
+
+def tensors(dtype=torch.float64, rows=(3, 2), size=(5, 4), r=2, x_grad=True):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    x = draw(*rows, size[0]).requires_grad_(x_grad)
+    return x, draw(size[1], size[0]), draw(size[1]), draw(r, size[0]).requires_grad_(), draw(size[1], r).requires_grad_()
+
+
+@pytest.mark.parametrize("x_grad", [True, False])
+@pytest.mark.parametrize("rows", [(3, 2), (4,)])
+def test_gradients_are_right(rows, x_grad):
+    x, weight, bias, a, b = tensors(rows=rows, x_grad=x_grad)
+    assert gradcheck(lambda x, a, b: lora_linear(x, weight, bias, None, a, b, 0.7), (x, a, b))
+    assert gradgradcheck(lambda x, a, b: lora_linear(x, weight, bias, None, a, b, 0.7), (x, a, b))
+
+    for overwrite in (True, False):
+
+        def with_given_result(x, a, b, overwrite=overwrite):
+            return lora_linear(x, None, None, x @ weight.T + bias, a, b, 0.7, overwrite=overwrite)
+
+        assert gradcheck(with_given_result, (x, a, b))
+        assert gradgradcheck(with_given_result, (x, a, b))
+
+
+def test_gradients_are_right_with_dropout():
+    x, weight, bias, a, b = tensors()
+
+    def dropped(x, a, b):
+        torch.manual_seed(11)
+        return lora_linear(x, weight, bias, None, a, b, 0.7, p=0.4)
+
+    assert gradcheck(dropped, (x, a, b))
+    assert gradgradcheck(dropped, (x, a, b))
+
+
+@pytest.mark.parametrize("frozen", ["a", "b"])
+def test_a_frozen_factor_gets_no_gradient_and_the_other_the_right_one(frozen):
+    x, weight, bias, a, b = tensors()
+    (a if frozen == "a" else b).requires_grad_(False)
+    lora_linear(x, weight, bias, None, a, b, 0.7).sum().backward()
+    got = x.grad, a.grad, b.grad
+    expected = tensors()
+    lora_linear_plain(expected[0], weight, bias, None, expected[3], expected[4], 0.7, 0.0).sum().backward()
+    for value, reference, name in zip(got, (expected[0].grad, expected[3].grad, expected[4].grad), "xab", strict=True):
+        assert value is None if name == frozen else torch.allclose(value, reference)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_agrees_with_the_formula_in_every_dtype(dtype, tolerance, grad):
+    x, weight, bias, a, b = tensors(dtype, rows=(6, 7), size=(16, 12), r=4)
+    exact = lora_linear_plain(*(t.double() for t in (x, weight, bias)), None, a.double(), b.double(), 1.5, 0.0)
+    with torch.set_grad_enabled(grad):
+        result = lora_linear(x, weight, bias, None, a, b, 1.5)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_under_func_transforms_it_is_the_plain_formula():
+    x, weight, bias, a, b = (t.detach() for t in tensors())
+    loss = lambda a: lora_linear(x, weight, bias, None, a, b, 0.7).square().sum()  # noqa: E731
+    plain = lambda a: lora_linear_plain(x, weight, bias, None, a, b, 0.7, 0.0).square().sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss)(a), torch.func.grad(plain)(a))
+    rows = torch.func.vmap(lambda row: lora_linear(row, weight, bias, None, a, b, 0.7))(x)
+    torch.testing.assert_close(rows, lora_linear_plain(x, weight, bias, None, a, b, 0.7, 0.0))
+    _, tangent = torch.func.jvp(loss, (a,), (torch.ones_like(a),))
+    torch.testing.assert_close(tangent, torch.func.jvp(plain, (a,), (torch.ones_like(a),))[1])
+
+
+# ---- dropout
+
+
+@settings(deadline=None, max_examples=30)
+@given(p=st.floats(0.001, 0.999), numel=st.integers(1, 500))
+def test_masks_have_a_bit_per_element_and_two_values(p, numel):
+    mask = draw_mask(numel, p, torch.device("cpu"))
+    assert mask.dtype == torch.uint8 and numel / 8 <= len(mask) < numel / 8 + 8
+    factors = mask_factors(mask, p, torch.empty(numel))
+    keep = 1 - drop_probability(p)
+    assert abs(drop_probability(p) - p) <= 2**-12
+    assert all(value == 0 or value == pytest.approx(1 / keep, rel=1e-5) for value in factors.tolist())
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.25, 0.5, 0.9])
+def test_masks_drop_the_share_they_are_asked_to_independently(p):
+    torch.manual_seed(0)
+    n = 400_000
+    kept = mask_factors(draw_mask(n, p, torch.device("cpu")), p, torch.empty(n)) > 0
+    deviation = (p * (1 - p) / n) ** 0.5
+    assert abs(kept.float().mean().item() - (1 - p)) < 5 * deviation + 2**-12
+    centred = kept.float() - kept.float().mean()
+    for distance in (1, 2, 7, 8, 63, 64):
+        assert abs((centred[distance:] * centred[:-distance]).mean().item()) < 5 * p * (1 - p) / n**0.5
+
+
+def test_a_seed_gives_the_same_mask():
+    torch.manual_seed(4)
+    first = draw_mask(1000, 0.1, torch.device("cpu"))
+    assert not torch.equal(first, draw_mask(1000, 0.1, torch.device("cpu")))
+    torch.manual_seed(4)
+    assert torch.equal(first, draw_mask(1000, 0.1, torch.device("cpu")))
+
+
+# ---- in a model
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 10), nn.Linear(10, 5)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def adapted(dropout=0.0, dtype=torch.float32, plain=False):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        Two().to(dtype), peft.LoraConfig(r=3, target_modules=["first", "second"], init_lora_weights=False, lora_dropout=dropout)
+    )
+    if plain:  # somebody who watches a factor has it called, so nothing is fused
+        for name, module in model.named_modules():
+            if name.endswith(("lora_A.default", "lora_B.default")):
+                module.register_forward_hook(lambda *_: None)
+    return model
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train_step(model, run=lambda model, x: model(x), dtype=torch.float32):
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    output = run(model, x)
+    output.float().square().sum().backward()
+    return output.detach(), x.grad, gradients(model)
+
+
+def assert_same_step(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got[0], expected[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got[1], expected[1], rtol=tolerance, atol=tolerance)
+    assert list(got[2]) == list(expected[2]) and len(got[2]) == 4
+    for name in got[2]:
+        torch.testing.assert_close(got[2][name], expected[2][name], rtol=tolerance, atol=tolerance)
+
+
+def test_a_step_is_that_of_the_plain_formula():
+    assert_same_step(train_step(adapted()), train_step(adapted(plain=True)))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant):
+    def run(model, x):
+        return checkpoint(model, x, use_reentrant=use_reentrant)
+
+    for dropout in (0.0, 0.5):
+        torch.manual_seed(9)
+        expected = train_step(adapted(dropout).train())
+        torch.manual_seed(9)
+        assert_same_step(train_step(adapted(dropout).train(), run), expected)
+
+
+def test_autocast_on_cpu_agrees_within_the_rounding_of_bfloat16():
+    def run(model, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    fused, exact = train_step(adapted(), run), train_step(adapted())
+    assert fused[0].dtype == torch.bfloat16
+    assert_same_step((fused[0].float(), *fused[1:]), exact, 0.2)
+    assert all(gradient.dtype == torch.float32 for gradient in fused[2].values())
+
+
+def test_hooks_on_the_base_module_see_its_own_output():
+    model = adapted()
+    seen = []
+    base = model.base_model.model.first.base_layer
+    base.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.randn(4, 6)
+    model(x)
+    torch.testing.assert_close(seen[0], F.linear(x, base.weight, base.bias))
+
+
+def test_a_trained_base_weight_gets_its_gradient():
+    expected = adapted(plain=True)
+    model = adapted()
+    for each in (model, expected):
+        each.base_model.model.first.base_layer.weight.requires_grad_(True)
+    got, want = train_step(model), train_step(expected)
+    assert len(got[2]) == 5
+    for name in want[2]:
+        torch.testing.assert_close(got[2][name], want[2][name])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_torch_compile_needs_one_graph(dropout):
+    model = adapted(dropout).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
+    if dropout == 0:
+        assert_same_step(train_step(model, lambda _, x: compiled(x)), train_step(copy.deepcopy(adapted())))
+    else:
+        assert torch.isfinite(train_step(model, lambda _, x: compiled(x))[0]).all()
+
+
+def test_half_precision_base_with_float32_adapter():
+    got = train_step(adapted(dtype=torch.bfloat16), dtype=torch.bfloat16)
+    want = train_step(adapted(dtype=torch.bfloat16, plain=True), dtype=torch.bfloat16)
+    assert got[0].dtype == torch.bfloat16
+    assert_same_step(got, want, 0.1)
+    assert all(gradient.dtype == torch.float32 for gradient in got[2].values())
+
+
+def test_what_is_kept_for_backward():
+    """Beyond the frozen layer: x, the r columns of its product with A, and with dropout a bit per element."""
+    n, size, r = 512, 256, 4
+    torch.manual_seed(0)
+    x, weight = torch.randn(n, size, requires_grad=True), torch.randn(size, size)
+    a, b = torch.randn(r, size, requires_grad=True), torch.randn(size, r, requires_grad=True)
+
+    def kept(p):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            lora_linear(x, weight, None, None, a, b, 1.0, p)
+        return sum(storages.values()) - sum(t.nbytes for t in (weight, a, b))
+
+    assert kept(0.0) == x.nbytes + n * r * 4
+    assert kept(0.1) == x.nbytes + n * r * 4 + n * size // 8
