@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import ConvOp
-from peft.core.combine import add_combined, check_combination, combined_config, exact_targets, joined_targets, layers_with
+from peft.core.combine import (
+    add_combined,
+    check_combination,
+    combined_config,
+    exact_targets,
+    joined_targets,
+    layers_with,
+)
 from peft.core.layer import AdapterLayer
 from peft.core.plan import matching_entry
 from peft.core.target_tables import FEEDFORWARD_TARGETS
