@@ -1,0 +1,206 @@
+"""Adapters injected into a model that stays what it is, and small tools around models with adapters."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+
+from peft import (
+    HRAConfig,
+    LoraConfig,
+    PeftWarning,
+    PromptTuningConfig,
+    VeraConfig,
+    functional,
+    get_peft_model,
+    get_peft_model_state_dict,
+    helpers,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from tiny_models import MLP, assert_same_state, fill_adapter, llama, state, tokens
+
+X = torch.randn(4, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def model():
+    """An MLP with two injected LoRA adapters, `first` and `second`; the second is active."""
+    model = MLP()
+    for name, seed in (("first", 1), ("second", 2)):
+        assert inject_adapter_in_model(LoraConfig(target_modules=["lin0"]), model, name) is model
+        fill_adapter(model, name, seed)
+    return model
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_an_injected_model_keeps_its_class_and_its_names(model):
+    assert type(model) is MLP
+    assert set(model.peft_config) == {"first", "second"}
+    assert {"lin0.base_layer.weight", "lin0.lora_A.first.weight"} < {name for name, _ in model.named_parameters()}
+    assert model.lin0.active_adapters == ["second"]
+    assert trainable(model) == {"lin0.lora_A.second.weight", "lin0.lora_B.second.weight"}
+
+
+def test_injected_adapters_are_set_frozen_and_deleted(model):
+    outputs = {}
+    for name in ("first", "second"):
+        functional.set_adapter(model, name)
+        outputs[name] = model(X)
+        assert trainable(model) == {f"lin0.lora_{side}.{name}.weight" for side in "AB"}
+    base = MLP()(X)
+    assert not torch.allclose(outputs["first"], outputs["second"])
+    functional.set_adapter(model, ["first", "second"], inference_mode=True)
+    assert trainable(model) == set()
+    torch.testing.assert_close(model.lin0(X) - MLP().lin0(X), sum_of_changes(model))
+    functional.set_requires_grad(model, "first")
+    assert trainable(model) == {"lin0.lora_A.first.weight", "lin0.lora_B.first.weight"}
+    assert functional.delete_adapter(model, "second", prefix="lora_") == ["first"]
+    torch.testing.assert_close(model(X), outputs["first"])
+    assert functional.delete_adapter(model, "first", prefix="lora_") is None
+    assert torch.equal(model(X), base)
+
+
+def sum_of_changes(model):
+    return sum(X @ model.lin0.get_delta_weight(name).T for name in ("first", "second"))
+
+
+def test_state_goes_out_and_in_without_a_wrapper(model):
+    tensors = get_peft_model_state_dict(model, adapter_name="first")
+    assert set(tensors) == {"lin0.lora_A.weight", "lin0.lora_B.weight"}
+    other = inject_adapter_in_model(LoraConfig(target_modules=["lin0"]), MLP(), "first", low_cpu_mem_usage=True)
+    assert all(parameter.is_meta for name, parameter in other.named_parameters() if "lora_" in name)
+    result = set_peft_model_state_dict(other, tensors, "first", low_cpu_mem_usage=True)
+    assert result.missing_keys == result.unexpected_keys == []
+    functional.set_adapter(model, "first")
+    assert torch.equal(other(X), model(X))
+
+
+def test_a_state_dict_decides_where_the_adapter_goes():
+    wide = inject_adapter_in_model(LoraConfig(target_modules=["lin0", "lin1"]), MLP())
+    tensors = {key: value for key, value in get_peft_model_state_dict(wide).items() if key.startswith("lin1")}
+    narrow = inject_adapter_in_model(LoraConfig(target_modules=["lin0", "lin1"]), MLP(), state_dict=tensors)
+    assert [name for name, module in narrow.named_modules() if hasattr(module, "lora_A")] == ["lin1"]
+
+
+def test_adapters_of_two_methods_can_be_injected():
+    model = inject_adapter_in_model(HRAConfig(target_modules=["lin0"], r=4), MLP(), "hra")
+    fill_adapter(model, "hra")
+    alone = model(X)
+    inject_adapter_in_model(LoraConfig(target_modules=["lin0"], init_lora_weights=False), model, "lora")
+    functional.set_adapter(model, "hra")
+    torch.testing.assert_close(model(X), alone)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: functional.set_adapter(m, "third"), "third"),
+        (lambda m: functional.set_requires_grad(m, ["first", "third"]), "third"),
+        (lambda m: functional.delete_adapter(m, "third", prefix="lora_"), "third"),
+        (lambda m: inject_adapter_in_model(LoraConfig(target_modules=["lin1"]), m, "first"), "exists"),
+        (lambda m: inject_adapter_in_model(LoraConfig(target_modules=["nope"]), m, "third"), "nope"),
+        (lambda m: inject_adapter_in_model(PromptTuningConfig(num_virtual_tokens=2), m, "third"), "prompt"),
+        (lambda m: inject_adapter_in_model(VeraConfig(target_modules=["lin0"]), m, "third"), "get_peft_model"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_changes(model, call, message):
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    assert_same_state(model, before)
+    assert set(model.peft_config) == {"first", "second"}
+
+
+def test_functions_keep_a_peft_model_consistent():
+    model = get_peft_model(MLP(), LoraConfig(target_modules=["lin0"]), "first")
+    model.add_adapter("second", LoraConfig(target_modules=["lin0"]))
+    functional.set_adapter(model, "second")
+    assert model.active_adapters == ["second"]
+    assert functional.delete_adapter(model, "second") == ["first"]
+    assert model.active_adapters == list(model.peft_config) == ["first"]
+
+
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_adapters_are_cast_for_training(model, autocast, dtype):
+    model.to(torch.bfloat16)
+    functional.cast_adapter_dtype(model, "first", autocast_adapter_dtype=autocast)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes.pop("lin0.lora_A.first.weight") == dtypes.pop("lin0.lora_B.first.weight") == dtype
+    assert set(dtypes.values()) == {torch.bfloat16}
+
+
+# ---- helpers
+
+
+def test_a_signature_is_taken_over_by_one_model_alone():
+    model, other = (get_peft_model(llama(), LoraConfig()) for _ in range(2))
+    helpers.update_signature(model)
+    base = model.get_base_model()
+    for method in ("forward", "generate"):
+        assert inspect.signature(getattr(model, method)) == inspect.signature(getattr(base, method))
+        assert getattr(model, method).__doc__ == getattr(base, method).__doc__
+        assert "args" in inspect.signature(getattr(other, method)).parameters
+    ids = tokens()
+    assert torch.equal(model(ids).logits, model(input_ids=ids).logits)
+    assert (
+        model(input_ids=ids, adapter_names=["default"] * 3).logits.shape == (3, 7, 40) if not model.training else True
+    )
+    # A copy calls itself.
+    twin = copy.deepcopy(model)
+    fill_adapter(twin)
+    assert not torch.allclose(twin.forward(ids).logits, model.forward(ids).logits)
+
+
+def test_signatures_of_unknown_methods_and_models_without_generate():
+    model = get_peft_model(MLP(), LoraConfig(target_modules=["lin0"]))
+    with pytest.raises(ValueError, match="'backward'"):
+        helpers.update_signature(model, "backward")
+    helpers.update_signature(model)
+    assert list(inspect.signature(model.forward).parameters) == ["x"]
+    assert "generate" not in model.__dict__
+
+
+def test_what_is_an_adapter_and_what_is_not(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").write_text("{}")
+    get_peft_model(MLP(), LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path / "adapter")
+    found = {name: helpers.check_if_peft_model(tmp_path / name) for name in ("adapter", "other", "nothing")}
+    assert found == {"adapter": True, "other": False, "nothing": False}
+
+
+def test_rescaling_scales_the_change_of_an_injected_adapter(model):
+    functional.set_adapter(model, "first")
+    change = model.lin0(X) - MLP().lin0(X)
+    with helpers.rescale_adapter_scale(model, 0.5):
+        torch.testing.assert_close(model.lin0(X) - MLP().lin0(X), change / 2)
+        with helpers.rescale_adapter_scale(model, 0):
+            torch.testing.assert_close(model.lin0(X), MLP().lin0(X))
+    torch.testing.assert_close(model.lin0(X) - MLP().lin0(X), change)
+
+
+def test_rescaling_says_what_it_cannot_scale(model):
+    with pytest.raises(TypeError, match="float"), helpers.rescale_adapter_scale(model, "0.5"):
+        pass
+    with pytest.raises(ValueError, match="scaling"), helpers.rescale_adapter_scale(MLP(), 0.5):
+        pass
+    model.lin0.merge()
+    with pytest.warns(PeftWarning, match="merged"), helpers.rescale_adapter_scale(model, 0.5):
+        pass
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_inputs_keep_their_dtype(model, active):
+    # A base model in half precision under adapters in float32: activations go in and come out as they are.
+    model.lin0.base_layer.to(torch.bfloat16)
+    seen = []
+    model.lin0.base_layer.register_forward_hook(lambda module, args, output: seen.append(args[0].dtype))
+    with helpers.disable_input_dtype_casting(model, active):
+        assert model.lin0(X.bfloat16()).dtype == torch.bfloat16
+    assert seen == [torch.bfloat16]
