@@ -257,8 +257,6 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generate_is_step_by_step(name, way):
-    if name == "opt" and way == "static cache":
-        pytest.skip("OPT alone cannot do this with a padded batch either")
     model, inputs = prompted(name), batch(name)
     before = dict(model.base_model.__dict__)
     result = model.generate(**inputs, **{"max_new_tokens": 5, **GREEDY, **WAYS[way]})
