@@ -185,6 +185,7 @@ def make_plan(
     layer_class: type[AdapterLayer],
     *,
     only: set[str] | None = None,
+    also_target: Iterable[str] = (),
     also_save: Iterable[str] = (),
 ) -> Plan:
     """Works out what `config` means in `model` and checks that it can be done.
@@ -194,13 +195,14 @@ def make_plan(
         config: the configuration, its targets filled in.
         layer_class: the method's layer.
         only: names of modules to adapt instead of the configuration's targets (from a state dict).
+        also_target: names of modules to adapt beyond `config.target_modules`.
         also_save: names of modules to train in full beyond `config.modules_to_save`.
 
     Raises:
         NoMatchingPeftModuleError: nothing matches.
         ValueError: a module that matches cannot carry the method.
     """
-    plan = Plan()
+    plan, also_target = Plan(), set(also_target)
     used: set[str] = set()
     saved = {*(config.modules_to_save or ()), *also_save}
     inside_saved: str | None = None
@@ -216,7 +218,10 @@ def make_plan(
             inside_saved = f"{key}."
             continue
         plan.targets += _parameter_targets(key, module, config, used)
-        target_entry = (key if key in only else None) if only is not None else check_target_module_exists(config, key)
+        if only is not None or key in also_target:
+            target_entry = key if key in (also_target if only is None else only) else None
+        else:
+            target_entry = check_target_module_exists(config, key)
         if target_entry is None:
             if only is None and config.exclude_modules and matching_entry(config.target_modules, key):
                 plan.left_out.append(key)
@@ -274,6 +279,8 @@ def _check_matches(plan: Plan, model: nn.Module, config: LayerConfig, names: lis
     if not plan.targets and config.target_modules != DUMMY_TARGET_MODULES and only is None:
         raise NoMatchingPeftModuleError(_nothing_matches(plan, config, asked, where, names, model))
     from_table = getattr(config, "_targets_are_defaults", False)
+    # An entry may fit only what another, longer one or another setting takes; that is a match all the same.
+    used = used | {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
     unmatched = []
     if only is None and isinstance(config.target_modules, (set, list)) and not from_table:
         unmatched += [f"target_modules entry {entry!r}" + _did_you_mean(entry, names) for entry in sorted(set(config.target_modules) - used)]

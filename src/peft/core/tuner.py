@@ -130,6 +130,10 @@ class BaseTuner(nn.Module):
         """A layer of the method around `target`, without adapters yet."""
         return self.layer_class(target, parameter_name)
 
+    def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
+        """Makes an adapter on one module the same as that on the module it shares its weight with."""
+        raise ValueError(f"{type(self).__name__} cannot keep the adapters of tied modules the same (ensure_weight_tying).")
+
     # ---- adding an adapter
 
     def inject_adapter(
@@ -161,9 +165,11 @@ class BaseTuner(nn.Module):
             restructured = self._prepare_model(config, model)
             if restructured is not None:
                 undo.callback(restructured)
-            tied = tie_configuration(config, model)
+            also_target, also_save = tie_configuration(config, model)
             only = state_dict_targets(state_dict, self.prefix) if state_dict is not None else None
-            plan = make_plan(model, config, self.layer_class, only=only, also_save=tied)
+            plan = make_plan(
+                model, config, self.layer_class, only=only, also_target=also_target, also_save=also_save
+            )
             self._check_tokens(config, model)
             warn_of_tied_targets(plan.module_names, config, model)
             trained = {id(p): p.requires_grad for p in model.parameters()}
@@ -176,6 +182,7 @@ class BaseTuner(nn.Module):
                     self._create_and_replace(config, adapter_name, module, name, parent, current_key=target.key, **extra)
                 tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
                 save_modules(model, plan.save, adapter_name, tied)
+                self._tie_layers(model, [key for key in tied if key in plan.module_names], adapter_name)
                 self._train_tokens(model, adapter_name, config)
             self._parts = None
             self.targeted_module_names += [key for key in plan.module_names if key not in self.targeted_module_names]
@@ -195,7 +202,7 @@ class BaseTuner(nn.Module):
         for key, part in reversed(self.parts()):
             if id(part) in old:
                 part.delete_adapter(adapter_name)
-            elif "token_adapter" != key.rpartition(".")[2]:
+            elif key.rpartition(".")[2] != "token_adapter":
                 parent, _, name = get_submodules(model, key)
                 setattr(parent, name, part.base_layer if isinstance(part, AdapterLayer) else part.original_module)
         for container in self.shared_names:
@@ -289,6 +296,12 @@ class BaseTuner(nn.Module):
         """Puts `new_module`, which wraps `child`, in its place."""
         new_module.train(child.training)
         setattr(parent, child_name, new_module)
+
+    def _tie_layers(self, model: nn.Module, keys: Sequence[str], adapter_name: str) -> None:
+        layers = [self._find_layer(get_submodules(model, self._live_key(model, key))[1], None) for key in keys]
+        for layer in layers[1:]:
+            if layer is not None and layers[0] is not None:
+                self.tie(layer, layers[0], adapter_name)
 
     def _token_targets(self, config: Any, model: Any) -> dict[str, list[int]]:
         """Embedding -> rows to train, with the names completed."""

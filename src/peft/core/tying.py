@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peft.core.plan import ends_with, model_modules
+from peft.core.plan import check_target_module_exists, ends_with, model_modules
 from peft.errors import PeftWarning
 
 
@@ -32,22 +32,27 @@ def _plain_weight(module: nn.Module) -> Any:
         module = inner
 
 
-def tie_configuration(config: Any, model: nn.Module) -> list[str]:
-    """With `ensure_weight_tying`, lets a configuration that names one of two tied modules mean both.
+def tie_configuration(config: Any, model: nn.Module) -> tuple[list[str], list[str]]:
+    """With `ensure_weight_tying`, lets a configuration that names one of several tied modules mean all of them.
 
-    Returns the names of modules to train in full beyond those that `modules_to_save` names.
+    Returns the names of modules to adapt beyond those that `target_modules` names, and of modules to train in full beyond
+    those that `modules_to_save` names.
     """
     if not getattr(config, "ensure_weight_tying", False):
-        return []
+        return [], []
     tied = tied_embedding_modules(model)
     if not tied:
         warnings.warn("ensure_weight_tying has no effect: the model ties no weights.", PeftWarning, stacklevel=3)
-        return []
+        return [], []
     saved = config.modules_to_save or ()
-    if not any(ends_with(key, saved) for key in tied):
-        return []
-    config.modules_to_save = sorted({*saved, tied[0]})
-    return [key for key in tied if not ends_with(key, saved)]
+    if any(ends_with(key, saved) for key in tied):
+        config.modules_to_save = sorted({*saved, tied[0]})
+        return [], [key for key in tied if not ends_with(key, saved)]
+    if any(check_target_module_exists(config, key) for key in tied):
+        if not isinstance(config.target_modules, str):
+            config.target_modules = {*config.target_modules, tied[0]}
+        return [key for key in tied if not check_target_module_exists(config, key)], []
+    return [], []
 
 
 def warn_of_tied_targets(targets: Sequence[str], config: Any, model: nn.Module) -> None:

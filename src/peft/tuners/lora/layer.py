@@ -121,6 +121,10 @@ class LoraLayer(AdapterLayer):
         a, b = self.factors(name)
         return self.scaling[name] * (b @ a)
 
+    def key_map(self, name: str) -> dict[str, str]:
+        tied = [slot for slot in ("lora_A", "lora_B") if isinstance(getattr(self, slot)._modules.get(name), TiedFactor)]
+        return {**super().key_map(name), **{f"{slot}.weight": f"{slot}.{name}.weight" for slot in tied}}
+
     def transform_bias(self, name: str, bias: Tensor | None) -> Tensor | None:
         if not self.lora_bias[name]:
             return bias
@@ -267,6 +271,29 @@ def _is_frozen_dense(module: nn.Module) -> bool:
     if _is_watched(module) or "forward" in module.__dict__ or module.weight.requires_grad:
         return False
     return type(module.weight) is nn.Parameter and (module.bias is None or not module.bias.requires_grad)
+
+
+class TiedFactor(nn.Module):
+    """A factor of the output layer's adapter that is one of the tied embedding's, transposed.
+
+    The output layer's weight is that of the embedding, [tokens, dim], and so are their changes: B A of the one is
+    (B A)^T = A^T B^T of the other.
+    """
+
+    bias = None
+
+    def __init__(self, factors: nn.ParameterDict, name: str):
+        super().__init__()
+        # Not registered: the parameter belongs to the embedding's adapter.
+        self.__dict__["_of"] = (factors, name)
+
+    @property
+    def weight(self) -> Tensor:
+        factors, name = self.__dict__["_of"]
+        return factors[name].T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
 class Embedding(LoraLayer):

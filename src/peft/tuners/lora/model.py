@@ -13,7 +13,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import LAYERS, LoraLayer, alpha_of, rank_of
+from peft.tuners.lora.layer import LAYERS, Embedding, Linear, LoraLayer, TiedFactor, alpha_of, rank_of
 from peft.tuners.lora.merging import Combination, add_weighted_adapter
 
 
@@ -32,6 +32,14 @@ class LoraModel(BaseTuner):
         if op is None:
             raise ValueError(f"{key!r} is a {type(base).__name__}, which LoRA does not know.")
         return LAYERS[op.kind](target, parameter_name=parameter_name)
+
+    def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
+        if not isinstance(layer, Linear) or not isinstance(to, Embedding):
+            return super().tie(layer, to, adapter_name)
+        layer.lora_A[adapter_name] = TiedFactor(to.lora_embedding_B, adapter_name)
+        layer.lora_B[adapter_name] = TiedFactor(to.lora_embedding_A, adapter_name)
+        for setting in ("r", "lora_alpha", "scaling"):
+            getattr(layer, setting)[adapter_name] = getattr(to, setting)[adapter_name]
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> Callable[[], None] | None:
         return replicate_layers(model, peft_config.layer_replication) if peft_config.layer_replication else None

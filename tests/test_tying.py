@@ -1,0 +1,86 @@
+"""Tied embeddings: what a warning says of them, and what ensure_weight_tying keeps the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peft
+
+IDS = torch.tensor([[1, 5, 9, 3], [2, 7, 4, 8]])
+
+
+def tied_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def randomised(model):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def test_one_adapter_serves_both_tied_modules(tmp_path):
+    config = peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2, ensure_weight_tying=True)
+    model = randomised(peft.get_peft_model(tied_llama(), config))
+    embedding, head = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
+    torch.testing.assert_close(head.get_delta_weight("default"), embedding.get_delta_weight("default"))
+    assert not [name for name, parameter in model.named_parameters() if "lm_head" in name and parameter.requires_grad]
+    expected = model(IDS).logits
+
+    model(IDS, labels=IDS).loss.backward()
+    gradient = embedding.lora_embedding_A["default"].grad
+    assert gradient.abs().sum(0).count_nonzero() == 32, "the output layer sees every token, so each column has a gradient"
+
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tied_llama(), tmp_path)
+    torch.testing.assert_close(loaded(IDS).logits, expected)
+    assert "base_model.model.lm_head.lora_A.weight" in peft.load_peft_weights(tmp_path)
+
+
+def test_an_adapter_on_one_of_two_tied_modules_warns_and_merging_unties_them():
+    with pytest.warns(UserWarning, match="lm_head.*tied"):
+        model = peft.get_peft_model(tied_llama(), peft.LoraConfig(target_modules=["embed_tokens"], r=2))
+    expected = randomised(model)(IDS).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    base = model.base_model.model
+    assert base.lm_head.weight is base.model.embed_tokens.base_layer.weight
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged.lm_head.weight, tied_llama().lm_head.weight)
+
+
+def test_modules_trained_in_full_stay_one_tensor():
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], r=2, ensure_weight_tying=True)
+    model = peft.get_peft_model(tied_llama(), config)
+    base = model.base_model.model
+    assert base.lm_head.modules_to_save["default"].weight is base.model.embed_tokens.modules_to_save["default"].weight
+    merged = randomised(model).merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+def test_trained_tokens_count_for_the_tied_output_layer_too():
+    model = peft.get_peft_model(tied_llama(), peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5], r=2))
+    before = model(IDS).logits
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"].add_(1.0)
+    after = model(IDS).logits
+    changed = (after != before).flatten(0, 1).any(0)
+    assert changed[3] and changed[5]
+    torch.testing.assert_close(model.merge_and_unload()(IDS).logits, after, rtol=1e-4, atol=1e-5)
+
+
+def test_tying_a_model_that_ties_nothing_says_so():
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.warns(peft.PeftWarning, match="ties no weights"):
+        peft.get_peft_model(LlamaForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True))
