@@ -121,9 +121,14 @@ METHODS: dict[str, Method] = {
     "IA3": Method("peft.tuners.ia3", "IA3Config", "IA3Model", "ia3_"),
     "VERA": Method("peft.tuners.vera", "VeraConfig", "VeraModel", "vera_lambda_"),
     "LOHA": Method("peft.tuners.loha", "LoHaConfig", "LoHaModel", "hada_"),
+    "LOKR": Method("peft.tuners.lokr", "LoKrConfig", "LoKrModel", "lokr_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning", "PromptTuningConfig", "PromptEmbedding", "prompt_tuning_", prompt=True,
         aliases=("PromptTuningInit",),
+    ),
+    "P_TUNING": Method(
+        "peft.tuners.p_tuning", "PromptEncoderConfig", "PromptEncoder", "p_tuning_", prompt=True,
+        aliases=("PromptEncoderReparameterizationType",),
     ),
 }
 

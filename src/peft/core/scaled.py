@@ -1,0 +1,158 @@
+"""Additive adapters with a rank and a scale, which may differ by module, and dropout of rows or whole modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from peft.config import LayerConfig
+from peft.core.base_op import ConvOp, kernel_numel
+from peft.core.layer import AdapterLayer
+from peft.core.plan import get_pattern_key
+from peft.core.tuner import BaseTuner
+
+
+@dataclass
+class ScaledConfig(LayerConfig):
+    """What configurations of adapters with a rank and a scale alpha / r share.
+
+    Args:
+        r: rank.
+        alpha: numerator of the scale.
+        rank_pattern: ranks of single modules: name or regular expression for its end -> rank.
+        alpha_pattern: the same for alpha.
+        rank_dropout: probability, in training, that a row of the change is left out.
+        module_dropout: probability, in training, that a module runs without its adapter.
+        use_effective_conv2d: decompose convolutions of kernels larger than 1 along the kernel as well.
+        init_weights: start without effect; False starts at random.
+    """
+
+    r: int = 8
+    alpha: int = 8
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, int] | None = field(default_factory=dict)
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    init_weights: bool | str = True
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        for pattern, r in {"r": self.r, **self.rank_pattern}.items():
+            if r < 1:
+                raise ValueError(f"The rank must be a positive integer, got {r} for {pattern!r}.")
+        for name in ("rank_dropout", "module_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}.")
+
+
+class ScaledLayer(AdapterLayer):
+    """A module with adapters `scaling` times some change of the weight.
+
+    A method writes `create`, which calls the one here first, `delta`, and, where it has a cheap forward, `cheap` and
+    `add_product`.
+    """
+
+    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
+
+    r: dict[str, int]
+    alpha: dict[str, float]
+    scaling: dict[str, float]
+    rank_dropout: dict[str, float]
+    rank_dropout_scale: dict[str, bool]
+    module_dropout: dict[str, float]
+
+    def create(self, name: str, config: Any, r: int = 0, alpha: float | None = None) -> None:
+        self.r[name] = r or config.r
+        self.alpha[name] = config.alpha if alpha is None else alpha
+        self.scaling[name] = self.alpha[name] / self.r[name]
+        self.rank_dropout[name], self.module_dropout[name] = config.rank_dropout, config.module_dropout
+        self.rank_dropout_scale[name] = getattr(config, "rank_dropout_scale", True)
+
+    def effective_kernel(self, config: Any) -> tuple[int, ...]:
+        """Sizes of the kernel that is decomposed; empty where the weight is decomposed as a matrix."""
+        base = self.get_base_layer()
+        if not config.use_effective_conv2d or not isinstance(self.op, ConvOp) or kernel_numel(base) == 1:
+            return ()
+        kernel: tuple[int, ...] = base.kernel_size  # type: ignore[assignment]
+        return (*kernel, 1) if len(kernel) == 1 else kernel  # as the files of one-dimensional ones have it
+
+    # ---- scale
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the scale of an adapter to `scale` times what its configuration says."""
+        if self.has(adapter):
+            self.scaling[adapter] = scale * self.initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scale of the active adapters."""
+        for name in self._live:
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scale of the active adapters; without `scale`, sets it to what the configuration says."""
+        for name in self._live:
+            self.scaling[name] = self.initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+    def initial_scaling(self, name: str) -> float:
+        """The scale of an adapter as its configuration says."""
+        return self.alpha[name] / self.r[name]
+
+    # ---- forward
+
+    def transform(self, name: str, weight: Tensor) -> Tensor:
+        if self.skips(name):
+            return weight
+        delta, kept = self.delta(name), self.kept_rows(name)
+        return weight + (delta if kept is None else delta * kept.to(delta)[:, None])
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = below(x, *args, **kwargs)
+        return result if self.skips(name) else self.add(name, x, result)
+
+    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        return self.add_product(name, x, result, self.kept_rows(name))
+
+    def add_product(self, name: str, x: Tensor, result: Tensor, kept: Tensor | None) -> Tensor:
+        """`result` plus the adapter's product with `x`, its entries times `kept` [out]."""
+        raise NotImplementedError
+
+    def skips(self, name: str) -> bool:
+        """Whether the module runs without adapter `name` this time."""
+        p = self.module_dropout[name]
+        return self.training and p > 0 and torch.rand(1).item() <= p
+
+    def kept_rows(self, name: str) -> Tensor | None:
+        """What the rows of the change are multiplied with in training: [out]; None for ones."""
+        p = self.rank_dropout[name]
+        if not self.training or p == 0:
+            return None
+        kept = (torch.rand(self.out_features, device=self.scaling_device(name)) > p).float()
+        return kept / kept.mean().clamp(min=1 / self.out_features) if self.rank_dropout_scale[name] else kept
+
+    def scaling_device(self, name: str) -> torch.device:
+        """Where the adapter's tensors are."""
+        return next(self.adapter_parameters(name)).device
+
+
+def pattern_value(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
+    """What `rank_pattern` or the like says of the module `key`; `default` where it says nothing."""
+    return patterns.get(get_pattern_key(patterns, key), default)
+
+
+class ScaledTuner(BaseTuner):
+    """A model with adapters that have a rank and a scale, which may differ by module."""
+
+    def layer_settings(self, config: ScaledConfig, key: str) -> dict[str, Any]:
+        return {
+            "r": pattern_value(config.rank_pattern or {}, key, config.r),
+            "alpha": pattern_value(config.alpha_pattern or {}, key, config.alpha),
+        }

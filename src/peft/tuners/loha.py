@@ -1,0 +1,98 @@
+"""Low-rank Hadamard product adaptation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledTuner
+from peft.ops.hadamard import expand_core, face_splitting
+from peft.ops.lora import lora_linear
+from peft.registry import PeftType
+
+
+@dataclass
+class LoHaConfig(ScaledConfig):
+    """Low-rank Hadamard product (FedPara, arXiv:2108.06098).
+
+    W' = W + alpha / r (w1_a w1_b) * (w2_a w2_b), the product of the two matrices elementwise; w1_a and w2_a are
+    [out, r], w1_b and w2_b [r, in]. The change has a rank of up to r^2.
+
+    With `use_effective_conv2d`, the factors of a convolution are cores t1, t2 [r, r, *kernel] with w1_a, w2_a [r, out]
+    and w1_b, w2_b [r, in] on their two sides.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LOHA
+
+
+class LoHaLayer(ScaledLayer):
+    """A module with Hadamard products of low-rank matrices added to its weight."""
+
+    adapter_layer_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    label = "loha"
+
+    hada_w1_a: nn.ParameterDict
+    hada_w1_b: nn.ParameterDict
+    hada_w2_a: nn.ParameterDict
+    hada_w2_b: nn.ParameterDict
+    hada_t1: nn.ParameterDict
+    hada_t2: nn.ParameterDict
+
+    def create(self, name: str, config: LoHaConfig, r: int = 0, alpha: float | None = None) -> None:
+        super().create(name, config, r, alpha)
+        r = self.r[name]
+        kernel = self.effective_kernel(config)
+        if kernel:
+            a, b = (r, self.out_features), (r, self.in_features // math.prod(kernel))
+            self.hada_t1[name], self.hada_t2[name] = _random(r, r, *kernel), _random(r, r, *kernel)
+        else:
+            a, b = (self.out_features, r), (r, self.in_features)
+        self.hada_w1_a[name], self.hada_w1_b[name] = _random(*a), _random(*b)
+        self.hada_w2_a[name], self.hada_w2_b[name] = _random(*a), _random(*b)
+        if config.init_weights:
+            nn.init.zeros_(self.hada_w2_b[name])
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w1_a, w1_b, w2_a, w2_b."""
+        return self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]
+
+    def delta(self, name: str) -> Tensor:
+        a1, b1, a2, b2 = self.factors(name)
+        if name in self.hada_t1:
+            product = expand_core(self.hada_t1[name], a1, b1) * expand_core(self.hada_t2[name], a2, b2)
+            return self.scaling[name] * product.flatten(1)
+        return (a1 @ b1) * (self.scaling[name] * a2 @ b2)
+
+    def cheap(self, name: str) -> bool:
+        # As a chain of two thin matrices, the product with an input costs as much as with a matrix of rank r^2; with
+        # its gradients, three times that. The alternative is one more product of the weight's own size.
+        thin = 3 * self.r[name] ** 2 * (self.in_features + self.out_features)
+        return self.op.kind == "Embedding" or (self.op.linear and thin < self.in_features * self.out_features)
+
+    def add_product(self, name: str, x: Tensor, result: Tensor, kept: Tensor | None) -> Tensor:
+        a1, b1, a2, b2 = self.factors(name)
+        a2 = a2 * self.scaling[name] if kept is None else a2 * (self.scaling[name] * kept.to(a2))[:, None]
+        if self.op.kind == "Embedding":
+            change = F.linear(F.embedding(x, b1.T), a1) * F.linear(F.embedding(x, b2.T), a2)
+            return result + change.to(result.dtype)
+        thin_in, thin_out = face_splitting(b1.T, b2.T), face_splitting(a1, a2)
+        dtype = result.dtype
+        return lora_linear(x.to(dtype), None, None, result, thin_in.T.to(dtype), thin_out.to(dtype), 1.0)
+
+
+def _random(*shape: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
+
+
+class LoHaModel(ScaledTuner):
+    """A model with low-rank Hadamard product adapters."""
+
+    prefix = "hada_"
+    layer_class = LoHaLayer

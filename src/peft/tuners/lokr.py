@@ -1,0 +1,131 @@
+"""Low-rank Kronecker product adaptation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.core.base_op import BaseOp, ConvOp, kernel_numel
+from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledTuner
+from peft.ops.hadamard import expand_core
+from peft.ops.kronecker import factorization, kron_linear
+from peft.registry import PeftType
+
+
+@dataclass
+class LoKrConfig(ScaledConfig):
+    """Low-rank Kronecker product (LyCORIS, arXiv:2309.14859).
+
+    W' = W + alpha / r (w1 kron w2), with w1 [a, c], w2 [b, d], a b = out and c d = in. The larger factor w2, and with
+    `decompose_both` w1 too, is a product of two matrices of rank r where that is smaller: w2_a [b, r], w2_b [r, d].
+
+    With `use_effective_conv2d`, w2 of a convolution is a core t2 [r, r, *kernel] with w2_a [r, b], w2_b [r, d] on its
+    two sides.
+
+    Args:
+        decompose_both: decompose w1 as well.
+        decompose_factor: size of w1; -1 takes the divisors nearest to the square roots of out and in.
+        rank_dropout_scale: scale the rows that `rank_dropout` leaves up for those that it takes.
+        init_weights: True starts w1 at zero, `"lycoris"` starts w2 so; either way without effect. False starts at
+            random.
+    """
+
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+    init_weights: bool | Literal["lycoris"] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LOKR
+        if self.init_weights not in (True, False, "lycoris"):
+            raise ValueError(f"init_weights must be True, False or 'lycoris', got {self.init_weights!r}.")
+        if self.decompose_factor != -1 and self.decompose_factor < 1:
+            raise ValueError(f"decompose_factor must be a positive integer or -1, got {self.decompose_factor}.")
+
+
+class LoKrLayer(ScaledLayer):
+    """A module with a Kronecker product added to its weight."""
+
+    adapter_layer_names = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    label = "lokr"
+
+    lokr_w1: nn.ParameterDict
+    lokr_w1_a: nn.ParameterDict
+    lokr_w1_b: nn.ParameterDict
+    lokr_w2: nn.ParameterDict
+    lokr_w2_a: nn.ParameterDict
+    lokr_w2_b: nn.ParameterDict
+    lokr_t2: nn.ParameterDict
+
+    def create(self, name: str, config: LoKrConfig, r: int = 0, alpha: float | None = None) -> None:
+        super().create(name, config, r, alpha)
+        r, base = self.r[name], self.get_base_layer()
+        kernel: tuple[int, ...] = base.kernel_size if isinstance(self.op, ConvOp) else ()  # type: ignore[assignment]
+        core = self.effective_kernel(config)
+        a, b = factorization(self.out_features, config.decompose_factor)
+        c, d = factorization(self.in_features // kernel_numel(base), config.decompose_factor)
+        if config.decompose_both and r < max(a, c) / 2:
+            self.lokr_w1_a[name], self.lokr_w1_b[name] = _random(a, r), _random(r, c)
+        else:
+            self.lokr_w1[name] = _random(a, c)
+        if r >= max(b, d) / 2:
+            self.lokr_w2[name] = _random(b, d, *kernel)
+        elif core:
+            self.lokr_w2_a[name], self.lokr_w2_b[name], self.lokr_t2[name] = _random(r, b), _random(r, d), _random(r, r, *core)
+        else:
+            self.lokr_w2_a[name], self.lokr_w2_b[name] = _random(b, r), _random(r, d * math.prod(kernel))
+        if config.init_weights:
+            zero = (self.lokr_w2, self.lokr_w2_b) if config.init_weights == "lycoris" else (self.lokr_w1, self.lokr_w1_a)
+            for slot in zero:
+                if name in slot:
+                    nn.init.zeros_(slot[name])
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """w1 [a, c] and w2 [b, d], or [b, d, *kernel]."""
+        w1 = self.lokr_w1[name] if name in self.lokr_w1 else self.lokr_w1_a[name] @ self.lokr_w1_b[name]
+        if name in self.lokr_w2:
+            return w1, self.lokr_w2[name]
+        if name in self.lokr_t2:
+            return w1, expand_core(self.lokr_t2[name], self.lokr_w2_a[name], self.lokr_w2_b[name])
+        return w1, self.lokr_w2_a[name] @ self.lokr_w2_b[name]
+
+    def delta(self, name: str) -> Tensor:
+        w1, w2 = self.factors(name)
+        if w2.dim() != 3:
+            # The kernel is part of w2's columns.
+            w2 = w2.flatten(1)
+        # For full factors of one-dimensional convolutions, huggingface/peft takes the product with w1 along the last
+        # two of three dimensions, and adapters trained with it rely on that.
+        return torch.kron(self.scaling[name] * w1, w2.contiguous()).reshape(self.out_features, self.in_features)
+
+    def cheap(self, name: str) -> bool:
+        return self.op.linear or self.op.kind == "Embedding"
+
+    def add_product(self, name: str, x: Tensor, result: Tensor, kept: Tensor | None) -> Tensor:
+        w1, w2 = self.factors(name)
+        w1 = w1 * self.scaling[name]
+        if self.op.kind == "Embedding":
+            # The column of token m n + i is the product of column m of w1 and column i of w2.
+            columns = w2.shape[1]
+            left, right = F.embedding(x // columns, w1.T), F.embedding(x % columns, w2.T)
+            change = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
+        else:
+            change = kron_linear(x.to(result.dtype), w1.to(result.dtype), w2.to(result.dtype))
+        return result + (change if kept is None else change * kept).to(result.dtype)
+
+
+def _random(*shape: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
+
+
+class LoKrModel(ScaledTuner):
+    """A model with low-rank Kronecker product adapters."""
+
+    prefix = "lokr_"
+    layer_class = LoKrLayer
