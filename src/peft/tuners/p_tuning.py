@@ -1,0 +1,110 @@
+"""P-tuning: virtual tokens that a small network makes while they are trained."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft.config import PromptLearningConfig
+from peft.core.prompt import VirtualTokens
+from peft.errors import PeftWarning
+from peft.registry import PeftType
+
+
+class PromptEncoderReparameterizationType(str, Enum):
+    """The network that makes the virtual tokens: MLP, one for each token on its own, or LSTM, one along the prompt."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@dataclass
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning (arXiv:2103.10385).
+
+    Args:
+        encoder_reparameterization_type: one of [`PromptEncoderReparameterizationType`].
+        encoder_hidden_size: hidden width of the network; the width of the base model's embeddings if None.
+        encoder_num_layers: layers of the LSTM; the MLP always has three.
+        encoder_dropout: probability of dropout between the layers of the LSTM.
+
+    Raises:
+        ValueError: an unknown network, or sizes that are not positive.
+    """
+
+    encoder_reparameterization_type: str | PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.P_TUNING
+        network: Any = self.encoder_reparameterization_type
+        known = [*PromptEncoderReparameterizationType]
+        if network not in known:
+            names = ", ".join(one.value for one in known)
+            raise ValueError(f"encoder_reparameterization_type={network!r} is not known; use one of {names}.")
+        self.encoder_reparameterization_type = network = PromptEncoderReparameterizationType(network)
+        for name in ("encoder_hidden_size", "encoder_num_layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value}.")
+        if not 0 <= self.encoder_dropout < 1:
+            raise ValueError(f"encoder_dropout is a probability below 1, got {self.encoder_dropout}.")
+        if network == PromptEncoderReparameterizationType.MLP and self.encoder_num_layers != 2:
+            warnings.warn("encoder_num_layers has no effect: it is for the LSTM, and the network is an MLP.", PeftWarning)
+
+
+class PromptEncoder(VirtualTokens):
+    """The prompt is f(embedding): `embedding` [tokens, token_dim] is trained together with the network f, which is
+
+    - MLP: Linear - ReLU - Linear - ReLU - Linear, for each token on its own, or
+    - LSTM: a bidirectional LSTM along the prompt, then Linear - ReLU - Linear
+
+    (arXiv:2103.10385). Only f(embedding) is stored; a prompt that is loaded is the table alone.
+
+    Args:
+        config: the configuration, with all its shapes filled in.
+        word_embeddings: not used.
+    """
+
+    def __init__(self, config: Any, word_embeddings: nn.Module | None = None):
+        super().__init__(config, word_embeddings)
+        self.is_table: bool = config.inference_mode
+        self.lstm_head: nn.LSTM | None = None
+        if self.is_table:
+            return
+        width, hidden = config.token_dim, config.encoder_hidden_size
+        if config.encoder_reparameterization_type == PromptEncoderReparameterizationType.LSTM:
+            self.lstm_head = nn.LSTM(
+                width, hidden, config.encoder_num_layers, dropout=config.encoder_dropout, bidirectional=True, batch_first=True
+            )
+            sizes = (2 * hidden, 2 * hidden, width)
+        else:
+            sizes = (width, hidden, hidden, width)
+        linears = [nn.Linear(before, after) for before, after in zip(sizes, sizes[1:], strict=False)]
+        self.mlp_head = nn.Sequential(*[part for linear in linears for part in (linear, nn.ReLU())][:-1])
+
+    @classmethod
+    def shapes(cls, config: Any, model: nn.Module, word_embeddings: nn.Module) -> dict[str, Any]:
+        found = super().shapes(config, model, word_embeddings)
+        return {**found, "encoder_hidden_size": config.encoder_hidden_size or found["token_dim"]}
+
+    def forward(self, indices: Tensor) -> Tensor:
+        vectors = super().forward(indices)
+        if self.is_table:
+            return vectors
+        return self.mlp_head(vectors if self.lstm_head is None else self.lstm_head(vectors)[0])
+
+    def rows_to_save(self) -> Tensor:
+        before = self.training
+        try:
+            self.eval()  # what is stored has no dropout in it
+            return super().rows_to_save()
+        finally:
+            self.train(before)
