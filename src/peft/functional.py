@@ -7,22 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.checkpoint import get_peft_model_state_dict as get_peft_model_state_dict
+from peft.checkpoint import set_peft_model_state_dict as set_peft_model_state_dict
 from peft.config import PeftConfig
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import UPCAST_DTYPES, BaseTuner, Part, parts_of
 from peft.integrations.transformers import convert_peft_config_for_transformers
 from peft.registry import method_of
-
-__all__ = [
-    "cast_adapter_dtype",
-    "delete_adapter",
-    "get_peft_model_state_dict",
-    "inject_adapter_in_model",
-    "set_adapter",
-    "set_peft_model_state_dict",
-    "set_requires_grad",
-]
 
 
 def inject_adapter_in_model(

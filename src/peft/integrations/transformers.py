@@ -88,7 +88,7 @@ def fuse_lora_b(projections: Sequence[Sequence[Tensor]]) -> Tensor:
 _FUSE = {"lora_A": fuse_lora_a, "lora_B": fuse_lora_b}
 
 
-def _conversions_of(model: nn.Module) -> list[Any]:
+def _conversions_of(model: Any) -> list[Any]:
     """Transformers' rules from weights in files to those of `model`; none for other models, or before version 5."""
     if "transformers" not in sys.modules or not hasattr(model, "base_model_prefix") or _model_type(model) is None:
         return []
@@ -149,7 +149,7 @@ def convert_peft_config_for_transformers(
         ValueError: only some of the layers that share a parameter are named, or their ranks differ.
     """
     config: Any = peft_config
-    if config.peft_type != PeftType.LORA or not isinstance(config, LayerConfig) or not config.target_modules:
+    if config.peft_type != PeftType.LORA or not isinstance(peft_config, LayerConfig) or not config.target_modules:
         return
     stacks = _expert_stacks(model, _conversions_of(model) if conversions is None else conversions)
     if not stacks or not _means_experts(config, model, stacks, state_dict):
@@ -177,10 +177,12 @@ def _named_projections(config: Any, stack: ExpertStack) -> list[str]:
     """Those layers of an expert that a configuration means."""
     if config.target_modules == ALL_LINEAR:
         return list(stack.rule.projections)
+    # The number of an expert is not that of a layer, which `layers_to_transform` counts.
+    count = 1 if config.layers_to_transform is not None else None
     return [
         projection
         for projection in stack.rule.projections
-        if any(check_target_module_exists(config, layer) for layer in stack.layers(projection))
+        if any(check_target_module_exists(config, layer) for layer in stack.layers(projection)[:count])
     ]
 
 
@@ -335,7 +337,7 @@ def build_peft_weight_mapping(
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    rules = [WeightRenaming(r"^base_model\.model\.", "")]
+    rules: list[Any] = [WeightRenaming(r"^base_model\.model\.", "")]
     methods = (
         [method_of(peft_config.peft_type)] if peft_config is not None and peft_config.peft_type else METHODS.values()
     )
