@@ -455,7 +455,7 @@ class AdapterLayer(nn.Module):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What adapter `adapter` changes the base weight by, in the module's shape and dtype."""
-        with onloaded(self.get_base_layer()):
+        with onloaded(self.get_base_layer()), self._without_dropout():
             weight = self.get_base_weight()
             return self.effective([adapter])[0] - weight
 
@@ -475,13 +475,22 @@ class AdapterLayer(nn.Module):
         Raises:
             ValueError: `safe`, and they would not be finite.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._without_dropout():
             weight, bias = self.effective(names, through=False)
         if safe and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise ValueError(
                 f"NaN or infinite values would be merged by adapter {', '.join(names)}; the weights are left as they are."
             )
         return weight, bias
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """While it lasts, the change of the weight is what it is in evaluation."""
+        training, self.training = self.training, False
+        try:
+            yield
+        finally:
+            self.training = training
 
     def names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         """Which adapters of this layer a merge of `adapter_names` (None: of the active ones) concerns."""
