@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.core.layer import AdapterLayer
-from peft.core.plan import matching_entry, model_modules
+from peft.core.plan import matching_entry, model_modules, target_name
 from peft.core.tuner import BaseTuner, check_adapter_name
 from peft.errors import PeftWarning
 
@@ -87,27 +87,22 @@ def _owners(tuner: BaseTuner, names: Sequence[str]) -> list[tuple[AuxiliaryTrain
     return owners
 
 
-def layers_with(tuner: BaseTuner, names: Sequence[str]) -> dict[str, AdapterLayer]:
-    """The tuner's layers that have any of the adapters, by the name that the module has without adapters."""
-    found = {}
-    for key, part in tuner.parts():
-        if isinstance(part, tuner.layer_class) and any(part.has(name) for name in names):
-            found[plain_key(key)] = part
-    return found
+def layers_with(tuner: BaseTuner, names: Sequence[str]) -> dict[AdapterLayer, str]:
+    """The tuner's layers that have any of the adapters, and what configurations call what they are on."""
+    return {
+        part: target_name(path, part)
+        for path, part in tuner.parts()
+        if isinstance(part, tuner.layer_class) and any(part.has(name) for name in names)
+    }
 
 
-def plain_key(key: str) -> str:
-    """The name of a module without adapters, given the one that it has with them."""
-    return ".".join(part for part in key.split(".") if part != "base_layer")
-
-
-def combined_config(tuner: BaseTuner, names: Sequence[str], layers: Mapping[str, AdapterLayer]) -> Any:
+def combined_config(tuner: BaseTuner, names: Sequence[str], layers: Mapping[AdapterLayer, str]) -> Any:
     """A configuration like that of the first adapter, for just the modules that any of the adapters is on."""
     configs = [tuner.peft_config[name] for name in names]
     config = copy.deepcopy(configs[0])
-    # Attention's output projection comes with the attention module.
-    keys = [key for key, layer in layers.items() if not layer.is_read]
-    config.target_modules = exact_targets(tuner.model, keys, [joined_targets([c.target_modules for c in configs])])
+    config.target_modules = exact_targets(
+        tuner.model, layers.values(), [joined_targets([c.target_modules for c in configs])]
+    )
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.modules_to_save = sorted({name for c in configs for name in c.modules_to_save or ()}) or None
     tokens = [c.trainable_token_indices for c in configs if getattr(c, "trainable_token_indices", None)]

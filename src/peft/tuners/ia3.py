@@ -153,13 +153,13 @@ class IA3Model(BaseTuner):
         configs = [self.peft_config[name] for name in adapters]
         if any(config.target_parameters for config in configs):
             raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
-        layers: dict[str, Any] = layers_with(self, adapters)
+        layers: dict[Any, str] = layers_with(self, adapters)
         config = combined_config(self, adapters, layers)
-        feedforward = [key for key, layer in layers.items() if layer.is_feedforward and not layer.is_read]
+        feedforward = [key for layer, key in layers.items() if layer.is_feedforward]
         rule = joined_targets([config.feedforward_modules for config in configs])
         config.feedforward_modules = exact_targets(self.model, feedforward, [rule]) if feedforward else set()
         tensors = {}
-        for layer in layers.values():
+        for layer in layers:
             vectors = layer.ia3_l
             ones = torch.ones_like(next(vectors[name] for name in adapters if name in vectors))
             here = [vectors[name].data if name in vectors else ones for name in adapters]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import copysign, sqrt
 from typing import Any
@@ -70,18 +70,18 @@ def add_weighted_adapter(
     adapters, weights = check_combination(tuner, adapters, weights, adapter_name)
     if any(tuner.peft_config[name].target_parameters for name in adapters):
         raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
-    layers = layers_with(tuner, adapters)
+    layers: dict[Any, str] = layers_with(tuner, adapters)
     if not how.on_product:
-        _check_factors(tuner, adapters, layers, how)
+        _check_factors(adapters, layers, how)
     if "dare" in how.name:
         _skip_start_values(tuner, adapters, layers, how)
     tensors, ranks = {}, {}
-    for key, layer in layers.items():
+    for layer, key in layers.items():
         here = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if layer.has(name)]
         ranks[key], tensors[layer] = _combined(layer, here, how, key)
     config = combined_config(tuner, adapters, layers)
     config.r = config.lora_alpha = max(ranks.values())
-    config.rank_pattern = {key: rank for key, rank in ranks.items() if rank != config.r and not layers[key].is_read}
+    config.rank_pattern = {key: rank for key, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora, config.init_lora_weights = False, True
     config.lora_bias = any("lora_B.bias" in values for values in tensors.values())
@@ -91,8 +91,8 @@ def add_weighted_adapter(
     add_combined(tuner, adapter_name, adapters, config, tensors)
 
 
-def _check_factors(tuner: BaseTuner, adapters: Sequence[str], layers: dict[str, Any], how: Combination) -> None:
-    for key, layer in layers.items():
+def _check_factors(adapters: Sequence[str], layers: Mapping[Any, str], how: Combination) -> None:
+    for layer, key in layers.items():
         ranks = {name: layer.r[name] for name in adapters if layer.has(name)}
         if how.method != "cat" and len(set(ranks.values())) > 1:
             listed = ", ".join(f"{name}: r={r}" for name, r in ranks.items())
@@ -102,13 +102,13 @@ def _check_factors(tuner: BaseTuner, adapters: Sequence[str], layers: dict[str, 
             )
 
 
-def _skip_start_values(tuner: BaseTuner, adapters: Sequence[str], layers: dict[str, Any], how: Combination) -> None:
+def _skip_start_values(tuner: BaseTuner, adapters: Sequence[str], layers: Iterable[Any], how: Combination) -> None:
     """Draws the random numbers that huggingface/peft starts the new adapter with before it draws what to drop.
 
     So a seed drops the same entries here and there.
     """
     rank = (how.svd_rank if how.on_product else None) or max(tuner.peft_config[name].r for name in adapters)
-    for layer in layers.values():
+    for layer in layers:
         name = next(name for name in adapters if layer.has(name))
         a, b = (torch.empty(factor.numel() // layer.r[name] * rank) for factor in layer.factors(name))
         for draw in (a, b, b) if layer.op.kind == "Embedding" else (a, b, a):
