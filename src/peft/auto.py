@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, ClassVar
 
-from torch import nn
-
 from peft.config import PeftConfig
 from peft.hub import fetch, split_hub_arguments
 from peft.model import PeftModel
