@@ -32,6 +32,7 @@ _HOMES: dict[str, str] = {
         ),
         "peft.functional": "inject_adapter_in_model",
         "peft.core.status": "get_layer_status get_model_status",
+        "peft.checkpoint.convert": "convert_to_lora save_as_lora",
         "peft.checkpoint": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
         "peft.integrations.training": "cast_mixed_precision_params prepare_model_for_kbit_training",
         "peft.integrations.transformers": "shift_tokens_right",

@@ -33,6 +33,11 @@ class Target:
     module: nn.Module
     parameter_name: str | None = None
 
+    @property
+    def name(self) -> str:
+        """What configurations call it."""
+        return self.key if self.parameter_name is None else f"{self.key}.{self.parameter_name}"
+
 
 @dataclass
 class Plan:
@@ -54,7 +59,7 @@ class Plan:
 
     @property
     def parameter_names(self) -> list[str]:
-        return [f"{target.key}.{target.parameter_name}" for target in self.targets if target.parameter_name is not None]
+        return [target.name for target in self.targets if target.parameter_name is not None]
 
 
 def model_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -70,6 +75,15 @@ def model_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
         children = model.named_children()
     for name, child in children:
         yield from model_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def target_name(path: str, layer: AdapterLayer) -> str:
+    """The name by which configurations mean what a layer adapts, given where the layer is in the model."""
+    key = ".".join(part for part in path.split(".") if part != "base_layer")
+    if isinstance(layer.op, ParameterOp):
+        return f"{key}.{layer.op.weight_name}"
+    # The output projection of attention comes with the attention module.
+    return key.removesuffix(".out_proj") if layer.is_read else key
 
 
 def ends_with(key: str, names: Iterable[str]) -> str | None:
@@ -294,7 +308,7 @@ def _check_matches(plan: Plan, model: nn.Module, config: LayerConfig, names: lis
             unmatched.append(f"exclude_modules entry {entry!r}")
     for pattern_field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, pattern_field, None) or ():
-            if not any(get_pattern_key([pattern], target.key) == pattern for target in plan.targets):
+            if not any(get_pattern_key([pattern], target.name) == pattern for target in plan.targets):
                 unmatched.append(f"{pattern_field} key {pattern!r}")
     wanted = getattr(config, "layers_to_transform", None)
     if wanted is not None and only is None:

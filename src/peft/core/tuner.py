@@ -30,6 +30,7 @@ from peft.core.plan import (
     make_plan,
     model_modules,
     state_dict_targets,
+    target_name,
 )
 from peft.core.routing import BASE, Route
 from peft.core.storage import place_of
@@ -123,7 +124,7 @@ class BaseTuner(nn.Module):
         """Makes what the layers of an adapter share; called when the plan is settled, before the first layer."""
 
     def layer_settings(self, config: Any, key: str) -> dict[str, Any]:
-        """What the adapter on module `key` gets beyond the configuration (a rank of its own, say)."""
+        """What the adapter on module (or parameter) `key` gets beyond the configuration (a rank of its own, say)."""
         return {}
 
     def make_layer(self, config: Any, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
@@ -269,7 +270,8 @@ class BaseTuner(nn.Module):
         parameter_name: str | None = None,
     ) -> None:
         """Puts an adapter on one module: on the layer of this method that is there, or on a new one around it."""
-        settings = self.layer_settings(peft_config, current_key)
+        named = current_key if parameter_name is None else f"{current_key}.{parameter_name}"
+        settings = self.layer_settings(peft_config, named)
         layer = self._find_layer(target, parameter_name)
         if layer is None:
             layer = self.make_layer(peft_config, target, parameter_name, current_key)
@@ -358,7 +360,8 @@ class BaseTuner(nn.Module):
         for key, part in self.parts():
             if isinstance(part, AdapterLayer) and part.has(adapter_name):
                 if any(parameter.is_meta for parameter in part.adapter_parameters(adapter_name)):
-                    part.fill_in(adapter_name, self.peft_config[adapter_name], self.layer_settings(self.peft_config[adapter_name], key))
+                    config = self.peft_config[adapter_name]
+                    part.fill_in(adapter_name, config, self.layer_settings(config, target_name(key, part)))
 
     def without_start(
         self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: Any
