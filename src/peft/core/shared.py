@@ -1,4 +1,4 @@
-"""Tensors that all layers of an adapter share."""
+"""Fixed tensors of adapters, such as those that all layers of one share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from torch import Tensor, nn
 
 
 class SharedTensors(nn.Module):
-    """Frozen tensors by adapter name, as buffers: they move with the model and are not trained."""
+    """Frozen tensors by adapter name, as buffers: they move with the model and are not trained.
+
+    Args:
+        persistent: whether they are part of the model's state dict.
+    """
+
+    def __init__(self, persistent: bool = True):
+        super().__init__()
+        self.persistent = persistent
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value)
+        self.register_buffer(name, value, persistent=self.persistent)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._buffers[name]  # type: ignore[return-value]
