@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict] = {
     "HRA": {"r": 4},
     "IA3": {"feedforward_modules": []},
     "VERA": {"r": 6},
+    "FOURIERFT": {"n_frequency": 20, "init_weights": True},
 }
 #: (method, kind) whose change has no place in the base weight
 UNMERGEABLE = {("LORA", "Conv2d groups")}

@@ -1,0 +1,61 @@
+"""Real matrices with few frequencies, and products with them that do not build them.
+
+Entry s at (u, v) of a spectrum [out, in] stands for the matrix s / (out in) cos(2 pi (u j / out + v k / in)), the real
+part of its inverse Fourier transform (arXiv:2405.03003). As the cosine of -a is that of a, (u, v) and (-u, -v) stand
+for the same, so all frequencies here have v at most in / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=16)
+def draw_frequencies(out_features: int, in_features: int, count: int, seed: int) -> Tensor:
+    """`count` random places (u, v) of a spectrum, all different, v folded to at most in / 2: [2, count], on the CPU."""
+    with torch.device("cpu"):
+        places = torch.randperm(out_features * in_features, generator=torch.Generator().manual_seed(seed))[:count]
+        u, v = places // in_features, places % in_features
+        beyond = 2 * v > in_features
+        return torch.stack([torch.where(beyond, -u % out_features, u), torch.where(beyond, in_features - v, v)])
+
+
+def inverse_transform(values: Tensor, frequencies: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The matrix [out, in] whose spectrum is `values` [n] at `frequencies` [2, n]."""
+    u, v = frequencies
+    # Inside, an entry of the half spectrum stands for its mirror image too.
+    alone = (v == 0) | (2 * v == in_features)
+    width = in_features // 2 + 1
+    half = values.new_zeros(out_features * width).index_add(
+        0, u * width + v, values * torch.where(alone, 1.0, 0.5).to(values)
+    )
+    return torch.fft.irfft2(half.view(out_features, width), s=(out_features, in_features))
+
+
+def transform_product(x: Tensor, values: Tensor, frequencies: Tensor, out_features: int) -> Tensor:
+    """x [..., in] times the transposed matrix of `inverse_transform`, by Fourier transforms of x: [..., out].
+
+    Costs n multiplications per vector and two transforms, where the matrix costs out in.
+    """
+    waves = torch.view_as_real(torch.fft.rfft(x.flatten(0, -2).T, dim=0))  # [in / 2 + 1, rows, 2]
+    product = _gather_waves(waves.index_select(0, frequencies[1]), values, frequencies[0], out_features)
+    return (product / (out_features * x.shape[-1])).view(*x.shape[:-1], out_features)
+
+
+def transform_columns(
+    index: Tensor, values: Tensor, frequencies: Tensor, out_features: int, in_features: int
+) -> Tensor:
+    """Columns `index` [...] of the matrix of `inverse_transform`: [..., out]."""
+    angle = (frequencies[1][:, None] * index.flatten() % in_features).to(values) * (2 * math.pi / in_features)
+    product = _gather_waves(torch.stack([angle.cos(), -angle.sin()], -1), values, frequencies[0], out_features)
+    return (product / (out_features * in_features)).view(*index.shape, out_features)
+
+
+def _gather_waves(waves: Tensor, values: Tensor, rows: Tensor, out_features: int) -> Tensor:
+    """Puts waves [n, rows, 2] (real and imaginary part) times `values` in their places, and transforms: [rows, out]."""
+    spectrum = waves.new_zeros(out_features, *waves.shape[1:]).index_add(0, rows, waves * values[:, None, None])
+    return torch.fft.fft(torch.view_as_complex(spectrum), dim=0).real.T

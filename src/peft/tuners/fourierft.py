@@ -1,0 +1,133 @@
+"""Fourier transform fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp, is_dense
+from peft.core.layer import AdapterLayer
+from peft.core.scaled import pattern_value
+from peft.core.shared import SharedTensors
+from peft.core.storage import place_of
+from peft.core.tuner import BaseTuner
+from peft.ops.fourier import draw_frequencies, inverse_transform, transform_columns, transform_product
+from peft.registry import PeftType
+
+
+@dataclass
+class FourierFTConfig(LayerConfig):
+    """Fourier transform fine-tuning (arXiv:2405.03003): W' = W + scaling * real(ifft2(F)).
+
+    F [out, in] is zero but for the trained `fourierft_spectrum` [n_frequency], at random places that the seed gives.
+
+    Args:
+        n_frequency: trained entries of each module's spectrum, at most in * out.
+        scaling: factor on the change.
+        random_loc_seed: seed of the places.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        n_frequency_pattern: n_frequency of single modules: name or regular expression for its end -> number.
+        init_weights: start at zero, without effect; False starts at random.
+    """
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int | None = 777
+    fan_in_fan_out: bool = False
+    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
+    init_weights: bool = False
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.FOURIERFT
+        self.n_frequency_pattern = self.n_frequency_pattern or {}
+        for pattern, count in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
+            if count < 1:
+                raise ValueError(f"n_frequency must be a positive integer, got {count} for {pattern!r}.")
+
+
+class FourierFTLayer(AdapterLayer):
+    """A module with a matrix of few frequencies added to its weight."""
+
+    adapter_layer_names = ("fourierft_spectrum",)
+    other_param_names = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_frequencies")
+    label = "fourierft"
+
+    fourierft_spectrum: nn.ParameterDict
+    fourierft_n_frequency: dict[str, int]
+    fourierft_scaling: dict[str, float]
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str | None = None):
+        super().__init__(base_layer, parameter_name)
+        self.fourierft_frequencies = SharedTensors(persistent=False)
+
+    def create(self, name: str, config: FourierFTConfig, n_frequency: int = 0) -> None:
+        count = n_frequency or config.n_frequency
+        self.fourierft_n_frequency[name], self.fourierft_scaling[name] = count, config.scaling
+        # Not in the files, so made even where the spectrum itself has no memory yet.
+        places = draw_frequencies(self.out_features, self.in_features, count, config.random_loc_seed)
+        self.fourierft_frequencies[name] = places.to(place_of(self.get_base_layer())[0])
+        self.fourierft_spectrum[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
+
+    def values(self, name: str) -> tuple[Tensor, Tensor]:
+        """The scaled spectrum, in a dtype that there are transforms for, and its places."""
+        return self.fourierft_spectrum[name].float() * self.fourierft_scaling[name], self.fourierft_frequencies[name]
+
+    def delta(self, name: str) -> Tensor:
+        change = inverse_transform(*self.values(name), self.out_features, self.in_features)
+        return change.to(self.fourierft_spectrum[name].dtype)
+
+    def cheap(self, name: str) -> bool:
+        return self.op.linear or self.op.kind == "Embedding"
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if below is self.base_layer and self.op.linear and self.prefers_weight(name, x.numel() // self.in_features):
+            return self._run_with_weight([name], x, *args, **kwargs)
+        return self.add(name, x, below(x, *args, **kwargs))
+
+    def prefers_weight(self, name: str, rows: int) -> bool:
+        """Whether `rows` vectors are faster multiplied by the changed weight, which then has to be made, than by waves.
+
+        In a training step the weight costs one product of its size, the transforms as much as some 1200 more vectors;
+        a vector times a wave, which is memory traffic, as much as some 1600 multiplications in a product of matrices.
+        """
+        if not is_dense(self.weight):
+            return False
+        further = rows if torch.is_grad_enabled() else 0
+        return 1600 * self.fourierft_n_frequency[name] * rows > self.in_features * self.out_features * (1200 + further)
+
+    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        values, places = self.values(name)
+        if self.op.kind == "Embedding":
+            change = transform_columns(x, values, places, self.out_features, self.in_features)
+            scale = getattr(self.get_base_layer(), "embed_scale", 1.0)  # which some models' embeddings multiply with
+            return result + (change * scale).to(result.dtype)
+        return result + transform_product(x.float(), values, places, self.out_features).to(result.dtype)
+
+    @classmethod
+    def check(cls, config: FourierFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        count = pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)
+        # Attention's output projection, which gets as many, is a third of its input projection.
+        rows = op.out_features // 3 if op.kind == "MultiheadAttention" else op.out_features
+        if count > rows * op.in_features:
+            raise ValueError(
+                f"n_frequency={count} is more than the entries of the weight of {key!r} ({rows} x {op.in_features} ="
+                f" {rows * op.in_features}); choose less, for this module alone in n_frequency_pattern."
+            )
+
+
+class FourierFTModel(BaseTuner):
+    """A model with Fourier transform adapters."""
+
+    prefix = "fourierft_"
+    layer_class = FourierFTLayer
+
+    def layer_settings(self, config: FourierFTConfig, key: str) -> dict[str, Any]:
+        return {"n_frequency": pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)}
