@@ -131,6 +131,9 @@ METHODS: dict[str, Method] = {
         "peft.tuners.p_tuning", "PromptEncoderConfig", "PromptEncoder", "p_tuning_", prompt=True,
         aliases=("PromptEncoderReparameterizationType",),
     ),
+    "PREFIX_TUNING": Method(
+        "peft.tuners.prefix_tuning", "PrefixTuningConfig", "PrefixEncoder", "prefix_tuning_", prompt=True
+    ),
 }
 
 
