@@ -125,6 +125,7 @@ class PeftConfigMixin:
             KeyError: an unknown `peft_type`.
         """
         config_class = method_of(kwargs["peft_type"]).config_class if kwargs.get("peft_type") else cls
+        kwargs = config_class.check_kwargs(**kwargs)
         known = {f.name for f in fields(config_class) if f.init}
         given = {key: value for key, value in kwargs.items() if key in known}
         dropped = sorted(set(kwargs) - known)
@@ -137,6 +138,11 @@ class PeftConfigMixin:
                 stacklevel=3,
             )
         return config_class(**given)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The content of a file as this version has it; raises ValueError where the file is too old to be read."""
+        return kwargs
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> Any:

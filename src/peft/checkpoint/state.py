@@ -15,6 +15,7 @@ from peft.core.plan import ends_with
 from peft.core.prompt import PromptHost
 from peft.core.tuner import BaseTuner, parts_of
 from peft.errors import PeftWarning
+from peft.registry import method_of
 
 #: last parts of the names of embeddings and output layers
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -208,6 +209,9 @@ def set_peft_model_state_dict(
         RuntimeError: shapes differ.
     """
     config = config_of(model, adapter_name)
+    read_tensors = getattr(method_of(config.peft_type).model_class, "read_tensors", None)
+    if read_tensors is not None:
+        peft_model_state_dict = read_tensors(model, adapter_name, peft_model_state_dict)
     slots = adapter_slots(model, adapter_name)
     prompt: dict[str, Tensor] = {}
     if config.is_prompt_learning and isinstance(model, PromptHost):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -362,6 +362,17 @@ class BaseTuner(nn.Module):
                 if any(parameter.is_meta for parameter in part.adapter_parameters(adapter_name)):
                     config = self.peft_config[adapter_name]
                     part.fill_in(adapter_name, config, self.layer_settings(config, target_name(key, part)))
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors of a file, of whatever version, by the names that this one has for them.
+
+        Where an adapter is of a size that only its file tells, it gets that size here.
+
+        Raises:
+            ValueError: the file is too old to be read.
+        """
+        return tensors
 
     def without_start(
         self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: Any
