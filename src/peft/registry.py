@@ -122,6 +122,7 @@ METHODS: dict[str, Method] = {
     "VERA": Method("peft.tuners.vera", "VeraConfig", "VeraModel", "vera_lambda_"),
     "LOHA": Method("peft.tuners.loha", "LoHaConfig", "LoHaModel", "hada_"),
     "LOKR": Method("peft.tuners.lokr", "LoKrConfig", "LoKrModel", "lokr_"),
+    "OFT": Method("peft.tuners.oft", "OFTConfig", "OFTModel", "oft_"),
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning", "PromptTuningConfig", "PromptEmbedding", "prompt_tuning_", prompt=True,

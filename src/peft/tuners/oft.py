@@ -1,0 +1,194 @@
+"""Orthogonal finetuning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.layer import AdapterLayer
+from peft.core.tuner import BaseTuner
+from peft.errors import PeftWarning
+from peft.ops.memo import remember
+from peft.ops.orthogonal import add_rotated, cayley, cayley_neumann, drop_blocks, skew_symmetric
+from peft.registry import PeftType
+
+
+@dataclass
+class OFTConfig(LayerConfig):
+    """Orthogonal finetuning (arXiv:2306.07280; in this form arXiv:2506.19847).
+
+    W' = W R^T with a block-diagonal rotation R: the module's input is rotated, block by block. Each block is made of a
+    skew-symmetric matrix Q, of which the upper triangle is trained: (I - Q) (I + Q)^-1, or a series in place of the
+    inverse. Of an embedding, the output is rotated.
+
+    Args:
+        r: number of blocks; give this or `oft_block_size`, and 0 for the other.
+        oft_block_size: size of a block. Where it (or r) does not divide the width of a module, the nearest number that
+            does is taken, with a warning.
+        module_dropout: share of the blocks that are left out at random in training.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        coft: keep all Q of a module together within the distance `eps` of zero.
+        eps: that distance.
+        block_share: the same rotation for all blocks.
+        use_cayley_neumann: a Neumann series instead of the inverse, which turns the other way round.
+        num_cayley_neumann_terms: terms of that series.
+        init_weights: start with Q at zero, without effect; False starts it at random.
+    """
+
+    r: int = 0
+    oft_block_size: int = 32
+    module_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.OFT
+        sizes = f"got r={self.r} and oft_block_size={self.oft_block_size}"
+        if self.r < 0 or self.oft_block_size < 0 or (self.r == 0) == (self.oft_block_size == 0):
+            raise ValueError(f"Give a positive r or a positive oft_block_size, and 0 for the other; {sizes}.")
+        if not 0 <= self.module_dropout < 1:
+            raise ValueError(f"module_dropout must be at least 0 and less than 1, got {self.module_dropout}.")
+        if self.use_cayley_neumann and self.num_cayley_neumann_terms < 1:
+            raise ValueError(f"num_cayley_neumann_terms must be positive, got {self.num_cayley_neumann_terms}.")
+        if self.init_weights not in (True, False):
+            raise ValueError(f"Unknown init_weights={self.init_weights!r}; use True or False.")
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        if "oft_block_size" not in kwargs:
+            raise ValueError(
+                "This OFT adapter is of a form that huggingface/peft had before version 0.14 (its configuration has no"
+                " oft_block_size); this version cannot read it. Load it with peft 0.13, or train it again."
+            )
+        written_by = (kwargs.get("peft_version") or "0").partition("@")[0]
+        if kwargs.get("use_cayley_neumann") and Version(written_by) < Version("0.18.0"):
+            warnings.warn(
+                f"This OFT adapter was written by peft {kwargs.get('peft_version') or 'before 0.18'}; the Neumann series was"
+                " changed in 0.18, so its effect is not the same here. Train it again, or use it with peft 0.17.",
+                PeftWarning,
+                stacklevel=4,
+            )
+        return super().check_kwargs(**kwargs)
+
+
+class OFTRotation(nn.Module):
+    """A block-diagonal rotation: `weight` [blocks, b (b - 1) / 2] holds the upper triangles of its Q."""
+
+    def __init__(self, width: int, size: int, config: OFTConfig):
+        super().__init__()
+        self.size, self.dropout = size, config.module_dropout
+        self.radius = config.eps if config.coft else None
+        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.weight = nn.Parameter(torch.zeros(1 if config.block_share else width // size, size * (size - 1) // 2))
+        if not config.init_weights:
+            nn.init.normal_(self.weight, std=0.1)
+
+    def change(self, dtype: torch.dtype, training: bool) -> Tensor:
+        """Its blocks minus the identity, [blocks, b, b]."""
+        if self.radius is not None and self.weight.requires_grad:
+            with torch.no_grad():
+                self.weight.mul_(self.shrinkage(self.weight, self.radius))
+        change = remember(self.weight, dtype, lambda: self.compute().to(dtype))
+        return drop_blocks(change, self.dropout) if training and self.dropout else change
+
+    def compute(self) -> Tensor:
+        """The change, in float32 at least."""
+        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+        if self.radius is not None:
+            weight = weight * self.shrinkage(weight.detach(), self.radius)
+        with torch.autocast(weight.device.type, enabled=False):
+            skew = skew_symmetric(weight, self.size)
+            return cayley(skew) if self.terms is None else cayley_neumann(skew, self.terms)
+
+    @staticmethod
+    def shrinkage(weight: Tensor, radius: float) -> Tensor:
+        """What brings each Q to where it may be: radius / sqrt(blocks) from zero at most (Frobenius)."""
+        norm = weight.norm(dim=1, keepdim=True) * 2**0.5
+        return (radius / weight.shape[0] ** 0.5 / norm).clamp(max=1)
+
+
+class OFTLayer(AdapterLayer):
+    """A module whose input is rotated in blocks; of an embedding, its output."""
+
+    adapter_layer_names = ("oft_R", "oft_embedding_R")
+    other_param_names = ("r", "oft_block_size")
+    label = "oft"
+
+    oft_R: nn.ModuleDict
+    oft_embedding_R: nn.ModuleDict
+    r: dict[str, int]
+    oft_block_size: dict[str, int]
+
+    def container(self, slot: str) -> nn.Module:
+        return nn.ModuleDict()
+
+    @property
+    def rotates_output(self) -> bool:
+        """Whether the output is rotated rather than the input."""
+        return self.op.kind == "Embedding"
+
+    def create(self, name: str, config: OFTConfig) -> None:
+        width = self.out_features if self.rotates_output else self.in_features
+        size = _fitting("oft_block_size", config.oft_block_size, width) if config.r == 0 else width // _fitting("r", config.r, width)
+        self.r[name], self.oft_block_size[name] = width // size, size
+        slot = self.oft_embedding_R if self.rotates_output else self.oft_R
+        slot[name] = OFTRotation(width, size, config)
+
+    def change(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The blocks of adapter `name` minus the identity."""
+        rotation: Any = (self.oft_embedding_R if self.rotates_output else self.oft_R)[name]
+        return rotation.change(dtype, self.training)
+
+    def transform(self, name: str, weight: Tensor) -> Tensor:
+        change = self.change(name, weight.dtype)
+        return add_rotated(weight.T, change).T if self.rotates_output else add_rotated(weight, change.mT)
+
+    def cheap(self, name: str) -> bool:
+        return self.op.linear or self.rotates_output
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.rotates_output:
+            result = below(x, *args, **kwargs)
+            return add_rotated(result, self.change(name, result.dtype))
+        return below(add_rotated(x, self.change(name, x.dtype)), *args, **kwargs)
+
+
+def _fitting(setting: str, wanted: int, width: int) -> int:
+    """The divisor of `width` that is nearest to `wanted`."""
+    if width % wanted == 0:
+        return wanted
+    nearest = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - wanted))
+    warnings.warn(f"{setting}={wanted} does not divide {width}; {nearest} is taken there.", PeftWarning, stacklevel=2)
+    return nearest
+
+
+class OFTModel(BaseTuner):
+    """A model with orthogonal finetuning adapters."""
+
+    prefix = "oft_"
+    layer_class = OFTLayer
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if any(".oft_r." in key for key in tensors):
+            raise ValueError(
+                "This is an OFT checkpoint of huggingface/peft before version 0.16 (it has tensors called oft_r), which this"
+                " version cannot read. Load it with peft 0.15.2, or train the adapter again."
+            )
+        return tensors
