@@ -23,10 +23,6 @@ from tiny_models import VOCABULARY, _build
 pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("transformers.conversion_mapping")
 
-on_loading = pytest.mark.skipif(
-    not hasattr(peft.model, "convert_peft_adapter_state_dict_for_transformers"),
-    reason="PeftModel does not convert adapters on loading yet",
-)
 
 R, ALPHA, EXPERTS = 2, 6, 3
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
@@ -94,7 +90,6 @@ def logits(model):
         return model.eval()(IDS).logits
 
 
-@on_loading
 @pytest.mark.parametrize("name", MODELS)
 def test_an_adapter_of_before_acts_as_it_did(name, tmp_path):
     build, *layers = MODELS[name]
@@ -111,7 +106,6 @@ def test_an_adapter_of_before_acts_as_it_did(name, tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload()), want)
 
 
-@on_loading
 @pytest.mark.parametrize("name", ["mixtral", "qwen3"])
 def test_transformers_loads_an_adapter_of_before(name, tmp_path):
     build, *layers = MODELS[name]
@@ -123,7 +117,6 @@ def test_transformers_loads_an_adapter_of_before(name, tmp_path):
     torch.testing.assert_close(logits(model), want)
 
 
-@on_loading
 def test_a_second_adapter_of_before_beside_the_first(tmp_path):
     build, *layers = MODELS["mixtral"]
     want = logits(adapter_of_before(build(), *layers, tmp_path / "old"))

@@ -23,7 +23,7 @@ _HOMES: dict[str, str] = {
             "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeftType TaskType"
         ),
         "peft.errors": "NoMatchingPeftModuleError PeftError PeftWarning",
-        "peft.mapping": "get_peft_model",
+        "peft.mapping_func": "get_peft_model",
         "peft.mixed": "PeftMixedModel",
         "peft.tasks": (
             "PeftModel MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction"
@@ -49,6 +49,12 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
+    if not name.startswith("_"):
+        try:  # submodules count as attributes, imported or not
+            return import_module(f"peft.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"peft.{name}":
+                raise
     raise AttributeError(f"module 'peft' has no attribute {name!r}")
 
 

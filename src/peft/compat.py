@@ -75,10 +75,9 @@ _BACKENDS = _at(
     " is_te_pytorch_available is_torchao_available is_xpu_available",
 )
 _MODELS = {
-    **_at("peft.model", "PeftModel"),
     **_at(
         "peft.tasks",
-        "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM"
+        "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM"
         " PeftModelForSequenceClassification PeftModelForTokenClassification",
     ),
 }
@@ -86,9 +85,15 @@ _MODELS = {
 #: old path -> name there -> where it lives now
 OLD_PATHS: dict[str, dict[str, str]] = {
     "peft.import_utils": _BACKENDS,
-    "peft.mapping_func": {
-        **_at("peft.mapping", "get_peft_model"),
+    "peft.mapping": {
+        **_at("peft.mapping_func", "get_peft_model"),
+        **_at("peft.config", "get_peft_config"),
+        **_at("peft.functional", "inject_adapter_in_model"),
         **_at("peft.tasks", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"),
+        **_at(
+            "peft.registry",
+            "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING",
+        ),
     },
     "peft.mixed_model": _at("peft.mixed", "PeftMixedModel"),
     "peft.peft_model": {

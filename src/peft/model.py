@@ -23,6 +23,10 @@ from peft.core.tuner import BaseTuner, check_adapter_name, parts_of
 from peft.errors import PeftWarning
 from peft.folder import replace_files
 from peft.hub import CARD_NAME, push, split_hub_arguments
+from peft.integrations.transformers import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from peft.registry import method_of
 
 #: task type -> the class for it; filled by `peft.tasks`
@@ -65,6 +69,7 @@ class PeftModel(PromptHost):
         else:
             self._peft_config = None
             tuner_class = method_of(peft_config.peft_type or "").model_class
+            convert_peft_config_for_transformers(peft_config, model)
             self.base_model = tuner_class(model, {}, adapter_name)
             self.base_model.inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
@@ -169,6 +174,7 @@ class PeftModel(PromptHost):
         if peft_config.is_prompt_learning:
             self._add_prompt(adapter_name, peft_config)
         else:
+            convert_peft_config_for_transformers(peft_config, self.get_base_model())
             self.base_model.inject_adapter(
                 self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
             )
@@ -311,7 +317,9 @@ class PeftModel(PromptHost):
 
     def _prepare_for_gradient_checkpointing(self, model: Any) -> None:
         """Lets gradients reach adapters inside checkpointed blocks, whose inputs otherwise need none."""
-        if not getattr(model, "is_gradient_checkpointing", False):
+        # transformers renames the attribute, and warns of the old name.
+        new = "is_activation_checkpointing"
+        if not getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing", False):
             return
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
@@ -456,6 +464,7 @@ class PeftModel(PromptHost):
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}.")
         source = _Source.read(model_id, key_mapping, kwargs, config, is_trainable, ephemeral_gpu_offload)
+        source.fit(model)
         if cls is PeftModel and source.config.task_type in TASK_CLASSES:
             cls = TASK_CLASSES[source.config.task_type]
         if source.config.is_prompt_learning and is_trainable:
@@ -515,6 +524,7 @@ class PeftModel(PromptHost):
         config = None if new else self.peft_config[adapter_name]
         kwargs["torch_device"] = torch_device
         source = _Source.read(model_id, key_mapping, kwargs, config, is_trainable, ephemeral_gpu_offload)
+        source.fit(self.get_base_model())
         if new:
             self._check_new_adapter_config(source.config, is_trainable)
             self.add_adapter(
@@ -591,6 +601,12 @@ class _Source:
         if runtime is not None and ephemeral_gpu_offload:
             runtime.ephemeral_gpu_offload = True
         return cls(os.fspath(model_id), config, tensors)
+
+
+    def fit(self, model: nn.Module) -> None:
+        """Names layers as the base model has them now: transformers fuses experts that older adapters have one by one."""
+        convert_peft_config_for_transformers(self.config, model, state_dict=self.tensors)
+        self.tensors = convert_peft_adapter_state_dict_for_transformers(model, self.config, self.tensors)
 
 
 def _value(member: Any) -> Any:

@@ -135,6 +135,10 @@ METHODS: dict[str, Method] = {
     "PREFIX_TUNING": Method(
         "peft.tuners.prefix_tuning", "PrefixTuningConfig", "PrefixEncoder", "prefix_tuning_", prompt=True
     ),
+    "MULTITASK_PROMPT_TUNING": Method(
+        "peft.tuners.multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptEmbedding",
+        "multitask_prompt_tuning_", prompt=True, aliases=("MultitaskPromptTuningInit",),
+    ),
 }
 
 

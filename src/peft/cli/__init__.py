@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parsers[args.command]
     try:
         if args.command == "train":
-            args, fields = read_train(argv[argv.index("train") + 1 :], parser)
-            if args.fields:
-                print(describe(method_of(args.method.upper()).config_class))
+            options, fields = read_train(argv[argv.index("train") + 1 :], parser)
+            if options.fields:
+                print(describe(method_of(options.method.upper()).config_class))
                 return 0
             _require("train")
-            return import_module("peft.cli.train").run(args, fields)
+            return import_module("peft.cli.train").run(options, fields)
         _require(args.command)
         if rest:
             raise OptionError(f"unknown option {rest[0]!r}{nearest(rest[0], option_names(parser))}")

@@ -20,7 +20,8 @@ from peft.tuners.lora.layer import alpha_of, rank_of
 
 #: the fields that say how large an adapter is, by the names that the methods give them
 RANKS = ("r", "rank", "num_virtual_tokens")
-SHARED = "(shared)"
+#: in place of a module's name: for what all adapted modules share, and for a soft prompt
+SHARED, PROMPT = "(shared)", "(prompt)"
 #: columns of the table beyond which it lists modules one by one
 COLUMNS = 7
 
@@ -64,12 +65,11 @@ def examine(adapter: str) -> dict[str, Any]:
         modules.setdefault(module, {})[name] = tensor
     places = {name: _place(name) for name in modules}
     kinds = _short({pattern for pattern, _ in places.values()})
-    prefix = _prefix(method)
     return {
         "method": method,
         "base_model": config.get("base_model_name_or_path"),
         "task_type": config.get("task_type"),
-        "rank": next((config[field] for field in RANKS if config.get(field) is not None), None),
+        "rank": next((config[field] for field in RANKS if config.get(field)), None),
         "target_modules": config.get("target_modules"),
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
@@ -80,7 +80,7 @@ def examine(adapter: str) -> dict[str, Any]:
                 "name": name,
                 "layer": places[name][1],
                 "kind": kinds[places[name][0]],
-                "full": name != SHARED and not any(part.startswith(prefix) for part in tensors),
+                "full": all(part in ("weight", "bias", "base_layer.bias") for part in tensors),
                 "parameters": sum(tensor.numel() for tensor in tensors.values()),
                 "norm": _norm(tensors.values()),
                 "update_norm": _update_norm(name, tensors, config) if method == "LORA" else None,
@@ -94,20 +94,18 @@ def examine(adapter: str) -> dict[str, Any]:
     }
 
 
-def _prefix(method: str) -> str:
-    return METHODS[method].prefix if method in METHODS else f"{method.lower()}_"
-
-
 def _split(key: str, method: str) -> tuple[str, str]:
     """A saved name as (module of the base model, tensor): a tensor of the adapter begins with the method's prefix."""
     inner = key.removeprefix("base_model.")
-    inner = inner.removeprefix("model.") if inner != key else inner
-    parts = inner.split(".")
+    if inner == key:
+        return PROMPT, key
+    prefix = METHODS[method].prefix if method in METHODS else f"{method.lower()}_"
+    parts = inner.removeprefix("model.").split(".")
     for i, part in enumerate(parts):
-        if part.startswith((_prefix(method), "trainable_tokens_")):
+        if part.startswith((prefix, "trainable_tokens_")):
             return ".".join(parts[:i]) or SHARED, ".".join(parts[i:])
     if len(parts) == 1:
-        return SHARED, inner
+        return SHARED, parts[0]
     if parts[-2] == "base_layer":  # a bias trained beside the adapter of its module
         return ".".join(parts[:-2]), ".".join(parts[-2:])
     return ".".join(parts[:-1]), parts[-1]

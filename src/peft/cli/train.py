@@ -105,7 +105,9 @@ def train(args: Namespace, fields: dict[str, Any], console: Any) -> Outcome:
     model.eval().save_pretrained(output)
     loss_curve(run.entries, f"{args.method} on {os.path.basename(base)}", output / CURVE)
     size = sum(path.stat().st_size for path in output.glob("adapter_*"))
-    console.print(f"Adapter ({size / 1000:,.0f} kB), {CURVE} and {LOG} are in {output}, after {seconds:.0f} s")
+    console.print(
+        f"Adapter ({size / 1000:,.0f} kB), {CURVE} and {LOG} are in {output}, after {seconds:.0f} s", soft_wrap=True
+    )
     losses = [entry["eval_loss"] for entry in run.entries if "eval_loss" in entry] or [None]
     return Outcome(model, tokenizer, base, losses[0], losses[-1], seconds)
 

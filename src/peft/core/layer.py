@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,30 +50,53 @@ class AdapterLayer(nn.Module):
     #: what the adapter layer is called in messages and status
     label: ClassVar[str] = ""
 
+    if TYPE_CHECKING:
+        # torch says of every attribute of a module that it is a tensor or a module.
+        def __getattr__(self, name: str) -> Any: ...
+
+    parameter_name: str | None
+    is_read: bool
+    merged_adapters: list[str]
+    _active: list[str]
+    _live: list[str]
+    _disable_adapters: bool
+    _before_merge: dict[str, Any]
+    _merged_before_disable: list[str]
+    _merged_own: bool
+    _trained_before_disable: list[nn.Parameter]
+    _route: Route | None
+    _mode: int
+
     def __init__(self, base_layer: nn.Module, parameter_name: str | None = None, op: BaseOp | None = None):
         super().__init__()
         self.base_layer = base_layer
-        self.parameter_name = parameter_name
-        #: set where the module around reads `weight` and `bias` instead of calling (attention's output projection)
-        self.is_read = False
         found = op or base_op(self.get_base_layer(), parameter_name)
         if found is None:
             raise ValueError(f"{type(self.get_base_layer()).__name__} has no weight that an adapter can change.")
         self.op = found
         for slot in self.adapter_layer_names:
             setattr(self, slot, self.container(slot))
-        for setting in self.other_param_names:
-            setattr(self, setting, {})
-        self._active: list[str] = []
-        self._live: list[str] = []
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._before_merge: dict[str, Any] = {}
-        self._trained_before_disable: list[nn.Parameter] = []
-        self._merged_before_disable: list[str] = []
-        self._merged_own = False
-        self._route: Route | None = None
-        self._mode = _RUN_BASE
+        # Straight into __dict__: a large model has tens of thousands of layers, and each assignment to a module is slow.
+        self.__dict__.update({setting: {} for setting in self.other_param_names})
+        self.__dict__.update(self._initial_state(parameter_name))
+
+    @staticmethod
+    def _initial_state(parameter_name: str | None) -> dict[str, Any]:
+        return {
+            "parameter_name": parameter_name,
+            # set where the module around reads `weight` and `bias` instead of calling (attention's output projection)
+            "is_read": False,
+            "merged_adapters": [],
+            "_active": [],
+            "_live": [],
+            "_disable_adapters": False,
+            "_before_merge": {},
+            "_merged_before_disable": [],
+            "_merged_own": False,
+            "_trained_before_disable": [],
+            "_route": None,
+            "_mode": _RUN_BASE,
+        }
 
     # ---- what a method writes
 
@@ -165,16 +188,22 @@ class AdapterLayer(nn.Module):
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.adapter_names())
 
-    def add_adapter(self, name: str, config: PeftConfig, **settings: Any) -> None:
+    def add_adapter(self, name: str, config: PeftConfig | None, **settings: Any) -> None:
         """Makes adapter `name` and puts it where the base weight is; it is not active yet."""
-        base = self.get_base_layer()
-        device, dtype = place_of(base)
         self.create(name, config, **settings)
-        without_memory = torch.get_default_device().type == "meta"  # low_cpu_mem_usage: loading will bring the tensors
-        self.move(name, None if without_memory else device, dtype)
+        if not any(parameter.is_meta for parameter in self.adapter_parameters(name)):  # else loading will bring them
+            self.move(name, self.place()[0])
         for parameter in self.adapter_parameters(name):
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False
         self._refresh()
+
+    def place(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and floating dtype of the base module, where tensors beside it belong."""
+        base = self.get_base_layer()
+        weight = base._parameters.get(self.op.weight_name)
+        if weight is not None and weight.is_floating_point() and "_hf_hook" not in base.__dict__:
+            return weight.device, weight.dtype
+        return place_of(base)
 
     def move(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Moves the tensors of an adapter; those on the meta device become empty ones elsewhere."""
@@ -184,6 +213,8 @@ class AdapterLayer(nn.Module):
                 continue
             entry = entries[name]
             if isinstance(entry, nn.Module):
+                if all(_is_at(parameter, device, dtype) for parameter in entry.parameters()):
+                    continue
                 if device is not None and device.type != "meta" and any(p.is_meta for p in entry.parameters()):
                     entry.to_empty(device=device)
                 elif any(True for _ in entry.parameters()) or any(True for _ in entry.buffers()):
@@ -209,7 +240,9 @@ class AdapterLayer(nn.Module):
             if name in entries:
                 entry = entries[name]
                 if isinstance(entry, nn.Module):
-                    yield from entry.parameters()
+                    # `parameters()` walks the tree; most entries are a single module.
+                    own = entry._parameters.values() if not entry._modules else entry.parameters()
+                    yield from (parameter for parameter in own if parameter is not None)
                 elif isinstance(entry, nn.Parameter):
                     yield entry
 
@@ -441,14 +474,14 @@ class AdapterLayer(nn.Module):
         for child in inner:
             child._live, child._mode = names, _RUN_WEIGHT if names else _RUN_BASE
         route = below._route if isinstance(below, AdapterLayer) else None
-        if route is not None:
+        if isinstance(below, AdapterLayer) and route is not None:
             below._route = Route([name])
         try:
             yield
         finally:
             for child, (live, mode) in zip(inner, before, strict=True):
                 child._live, child._mode = live, mode
-            if route is not None:
+            if isinstance(below, AdapterLayer):
                 below._route = route
 
     # ---- merging
@@ -566,6 +599,10 @@ class AdapterLayer(nn.Module):
 
     def __repr__(self) -> str:
         return super().__repr__().replace(type(self).__name__, self.type_name, 1)
+
+
+def _is_at(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+    return (device is None or tensor.device == device) and (dtype is None or tensor.dtype == dtype)
 
 
 def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:

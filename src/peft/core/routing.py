@@ -44,3 +44,19 @@ class Route:
                 indices.setdefault(name, []).extend(range(i * repeats, (i + 1) * repeats))
             self._groups[key] = [(name, torch.tensor(index, device=device)) for name, index in indices.items()]
         return self._groups[key]
+
+
+def check_task_ids(task_ids: Tensor | None, num_tasks: int, rows: int) -> Tensor:
+    """`task_ids` [rows], the task of each sample, where they are fit for use.
+
+    Raises:
+        ValueError: there are none, they are not one for each sample, or one is no task.
+    """
+    if task_ids is None:
+        raise ValueError(f"task_ids cannot be None: the task of each sample is needed, 0 to {num_tasks - 1}.")
+    task_ids = torch.as_tensor(task_ids)
+    if task_ids.shape != (rows,):
+        raise ValueError(f"task_ids must have the shape ({rows},), one task for each sample; got {tuple(task_ids.shape)}.")
+    if rows and not 0 <= int(task_ids.min()) <= int(task_ids.max()) < num_tasks:
+        raise ValueError(f"task_ids must be 0 to {num_tasks - 1}, got {sorted(set(task_ids.tolist()))}.")
+    return task_ids.long()

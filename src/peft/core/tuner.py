@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -162,7 +163,7 @@ class BaseTuner(nn.Module):
         self._check_new_adapter_config(config, adapter_name)
         if config.target_modules == ALL_LINEAR:
             config.target_modules = all_linear(model, config.modules_to_save or ())
-        with ExitStack() as undo:
+        with _no_garbage_collection(), ExitStack() as undo:
             restructured = self._prepare_model(config, model)
             if restructured is not None:
                 undo.callback(restructured)
@@ -296,7 +297,8 @@ class BaseTuner(nn.Module):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts `new_module`, which wraps `child`, in its place."""
-        new_module.train(child.training)
+        if new_module.training != child.training:
+            new_module.train(child.training)
         setattr(parent, child_name, new_module)
 
     def _tie_layers(self, model: nn.Module, keys: Sequence[str], adapter_name: str) -> None:
@@ -391,9 +393,11 @@ class BaseTuner(nn.Module):
         """Brings an adapter to the dtype it is trained in: its base weight's, but float32 in place of halves."""
         for _, part in self.parts():
             if isinstance(part, AdapterLayer) and part.has(adapter_name):
-                _, dtype = place_of(part.get_base_layer())
-                if dtype is not None:
-                    part.move(adapter_name, dtype=torch.float32 if autocast_adapter_dtype and dtype in UPCAST_DTYPES else dtype)
+                _, dtype = part.place()
+                if autocast_adapter_dtype and dtype in UPCAST_DTYPES:
+                    dtype = torch.float32
+                if dtype is not None and part.dtype_of(adapter_name) != dtype:
+                    part.move(adapter_name, dtype=dtype)
             elif isinstance(part, ModulesToSaveWrapper) and part.has(adapter_name) and autocast_adapter_dtype:
                 for parameter in part.adapter_parameters(adapter_name):
                     if parameter.dtype in UPCAST_DTYPES:
@@ -674,6 +678,18 @@ class BaseTuner(nn.Module):
     def key_map(self, adapter_name: str) -> dict[str, str]:
         """Names of tensors that all layers of an adapter share: as files have them -> as this object has them."""
         return {slot: f"{slot}.{adapter_name}" for slot in self.shared_names if adapter_name in getattr(self, slot)}
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """While it lasts, cyclic garbage is left: tens of thousands of new modules make Python look for it all the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def with_progress(items: list[Any], show: bool, label: str) -> Any:

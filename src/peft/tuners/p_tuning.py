@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         if not 0 <= self.encoder_dropout < 1:
             raise ValueError(f"encoder_dropout is a probability below 1, got {self.encoder_dropout}.")
         if network == PromptEncoderReparameterizationType.MLP and self.encoder_num_layers != 2:
-            warnings.warn("encoder_num_layers has no effect: it is for the LSTM, and the network is an MLP.", PeftWarning)
+            warnings.warn("encoder_num_layers has no effect: it is for the LSTM; the network is an MLP.", PeftWarning)
 
 
 class PromptEncoder(VirtualTokens):
@@ -81,13 +82,12 @@ class PromptEncoder(VirtualTokens):
             return
         width, hidden = config.token_dim, config.encoder_hidden_size
         if config.encoder_reparameterization_type == PromptEncoderReparameterizationType.LSTM:
-            self.lstm_head = nn.LSTM(
-                width, hidden, config.encoder_num_layers, dropout=config.encoder_dropout, bidirectional=True, batch_first=True
-            )
-            sizes = (2 * hidden, 2 * hidden, width)
+            layers, dropout = config.encoder_num_layers, config.encoder_dropout
+            self.lstm_head = nn.LSTM(width, hidden, layers, dropout=dropout, bidirectional=True, batch_first=True)
+            sizes = [2 * hidden, 2 * hidden, width]
         else:
-            sizes = (width, hidden, hidden, width)
-        linears = [nn.Linear(before, after) for before, after in zip(sizes, sizes[1:], strict=False)]
+            sizes = [width, hidden, hidden, width]
+        linears = [nn.Linear(before, after) for before, after in pairwise(sizes)]
         self.mlp_head = nn.Sequential(*[part for linear in linears for part in (linear, nn.ReLU())][:-1])
 
     @classmethod

@@ -87,28 +87,25 @@ class PrefixEncoder(VirtualTokens):
 
     @classmethod
     def shapes(cls, config: Any, model: Any, word_embeddings: nn.Module) -> dict[str, Any]:
+        method, kind = config.peft_type.value, type(model).__name__
         if getattr(model, "is_gradient_checkpointing", False):
             raise ValueError(
-                f"{config.peft_type.value} does not work with gradient checkpointing, which runs layers twice on a cache"
-                " that the first run has changed. Call model.gradient_checkpointing_disable() first."
+                f"{method} does not work with gradient checkpointing, which runs layers twice on a cache that the first"
+                " run has changed. Call model.gradient_checkpointing_disable() first."
             )
         if not any("past_key_values" in inspect.signature(type(m).forward).parameters for m in model.modules()):
             raise ValueError(
-                f"{config.peft_type.value} puts keys and values into the model's cache, but {type(model).__name__} takes no"
-                " past_key_values."
+                f"{method} puts keys and values into the model's cache, but {kind} takes no past_key_values."
             )
         others = set(read_model_config(model, "layer_types") or ()) - _ATTENTION
         if others:
-            raise ValueError(
-                f"{config.peft_type.value} needs attention in every layer; {type(model).__name__} also has layers of the"
-                f" kind {', '.join(sorted(others))}."
-            )
+            raise ValueError(f"{method} needs attention in every layer; {kind} also has {', '.join(sorted(others))}.")
         found = {**super().shapes(config, model, word_embeddings), **_cache_shape(config, model)}
         width, heads = found["token_dim"], found["num_attention_heads"]
         unknown = [name for name in ("token_dim", "num_attention_heads", "num_layers") if not found[name]]
         if unknown or width % heads:
             raise ValueError(
-                f"{config.peft_type.value} needs the number of layers and the heads of the keys: got token_dim={width},"
+                f"{method} needs the number of layers and the heads of the keys: got token_dim={width},"
                 f" num_attention_heads={heads}, num_layers={found['num_layers']}."
             )
         if hasattr(config, "encoder_hidden_size"):
@@ -143,7 +140,7 @@ class PrefixEncoder(VirtualTokens):
         super().make_room(inputs, batch_size, seen, "decoder_" if self.in_decoder else side)
 
 
-def _pour(layers: Iterable[Any], cache: Any, dtype: torch.dtype) -> Any:
+def _pour(layers: Iterable[Any], cache: Any, dtype: torch.dtype | None) -> Any:
     """Puts keys and values [batch, heads, tokens, head_dim] of each layer into a cache, and gives it back."""
     own = getattr(cache, "self_attention_cache", cache)
     for index, (keys, values) in enumerate(layers):

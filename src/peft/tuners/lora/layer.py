@@ -24,6 +24,22 @@ _OTHER_VARIANTS = {
 }  # fmt: skip
 
 
+def _empty_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
+    """A linear layer whose values are still open: `nn.Linear` would draw some, which takes most of its time."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = in_features, out_features
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features))
+    linear.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+    return linear
+
+
+#: what other packages ask every layer for, though only some kinds have it
+_CONTAINERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+#: for adapters without dropout; it has no state
+_NO_DROPOUT = nn.Identity()
+
+
 class LoraLayer(AdapterLayer):
     """A module with low-rank adapters: W' = W + scaling B A (arXiv:2106.09685).
 
@@ -39,14 +55,12 @@ class LoraLayer(AdapterLayer):
         parameter_name: the parameter to adapt, for modules that hold bare parameters.
     """
 
-    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    adapter_layer_names = ("lora_A", "lora_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     label = "lora"
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
-    lora_embedding_A: nn.ParameterDict
-    lora_embedding_B: nn.ParameterDict
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
@@ -61,11 +75,13 @@ class LoraLayer(AdapterLayer):
         r: int = 0,
         lora_alpha: float = 1,
         parameter_name: str | None = None,
+        op: BaseOp | None = None,
         **kwargs: Any,
     ):
-        super().__init__(base_layer, parameter_name)
+        super().__init__(base_layer, parameter_name, op)
         self.lora_dropout = nn.ModuleDict()
-        self.fan_in_fan_out = self.op.kind == "Conv1D"
+        absent: dict[str, Any] = {name: {} for name in _CONTAINERS if name not in self.adapter_layer_names}
+        self.__dict__.update(absent, fan_in_fan_out=self.op.kind == "Conv1D")
         if adapter_name is not None:
             if config is None:
                 raise TypeError(f"{type(self).__name__} needs a config to make adapter {adapter_name!r}.")
@@ -73,7 +89,7 @@ class LoraLayer(AdapterLayer):
             self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def container(self, slot: str) -> nn.Module:
-        return nn.ParameterDict() if "embedding" in slot else nn.ModuleDict()
+        return nn.ModuleDict()
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Makes an adapter, or makes it anew."""
@@ -87,28 +103,27 @@ class LoraLayer(AdapterLayer):
         self.lora_alpha[name] = config.lora_alpha if lora_alpha is None else lora_alpha
         self.use_rslora[name], self.lora_bias[name], self.use_dora[name] = config.use_rslora, config.lora_bias, False
         self.scaling[name] = self.lora_alpha[name] / (math.sqrt(r) if config.use_rslora else r)
-        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else _NO_DROPOUT
         self.make_factors(name, r, config)
         self.reset_lora_parameters(name, config.init_lora_weights)
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         """Makes A and B, their values still open."""
-        here = torch.get_default_device()  # skip_init knows only what it is told
-        self.lora_A[name] = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, device=here)
-        self.lora_B[name] = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=config.lora_bias, device=here)
+        self.lora_A[name] = _empty_linear(self.in_features, r)
+        self.lora_B[name] = _empty_linear(r, self.out_features, bias=config.lora_bias)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
         """Gives an adapter its start values."""
         a, b = self.factors(adapter_name)
         with torch.no_grad():
             if init_lora_weights == "gaussian":
-                nn.init.normal_(a, std=1 / self.r[adapter_name])
+                a.normal_(std=1 / self.r[adapter_name])
             else:
-                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+                _kaiming_uniform_(a)
             if init_lora_weights is False:
-                nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+                _kaiming_uniform_(b)
             else:
-                nn.init.zeros_(b)
+                b.zero_()
             if self.lora_bias[adapter_name]:
                 bias = self.lora_B[adapter_name].bias
                 nn.init.zeros_(bias) if init_lora_weights is not False else nn.init.normal_(bias, std=0.02)
@@ -122,7 +137,9 @@ class LoraLayer(AdapterLayer):
         return self.scaling[name] * (b @ a)
 
     def key_map(self, name: str) -> dict[str, str]:
-        tied = [slot for slot in ("lora_A", "lora_B") if isinstance(getattr(self, slot)._modules.get(name), TiedFactor)]
+        if not self.has(name):
+            return {}
+        tied = [slot for slot in self.adapter_layer_names if isinstance(getattr(self, slot)[name], TiedFactor)]
         return {**super().key_map(name), **{f"{slot}.weight": f"{slot}.{name}.weight" for slot in tied}}
 
     def transform_bias(self, name: str, bias: Tensor | None) -> Tensor | None:
@@ -166,19 +183,23 @@ class LoraLayer(AdapterLayer):
         r = rank_of(config, name)
         if r < 1:
             raise ValueError(f"r must be a positive integer, got {r} for {name!r}.")
-        if config.init_lora_weights not in _INITS:
-            raise ValueError(
-                f"Unknown init_lora_weights={config.init_lora_weights!r}; this version has {', '.join(map(repr, _INITS))}."
-            )
-        for variant, off in _OTHER_VARIANTS.items():
-            if getattr(config, variant) != off:
-                raise ValueError(f"{variant}={getattr(config, variant)!r} is not supported by this version.")
         if isinstance(op, ParameterOp):
             _check_parameter(config, name)
         elif config.lora_bias and op.kind == "Embedding":
             raise ValueError(f"lora_bias=True is not supported for embeddings ({key!r}).")
         elif isinstance(op, ConvOp) and r % module.groups:
             raise ValueError(f"r={r} must be a multiple of the groups of {key!r} ({module.groups}).")
+
+
+def check_config(config: LoraConfig) -> None:
+    """Raises ValueError where a configuration asks for what there is no code for."""
+    if config.init_lora_weights not in _INITS:
+        raise ValueError(
+            f"Unknown init_lora_weights={config.init_lora_weights!r}; this version has {', '.join(map(repr, _INITS))}."
+        )
+    for variant, off in _OTHER_VARIANTS.items():
+        if getattr(config, variant) != off:
+            raise ValueError(f"{variant}={getattr(config, variant)!r} is not supported by this version.")
 
 
 def _check_parameter(config: LoraConfig, name: str) -> None:
@@ -245,6 +266,12 @@ class Linear(LoraLayer):
         return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
+def _kaiming_uniform_(factor: Tensor) -> None:
+    """What `nn.init.kaiming_uniform_` with a slope of sqrt(5) comes to: the start of every linear layer in torch."""
+    bound = 1 / math.sqrt(factor[0].numel())
+    factor.uniform_(-bound, bound)
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in."""
     if torch.is_autocast_enabled(x.device.type):
@@ -298,6 +325,13 @@ class TiedFactor(nn.Module):
 
 class Embedding(LoraLayer):
     """LoRA on embeddings: the change of the row of token t is scaling B A[:, t]."""
+
+    adapter_layer_names = ("lora_embedding_A", "lora_embedding_B")
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+
+    def container(self, slot: str) -> nn.Module:
+        return nn.ParameterDict()
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         self.lora_embedding_A[name] = nn.Parameter(torch.empty(r, self.in_features))
@@ -396,9 +430,8 @@ class ParamWrapper(LoraLayer):
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         experts = self.op.num_experts
-        here, outputs = torch.get_default_device(), self.op.expert_out_features
-        self.lora_A[name] = nn.utils.skip_init(nn.Linear, self.in_features, r * experts, bias=False, device=here)
-        self.lora_B[name] = nn.utils.skip_init(nn.Linear, r * experts, outputs, bias=False, device=here)
+        self.lora_A[name] = _empty_linear(self.in_features, r * experts)
+        self.lora_B[name] = _empty_linear(r * experts, self.op.expert_out_features)
 
     def delta(self, name: str) -> Tensor:
         a, b = self.factors(name)

@@ -13,7 +13,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import LAYERS, Embedding, Linear, LoraLayer, TiedFactor, alpha_of, rank_of
+from peft.tuners.lora.layer import LAYERS, Embedding, Linear, LoraLayer, TiedFactor, alpha_of, check_config, rank_of
 from peft.tuners.lora.merging import Combination, add_weighted_adapter
 
 
@@ -23,6 +23,9 @@ class LoraModel(BaseTuner):
     prefix = "lora_"
     layer_class = LoraLayer
 
+    def check_config(self, adapter_name: str, config: LoraConfig) -> None:
+        check_config(config)
+
     def layer_settings(self, config: LoraConfig, key: str) -> dict[str, Any]:
         return {"r": rank_of(config, key), "lora_alpha": alpha_of(config, key)}
 
@@ -31,7 +34,7 @@ class LoraModel(BaseTuner):
         op = base_op(base, parameter_name)
         if op is None:
             raise ValueError(f"{key!r} is a {type(base).__name__}, which LoRA does not know.")
-        return LAYERS[op.kind](target, parameter_name=parameter_name)
+        return LAYERS[op.kind](target, parameter_name=parameter_name, op=op)
 
     def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
         if not isinstance(layer, Linear) or not isinstance(to, Embedding):
