@@ -159,7 +159,7 @@ class LoraLayer(AdapterLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets the scale of an adapter to `scale` times what its configuration says."""
         if self.has(adapter):
-            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+            self._set_scaling(adapter, scale * self._initial_scaling(adapter))
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scale of the active adapters."""
@@ -169,7 +169,12 @@ class LoraLayer(AdapterLayer):
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale of the active adapters; without `scale`, sets it to what the configuration says."""
         for name in self._live:
-            self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+            self._set_scaling(name, self._initial_scaling(name) if scale is None else self.scaling[name] / scale)
+
+    def _set_scaling(self, name: str, value: float) -> None:
+        held: Any = self.scaling[name]
+        # A tensor takes the new value in itself: compiled code goes on using it.
+        self.scaling[name] = held.fill_(value) if isinstance(held, Tensor) else value
 
     def _initial_scaling(self, name: str) -> float:
         r = self.r[name]
