@@ -98,7 +98,8 @@ def get_peft_model_state_dict(
             slots.update(_embedding_slots(model))
     for key, slot in slots.items():
         tensors[key] = slot.tensor.detach() if state_dict is None else state_dict[slot.live_name]
-    return tensors
+    write_tensors = getattr(method_of(config.peft_type).model_class, "write_tensors", None)
+    return tensors if write_tensors is None else write_tensors(model, adapter_name, tensors)
 
 
 def _bias_slots(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Slot]:

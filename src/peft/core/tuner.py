@@ -376,6 +376,11 @@ class BaseTuner(nn.Module):
         """
         return tensors
 
+    @classmethod
+    def write_tensors(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter's tensors as files have them, where that is not as they are; what `read_tensors` reads."""
+        return tensors
+
     def without_start(
         self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: Any
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:

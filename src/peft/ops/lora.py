@@ -17,6 +17,13 @@ from torch.autograd import forward_ad
 from peft.ops.dropout import draw_mask, mask_factors
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer computes in."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def lora_linear_plain(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float
 ) -> Tensor:

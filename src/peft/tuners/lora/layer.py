@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft.core.base_op import BaseOp, ConvOp, ParameterOp
 from peft.core.layer import AdapterLayer
 from peft.core.plan import get_pattern_key
-from peft.ops.lora import lora_linear
+from peft.ops.lora import compute_dtype, lora_linear
 from peft.tuners.lora.config import LoraConfig
 
 _INITS = (True, False, "gaussian")
@@ -241,7 +241,7 @@ class Linear(LoraLayer):
     def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
         # A and B, which are small, come to the dtype of the activations rather than these to theirs.
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         x, result = x.to(dtype), result.to(dtype)
         if _is_plain(a) and _is_plain(b) and b.bias is None:
             return lora_linear(
@@ -254,7 +254,7 @@ class Linear(LoraLayer):
         base, a, b = self.base_layer, self.lora_A[name], self.lora_B[name]
         if below is not base or not _is_frozen_dense(base) or not _is_plain(a) or not _is_plain(b) or b.bias is not None:
             return self.add(name, x, below(x, *args, **kwargs))
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         weight = base.weight.T if self.op.kind == "Conv1D" else base.weight
         if weight.dtype != dtype:
             if dtype == x.dtype:  # no autocast: the base itself says what it thinks of the mixture
@@ -275,13 +275,6 @@ def _kaiming_uniform_(factor: Tensor) -> None:
     """What `nn.init.kaiming_uniform_` with a slope of sqrt(5) comes to: the start of every linear layer in torch."""
     bound = 1 / math.sqrt(factor[0].numel())
     factor.uniform_(-bound, bound)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a linear layer computes in."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def _is_watched(module: nn.Module) -> bool:
