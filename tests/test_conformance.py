@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict] = {
     "IA3": {"feedforward_modules": []},
     "VERA": {"r": 6},
     "FOURIERFT": {"n_frequency": 20, "init_weights": True},
+    "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
 }
 #: (method, kind) whose change has no place in the base weight
 UNMERGEABLE = {("LORA", "Conv2d groups")}

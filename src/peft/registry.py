@@ -124,6 +124,7 @@ METHODS: dict[str, Method] = {
     "LOKR": Method("peft.tuners.lokr", "LoKrConfig", "LoKrModel", "lokr_"),
     "OFT": Method("peft.tuners.oft", "OFTConfig", "OFTModel", "oft_"),
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
+    "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning", "PromptTuningConfig", "PromptEmbedding", "prompt_tuning_", prompt=True,
         aliases=("PromptTuningInit",),
