@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Route:
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
+        #: what layers have worked out for these names, by layer; as short-lived as the route
+        self.prepared: dict[int, Any] = {}
         self._groups: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
 
     def groups(self, rows: int, device: torch.device) -> list[tuple[str, Tensor]]:
@@ -56,7 +59,7 @@ def check_task_ids(task_ids: Tensor | None, num_tasks: int, rows: int) -> Tensor
         raise ValueError(f"task_ids cannot be None: the task of each sample is needed, 0 to {num_tasks - 1}.")
     task_ids = torch.as_tensor(task_ids)
     if task_ids.shape != (rows,):
-        raise ValueError(f"task_ids must have the shape ({rows},), one task for each sample; got {tuple(task_ids.shape)}.")
+        raise ValueError(f"task_ids must be [{rows}], one task for each sample; got {tuple(task_ids.shape)}.")
     if rows and not 0 <= int(task_ids.min()) <= int(task_ids.max()) < num_tasks:
         raise ValueError(f"task_ids must be 0 to {num_tasks - 1}, got {sorted(set(task_ids.tolist()))}.")
     return task_ids.long()
