@@ -89,8 +89,12 @@ def _over_all_channels(layer: AdapterLayer, a: Tensor) -> Tensor:
 
 
 def load(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """The stacks a [blocks, r, in] and b [blocks, out, r] of a LoRA, without its scale."""
-    a, b = layer.factors(name)
+    """The stacks a [blocks, r, in] and b [blocks, out, r] of an adapter, without its scale."""
+    return as_stacks(layer, *layer.factors(name))
+
+
+def as_stacks(layer: AdapterLayer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Stored factors as the stacks a [blocks, r, in] and b [blocks, out, r]."""
     blocks = block_count(layer)
     if isinstance(layer.op, ConvOp):
         return a.flatten(1).unflatten(0, (blocks, -1)), b.flatten(1).unflatten(0, (blocks, -1))

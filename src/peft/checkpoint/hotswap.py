@@ -1,0 +1,325 @@
+"""Another LoRA in the place of one that is loaded: the same tensors with new values, so that compiled models stay so."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft.checkpoint.files import read_adapter
+from peft.checkpoint.state import adapter_slots, config_of
+from peft.config import PeftConfig
+from peft.core.plan import target_name
+from peft.core.tuner import parts_of
+from peft.errors import PeftWarning
+from peft.registry import PeftType
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.factors import adapter_rank, as_stacks, block_count, block_rank, load, store
+from peft.tuners.lora.layer import LoraLayer, alpha_of, rank_of
+
+#: settings that decide how an adapter's tensors are used, beyond its scale, and so have to be the same
+CONFIG_KEYS_TO_CHECK = {
+    PeftType.LORA: (
+        "use_rslora", "lora_dropout", "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+        "velora_config", "kasa_config", "monteclora_config",
+    )
+}  # fmt: skip
+_ROOT = "base_model.model."
+
+
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+    """Checks that an adapter with one configuration can take the place of one with the other.
+
+    Ranks, alphas, their patterns and the target modules may differ.
+
+    Raises:
+        ValueError: the method is not LoRA, or settings differ that decide how its tensors are used.
+    """
+    types = [getattr(config.peft_type, "value", config.peft_type) for config in (config0, config1)]
+    if types[0] != types[1]:
+        raise ValueError(f"Adapters of different methods cannot take each other's place: {types[0]} and {types[1]}.")
+    if types[0] != "LORA":
+        raise ValueError(f"Hot swapping is for LORA adapters only, not for {types[0]}.")
+    for key in CONFIG_KEYS_TO_CHECK[PeftType.LORA]:
+        values = [getattr(config, key) for config in (config0, config1)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"The adapters cannot take each other's place: {key} is {values[0]!r} in one and {values[1]!r} in the other."
+            )
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike,
+    adapter_name: str,
+    torch_device: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Replaces a loaded LoRA by a saved one, in place: the adapter keeps its name, and a compiled model its code.
+
+    Layers that the new adapter is not on get a LoRA that does nothing. All is checked before anything changes.
+
+    Args:
+        model: a model with the adapter, compiled or not.
+        model_name_or_path: the new adapter: a folder, or a repository id on the hub.
+        adapter_name: the adapter to replace.
+        torch_device: where the new tensors are read to.
+        kwargs: `subfolder`, `key_mapping`; `revision`, `token`, `cache_dir`, ... for the hub.
+
+    Raises:
+        ValueError: the methods or settings differ, the adapter is merged, or a compiled model has no room for the rank.
+        RuntimeError: the new adapter is on layers that the old one is not on, or its shapes are others.
+        KeyError: there is no such adapter.
+    """
+    content, tensors = read_adapter(model_name_or_path, kwargs.pop("subfolder", None), device=torch_device, **kwargs)
+    config = PeftConfig.from_peft_type(**content)
+    check_hotswap_configs_compatible(config_of(_plain(model), adapter_name), config)
+    hotswap_adapter_from_state_dict(model, tensors, adapter_name, config)
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: LoraConfig,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """Replaces a loaded LoRA by tensors, in place; see [`hotswap_adapter`].
+
+    Args:
+        model: a model with the adapter, compiled or not.
+        state_dict: the new adapter's tensors, by the names that files have for them, or with the adapter's name in them.
+        adapter_name: the adapter to replace.
+        config: the new adapter's configuration; decides the scales.
+        parameter_prefix: beginning of the names of the tensors that a layer may be without.
+
+    Raises:
+        ValueError: the adapter is merged, or a compiled model has no room for the rank.
+        RuntimeError: the new adapter is on layers that the old one is not on, or its shapes are others.
+        KeyError: there is no such adapter.
+    """
+    plain = _plain(model)
+    old = config_of(plain, adapter_name)
+    layers = _layers_of(plain, adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
+    given = _by_file_name(plain, state_dict, adapter_name, parameter_prefix)
+    swaps = [_Swap.of(path, layer, adapter_name, given) for path, layer in layers.items()]
+    too_large = [swap for swap in swaps if swap.rank > swap.room]
+    if too_large and _compiled(model):
+        raise ValueError(
+            f"The new adapter has rank {too_large[0].rank} on {too_large[0].path!r}, and the compiled model has room for"
+            f" {too_large[0].room}. Before compiling, call prepare_model_for_compiled_hotswap(model, target_rank=...)."
+        )
+    own = {f"{path}.{key}" for path, layer in layers.items() for key in layer.key_map(adapter_name)}
+    with torch.no_grad():
+        for swap in swaps:
+            if swap in too_large:
+                _resize(swap.layer, adapter_name, swap.rank)
+            swap.fill(adapter_name)
+            name = target_name(swap.path.removeprefix(_ROOT), swap.layer)
+            _set_alpha(swap.layer, adapter_name, alpha_of(config, name), rank_of(config, name))
+        for key, slot in adapter_slots(plain, adapter_name).items():
+            if key not in own:  # what is trained in full beside the layers
+                slot.tensor.copy_(given[key])
+    _record(old, layers, adapter_name)
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    check_compiled: Literal["error", "warn", "ignore"] = "error",
+) -> None:
+    """Makes room in a model's LoRAs for those of other ranks and scales, so that swapping them in compiles nothing anew.
+
+    Call it when the first adapter is loaded and the model is where it will run, and before compiling. What the adapters
+    do stays the same.
+
+    Args:
+        model: a model with LoRAs.
+        target_rank: the highest rank of all adapters to come; the adapters are padded with zeros to it.
+        config: configurations whose rank becomes `target_rank` too.
+        check_compiled: what to do if the model is compiled already: raise an error, warn, or nothing.
+
+    Raises:
+        ValueError: the model is compiled or has no LoRA, or an adapter has a higher rank; the model is as before.
+    """
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise ValueError(f"check_compiled must be 'error', 'warn' or 'ignore', got {check_compiled!r}.")
+    if check_compiled != "ignore" and _compiled(model):
+        message = "prepare_model_for_compiled_hotswap must be called before the model is compiled."
+        if check_compiled == "error":
+            raise ValueError(message)
+        warnings.warn(message, PeftWarning, stacklevel=2)
+    plain = _plain(model)
+    names = dict.fromkeys(name for layer in _layers_of(plain).values() for name in layer.adapter_names())
+    if not names:
+        raise ValueError(f"{type(plain).__name__} has no LoRA; load the first adapter before the call, others after it.")
+    if target_rank is not None:
+        for path, layer in _layers_of(plain).items():
+            _check_room(path, layer, target_rank)
+        for each in config.values() if isinstance(config, Mapping) else [config] if config is not None else []:
+            each.r, each.rank_pattern = target_rank, dict.fromkeys(each.rank_pattern, target_rank)
+    for name in names:
+        layers = _layers_of(plain, name)
+        for layer in layers.values():
+            if target_rank is not None:
+                _resize(layer, name, target_rank)
+            if not isinstance(layer.scaling[name], Tensor):
+                # A number would be compiled in.
+                layer.scaling[name] = torch.tensor(layer.scaling[name], device=layer.factors(name)[0].device)
+        _record(config_of(plain, name), layers, name)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper of `torch.compile`."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def _layers_of(model: nn.Module, name: str | None = None) -> dict[str, LoraLayer]:
+    """The LoRA layers of a model by path, those with one adapter if a name is given."""
+    return {
+        path: part for path, part in parts_of(model) if isinstance(part, LoraLayer) and (name is None or part.has(name))
+    }
+
+
+def _by_file_name(
+    model: nn.Module, state_dict: Mapping[str, Tensor], name: str, parameter_prefix: str
+) -> dict[str, Tensor]:
+    """The tensors by the names that files have for them.
+
+    Raises RuntimeError where they are not those of an adapter that can take the place of adapter `name`.
+    """
+    slots = adapter_slots(model, name)
+    by_live_name = {slot.live_name: key for key, slot in slots.items()}
+    given = {}
+    for key, value in state_dict.items():
+        here = by_live_name.get(key, key)
+        bare = here.removeprefix(_ROOT)  # injected adapters have no `PeftModel` around them
+        given[bare if here not in slots and bare in slots else here] = value
+    unexpected = sorted(set(given) - set(slots))
+    if unexpected:
+        raise RuntimeError(f"The adapter cannot be swapped in. Unexpected keys: {', '.join(unexpected)}.")
+    absent = [
+        key for key in slots if key not in given and not any(part.startswith(parameter_prefix) for part in key.split("."))
+    ]
+    if absent:
+        raise RuntimeError(f"The adapter cannot be swapped in. Missing keys: {', '.join(absent)}.")
+    beside = [key for key in given if key in slots and not any(p.startswith(parameter_prefix) for p in key.split("."))]
+    wrong = [key for key in beside if given[key].shape != slots[key].tensor.shape]
+    if wrong:
+        raise RuntimeError(f"The adapter cannot be swapped in. Tensors of another shape: {', '.join(wrong)}.")
+    return given
+
+
+class _Swap(NamedTuple):
+    """What one layer gets: the factors of the new adapter, none if it is not on the layer, and the bias of B."""
+
+    path: str
+    layer: LoraLayer
+    factors: tuple[Tensor, Tensor] | None
+    bias: Tensor | None
+    rank: int
+    room: int
+
+    @classmethod
+    def of(cls, path: str, layer: LoraLayer, name: str, given: Mapping[str, Tensor]) -> _Swap:
+        """Raises RuntimeError where the tensors do not fit the layer."""
+        tensors = {key: given[f"{path}.{key}"] for key in layer.key_map(name) if f"{path}.{key}" in given}
+        bias = tensors.pop("lora_B.bias", None)
+        room = adapter_rank(layer, load(layer, name)[0].shape[1])
+        if not tensors:
+            return cls(path, layer, None, bias, 0, room)
+        pair = tuple(tensors.values())
+        now = layer.factors(name)
+        if len(pair) != 2 or not _alike(pair, now) or len(pair[0]) % (now[0].shape[0] // room):
+            shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items())
+            raise RuntimeError(
+                f"The adapter cannot be swapped in. On {path!r} it has {shapes}, which does not fit"
+                f" {' and '.join(str(tuple(tensor.shape)) for tensor in now)} there."
+            )
+        stacks = as_stacks(layer, *pair)
+        return cls(path, layer, stacks, bias, adapter_rank(layer, stacks[0].shape[1]), room)
+
+    def fill(self, name: str) -> None:
+        """Puts the tensors in, with zeros where there is more room."""
+        a, b = (torch.zeros_like(stack) for stack in load(self.layer, name))
+        if self.factors is not None:
+            rank = self.factors[0].shape[1]
+            a[:, :rank], b[..., :rank] = self.factors
+        tensors = store(self.layer, a, b)
+        if self.layer.lora_bias[name]:
+            tensors["lora_B.bias"] = torch.zeros(self.layer.out_features) if self.bias is None else self.bias
+        state = self.layer.state_dict()
+        for key, live in self.layer.key_map(name).items():
+            state[live].copy_(tensors[key])
+
+
+def _alike(new: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    """Whether factors differ in their ranks only."""
+    (a, b), (old_a, old_b) = new, now
+    if a.shape[1:] != old_a.shape[1:] or b.shape[:1] + b.shape[2:] != old_b.shape[:1] + old_b.shape[2:]:
+        return False
+    return a.shape[0] * old_b.shape[1] == b.shape[1] * old_a.shape[0]
+
+
+def _check_room(path: str, layer: LoraLayer, rank: int) -> None:
+    """Raises ValueError where the adapters of a layer cannot be brought to a rank."""
+    largest = max((adapter_rank(layer, load(layer, name)[0].shape[1]) for name in layer.adapter_names()), default=0)
+    if rank < largest:
+        raise ValueError(f"target_rank={rank} is lower than the rank of an adapter on {path!r} ({largest}).")
+    if adapter_rank(layer, block_rank(layer, rank)) != rank:
+        raise ValueError(f"target_rank={rank} must be a multiple of the groups of {path!r} ({block_count(layer)}).")
+
+
+def _resize(layer: LoraLayer, name: str, rank: int) -> None:
+    """Pads the factors of an adapter with zeros, up to a rank."""
+    a, b = load(layer, name)
+    more = block_rank(layer, rank) - a.shape[1]
+    if not more:
+        return
+    tensors = store(layer, nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more)))
+    for key, live in layer.key_map(name).items():
+        if key not in tensors:
+            continue
+        path, _, attribute = live.rpartition(".")
+        owner = layer.get_submodule(path)
+        setattr(owner, attribute, nn.Parameter(tensors[key], requires_grad=getattr(owner, attribute).requires_grad))
+        for size in ("out_features", "out_channels") if "lora_A" in key else ("in_features", "in_channels"):
+            if hasattr(owner, size):
+                setattr(owner, size, len(tensors["lora_A.weight"]))
+    _set_alpha(layer, name, layer.lora_alpha[name], layer.r[name])
+
+
+def _set_alpha(layer: LoraLayer, name: str, alpha: float, r: int) -> None:
+    """Gives an adapter the scale that `alpha` and `r` mean, whatever rank its tensors are padded to."""
+    rank = adapter_rank(layer, load(layer, name)[0].shape[1])
+    layer.r[name] = rank
+    layer.lora_alpha[name] = alpha * (rank / r) ** (0.5 if layer.use_rslora[name] else 1)
+    layer.set_scale(name, 1.0)
+
+
+def _record(config: Any, layers: Mapping[str, LoraLayer], name: str) -> None:
+    """Lets an adapter's configuration say what its layers have, so that it can be saved."""
+    targets = {target_name(path.removeprefix(_ROOT), layer): layer for path, layer in layers.items()}
+    ranks = {key: layer.r[name] for key, layer in targets.items()}
+    alphas = {key: layer.lora_alpha[name] for key, layer in targets.items()}
+    config.r, config.rank_pattern = _as_pattern(ranks)
+    config.lora_alpha, config.alpha_pattern = _as_pattern(alphas)
+
+
+def _as_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and those that differ."""
+    values = {key: int(value) if value == int(value) else value for key, value in values.items()}
+    common = max(values.values(), key=list(values.values()).count)
+    return common, {key: value for key, value in values.items() if value != common}
