@@ -109,11 +109,21 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         **_at("peft.core.plan", "check_target_module_exists"),
         **_at("peft.functional", "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
     },
+    "peft.tuners.lora.conversion": _at("peft.checkpoint.convert", "convert_to_lora save_as_lora"),
     "peft.utils": {**_OTHER, **_STATE, **_TYPES, **_ERRORS, **_WARNING},
     "peft.utils.constants": _CONSTANTS,
     "peft.utils.error": _ERRORS,
+    "peft.utils.hotswap": _at(
+        "peft.checkpoint.hotswap",
+        "CONFIG_KEYS_TO_CHECK check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict"
+        " prepare_model_for_compiled_hotswap",
+    ),
     "peft.utils.integrations": _at(
         "peft.integrations.backends", "dequantize_module_weight gather_params_ctx get_bnb_param_type init_empty_weights"
+    ),
+    "peft.utils.merge_utils": _at(
+        "peft.ops.merging",
+        "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_prune prune task_arithmetic ties",
     ),
     "peft.utils.other": _OTHER,
     "peft.utils.peft_types": _TYPES,
