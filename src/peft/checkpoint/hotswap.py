@@ -160,7 +160,9 @@ def prepare_model_for_compiled_hotswap(
     plain = _plain(model)
     names = dict.fromkeys(name for layer in _layers_of(plain).values() for name in layer.adapter_names())
     if not names:
-        raise ValueError(f"{type(plain).__name__} has no LoRA; load the first adapter before the call, others after it.")
+        raise ValueError(
+            f"{type(plain).__name__} has no LoRA; load the first adapter before the call, others after it."
+        )
     if target_rank is not None:
         for path, layer in _layers_of(plain).items():
             _check_room(path, layer, target_rank)
@@ -211,7 +213,9 @@ def _by_file_name(
     if unexpected:
         raise RuntimeError(f"The adapter cannot be swapped in. Unexpected keys: {', '.join(unexpected)}.")
     absent = [
-        key for key in slots if key not in given and not any(part.startswith(parameter_prefix) for part in key.split("."))
+        key
+        for key in slots
+        if key not in given and not any(part.startswith(parameter_prefix) for part in key.split("."))
     ]
     if absent:
         raise RuntimeError(f"The adapter cannot be swapped in. Missing keys: {', '.join(absent)}.")
