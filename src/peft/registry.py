@@ -123,6 +123,7 @@ METHODS: dict[str, Method] = {
     "LOHA": Method("peft.tuners.loha", "LoHaConfig", "LoHaModel", "hada_"),
     "LOKR": Method("peft.tuners.lokr", "LoKrConfig", "LoKrModel", "lokr_"),
     "OFT": Method("peft.tuners.oft", "OFTConfig", "OFTModel", "oft_"),
+    "BOFT": Method("peft.tuners.boft", "BOFTConfig", "BOFTModel", "boft_"),
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
     "PROMPT_TUNING": Method(

@@ -38,7 +38,8 @@ def skew_symmetric(upper: Tensor, size: int) -> Tensor:
 def cayley(skew: Tensor) -> Tensor:
     """R - I for the rotations R = (I - Q) (I + Q)^-1 of skew-symmetric Q [n, b, b]."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return torch.linalg.solve(eye + skew, -2 * skew, left=False)
+    # I + Q is never singular, and not asking whether it is saves a wait for the device.
+    return torch.linalg.solve_ex(eye + skew, -2 * skew, left=False).result
 
 
 def cayley_neumann(skew: Tensor, terms: int) -> Tensor:

@@ -1,0 +1,171 @@
+"""Orthogonal finetuning by butterfly factors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp, ConvOp
+from peft.core.layer import AdapterLayer
+from peft.core.tuner import BaseTuner, parts_of
+from peft.errors import PeftWarning
+from peft.ops.memo import remember
+from peft.ops.orthogonal import add_rotated, butterfly, cayley, drop_blocks
+from peft.registry import PeftType
+
+
+@dataclass
+class BOFTConfig(LayerConfig):
+    """Orthogonal finetuning by butterfly factors (arXiv:2311.06243): W' = diag(s) W M^T.
+
+    M is a product of m factors, each block-diagonal up to a permutation, with blocks (I - Q) (I + Q)^-1 of the
+    skew-symmetric parts Q of `boft_R` [m, in / b, b, b]; s [out] is `boft_s`. With m factors every input mixes with
+    2^(m-1) b others.
+
+    Args:
+        boft_block_size: size b of a block; give this or `boft_block_num`, and 0 for the other. It has to divide the
+            width of the modules.
+        boft_block_num: number of blocks.
+        boft_n_butterfly_factor: number m of factors; takes effect with `boft_all_factors`.
+        boft_all_factors: use as many factors as `boft_n_butterfly_factor` says. huggingface/peft does so only where it
+            could build a CUDA kernel of its own, and takes one factor elsewhere; False is like the latter.
+        boft_dropout: share of the blocks of one factor that are left out at random in training.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        init_weights: start without effect; False starts at random.
+    """
+
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1
+    boft_all_factors: bool = False
+    boft_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "boft_all_factors"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.BOFT
+        size, number = self.boft_block_size, self.boft_block_num
+        if size < 0 or number < 0 or (size == 0) == (number == 0):
+            raise ValueError(
+                "Give a positive boft_block_size or a positive boft_block_num, and 0 for the other; got"
+                f" boft_block_size={size} and boft_block_num={number}."
+            )
+        if self.boft_n_butterfly_factor < 1:
+            raise ValueError(f"boft_n_butterfly_factor must be a positive integer, got {self.boft_n_butterfly_factor}.")
+        if not 0 <= self.boft_dropout < 1:
+            raise ValueError(f"boft_dropout must be at least 0 and less than 1, got {self.boft_dropout}.")
+        if self.init_weights not in (True, False):
+            raise ValueError(f"Unknown init_weights={self.init_weights!r}; use True or False.")
+
+    @property
+    def factors(self) -> int:
+        """How many butterfly factors a new adapter has."""
+        return self.boft_n_butterfly_factor if self.boft_all_factors else 1
+
+
+class BOFTLayer(AdapterLayer):
+    """A module whose input is rotated in blocks, and whose output is scaled."""
+
+    adapter_layer_names = ("boft_R", "boft_s")
+    other_param_names = ("boft_block_size", "boft_block_num", "boft_dropout")
+    label = "boft"
+
+    boft_R: nn.ParameterDict
+    boft_s: nn.ParameterDict
+    boft_block_size: dict[str, int]
+    boft_block_num: dict[str, int]
+    boft_dropout: dict[str, float]
+
+    def create(self, name: str, config: BOFTConfig) -> None:
+        size = config.boft_block_size or self.in_features // config.boft_block_num
+        self.boft_block_size[name], self.boft_block_num[name] = size, self.in_features // size
+        self.boft_dropout[name] = config.boft_dropout
+        self.boft_R[name] = nn.Parameter(torch.zeros(config.factors, self.in_features // size, size, size))
+        shape = (1, self.out_features) if isinstance(self.op, ConvOp) else (self.out_features, 1)
+        self.boft_s[name] = nn.Parameter(torch.ones(shape))
+        if not config.init_weights:
+            nn.init.normal_(self.boft_R[name], std=0.1)
+            nn.init.normal_(self.boft_s[name], mean=1.0, std=0.1)
+
+    def change(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The blocks of M minus the identity."""
+        blocks = self.boft_R[name]
+        if self.training and self.boft_dropout[name]:
+            return butterfly(self._drop(name, _rotations(blocks))).to(dtype)
+        return remember(blocks, dtype, lambda: butterfly(_rotations(blocks)).to(dtype))
+
+    def _drop(self, name: str, change: Tensor) -> Tensor:
+        chosen = int(torch.randint(change.shape[0], (1,)))
+        factors = list(change)
+        factors[chosen] = drop_blocks(factors[chosen], self.boft_dropout[name])
+        return torch.stack(factors)
+
+    def transform(self, name: str, weight: Tensor) -> Tensor:
+        return add_rotated(weight, self.change(name, weight.dtype).mT) * self.boft_s[name].view(-1, 1)
+
+    def cheap(self, name: str) -> bool:
+        return self.op.linear
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = below(add_rotated(x, self.change(name, x.dtype)), *args, **kwargs)
+        scale, bias = self.boft_s[name].flatten().to(result.dtype), self.get_base_bias()
+        return result * scale if bias is None else torch.addcmul(bias.to(result.dtype) * (1 - scale), result, scale)
+
+    @classmethod
+    def check(cls, config: BOFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        given = "boft_block_size" if config.boft_block_size else "boft_block_num"
+        if op.in_features % getattr(config, given):
+            raise ValueError(
+                f"{given}={getattr(config, given)} does not fit {key!r}: its width {op.in_features} must be divisible by it."
+            )
+        size = config.boft_block_size or op.in_features // config.boft_block_num
+        coupled = 2 ** (config.factors - 1)
+        if config.factors > 1 and (size % 2 or (op.in_features // size) % coupled):
+            raise ValueError(
+                f"{config.factors} butterfly factors do not fit {key!r}: its {op.in_features // size} blocks of size {size}"
+                f" must be a multiple of {coupled}, and of an even size."
+            )
+
+
+def _rotations(blocks: Tensor) -> Tensor:
+    """R - I of blocks [m, n, b, b], in float32 at least."""
+    blocks = blocks if blocks.dtype == torch.float64 else blocks.float()
+    with torch.autocast(blocks.device.type, enabled=False):
+        return cayley(0.5 * (blocks - blocks.mT))
+
+
+class BOFTModel(BaseTuner):
+    """A model with butterfly orthogonal finetuning adapters."""
+
+    prefix = "boft_"
+    layer_class = BOFTLayer
+
+    def check_config(self, adapter_name: str, config: BOFTConfig) -> None:
+        if config.factors < config.boft_n_butterfly_factor and not config.inference_mode:
+            warnings.warn(
+                f"A new adapter gets one butterfly factor, not boft_n_butterfly_factor={config.boft_n_butterfly_factor}, as"
+                " in huggingface/peft where it has not built its CUDA kernel. boft_all_factors=True gives it all.",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gives the adapter as many factors as the file has: how many were used, its configuration does not say."""
+        for path, part in parts_of(model):
+            if not isinstance(part, BOFTLayer) or not part.has(adapter_name):
+                continue
+            key, old = f"{path}.boft_R", part.boft_R[adapter_name]
+            found = tensors.get(key, tensors.get(f"base_model.model.{key}"))  # the latter for injected adapters
+            if found is not None and found.shape[1:] == old.shape[1:] and found.shape != old.shape:
+                part.boft_R[adapter_name] = nn.Parameter(old.new_zeros(found.shape), requires_grad=old.requires_grad)
+        return tensors
