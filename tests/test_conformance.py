@@ -23,6 +23,9 @@ SETTINGS: dict[str, dict] = {
     "HRA": {"r": 4},
     "IA3": {"feedforward_modules": []},
     "VERA": {"r": 6},
+    "LOHA": {"r": 1},
+    "OFT": {"oft_block_size": 2},
+    "BOFT": {"boft_block_size": 2},
     "FOURIERFT": {"n_frequency": 20, "init_weights": True},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
 }
