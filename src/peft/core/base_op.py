@@ -156,15 +156,15 @@ class AttentionOp(BaseOp):
 
 
 class NormOp(BaseOp):
-    """`nn.LayerNorm` and the RMS norms: weight [dim], the matrix [dim, 1]."""
+    """`nn.LayerNorm`, `nn.GroupNorm` and the RMS norms: weight [dim], the matrix [dim, 1]."""
 
     kind = "LayerNorm"
 
     def matrix(self, weight: Tensor) -> Tensor:
-        return weight[:, None]
+        return weight.reshape(-1, 1)
 
     def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
-        return matrix[:, 0]
+        return matrix.reshape(like.shape)
 
 
 class ParameterOp(BaseOp):
@@ -209,8 +209,8 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(module, nn.LayerNorm) or (
-        type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.dim() == 1
+    return isinstance(weight, Tensor) and (
+        isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or (type(module).__name__.endswith("RMSNorm") and weight.dim() == 1)
     )
 
 
