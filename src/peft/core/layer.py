@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
-from peft.core.base_op import BaseOp, NormOp, ParameterOp, base_op
+from peft.core.base_op import BaseOp, NormOp, ParameterOp, base_op, is_dense
 from peft.core.routing import BASE, Route
 from peft.core.storage import onloaded, place_of, storage_of
 from peft.errors import PeftWarning
+from peft.ops.lora import compute_dtype
 
 #: ways a layer can run, decided when its state changes
 _RUN_BASE, _RUN_CHAIN, _RUN_WEIGHT = range(3)
@@ -397,6 +398,14 @@ class AdapterLayer(nn.Module):
                     path, layer = f"base_layer.{path}", layer.base_layer
                 return torch.func.functional_call(self.base_layer, {path: weight}, (x, *args), kwargs)
             return self.op.run(base, weight, bias, x, *args, **kwargs)
+
+    def can_run_with_weight(self, below: Callable[..., Any], x: Tensor) -> bool:
+        """Whether an adapter in place `below` may run as changed weight: nothing comes before it, and nothing is lost.
+
+        In half precision, a change that is small beside the weight would be rounded away.
+        """
+        weight = self.weight
+        return below is self.base_layer and is_dense(weight) and weight.dtype.itemsize >= 4 and compute_dtype(x) == weight.dtype
 
     def effective(self, names: Sequence[str] | None = None, through: bool = True) -> tuple[Tensor, Tensor | None]:
         """Weight (in the module's shape) and bias as these adapters make them.
