@@ -38,27 +38,63 @@ def outcomes(model, x):
     return {"output": output, **dict(zip(["x", *trained], gradients, strict=True))}
 
 
-# ---- FourierFT
+# ---- FourierFT and RandLoRA
 
 
-def test_fourierft_computes_the_same_by_waves_and_by_weight(monkeypatch):
-    from peft.tuners.fourierft import FourierFTLayer
+WAYS = {"FOURIERFT": "prefers_matrix", "RANDLORA": "prefers_weight"}
 
-    model = peft.get_peft_model(build(), peft.FourierFTConfig(n_frequency=30, scaling=20.0, **TARGETS))
-    x = torch.randn(2, 3, 8)
+
+def small(method: str) -> peft.PeftConfig:
+    if method == "FOURIERFT":
+        return peft.FourierFTConfig(n_frequency=30, scaling=20.0, **TARGETS)
+    return peft.RandLoraConfig(r=3, randlora_alpha=3, init_weights=False, **TARGETS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", WAYS)
+def test_structured_products_and_the_matrix_compute_the_same(method, dtype, monkeypatch):
+    model = peft.get_peft_model(build().to(dtype), small(method))
+    x = torch.randn(2, 3, 8, dtype=dtype)
+    layer_class = type(model.base_model.model.first)
     ways = []
-    for by_weight in (False, True):
-        monkeypatch.setattr(FourierFTLayer, "prefers_weight", lambda self, name, rows, by_weight=by_weight: by_weight)
+    for by_matrix in (False, True):
+        monkeypatch.setattr(layer_class, WAYS[method], lambda self, *args, by_matrix=by_matrix: by_matrix)
         ways.append(outcomes(model, x))
-    torch.testing.assert_close(ways[0], ways[1], rtol=1e-4, atol=1e-4)
+    for name, value in ways[0].items():
+        error = (value - ways[1][name]).float().norm() / value.float().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.05), name
 
 
-def test_fourierft_takes_waves_for_few_vectors_and_the_weight_for_many():
-    layer = peft.get_peft_model(
-        nn.Sequential(nn.Linear(256, 256)), peft.FourierFTConfig(target_modules=["0"])
-    ).base_model.model[0]
-    assert not layer.prefers_weight("default", 1)
-    assert layer.prefers_weight("default", 1024)
+@pytest.mark.parametrize("method", WAYS)
+def test_few_vectors_take_structured_products_and_many_the_matrix(method):
+    config = {"FOURIERFT": peft.FourierFTConfig, "RANDLORA": peft.RandLoraConfig}[method](target_modules=["0"])
+    layer = peft.get_peft_model(nn.Sequential(nn.Linear(256, 256)), config).base_model.model[0]
+    products = {"FOURIERFT": (1,), "RANDLORA": ()}[method]
+    prefers = getattr(layer, WAYS[method])
+    assert not prefers("default", 1, *products)
+    assert prefers("default", 1024, *products)
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_a_change_small_beside_the_weight_shows_in_half_precision(method, monkeypatch):
+    """It would be rounded away in a changed weight."""
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(64, 64)).bfloat16(),
+        small(method).__class__(
+            target_modules=["0"], **({"n_frequency": 30} if method == "FOURIERFT" else {"r": 4}), init_weights=False
+        ),
+    )
+    layer = model.base_model.model[0]
+    layer.scaling = {"default": 1e-4} if method == "RANDLORA" else None
+    if method == "FOURIERFT":
+        layer.fourierft_scaling["default"] = 1e-1
+    monkeypatch.setattr(type(layer), WAYS[method], lambda self, *args: True)
+    x, zero = torch.randn(4, 64).bfloat16(), torch.zeros(4, 64).bfloat16()
+    delta = layer.delta("default")
+    assert 0 < delta.abs().max() < 1e-3
+    added = layer.add("default", x, zero)
+    torch.testing.assert_close(added.float(), x.float() @ delta.T, rtol=0.05, atol=0.02 * delta.abs().max().item())
+    assert not layer.can_run_with_weight(layer.base_layer, x)
 
 
 def test_fourierft_keeps_its_places_out_of_the_state_dict():
@@ -78,6 +114,29 @@ def test_fourierft_embedding_that_scales_its_output():
     model = peft.get_peft_model(nn.Sequential(Scaled(10, 4)), config)
     x = torch.tensor([[1, 2, 9]])
     torch.testing.assert_close(model(x), model.merge_and_unload()(x))
+
+
+# ---- RandLoRA
+
+
+def test_randlora_bases_are_where_the_model_is_and_come_back_from_the_seed(tmp_path):
+    config = peft.RandLoraConfig(r=3, save_projection=False, init_weights=False, projection_prng_key=4, **TARGETS)
+    model, x = peft.get_peft_model(build(), config), torch.randn(3, 8)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert not [key for key in saved if key.endswith(("randlora_A", "randlora_B"))]
+    for low_cpu_mem_usage in (False, True):
+        loaded = peft.PeftModel.from_pretrained(build(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_randlora_adapters_of_one_model_agree_on_their_bases():
+    model = peft.get_peft_model(build(), peft.RandLoraConfig(r=3, **TARGETS))
+    for changes in ({"projection_prng_key": 1}, {"save_projection": False}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            model.add_adapter("other", peft.RandLoraConfig(r=3, **changes, **TARGETS))
+    model.add_adapter("other", peft.RandLoraConfig(r=2, **TARGETS))
+    assert list(model.base_model.randlora_A) == ["default", "other"]
 
 
 # ---- VB-LoRA

@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict] = {
     "OFT": {"oft_block_size": 2},
     "BOFT": {"boft_block_size": 2},
     "FOURIERFT": {"n_frequency": 20, "init_weights": True},
+    "RANDLORA": {"r": 3, "randlora_alpha": 1},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
 }
 #: (method, kind) whose change has no place in the base weight

@@ -126,6 +126,7 @@ METHODS: dict[str, Method] = {
     "BOFT": Method("peft.tuners.boft", "BOFTConfig", "BOFTModel", "boft_"),
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
+    "RANDLORA": Method("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning", "PromptTuningConfig", "PromptEmbedding", "prompt_tuning_", prompt=True,
         aliases=("PromptTuningInit",),

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp, is_dense
+from peft.core.base_op import BaseOp
 from peft.core.layer import AdapterLayer
 from peft.core.scaled import pattern_value
 from peft.core.shared import SharedTensors
@@ -88,28 +89,34 @@ class FourierFTLayer(AdapterLayer):
         return self.op.linear or self.op.kind == "Embedding"
 
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if below is self.base_layer and self.op.linear and self.prefers_weight(name, x.numel() // self.in_features):
+        # The changed weight takes the base weight's place, so only its gradient is a further product.
+        rows, products = x.numel() // self.in_features, 1 if torch.is_grad_enabled() else 0
+        if self.op.linear and self.prefers_matrix(name, rows, products) and self.can_run_with_weight(below, x):
             return self._run_with_weight([name], x, *args, **kwargs)
         return self.add(name, x, below(x, *args, **kwargs))
 
-    def prefers_weight(self, name: str, rows: int) -> bool:
-        """Whether `rows` vectors are faster multiplied by the changed weight, which then has to be made, than by waves.
+    def prefers_matrix(self, name: str, rows: int, products: int) -> bool:
+        """Whether `rows` vectors are faster multiplied by a matrix, which has to be made first, than by waves.
 
-        In a training step the weight costs one product of its size, the transforms as much as some 1200 more vectors;
-        a vector times a wave, which is memory traffic, as much as some 1600 multiplications in a product of matrices.
+        Making it takes as long as a product with some 1200 vectors, a wave times a vector, which is memory traffic, as
+        long as some 1600 multiplications in a product of matrices.
+
+        Args:
+            products: products of the matrix with the vectors, forward and backward.
         """
-        if not is_dense(self.weight):
-            return False
-        further = rows if torch.is_grad_enabled() else 0
-        return 1600 * self.fourierft_n_frequency[name] * rows > self.in_features * self.out_features * (1200 + further)
+        waves = 1600 * self.fourierft_n_frequency[name] * rows
+        return waves > self.in_features * self.out_features * (1200 + rows * products)
 
     def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        values, places = self.values(name)
         if self.op.kind == "Embedding":
-            change = transform_columns(x, values, places, self.out_features, self.in_features)
-            scale = getattr(self.get_base_layer(), "embed_scale", 1.0)  # which some models' embeddings multiply with
-            return result + (change * scale).to(result.dtype)
-        return result + transform_product(x.float(), values, places, self.out_features).to(result.dtype)
+            change = transform_columns(x, *self.values(name), self.out_features, self.in_features)
+            # Some models' embeddings multiply what they give.
+            change = change * getattr(self.get_base_layer(), "embed_scale", 1.0)
+        elif self.prefers_matrix(name, x.numel() // self.in_features, 3 if torch.is_grad_enabled() else 1):
+            change = F.linear(x, self.delta(name).to(x.dtype))
+        else:
+            change = transform_product(x.float(), *self.values(name), self.out_features)
+        return result + change.to(result.dtype)
 
     @classmethod
     def check(cls, config: FourierFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:

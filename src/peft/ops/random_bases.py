@@ -1,0 +1,46 @@
+"""Fixed random bases, and matrices of full rank that a few trained scales make of them (arXiv:2502.00987)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def draw_bases(r: int, narrow: int, wide: int, seed: int, sparsity: float | None = None) -> tuple[Tensor, Tensor]:
+    """Random A [r, 1, narrow] and B [wide, ceil(narrow / r), r] of standard deviation 1, the same for the same seed.
+
+    Args:
+        sparsity: None for uniform numbers, else one entry in `sparsity` is 1 or -1 (before scaling), the others 0.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    count = math.ceil(narrow / r)
+    with torch.device("cpu"):
+        if sparsity is None:
+            # In the precision and the order that huggingface/peft draws them in: a seed means the same there.
+            drawn = [torch.empty(size, dtype=torch.bfloat16) for size in ((r, 1, narrow), *[(wide, 1, r)] * count)]
+            for part in drawn:
+                torch.nn.init.kaiming_uniform_(part, a=math.sqrt(5), generator=generator)
+            a, b = drawn[0], torch.cat(drawn[1:], dim=1)
+        else:
+            edge = 1 / (2 * sparsity)
+            a, b = (torch.rand(size, generator=generator) for size in ((r, 1, narrow), (wide, count, r)))
+            a, b = (((part > 1 - edge).float() - (part < edge).float()) for part in (a, b))
+        return (a / a.std()).float(), (b / b.std()).float()
+
+
+def scaled_bases(a: Tensor, b: Tensor, scale: Tensor, gamma: Tensor, wide: int) -> tuple[Tensor, Tensor]:
+    """Factors N [n r, narrow] and M [wide, n r] of the matrix M N, N scaled entry by entry.
+
+    Args:
+        a: [r, 1, at least narrow].
+        b: [at least wide, at least n, r].
+        scale: [r, n].
+        gamma: [n, narrow].
+        wide: rows of the matrix.
+    """
+    count, narrow = gamma.shape
+    # Product of the scales first: for their gradients, only they themselves have to be kept.
+    scales = scale.unsqueeze(-1) * gamma
+    return (a[:, :, :narrow] * scales).flatten(0, 1), b[:wide, :count].flatten(1)

@@ -1,0 +1,186 @@
+"""Full-rank adaptation by scaled random bases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp, base_op
+from peft.core.layer import AdapterLayer
+from peft.core.plan import Plan
+from peft.core.shared import SharedTensors
+from peft.core.storage import place_of
+from peft.core.tuner import BaseTuner
+from peft.ops.lora import compute_dtype
+from peft.ops.random_bases import draw_bases, scaled_bases
+from peft.registry import PeftType
+
+
+@dataclass
+class RandLoraConfig(LayerConfig):
+    """RandLoRA (arXiv:2502.00987): W' = W + randlora_alpha / r * M N, a matrix of full rank.
+
+    With n = ceil(min(in, out) / r): M [max(in, out), n r] are the random bases B, N [n r, min(in, out)] is the random
+    A [r, min(in, out)], n times over, with its entries scaled by the trained `randlora_lambda` [r, n] and
+    `randlora_gamma` [n, min(in, out)]. (M N)^T takes the place of M N where out < in. A and B are frozen and shared by
+    all layers, cut to the size that each needs.
+
+    Args:
+        r: rank of a basis; the smaller it is, the more is trained.
+        projection_prng_key: seed of the bases.
+        save_projection: store them in the checkpoint; without, they are made again from the seed.
+        sparse: bases of 0, 1 and -1, a third of them not 0.
+        very_sparse: one in sqrt(min(in, out)) not 0.
+        randlora_dropout: probability of dropout on the adapter's input.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        randlora_alpha: numerator of the scale.
+        init_weights: start lambda at zero, without effect; False starts it at random.
+    """
+
+    r: int = 32
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    sparse: bool = False
+    very_sparse: bool = False
+    randlora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    randlora_alpha: int = 640
+    init_weights: bool = True
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.RANDLORA
+        if self.r < 1:
+            raise ValueError(f"r must be a positive integer, got {self.r}.")
+
+
+class RandLoraLayer(AdapterLayer):
+    """A module with scales for the shared bases."""
+
+    adapter_layer_names = ("randlora_lambda", "randlora_gamma")
+    other_param_names = ("r", "scaling", "randlora_dropout", "randlora_saves_bases")
+    label = "randlora"
+
+    randlora_lambda: nn.ParameterDict
+    randlora_gamma: nn.ParameterDict
+    r: dict[str, int]
+    scaling: dict[str, float]
+    randlora_saves_bases: dict[str, bool]
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str | None, a: SharedTensors, b: SharedTensors):
+        super().__init__(base_layer, parameter_name)
+        self.randlora_A, self.randlora_B = a, b
+        self.randlora_dropout = nn.ModuleDict()
+
+    def create(self, name: str, config: RandLoraConfig) -> None:
+        self.r[name], self.scaling[name] = config.r, config.randlora_alpha / config.r
+        self.randlora_saves_bases[name] = config.save_projection
+        self.randlora_dropout[name] = nn.Dropout(config.randlora_dropout) if config.randlora_dropout else nn.Identity()
+        narrow, wide = sorted((self.in_features, self.out_features))
+        count = math.ceil(narrow / config.r)
+        start, spread = (torch.zeros, max(count, narrow)) if config.init_weights else (torch.randn, wide)
+        self.randlora_lambda[name] = nn.Parameter(start(config.r, count))
+        self.randlora_gamma[name] = nn.Parameter(torch.full((count, narrow), 1 / spread))
+
+    def key_map(self, name: str) -> dict[str, str]:
+        keys = super().key_map(name)
+        if keys and self.randlora_saves_bases[name]:
+            keys.update({slot: f"{slot}.{name}" for slot in ("randlora_A", "randlora_B")})
+        return keys
+
+    def factors(self, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The change [out, in] as a product of two matrices."""
+        a, b = (shared[name].to(device, dtype) for shared in (self.randlora_A, self.randlora_B))
+        scale, gamma = self.randlora_lambda[name] * self.scaling[name], self.randlora_gamma[name]
+        wide = max(self.in_features, self.out_features)
+        right, left = scaled_bases(a, b, scale.to(dtype), gamma.to(dtype), wide)
+        return (left, right) if self.in_features <= self.out_features else (right.T, left.T)
+
+    def delta(self, name: str) -> Tensor:
+        like = self.randlora_lambda[name]
+        left, right = self.factors(name, like.device, like.dtype)
+        return left @ right
+
+    def cheap(self, name: str) -> bool:
+        return self.op.linear
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = x.numel() // self.in_features
+        if self.prefers_weight(name, rows) and self.can_run_with_weight(below, x):
+            return self._run_with_weight([name], x, *args, **kwargs)
+        return self.add(name, x, below(x, *args, **kwargs))
+
+    def prefers_weight(self, name: str, rows: int) -> bool:
+        """Whether `rows` vectors take fewer multiplications with the changed weight, which then has to be made."""
+        if self.randlora_dropout[name].training and isinstance(self.randlora_dropout[name], nn.Dropout):
+            return False
+        inner = self.randlora_lambda[name].numel()
+        narrow, wide = sorted((self.in_features, self.out_features))
+        if not torch.is_grad_enabled():
+            return inner * narrow * wide < rows * inner * (narrow + wide)
+        # The weight is made, and its gradient, one product more than without adapter, goes back to the narrow factor;
+        # as factors, there are two products forward, two back to the input and one back to the narrow factor.
+        return (2 * inner + rows) * narrow * wide < rows * inner * (3 * narrow + 2 * wide)
+
+    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        left, right = self.factors(name, x.device, compute_dtype(x))
+        return result + F.linear(F.linear(self.randlora_dropout[name](x), right), left).to(result.dtype)
+
+    @classmethod
+    def check(cls, config: RandLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if config.randlora_dropout and not op.linear:
+            raise ValueError(f"randlora_dropout needs linear layers; {key!r} is a {op.kind}.")
+
+
+class RandLoraModel(BaseTuner):
+    """A model with RandLoRA adapters; `randlora_A` and `randlora_B` hold the bases that an adapter's layers share."""
+
+    prefix = "randlora_"
+    layer_class = RandLoraLayer
+    shared_names = ("randlora_A", "randlora_B")
+    injectable = False
+
+    def prepare_shared(self) -> None:
+        self.randlora_A, self.randlora_B = SharedTensors(), SharedTensors()
+
+    def check_config(self, adapter_name: str, config: RandLoraConfig) -> None:
+        configs = [*(other for name, other in self.peft_config.items() if name != adapter_name), config]
+        for setting, meaning in (
+            ("projection_prng_key", "seed of the bases"),
+            ("save_projection", "choice to save them"),
+        ):
+            values = {getattr(other, setting) for other in configs}
+            if len(values) > 1:
+                raise ValueError(
+                    f"All RandLoRA adapters of a model need the same {meaning}, got {setting}={sorted(values)}."
+                )
+
+    def prepare(self, plan: Plan, config: RandLoraConfig, adapter_name: str) -> None:
+        bases = [target.module for target in plan.targets]
+        bases = [base.get_base_layer() if isinstance(base, AdapterLayer) else base for base in bases]
+        ops: list[Any] = [
+            base_op(base, target.parameter_name) for base, target in zip(bases, plan.targets, strict=True)
+        ]
+        narrow, wide = sorted((max(op.in_features for op in ops), max(op.out_features for op in ops)))
+        sparsity = math.sqrt(narrow) if config.very_sparse else 3 if config.sparse else None
+        # Also where the adapter itself is made without memory: they may not be in the file.
+        a, b = draw_bases(config.r, narrow, wide, config.projection_prng_key, sparsity)
+        device = place_of(bases[0])[0]
+        self.randlora_A[adapter_name], self.randlora_B[adapter_name] = a.to(device), b.to(device)
+
+    def make_layer(
+        self, config: RandLoraConfig, target: nn.Module, parameter_name: str | None, key: str
+    ) -> RandLoraLayer:
+        return RandLoraLayer(target, parameter_name, self.randlora_A, self.randlora_B)
+
+    def key_map(self, adapter_name: str) -> dict[str, str]:
+        return super().key_map(adapter_name) if self.peft_config[adapter_name].save_projection else {}
