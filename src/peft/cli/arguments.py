@@ -26,11 +26,17 @@ def _method(text: str) -> str:
     return name.lower()
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed, got {text!r}")
+    return int(text)
+
+
 def _train(parser: argparse.ArgumentParser) -> None:
     flag = argparse.BooleanOptionalAction
     what = parser.add_argument_group("what is trained")
     what.add_argument("--model", help="transformers model, folder or hub id [a tiny one, made on the spot]")
-    what.add_argument("--base-steps", type=int, metavar="N", help="how long the tiny one is made, in steps")
+    what.add_argument("--base-steps", type=_count, metavar="N", help="how long the tiny one is made, in steps")
     what.add_argument("--method", default="lora", type=_method, metavar="NAME", help="the method [lora]")
     what.add_argument("--fields", action="store_true", help="list the fields of the method's configuration, and exit")
     what.add_argument(
@@ -47,13 +53,13 @@ def _train(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--text-field", default="text", metavar="NAME", help="JSON field of a text to learn [text]")
     data.add_argument("--prompt-field", default="prompt", metavar="NAME", help="JSON field of what is given [prompt]")
     data.add_argument("--completion-field", default="completion", metavar="NAME", help="and of the answer [completion]")
-    data.add_argument("--block-size", type=int, default=256, metavar="N", help="tokens of one example at most [256]")
+    data.add_argument("--block-size", type=_count, default=256, metavar="N", help="tokens of one example at most [256]")
 
     how = parser.add_argument_group("how")
     how.add_argument("--epochs", type=float, default=1.0, metavar="N", help="passes over the data [1]")
-    how.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, in place of --epochs")
-    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="examples of one forward pass [8]")
-    how.add_argument("--grad-accum", type=int, default=1, metavar="N", help="forward passes of one step [1]")
+    how.add_argument("--max-steps", type=_count, metavar="N", help="optimizer steps, in place of --epochs")
+    how.add_argument("--batch-size", type=_count, default=8, metavar="N", help="examples of one forward pass [8]")
+    how.add_argument("--grad-accum", type=_count, default=1, metavar="N", help="forward passes of one step [1]")
     how.add_argument("--lr", type=float, default=1e-3, help="highest learning rate [0.001]")
     how.add_argument("--schedule", default="linear", metavar="NAME", help="linear, cosine, constant, ... [linear]")
     how.add_argument(
@@ -68,8 +74,8 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
     out = parser.add_argument_group("what comes out")
     out.add_argument("--output", default="adapter", metavar="DIR", help="for adapter, log and loss curve [adapter]")
-    out.add_argument("--eval-steps", type=int, metavar="N", help="evaluate every N steps [a tenth of the run]")
-    out.add_argument("--save-steps", type=int, metavar="N", help="checkpoint every N steps [when it evaluates]")
+    out.add_argument("--eval-steps", type=_count, metavar="N", help="evaluate every N steps [a tenth of the run]")
+    out.add_argument("--save-steps", type=_count, metavar="N", help="checkpoint every N steps [when it evaluates]")
     out.add_argument("--resume", action="store_true", help="go on with the run in --output, by its settings")
     out.add_argument("--overwrite", action="store_true", help="replace the run in --output")
 
@@ -88,7 +94,9 @@ def _with_base(parser: argparse.ArgumentParser) -> None:
 def _generate(parser: argparse.ArgumentParser) -> None:
     _with_base(parser)
     parser.add_argument("--prompt", default="-", metavar="TEXT", help="text to go on from; - is standard input [-]")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="longest answer, in tokens [100]")
+    parser.add_argument(
+        "--max-new-tokens", type=_count, default=100, metavar="N", help="longest answer, in tokens [100]"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token [0]")
     parser.add_argument("--top-k", type=int, default=50, metavar="K", help="draw from the K likeliest tokens [50]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw [0]")
@@ -107,8 +115,8 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="peft-demo", metavar="DIR", help="for everything it makes [peft-demo]")
-    parser.add_argument("--base-steps", type=int, metavar="N", help="steps of making the base model")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of fine-tuning it")
+    parser.add_argument("--base-steps", type=_count, metavar="N", help="steps of making the base model")
+    parser.add_argument("--steps", type=_count, metavar="N", help="steps of fine-tuning it")
 
 
 #: per command: a line of help, its arguments, the packages it needs beyond the library's own

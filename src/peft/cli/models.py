@@ -53,7 +53,9 @@ def task_of(model: str) -> str:
 def load_base(model: str, class_name: str, *, dtype: torch.dtype | None, device: torch.device, **kwargs: Any) -> Any:
     """A base model, by the name of its class in transformers."""
     base = getattr(transformers(), class_name).from_pretrained(model, **kwargs)
-    return base.to(device=device, dtype=dtype or base.dtype)
+    if dtype is not None:
+        base = base.to(dtype)
+    return base if base.device == device else base.to(device)
 
 
 def load_tokenizer(model: str, adapter: str | None = None) -> Any:
