@@ -82,7 +82,7 @@ class PeftModel(PromptHost):
 
     # ---- what there is
 
-    @property
+    @property  # type: ignore[override]
     def peft_config(self) -> dict[str, Any]:
         """The configurations by adapter name."""
         return self.base_model.peft_config if self._peft_config is None else self._peft_config

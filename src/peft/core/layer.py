@@ -142,7 +142,7 @@ class AdapterLayer(nn.Module):
 
     # ---- the module underneath
 
-    def get_base_layer(self) -> nn.Module:
+    def get_base_layer(self) -> Any:
         """The base module under all adapter layers."""
         layer = self.base_layer
         while isinstance(layer, AdapterLayer):
@@ -449,16 +449,20 @@ class AdapterLayer(nn.Module):
             return self._run(groups[0][0], x, *args, **kwargs)
         if type(self).add is not AdapterLayer.add and all(self.cheap(name) for name, _ in here):
             # Additive: the base module runs once over all samples.
-            result = self.base_layer(x, *args, **kwargs).clone()
-            for name, index in here:
-                changed = self.add(name, x.index_select(dim, index), result.index_select(dim, index))
-                result.index_copy_(dim, index, changed.to(result.dtype))
-            return result
+            return self.add_routed(route, here, x, self.base_layer(x, *args, **kwargs))
         parts = []
         for name, index in groups:
             some_args, some_kwargs = self.op.select(index, rows, (x, *args), kwargs)
             parts.append((index, self._run(name, *some_args, **some_kwargs)))
         return _join(parts, dim, rows)
+
+    def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
+        """`result` with each sample's adapter added, for additive methods; `groups` are the adapters and their samples."""
+        dim, result = self.op.batch_dim, result.clone()
+        for name, index in groups:
+            changed = self.add(name, x.index_select(dim, index), result.index_select(dim, index))
+            result.index_copy_(dim, index, changed.to(result.dtype))
+        return result
 
     def _run(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """All of `x` with one adapter, or with none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft.core.base_op import BaseOp, ConvOp, ParameterOp
 from peft.core.layer import AdapterLayer
 from peft.core.plan import get_pattern_key
+from peft.core.routing import Route
 from peft.ops.lora import compute_dtype, lora_linear
 from peft.tuners.lora.config import LoraConfig
 
@@ -59,8 +60,8 @@ class LoraLayer(AdapterLayer):
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     label = "lora"
 
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
+    lora_A: Any  # nn.ModuleDict of nn.Linear (or of what stands for one)
+    lora_B: Any
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
@@ -183,7 +184,7 @@ class LoraLayer(AdapterLayer):
     # ---- checks
 
     @classmethod
-    def check(cls, config: LoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+    def check(cls, config: LoraConfig, key: str, module: Any, op: BaseOp) -> None:
         name = f"{key}.{op.weight_name}" if isinstance(op, ParameterOp) else key
         r = rank_of(config, name)
         if r < 1:
@@ -265,6 +266,60 @@ class Linear(LoraLayer):
             x.to(dtype), weight, bias, None, a.weight.to(dtype), b.weight.to(dtype), self.scaling[name], self._dropout(name)
         )
 
+    def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
+        stacks = self._stacks_for(route, groups, result)
+        if stacks is None:
+            return super().add_routed(route, groups, x, result)
+        # Two batched products, however many adapters there are; a sample's rows lie next to each other.
+        a, b = stacks
+        rows = x.to(a.dtype).reshape(len(route.names), -1, x.shape[-1])
+        flat = result.view(len(route.names), -1, result.shape[-1])
+        low = torch.bmm(rows, a.transpose(1, 2))
+        if _is_watched(self.base_layer) or torch.is_grad_enabled():
+            return torch.baddbmm(flat, low, b.transpose(1, 2)).view(result.shape)
+        flat.baddbmm_(low, b.transpose(1, 2))
+        return result
+
+    def _stacks_for(
+        self, route: Route, groups: Sequence[tuple[str, Tensor]], like: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """`_stacked`, worked out once for a route and kept for the next with the same names; None if it cannot serve."""
+        if id(self) in route.prepared:
+            return route.prepared[id(self)]
+        factors = [module for name, _ in groups for module in (self.lora_A[name], self.lora_B[name])]
+        if not all(_is_plain(module) and module.bias is None for module in factors) or not like.is_contiguous():
+            return None
+        scales = [self.scaling[name] for name, _ in groups]
+        key = (route.names, like.dtype, like.device, scales, [(id(m.weight), m.weight._version) for m in factors])
+        known = self.__dict__.get("_stacks")
+        if known is None or known[0] != key or torch.is_grad_enabled():
+            known = key, self._stacked(route.names, like)
+            if not torch.is_grad_enabled():
+                self.__dict__["_stacks"] = known
+        route.prepared[id(self)] = known[1]
+        return known[1]
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        self.__dict__.pop("_stacks", None)
+
+    def _stacked(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of each sample's adapter, [samples, r, in] and [samples, out, r], with the scale in the second."""
+        here = [name for name in dict.fromkeys(names) if self.has(name)]
+        r = max(self.r[name] for name in here)
+        factors = [self.factors(name) for name in here]
+        a = torch.stack([_padded(a, 0, r) for a, _ in factors]).to(like.dtype)
+        b = torch.stack([_padded(b, 1, r) for _, b in factors]).to(like.dtype)
+        b = b * like.new_tensor([self.scaling[name] for name in here])[:, None, None]
+        if here == list(names):
+            return a, b
+        nothing = len(here)  # samples without an adapter here get zeros
+        position = {name: i for i, name in enumerate(here)}
+        index = torch.tensor([position.get(name, nothing) for name in names], device=like.device)
+        if nothing in index:
+            a, b = _padded(a, 0, nothing + 1), _padded(b, 0, nothing + 1)
+        return a[index], b[index]
+
     def _dropout(self, name: str) -> float:
         """Probability of dropout at present."""
         dropout = self.lora_dropout[name]
@@ -275,6 +330,16 @@ def _kaiming_uniform_(factor: Tensor) -> None:
     """What `nn.init.kaiming_uniform_` with a slope of sqrt(5) comes to: the start of every linear layer in torch."""
     bound = 1 / math.sqrt(factor[0].numel())
     factor.uniform_(-bound, bound)
+
+
+def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """`tensor` with zeros behind it in one dimension, up to `size`."""
+    missing = size - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat((tensor, tensor.new_zeros(shape)), dim)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -289,7 +354,7 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not _is_watched(module) and "forward" not in module.__dict__
 
 
-def _is_frozen_dense(module: nn.Module) -> bool:
+def _is_frozen_dense(module: Any) -> bool:
     """Whether a base module is a linear layer that may be computed here rather than called."""
     if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
         return False
