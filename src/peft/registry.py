@@ -124,6 +124,7 @@ METHODS: dict[str, Method] = {
     "LOKR": Method("peft.tuners.lokr", "LoKrConfig", "LoKrModel", "lokr_"),
     "OFT": Method("peft.tuners.oft", "OFTConfig", "OFTModel", "oft_"),
     "BOFT": Method("peft.tuners.boft", "BOFTConfig", "BOFTModel", "boft_"),
+    "LN_TUNING": Method("peft.tuners.ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_"),
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
     "RANDLORA": Method("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),

@@ -1,0 +1,77 @@
+"""Tuning of normalisation layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.layer import AdapterLayer
+from peft.core.tuner import BaseTuner
+from peft.registry import PeftType
+
+
+@dataclass
+class LNTuningConfig(LayerConfig):
+    """Tuning of normalisation layers (arXiv:2312.11420): each adapter trains a copy of a module's weight and bias.
+
+    Several active adapters on one module add up what they have changed.
+    """
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(
+        ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LN_TUNING
+
+
+class LNTuningLayer(AdapterLayer):
+    """A module whose weight and bias are exchanged for trained ones.
+
+    It works on every kind of module that has one weight, but is meant for normalisation. Batch normalisation is left
+    out: the statistics that it gathers beside its weight would have to be exchanged as well.
+    """
+
+    adapter_layer_names = ("ln_tuning_layers",)
+    kinds = AdapterLayer.kinds | {"LayerNorm"}
+
+    ln_tuning_layers: nn.ModuleDict
+
+    def container(self, slot: str) -> nn.Module:
+        return nn.ModuleDict()
+
+    def create(self, name: str, config: LNTuningConfig) -> None:
+        copies = {self.op.weight_name: self.get_base_weight()}
+        bias = self.get_base_bias()
+        if bias is not None and self.op.bias_name is not None:
+            copies[self.op.bias_name] = bias
+        self.ln_tuning_layers[name] = nn.ParameterDict({key: value.detach().clone() for key, value in copies.items()})
+
+    def change(self, name: str, key: str) -> Tensor:
+        """By how much the trained copy of a weight or bias differs from the original."""
+        copies: Any = self.ln_tuning_layers[name]
+        original = self._before_merge.get(key)
+        if original is None:
+            original = self.get_base_weight() if key == self.op.weight_name else self.get_base_bias()
+        return copies[key] - original.detach()
+
+    def transform(self, name: str, weight: Tensor) -> Tensor:
+        return weight + self.op.matrix(self.change(name, self.op.weight_name))
+
+    def transform_bias(self, name: str, bias: Tensor | None) -> Tensor | None:
+        return bias if bias is None else bias + self.change(name, self.op.bias_name or "")
+
+    @property
+    def type_name(self) -> str:
+        return f"ln_tuning.{type(self).__name__}"
+
+
+class LNTuningModel(BaseTuner):
+    """A model with trained copies of its normalisation layers."""
+
+    prefix = "ln_tuning_"
+    layer_class = LNTuningLayer
