@@ -6,9 +6,6 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from peft import IA3Config, LoraConfig, PeftModel, PeftWarning, get_peft_model, inject_adapter_in_model
 from peft.utils import load_peft_weights
 from peft.utils.hotswap import (
     check_hotswap_configs_compatible,
@@ -16,6 +13,9 @@ from peft.utils.hotswap import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from torch import Tensor, nn
+
+from peft import IA3Config, LoraConfig, PeftModel, PeftWarning, get_peft_model, inject_adapter_in_model
 
 TARGETS = ["embed", "attention", "linear", "conv", "grouped"]
 
@@ -145,7 +145,7 @@ def test_without_preparation_a_new_scale_is_compiled_anew(saved):
     compiled = torch.compile(model, backend="eager")
     output(compiled)
     hotswap_adapter(compiled, saved(lora_alpha=1), "default")
-    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(Exception, match="[Rr]ecompil"):
+    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(Exception, match=r"[Rr]ecompil"):
         output(compiled)
 
 
@@ -187,7 +187,7 @@ def unchanged_after(model: nn.Module, call, error: type[Exception], words: str) 
 
 
 REFUSED = {
-    "more layers": ({"target_modules": TARGETS + ["head"]}, RuntimeError, "[Uu]nexpected keys: .*head"),
+    "more layers": ({"target_modules": [*TARGETS, "head"]}, RuntimeError, "[Uu]nexpected keys: .*head"),
     "other scaling": ({"use_rslora": True}, ValueError, "use_rslora"),
     "dropout": ({"lora_dropout": 0.5}, ValueError, "lora_dropout"),
     "another head": ({"modules_to_save": ["head"]}, RuntimeError, "[Uu]nexpected keys"),

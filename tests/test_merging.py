@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peft import IA3Config, LoraConfig, PeftModel, PeftWarning, get_peft_model
 from peft.ops import merging as ops
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.tuners.lora.merging import COMBINATIONS
 
 PRUNING = [name for name in COMBINATIONS if name not in ("linear", "cat", "svd")]
@@ -53,9 +54,9 @@ def test_negative_weights_take_away():
 def test_truncated_svd_is_the_nearest_of_its_rank():
     torch.manual_seed(0)
     matrices = torch.randn(3, 6, 8, dtype=torch.float64)
-    a, b = ops.truncated_svd(matrices, 2)
-    assert a.shape == (3, 2, 8) and b.shape == (3, 6, 2)
-    error = torch.linalg.matrix_norm(matrices - b @ a) ** 2
+    u, s, vh = ops.truncated_svd(matrices, 2)
+    assert u.shape == (3, 6, 2) and s.shape == (3, 2) and vh.shape == (3, 2, 8)
+    error = torch.linalg.matrix_norm(matrices - u * s[:, None] @ vh) ** 2
     torch.testing.assert_close(error, (torch.linalg.svdvals(matrices)[:, 2:] ** 2).sum(1))
 
 
@@ -350,3 +351,47 @@ def test_ia3_faults_change_nothing():
     with pytest.raises(ValueError, match="zzz"):
         model.add_weighted_adapter(["a", "zzz"], [1.0, 1.0], "w")
     assert state_of(model)[1:] == before[1:]
+
+
+# ---- intruder dimensions
+
+
+def test_intruders_are_shrunk():
+    """One direction is planted that is like none of the weight's, beside one that the weight has."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8, bias=False))
+    u, _, v = torch.linalg.svd(torch.randn(8, 8))
+    base[0].weight.data = u * torch.tensor([4, 3, 2, 1, 4e-4, 3e-4, 2e-4, 1e-4]) @ v
+    foreign = 9 * u[:, 4:].mean(1, keepdim=True) * 2 @ (v[4:].mean(0, keepdim=True) * 2)
+    known = 0.5 * u[:, :1] @ v[:1]
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2, lora_alpha=4))
+    layer = model.base_model.model[0]
+    left, s, right = torch.linalg.svd((foreign + known) / layer.scaling["default"])
+    layer.lora_A["default"].weight.data = right[:2].contiguous()
+    layer.lora_B["default"].weight.data = left[:, :2] * s[:2]
+    lines: list[str] = []
+    reduce_intruder_dimension(model, top_k=3, threshold_epsilon=0.6, mitigation_lambda=0.25, logging_sink=lines.append)
+    close = {"atol": 1e-3, "rtol": 1e-3}
+    torch.testing.assert_close(layer.get_delta_weight("intruder_reduced"), 0.25 * foreign + known, **close)
+    torch.testing.assert_close(layer.get_delta_weight("default"), foreign + known, **close)
+    assert model.active_adapters == ["intruder_reduced"] and "0: 1 intruders" in lines[0]
+
+
+def test_intruders_on_every_kind_of_layer(capsys):
+    model = model_with(lora(lora_bias=True, target_modules=TARGETS[1:]), names="ab")
+    reduce_intruder_dimension(model, "a", "b", mitigation_lambda=1.0)
+    torch.testing.assert_close(output(model, "b"), output(model, "a"), atol=1e-4, rtol=1e-3)
+    reduce_intruder_dimension(model, "a", "c", mitigation_lambda=0.0, threshold_epsilon=0.9, logging_sink=None)
+    assert not torch.allclose(output(model, "c"), output(model, "a"))
+    assert capsys.readouterr().out.count("intruders among") == 5
+
+
+def test_intruders_are_for_unmerged_loras():
+    with pytest.raises(ValueError, match="LoRA models only"):
+        reduce_intruder_dimension(model_with(ia3()), "a")
+    model = model_with(lora(target_modules=["linear"]))
+    with pytest.raises(ValueError, match="zzz"):
+        reduce_intruder_dimension(model, "zzz")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        reduce_intruder_dimension(model, "a")

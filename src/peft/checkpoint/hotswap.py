@@ -1,4 +1,4 @@
-"""Another LoRA in the place of one that is loaded: the same tensors with new values, so that compiled models stay so."""
+"""Another LoRA in the place of one that is loaded: the same tensors with new values, for which nothing is compiled."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         values = [getattr(config, key) for config in (config0, config1)]
         if values[0] != values[1]:
             raise ValueError(
-                f"The adapters cannot take each other's place: {key} is {values[0]!r} in one and {values[1]!r} in the other."
+                f"The adapters cannot take each other's place: {key} is {values[0]!r} in one and {values[1]!r} in the"
+                " other."
             )
 
 
@@ -92,7 +93,7 @@ def hotswap_adapter_from_state_dict(
 
     Args:
         model: a model with the adapter, compiled or not.
-        state_dict: the new adapter's tensors, by the names that files have for them, or with the adapter's name in them.
+        state_dict: the new adapter's tensors by the names that files have for them, with or without the adapter's name.
         adapter_name: the adapter to replace.
         config: the new adapter's configuration; decides the scales.
         parameter_prefix: beginning of the names of the tensors that a layer may be without.
@@ -111,9 +112,10 @@ def hotswap_adapter_from_state_dict(
     swaps = [_Swap.of(path, layer, adapter_name, given) for path, layer in layers.items()]
     too_large = [swap for swap in swaps if swap.rank > swap.room]
     if too_large and _compiled(model):
+        path, rank, room = too_large[0].path, too_large[0].rank, too_large[0].room
         raise ValueError(
-            f"The new adapter has rank {too_large[0].rank} on {too_large[0].path!r}, and the compiled model has room for"
-            f" {too_large[0].room}. Before compiling, call prepare_model_for_compiled_hotswap(model, target_rank=...)."
+            f"The new adapter has rank {rank} on {path!r}, and the compiled model has room for {room}. Before"
+            " compiling, call prepare_model_for_compiled_hotswap(model, target_rank=...)."
         )
     own = {f"{path}.{key}" for path, layer in layers.items() for key in layer.key_map(adapter_name)}
     with torch.no_grad():
@@ -136,7 +138,7 @@ def prepare_model_for_compiled_hotswap(
     config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
-    """Makes room in a model's LoRAs for those of other ranks and scales, so that swapping them in compiles nothing anew.
+    """Makes room in a model's LoRAs for those of other ranks and scales: swapping them in then compiles nothing anew.
 
     Call it when the first adapter is loaded and the model is where it will run, and before compiling. What the adapters
     do stays the same.
@@ -173,9 +175,10 @@ def prepare_model_for_compiled_hotswap(
         for layer in layers.values():
             if target_rank is not None:
                 _resize(layer, name, target_rank)
-            if not isinstance(layer.scaling[name], Tensor):
+            scaling: dict[str, Any] = layer.scaling
+            if not isinstance(scaling[name], Tensor):
                 # A number would be compiled in.
-                layer.scaling[name] = torch.tensor(layer.scaling[name], device=layer.factors(name)[0].device)
+                scaling[name] = torch.tensor(scaling[name], device=layer.factors(name)[0].device)
         _record(config_of(plain, name), layers, name)
 
 

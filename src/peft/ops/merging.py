@@ -151,10 +151,8 @@ def combine(
     raise ValueError(f"Unknown combination {method!r}.")
 
 
-def truncated_svd(matrices: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor]:
-    """The best approximation of each matrix by a product b a of inner dimension `rank`.
-
-    The singular values are in b; the rows of a are orthonormal.
+def truncated_svd(matrices: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest `rank` singular values s of each matrix and their vectors: u s vh is the nearest of that rank.
 
     Args:
         matrices: [..., m, n].
@@ -162,10 +160,10 @@ def truncated_svd(matrices: Tensor, rank: int, driver: str | None = None) -> tup
         driver: method of `torch.linalg.svd` on CUDA.
 
     Returns:
-        a [..., rank, n] and b [..., m, rank].
+        u [..., m, rank], s [..., rank] and vh [..., rank, n].
     """
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False, driver=driver)
-    return vh[..., :rank, :], u[..., :rank] * s[..., None, :rank]
+    return u[..., :rank], s[..., :rank], vh[..., :rank, :]
 
 
 def clamp_to_quantile(tensors: Sequence[Tensor], quantile: float) -> list[Tensor]:

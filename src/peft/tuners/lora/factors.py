@@ -76,6 +76,19 @@ def store(layer: AdapterLayer, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
 
 
+def base_blocks(layer: AdapterLayer) -> Tensor:
+    """The base weight as blocks [blocks, out, in], over the same inputs as the product of a LoRA's factors."""
+    with onloaded(layer.get_base_layer()):
+        blocks = layer.op.matrix(layer.get_base_weight()).unflatten(0, (block_count(layer), -1))
+    return _over_all_channels(layer, blocks) if isinstance(layer.op, ConvOp) else blocks
+
+
+def product(layer: Any, name: str) -> Tensor:
+    """The scaled product of an adapter's factors: [blocks, out, in]."""
+    a, b = load(layer, name)
+    return torch.bmm(b, a) * layer.scaling[name]
+
+
 def _over_all_channels(layer: AdapterLayer, a: Tensor) -> Tensor:
     """`a` [groups, r, in] over the channels of all groups, which a LoRA's A sees: zero for those of the others."""
     groups = len(a)

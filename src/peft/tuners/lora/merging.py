@@ -13,7 +13,7 @@ from torch import Tensor
 from peft.core.combine import add_combined, check_combination, combined_config, layers_with
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod, check_density, check_sign_method, clamp_to_quantile, combine, truncated_svd
-from peft.tuners.lora.factors import adapter_rank, block_rank, load, store
+from peft.tuners.lora.factors import adapter_rank, block_rank, load, product, store
 
 _ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 #: "cat" puts the factors side by side; those on the product decompose it again
@@ -161,13 +161,8 @@ def _of_products(
             f"svd_rank={how.svd_rank} does not fit {key!r}: its weight has a rank of at most {largest}"
             + (f", in equal parts for {len(change)} groups." if len(change) > 1 else ".")
         )
-    a, b = truncated_svd(change, rank, how.svd_driver)
+    u, s, a = truncated_svd(change, rank, how.svd_driver)
+    b = u * s[..., None, :]
     if how.svd_clamp is not None:
         a, b = clamp_to_quantile([a, b], how.svd_clamp)
     return a, b
-
-
-def product(layer: Any, name: str) -> Tensor:
-    """The scaled product of an adapter's factors: [blocks, out, in]."""
-    a, b = load(layer, name)
-    return torch.bmm(b, a) * layer.scaling[name]
