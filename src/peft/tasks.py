@@ -85,7 +85,7 @@ class TaskModel(PeftModel):
         with self.routed(args, kwargs):
             given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
             inputs = self._prompted(given)
-            return self._prompt.finish(self._run(inputs, given.get("input_ids")), inputs.get("labels"))
+            return self._prompt.finish(self._run(inputs, given.get("input_ids")), inputs.get("labels"), given)
 
     def _prompted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.with_prompt(inputs, self.labels_by_token, self.labelled_positions)

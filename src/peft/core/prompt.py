@@ -211,8 +211,8 @@ class VirtualTokens(nn.Module):
         """[batch, num_virtual_tokens]: what stands before the labels, where they go by token."""
         return torch.full((batch_size, self.num_virtual_tokens), IGNORED)
 
-    def finish(self, output: Any, labels: Tensor | None) -> Any:
-        """What to make of the base model's output; `labels` as the base model saw them."""
+    def finish(self, output: Any, labels: Tensor | None, given: dict[str, Any]) -> Any:
+        """What to make of the base model's output; `labels` as the base model saw them, `given` the user's inputs."""
         return output
 
     def rows_to_save(self) -> Tensor:
