@@ -143,6 +143,7 @@ METHODS: dict[str, Method] = {
         "peft.tuners.multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptEmbedding",
         "multitask_prompt_tuning_", prompt=True, aliases=("MultitaskPromptTuningInit",),
     ),
+    "CPT": Method("peft.tuners.cpt", "CPTConfig", "CPTEmbedding", "cpt_", prompt=True),
 }
 
 
