@@ -112,7 +112,11 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> Model:
 
 
 def config_for(method: str, kind: str, **changes):
-    where = {"target_modules": [], "target_parameters": PARAMETERS[kind]} if kind in PARAMETERS else {"target_modules": ["target"]}
+    where = (
+        {"target_modules": [], "target_parameters": PARAMETERS[kind]}
+        if kind in PARAMETERS
+        else {"target_modules": ["target"]}
+    )
     return METHODS[method].config_class(**{**SETTINGS.get(method, {}), **where, **changes})
 
 
@@ -247,7 +251,11 @@ def test_save_and_load(method, kind, tmp_path):
     model = adapted(method, kind)
     x = inputs_of(model)
     model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     for low_cpu_mem_usage in (False, True):
         loaded = peft.PeftModel.from_pretrained(build(kind), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         torch.testing.assert_close(loaded(x), model(x))
@@ -344,7 +352,9 @@ def test_a_failed_add_leaves_nothing(method, kind, monkeypatch):
     assert list(model.peft_config) == ["default"]
     after = model.state_dict(keep_vars=True)
     assert list(after) == list(state)
-    assert all(torch.equal(after[name], value) and after[name].requires_grad == grad for name, (value, grad) in state.items())
+    assert all(
+        torch.equal(after[name], value) and after[name].requires_grad == grad for name, (value, grad) in state.items()
+    )
     assert torch.equal(model(x), expected)
 
 
@@ -355,7 +365,9 @@ def test_half_precision_base_trains_the_adapter_in_float32(method):
     assert trained and all(parameter.dtype == torch.float32 for parameter in trained)
     output = model(inputs_of(model, torch.bfloat16))
     assert output.dtype == torch.bfloat16
-    kept = peft.get_peft_model(build("Linear", torch.bfloat16), config_for(method, "Linear"), autocast_adapter_dtype=False)
+    kept = peft.get_peft_model(
+        build("Linear", torch.bfloat16), config_for(method, "Linear"), autocast_adapter_dtype=False
+    )
     assert all(parameter.dtype == torch.bfloat16 for parameter in kept.parameters() if parameter.requires_grad)
 
 

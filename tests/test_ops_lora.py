@@ -22,9 +22,15 @@ torch.set_num_threads(1)
 
 def tensors(dtype=torch.float64, rows=(3, 2), size=(5, 4), r=2, x_grad=True):
     generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
     x = draw(*rows, size[0]).requires_grad_(x_grad)
-    return x, draw(size[1], size[0]), draw(size[1]), draw(r, size[0]).requires_grad_(), draw(size[1], r).requires_grad_()
+    return (
+        x,
+        draw(size[1], size[0]),
+        draw(size[1]),
+        draw(r, size[0]).requires_grad_(),
+        draw(size[1], r).requires_grad_(),
+    )
 
 
 @pytest.mark.parametrize("x_grad", [True, False])
@@ -79,8 +85,8 @@ def test_agrees_with_the_formula_in_every_dtype(dtype, tolerance, grad):
 
 def test_under_func_transforms_it_is_the_plain_formula():
     x, weight, bias, a, b = (t.detach() for t in tensors())
-    loss = lambda a: lora_linear(x, weight, bias, None, a, b, 0.7).square().sum()  # noqa: E731
-    plain = lambda a: lora_linear_plain(x, weight, bias, None, a, b, 0.7, 0.0).square().sum()  # noqa: E731
+    loss = lambda a: lora_linear(x, weight, bias, None, a, b, 0.7).square().sum()
+    plain = lambda a: lora_linear_plain(x, weight, bias, None, a, b, 0.7, 0.0).square().sum()
     torch.testing.assert_close(torch.func.grad(loss)(a), torch.func.grad(plain)(a))
     rows = torch.func.vmap(lambda row: lora_linear(row, weight, bias, None, a, b, 0.7))(x)
     torch.testing.assert_close(rows, lora_linear_plain(x, weight, bias, None, a, b, 0.7, 0.0))
@@ -137,7 +143,8 @@ class Two(nn.Module):
 def adapted(dropout=0.0, dtype=torch.float32, plain=False):
     torch.manual_seed(0)
     model = peft.get_peft_model(
-        Two().to(dtype), peft.LoraConfig(r=3, target_modules=["first", "second"], init_lora_weights=False, lora_dropout=dropout)
+        Two().to(dtype),
+        peft.LoraConfig(r=3, target_modules=["first", "second"], init_lora_weights=False, lora_dropout=dropout),
     )
     if plain:  # somebody who watches a factor has it called, so nothing is fused
         for name, module in model.named_modules():

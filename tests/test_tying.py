@@ -14,7 +14,12 @@ IDS = torch.tensor([[1, 5, 9, 3], [2, 7, 4, 8]])
 def tied_llama():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -38,7 +43,9 @@ def test_one_adapter_serves_both_tied_modules(tmp_path):
 
     model(IDS, labels=IDS).loss.backward()
     gradient = embedding.lora_embedding_A["default"].grad
-    assert gradient.abs().sum(0).count_nonzero() == 32, "the output layer sees every token, so each column has a gradient"
+    assert gradient.abs().sum(0).count_nonzero() == 32, (
+        "the output layer sees every token, so each column has a gradient"
+    )
 
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tied_llama(), tmp_path)
@@ -70,7 +77,9 @@ def test_modules_trained_in_full_stay_one_tensor():
 
 
 def test_trained_tokens_count_for_the_tied_output_layer_too():
-    model = peft.get_peft_model(tied_llama(), peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5], r=2))
+    model = peft.get_peft_model(
+        tied_llama(), peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5], r=2)
+    )
     before = model(IDS).logits
     with torch.no_grad():
         model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"].add_(1.0)
@@ -81,6 +90,10 @@ def test_trained_tokens_count_for_the_tied_output_layer_too():
 
 
 def test_tying_a_model_that_ties_nothing_says_so():
-    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     with pytest.warns(peft.PeftWarning, match="ties no weights"):
-        peft.get_peft_model(LlamaForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True))
+        peft.get_peft_model(
+            LlamaForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True)
+        )

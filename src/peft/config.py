@@ -6,9 +6,9 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from peft.errors import PeftWarning
 from peft.folder import replace_files
@@ -91,7 +91,9 @@ class PeftConfigMixin:
             content[f.name] = _plain(value.to_dict() if hasattr(value, "to_dict") else _subfields(value))
         return content
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, auto_mapping_dict: dict | None = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, auto_mapping_dict: dict | None = None, **kwargs: Any
+    ) -> None:
         """Writes `adapter_config.json` into a folder, which is made if need be.
 
         Args:
@@ -145,7 +147,9 @@ class PeftConfigMixin:
         return kwargs
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
         """Reads a configuration from a folder or a hub repository.
 
         Args:

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.checkpoint import get_peft_model_state_dict, model_card, read_adapter, set_peft_model_state_dict, write_adapter
+from peft.checkpoint import (
+    get_peft_model_state_dict,
+    model_card,
+    read_adapter,
+    set_peft_model_state_dict,
+    write_adapter,
+)
 from peft.checkpoint.files import load_peft_weights
 from peft.checkpoint.state import IncompatibleKeys
 from peft.config import PeftConfig
@@ -116,7 +122,9 @@ class PeftModel(PromptHost):
     @property
     def modules_to_save(self) -> set[str] | None:
         """Names of the modules that adapters train in full; None if there are none."""
-        names = {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+        names = {
+            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
+        }
         return names or None
 
     @property
@@ -143,7 +151,9 @@ class PeftModel(PromptHost):
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trained, of how many."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
         """The status of every adapted module, see [`get_layer_status`]."""
@@ -181,7 +191,9 @@ class PeftModel(PromptHost):
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
         if not isinstance(peft_config, PeftConfig):
-            raise TypeError(f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}.")
+            raise TypeError(
+                f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}."
+            )
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
                 f"All adapters of a PeftModel have the same PEFT type: this one has {_value(self.peft_type)}, the new adapter"
@@ -324,7 +336,9 @@ class PeftModel(PromptHost):
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+            model.get_input_embeddings().register_forward_hook(
+                lambda module, inputs, output: output.requires_grad_(True)
+            )
 
     # ---- files
 
@@ -552,7 +566,10 @@ class PeftModel(PromptHost):
         )
         if self._tuner is not None:
             self._tuner.fill_in(adapter_name)
-        for keys, what in ((result.missing_keys, "has no value for"), (result.unexpected_keys, "has what the model has no place for:")):
+        for keys, what in (
+            (result.missing_keys, "has no value for"),
+            (result.unexpected_keys, "has what the model has no place for:"),
+        ):
             if keys:
                 listed = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
                 warnings.warn(f"Adapter {adapter_name!r}: {source.name} {what} {listed}.", PeftWarning, stacklevel=4)
@@ -601,7 +618,6 @@ class _Source:
         if runtime is not None and ephemeral_gpu_offload:
             runtime.ephemeral_gpu_offload = True
         return cls(os.fspath(model_id), config, tensors)
-
 
     def fit(self, model: nn.Module) -> None:
         """Names layers as the base model has them now: transformers fuses experts that older adapters have one by one."""

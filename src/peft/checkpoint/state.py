@@ -160,7 +160,7 @@ def _vocabulary_changed(model: nn.Module, config: Any) -> bool:
 
     try:
         path = fetch(name, "config.json")
-    except Exception:  # noqa: BLE001 - offline, private, gone: then nothing can be told
+    except Exception:
         return False
     if path is None:
         return False
@@ -174,7 +174,11 @@ def _embedding_slots(model: nn.Module) -> dict[str, Slot]:
     slots = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         layer: Any = getattr(model, getter)() if hasattr(model, getter) else None
-        path = next((path for path, module in model.named_modules() if module is layer), None) if layer is not None else None
+        path = (
+            next((path for path, module in model.named_modules() if module is layer), None)
+            if layer is not None
+            else None
+        )
         if path is None:
             continue
         if isinstance(layer, AuxiliaryTrainingWrapper):
@@ -233,7 +237,9 @@ def set_peft_model_state_dict(
             continue
         found.append((key, value, slot))
     if wrong and not ignore_mismatched_sizes:
-        listed = "\n  ".join(text for _, text in wrong[:20]) + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+        listed = "\n  ".join(text for _, text in wrong[:20]) + (
+            f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        )
         raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {adapter_name!r}:\n  {listed}")
     if wrong:
         warnings.warn(f"Left out for their size: {'; '.join(text for _, text in wrong)}.", PeftWarning, stacklevel=2)

@@ -200,7 +200,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return self.modules_to_save[name] if name != BASE and self.has(name) else self.original_module
 
     def current_module(self) -> nn.Module:
-        return self.original_module if self._disable_adapters or not self._active else self.modules_to_save[self._active[0]]
+        return (
+            self.original_module
+            if self._disable_adapters or not self._active
+            else self.modules_to_save[self._active[0]]
+        )
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return [p for p in self.modules_to_save[name].parameters() if p.is_floating_point()]
@@ -280,7 +284,9 @@ class TrainableTokensLayer(AdapterLayer):
         for name in names:
             shared = seen.intersection(self.token_indices[name])
             if shared:
-                raise ValueError(f"The token indices {sorted(shared)} are trained by several of {', '.join(names)}; they cannot all be merged.")
+                raise ValueError(
+                    f"The token indices {sorted(shared)} are trained by several of {', '.join(names)}; they cannot all be merged."
+                )
             seen.update(self.token_indices[name])
         return names
 
@@ -362,7 +368,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return self.token_adapter.effective()[0]
 
     def key_map(self, name: str) -> dict[str, str]:
-        return {f"token_adapter.{key}": f"token_adapter.{live}" for key, live in self.token_adapter.key_map(name).items()}
+        return {
+            f"token_adapter.{key}": f"token_adapter.{live}" for key, live in self.token_adapter.key_map(name).items()
+        }
 
     def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
         return self.original_module  # the tuner has merged the layer inside

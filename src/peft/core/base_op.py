@@ -210,7 +210,8 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and (
-        isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or (type(module).__name__.endswith("RMSNorm") and weight.dim() == 1)
+        isinstance(module, (nn.LayerNorm, nn.GroupNorm))
+        or (type(module).__name__.endswith("RMSNorm") and weight.dim() == 1)
     )
 
 

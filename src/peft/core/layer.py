@@ -223,7 +223,11 @@ class AdapterLayer(nn.Module):
             else:
                 moved = _moved(entry.data, device, dtype)
                 if moved is not entry.data:
-                    entries[name] = type(entry)(moved, requires_grad=entry.requires_grad) if isinstance(entry, nn.Parameter) else moved
+                    entries[name] = (
+                        type(entry)(moved, requires_grad=entry.requires_grad)
+                        if isinstance(entry, nn.Parameter)
+                        else moved
+                    )
 
     def fill_in(self, name: str, config: Any, settings: dict[str, Any]) -> None:
         """Gives those tensors of an adapter that have no memory the values of a fresh adapter."""
@@ -405,7 +409,12 @@ class AdapterLayer(nn.Module):
         In half precision, a change that is small beside the weight would be rounded away.
         """
         weight = self.weight
-        return below is self.base_layer and is_dense(weight) and weight.dtype.itemsize >= 4 and compute_dtype(x) == weight.dtype
+        return (
+            below is self.base_layer
+            and is_dense(weight)
+            and weight.dtype.itemsize >= 4
+            and compute_dtype(x) == weight.dtype
+        )
 
     def effective(self, names: Sequence[str] | None = None, through: bool = True) -> tuple[Tensor, Tensor | None]:
         """Weight (in the module's shape) and bias as these adapters make them.

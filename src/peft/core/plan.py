@@ -127,7 +127,9 @@ def layer_index(key: str, layers_pattern: str | Iterable[str] | None) -> int | N
     """The number of the layer that a module belongs to, as `layers_to_transform` counts."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
     for pattern in patterns or [r"[^.]*"]:
-        found = re.match(rf".*\.{pattern}\.(\d+)\.", key) or (re.match(rf"{pattern}\.(\d+)\.", key) if patterns else None)
+        found = re.match(rf".*\.{pattern}\.(\d+)\.", key) or (
+            re.match(rf"{pattern}\.(\d+)\.", key) if patterns else None
+        )
         if found:
             return int(found.group(1))
     return None
@@ -241,7 +243,9 @@ def make_plan(
                 plan.left_out.append(key)
             continue
         if isinstance(module, ModulesToSaveWrapper):
-            raise ValueError(f"{key!r} is trained in full by another adapter (modules_to_save) and cannot get an adapter too.")
+            raise ValueError(
+                f"{key!r} is trained in full by another adapter (modules_to_save) and cannot get an adapter too."
+            )
         used.add(target_entry)
         plan.targets.append(Target(key, module))
     _check_matches(plan, model, config, names, used, only)
@@ -277,7 +281,8 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
         supported = ", ".join(sorted(layer_class.kinds - {"Parameter"}))
         raise ValueError(
             f"Target module {target.key!r} is a {type(module).__name__}, which is not supported by {config.peft_type}."
-            f" Supported are {supported}" + (", and parameters by name in target_parameters." if "Parameter" in layer_class.kinds else ".")
+            f" Supported are {supported}"
+            + (", and parameters by name in target_parameters." if "Parameter" in layer_class.kinds else ".")
         )
     layer_class.check(config, target.key, module, op)
 
@@ -286,7 +291,9 @@ def _kind_of(op: Any) -> str:
     return "Parameter" if isinstance(op, ParameterOp) else op.kind
 
 
-def _check_matches(plan: Plan, model: nn.Module, config: LayerConfig, names: list[str], used: set[str], only: set[str] | None) -> None:
+def _check_matches(
+    plan: Plan, model: nn.Module, config: LayerConfig, names: list[str], used: set[str], only: set[str] | None
+) -> None:
     """Raises where nothing matched; warns by name of what did not."""
     where = type(model).__name__
     asked = sorted(config.target_modules) if isinstance(config.target_modules, (set, list)) else config.target_modules
@@ -297,9 +304,14 @@ def _check_matches(plan: Plan, model: nn.Module, config: LayerConfig, names: lis
     used = used | {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
     unmatched = []
     if only is None and isinstance(config.target_modules, (set, list)) and not from_table:
-        unmatched += [f"target_modules entry {entry!r}" + _did_you_mean(entry, names) for entry in sorted(set(config.target_modules) - used)]
+        unmatched += [
+            f"target_modules entry {entry!r}" + _did_you_mean(entry, names)
+            for entry in sorted(set(config.target_modules) - used)
+        ]
     for entry in sorted(set(getattr(config, "target_parameters", None) or ()) - used):
-        unmatched.append(f"target_parameters entry {entry!r}" + _did_you_mean(entry, [n for n, _ in model.named_parameters()]))
+        unmatched.append(
+            f"target_parameters entry {entry!r}" + _did_you_mean(entry, [n for n, _ in model.named_parameters()])
+        )
     for entry in sorted(set(config.modules_to_save or ()) - used - HEAD_NAMES):
         unmatched.append(f"modules_to_save entry {entry!r}" + _did_you_mean(entry, names))
     excludes = config.exclude_modules or ()
@@ -317,15 +329,18 @@ def _check_matches(plan: Plan, model: nn.Module, config: LayerConfig, names: lis
         if missing:
             unmatched.append(f"layers_to_transform index {', '.join(map(str, missing))}")
     if unmatched:
-        warnings.warn(f"In {where}, nothing matches the " + "; nor the ".join(unmatched) + ".", PeftWarning, stacklevel=2)
+        warnings.warn(
+            f"In {where}, nothing matches the " + "; nor the ".join(unmatched) + ".", PeftWarning, stacklevel=2
+        )
 
 
-def _nothing_matches(plan: Plan, config: LayerConfig, asked: Any, where: str, names: list[str], model: nn.Module) -> str:
+def _nothing_matches(
+    plan: Plan, config: LayerConfig, asked: Any, where: str, names: list[str], model: nn.Module
+) -> str:
     parameters = getattr(config, "target_parameters", None)
     if parameters:
-        return (
-            f"target_parameters={sorted(parameters)}: no such parameter found in {where}."
-            + _did_you_mean(sorted(parameters)[0], [name for name, _ in model.named_parameters()])
+        return f"target_parameters={sorted(parameters)}: no such parameter found in {where}." + _did_you_mean(
+            sorted(parameters)[0], [name for name, _ in model.named_parameters()]
         )
     if plan.left_out:
         return (
@@ -338,7 +353,11 @@ def _nothing_matches(plan: Plan, config: LayerConfig, asked: Any, where: str, na
         return (
             f"No module that target_modules={asked} matches was found in {where} in layers_to_transform="
             f"{config.layers_to_transform}"
-            + (f" (counted in layers_pattern={config.layers_pattern})." if config.layers_pattern else ". Check the indices, or give layers_pattern.")
+            + (
+                f" (counted in layers_pattern={config.layers_pattern})."
+                if config.layers_pattern
+                else ". Check the indices, or give layers_pattern."
+            )
         )
     linear = len(linear_modules(model))
     first = asked if isinstance(asked, str) else next(iter(asked), "")

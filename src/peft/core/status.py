@@ -100,7 +100,9 @@ def _plain_base(model: nn.Module) -> nn.Module:
 
 def _is_prompt(model: nn.Module) -> bool:
     configs = getattr(model, "peft_config", None)
-    return isinstance(configs, dict) and any(c.is_prompt_learning for c in configs.values() if hasattr(c, "is_prompt_learning"))
+    return isinstance(configs, dict) and any(
+        c.is_prompt_learning for c in configs.values() if hasattr(c, "is_prompt_learning")
+    )
 
 
 def _layer_status(name: str, part: Part) -> TunerLayerStatus:
@@ -137,10 +139,14 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     base = _plain_base(model)
     prefix = "model." if base is not model else ""
     statuses = [
-        _layer_status(prefix + name, part) for name, part in parts_of(base) if not isinstance(part, TrainableTokensWrapper)
+        _layer_status(prefix + name, part)
+        for name, part in parts_of(base)
+        if not isinstance(part, TrainableTokensWrapper)
     ]
     if not statuses:
-        raise ValueError(f"No adapter layers found in {type(model).__name__}; is it a PeftModel, or were adapters injected?")
+        raise ValueError(
+            f"No adapter layers found in {type(model).__name__}; is it a PeftModel, or were adapters injected?"
+        )
     return statuses
 
 
@@ -163,7 +169,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(base).__name__,
         adapter_model_type=type(tuner).__name__ if isinstance(tuner, BaseTuner) else "None",
-        peft_types={name: str(getattr(config.peft_type, "value", config.peft_type)) for name, config in configs.items()},
+        peft_types={
+            name: str(getattr(config.peft_type, "value", config.peft_type)) for name, config in configs.items()
+        },
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -171,7 +179,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         active_adapters=_agreed([layer.active_adapters for layer in layers]),
         merged_adapters=_agreed([layer.merged_adapters for layer in layers]),
         requires_grad={
-            name: _agreed([layer.requires_grad[name] for layer in layers if name in layer.requires_grad]) for name in names
+            name: _agreed([layer.requires_grad[name] for layer in layers if name in layer.requires_grad])
+            for name in names
         },
         available_adapters=names,
         devices={

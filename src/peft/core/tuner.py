@@ -34,7 +34,6 @@ from peft.core.plan import (
     target_name,
 )
 from peft.core.routing import BASE, Route
-from peft.core.storage import place_of
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
 from peft.errors import PeftWarning
 
@@ -45,7 +44,11 @@ UPCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float
 
 def parts_of(model: nn.Module) -> list[tuple[str, Part]]:
     """All adapter layers and trained modules in a model by name, outer ones before what they wrap."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))]
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))
+    ]
 
 
 def model_config_of(model: nn.Module) -> dict[str, Any]:
@@ -107,7 +110,11 @@ class BaseTuner(nn.Module):
         self.prepare_shared()
         if configs.get(adapter_name) is not None:
             self.inject_adapter(
-                self.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict, config=configs[adapter_name]
+                self.model,
+                adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+                config=configs[adapter_name],
             )
 
     # ---- what a method may write
@@ -134,7 +141,9 @@ class BaseTuner(nn.Module):
 
     def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
         """Makes an adapter on one module the same as that on the module it shares its weight with."""
-        raise ValueError(f"{type(self).__name__} cannot keep the adapters of tied modules the same (ensure_weight_tying).")
+        raise ValueError(
+            f"{type(self).__name__} cannot keep the adapters of tied modules the same (ensure_weight_tying)."
+        )
 
     # ---- adding an adapter
 
@@ -169,9 +178,7 @@ class BaseTuner(nn.Module):
                 undo.callback(restructured)
             also_target, also_save = tie_configuration(config, model)
             only = state_dict_targets(state_dict, self.prefix) if state_dict is not None else None
-            plan = make_plan(
-                model, config, self.layer_class, only=only, also_target=also_target, also_save=also_save
-            )
+            plan = make_plan(model, config, self.layer_class, only=only, also_target=also_target, also_save=also_save)
             self._check_tokens(config, model)
             warn_of_tied_targets(plan.module_names, config, model)
             trained = {id(p): p.requires_grad for p in model.parameters()}
@@ -181,14 +188,18 @@ class BaseTuner(nn.Module):
                 for target in plan.targets:
                     parent, module, name = get_submodules(model, self._live_key(model, target.key))
                     extra = {} if target.parameter_name is None else {"parameter_name": target.parameter_name}
-                    self._create_and_replace(config, adapter_name, module, name, parent, current_key=target.key, **extra)
+                    self._create_and_replace(
+                        config, adapter_name, module, name, parent, current_key=target.key, **extra
+                    )
                 tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
                 save_modules(model, plan.save, adapter_name, tied)
                 self._tie_layers(model, [key for key in tied if key in plan.module_names], adapter_name)
                 self._train_tokens(model, adapter_name, config)
             self._parts = None
             self.targeted_module_names += [key for key in plan.module_names if key not in self.targeted_module_names]
-            self.targeted_parameter_names += [key for key in plan.parameter_names if key not in self.targeted_parameter_names]
+            self.targeted_parameter_names += [
+                key for key in plan.parameter_names if key not in self.targeted_parameter_names
+            ]
             self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             self.peft_config[adapter_name] = config
             active = self.active_adapters or [adapter_name]
@@ -197,7 +208,9 @@ class BaseTuner(nn.Module):
             model.peft_config = self.peft_config  # type: ignore[assignment]
             undo.pop_all()
 
-    def _undo(self, model: nn.Module, adapter_name: str, before: list[tuple[str, Part]], trained: dict[int, bool]) -> None:
+    def _undo(
+        self, model: nn.Module, adapter_name: str, before: list[tuple[str, Part]], trained: dict[int, bool]
+    ) -> None:
         """Takes an adapter that could not be added back out."""
         old = {id(part) for _, part in before}
         self._parts = None
@@ -237,7 +250,9 @@ class BaseTuner(nn.Module):
             )
         for name in others:
             if getattr(self.peft_config[name], "bias", "none") != "none":
-                raise ValueError(f"{type(self).__name__} supports only 1 adapter with bias, and {name!r} trains biases already.")
+                raise ValueError(
+                    f"{type(self).__name__} supports only 1 adapter with bias, and {name!r} trains biases already."
+                )
         self.check_config(adapter_name or "", config)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> Callable[[], None] | None:
@@ -325,7 +340,9 @@ class BaseTuner(nn.Module):
         for wanted, indices in self._token_targets(config, model).items():
             found = [(key, module) for key, module in model_modules(model) if ends_with(key, {wanted})]
             if not found:
-                raise ValueError(f"trainable_token_indices names {wanted!r}, which {type(model).__name__} does not have.")
+                raise ValueError(
+                    f"trainable_token_indices names {wanted!r}, which {type(model).__name__} does not have."
+                )
             for key, module in found:
                 if check_target_module_exists(config, key):
                     raise TypeError(f"{key!r} is in target_modules and in trainable_token_indices; choose one of them.")
@@ -410,9 +427,14 @@ class BaseTuner(nn.Module):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freezes the base model; trains the biases that the configurations ask for."""
-        own = {id(p) for _, part in self.parts() for name in part.adapter_names() for p in part.adapter_parameters(name)}
+        own = {
+            id(p) for _, part in self.parts() for name in part.adapter_names() for p in part.adapter_parameters(name)
+        }
         originals = {
-            id(p) for _, part in self.parts() if isinstance(part, ModulesToSaveWrapper) for p in part.original_module.parameters()
+            id(p)
+            for _, part in self.parts()
+            if isinstance(part, ModulesToSaveWrapper)
+            for p in part.original_module.parameters()
         }
         for parameter in model.parameters():
             if id(parameter) not in own:
@@ -505,7 +527,9 @@ class BaseTuner(nn.Module):
             ValueError: there is no such adapter.
         """
         if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {', '.join(self.peft_config) or 'none'}.")
+            raise ValueError(
+                f"Adapter {adapter_name!r} does not exist; there are {', '.join(self.peft_config) or 'none'}."
+            )
         del self.peft_config[adapter_name]
         left = [name for name in self.active_adapters if name != adapter_name]
         if not left and self.peft_config:
@@ -710,5 +734,3 @@ def check_adapter_name(name: str) -> None:
     """Raises ValueError where a string cannot name an adapter."""
     if not isinstance(name, str) or not name or "." in name or name == BASE:
         raise ValueError(f"{name!r} cannot name an adapter: a name is a string without dots, and not {BASE!r}.")
-
-

@@ -25,7 +25,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def lora_linear_plain(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    p: float,
 ) -> Tensor:
     """The formula itself. `result` is x W^T + b, computed from `weight` and `bias` if None."""
     if result is None:
@@ -83,7 +90,10 @@ def _needs_plain(*tensors: Tensor | None) -> bool:
 
 def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float, overwrite: bool) -> Tensor:
     """out + scaling low B^T, in place if `overwrite`."""
-    flat, low = out.view(-1, out.shape[-1]) if overwrite else out.reshape(-1, out.shape[-1]), low.reshape(-1, low.shape[-1])
+    flat, low = (
+        out.view(-1, out.shape[-1]) if overwrite else out.reshape(-1, out.shape[-1]),
+        low.reshape(-1, low.shape[-1]),
+    )
     if overwrite:
         flat.addmm_(low, b.T, alpha=scaling)
         return out

@@ -30,7 +30,7 @@ class HRAConfig(LayerConfig):
     """
 
     r: int = 8
-    apply_GS: bool = False  # noqa: N815 - the name in the files
+    apply_GS: bool = False
     init_weights: bool = True
 
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
@@ -51,7 +51,7 @@ class HRALayer(AdapterLayer):
 
     hra_u: nn.ParameterDict
     hra_r: dict[str, int]
-    hra_apply_GS: dict[str, bool]  # noqa: N815
+    hra_apply_GS: dict[str, bool]
 
     def create(self, name: str, config: HRAConfig) -> None:
         self.hra_r[name], self.hra_apply_GS[name] = config.r, config.apply_GS

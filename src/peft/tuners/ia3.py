@@ -96,7 +96,9 @@ class IA3Layer(AdapterLayer):
         return bias if bias is None or self.is_feedforward else bias * self.ia3_l[name].flatten()
 
     def cheap(self, name: str) -> bool:
-        return self.op.linear or isinstance(self.op, ConvOp) or (self.op.kind == "Embedding" and not self.is_feedforward)
+        return (
+            self.op.linear or isinstance(self.op, ConvOp) or (self.op.kind == "Embedding" and not self.is_feedforward)
+        )
 
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         scale = self.ia3_l[name] if isinstance(self.op, ConvOp) else self.ia3_l[name].flatten()
@@ -128,7 +130,9 @@ class IA3Model(BaseTuner):
             if getattr(config, "_targets_are_defaults", False):
                 config.feedforward_modules = set(FEEDFORWARD_TARGETS[model_config["model_type"]])
             else:
-                raise ValueError("Please specify `feedforward_modules` along with `target_modules`; [] if there are none.")
+                raise ValueError(
+                    "Please specify `feedforward_modules` along with `target_modules`; [] if there are none."
+                )
 
     def make_layer(self, config: IA3Config, target: nn.Module, parameter_name: str | None, key: str) -> IA3Layer:
         name = key if parameter_name is None else f"{key}.{parameter_name}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core.base_op import BaseOp, ConvOp, kernel_numel
+from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledTuner
 from peft.ops.hadamard import expand_core
 from peft.ops.kronecker import factorization, kron_linear
@@ -77,11 +77,17 @@ class LoKrLayer(ScaledLayer):
         if r >= max(b, d) / 2:
             self.lokr_w2[name] = _random(b, d, *kernel)
         elif core:
-            self.lokr_w2_a[name], self.lokr_w2_b[name], self.lokr_t2[name] = _random(r, b), _random(r, d), _random(r, r, *core)
+            self.lokr_w2_a[name], self.lokr_w2_b[name], self.lokr_t2[name] = (
+                _random(r, b),
+                _random(r, d),
+                _random(r, r, *core),
+            )
         else:
             self.lokr_w2_a[name], self.lokr_w2_b[name] = _random(b, r), _random(r, d * math.prod(kernel))
         if config.init_weights:
-            zero = (self.lokr_w2, self.lokr_w2_b) if config.init_weights == "lycoris" else (self.lokr_w1, self.lokr_w1_a)
+            zero = (
+                (self.lokr_w2, self.lokr_w2_b) if config.init_weights == "lycoris" else (self.lokr_w1, self.lokr_w1_a)
+            )
             for slot in zero:
                 if name in slot:
                     nn.init.zeros_(slot[name])

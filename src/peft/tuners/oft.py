@@ -12,7 +12,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
@@ -145,7 +144,11 @@ class OFTLayer(AdapterLayer):
 
     def create(self, name: str, config: OFTConfig) -> None:
         width = self.out_features if self.rotates_output else self.in_features
-        size = _fitting("oft_block_size", config.oft_block_size, width) if config.r == 0 else width // _fitting("r", config.r, width)
+        size = (
+            _fitting("oft_block_size", config.oft_block_size, width)
+            if config.r == 0
+            else width // _fitting("r", config.r, width)
+        )
         self.r[name], self.oft_block_size[name] = width // size, size
         slot = self.oft_embedding_R if self.rotates_output else self.oft_R
         slot[name] = OFTRotation(width, size, config)

@@ -99,7 +99,9 @@ class LoraConfig(LayerConfig):
         self.peft_type = PeftType.LORA
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
-        self.runtime_config = as_subconfig("runtime_config", self.runtime_config, LoraRuntimeConfig) or LoraRuntimeConfig()
+        self.runtime_config = (
+            as_subconfig("runtime_config", self.runtime_config, LoraRuntimeConfig) or LoraRuntimeConfig()
+        )
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias=True cannot be combined with use_dora=True.")
         if self.lora_bias and self.init_lora_weights not in (True, False):

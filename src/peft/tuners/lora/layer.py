@@ -253,7 +253,13 @@ class Linear(LoraLayer):
 
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         base, a, b = self.base_layer, self.lora_A[name], self.lora_B[name]
-        if below is not base or not _is_frozen_dense(base) or not _is_plain(a) or not _is_plain(b) or b.bias is not None:
+        if (
+            below is not base
+            or not _is_frozen_dense(base)
+            or not _is_plain(a)
+            or not _is_plain(b)
+            or b.bias is not None
+        ):
             return self.add(name, x, below(x, *args, **kwargs))
         dtype = compute_dtype(x)
         weight = base.weight.T if self.op.kind == "Conv1D" else base.weight
@@ -263,7 +269,14 @@ class Linear(LoraLayer):
             weight = weight.to(dtype)
         bias = base.bias if base.bias is None else base.bias.to(dtype)
         return lora_linear(
-            x.to(dtype), weight, bias, None, a.weight.to(dtype), b.weight.to(dtype), self.scaling[name], self._dropout(name)
+            x.to(dtype),
+            weight,
+            bias,
+            None,
+            a.weight.to(dtype),
+            b.weight.to(dtype),
+            self.scaling[name],
+            self._dropout(name),
         )
 
     def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
