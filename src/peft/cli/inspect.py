@@ -38,7 +38,7 @@ def run(args: Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         _show(found, key, label)
-        print(f"\nPicture: {png}")
+        print(f"Picture: {png}")
     return 0
 
 
@@ -178,9 +178,9 @@ def _show(found: Mapping[str, Any], key: str, label: str) -> None:
         "base model": found["base_model"],
         "task": found["task_type"],
         "rank" if "num_virtual_tokens" not in found["config"] else "virtual tokens": rank,
-        "targets": ", ".join(sorted(targets)) if isinstance(targets, list) else targets,
+        "targets": ", ".join(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, list) else targets,
         "trained in full": ", ".join(full),
-        "modules": str(len(found["modules"])),
+        "modules": str(sum(module["name"] not in (SHARED, PROMPT) for module in found["modules"])),
         "parameters": f"{found['parameters']:,}",
         "size": f"{found['bytes'] / 1000:,.1f} kB of {', '.join(found['dtypes'])}",
     }.items():
@@ -193,7 +193,7 @@ def _show(found: Mapping[str, Any], key: str, label: str) -> None:
     tables = []
     if 0 < len(kinds) <= COLUMNS:
         cells = {(module["layer"], module["kind"]): module[key] for module in in_layers}
-        table = _table(label, "layer", *kinds, "params")
+        table = _table("layer", *kinds, "params")
         counts: Counter[int] = Counter()
         for module in in_layers:
             counts[module["layer"]] += module["parameters"]
@@ -204,22 +204,21 @@ def _show(found: Mapping[str, Any], key: str, label: str) -> None:
         in_layers = []
     others = [module for module in found["modules"] if module not in in_layers]
     if others:
-        table = _table(None if tables else label, "module", "norm", "params")
+        table = _table("module", "norm", "params")
         for module in others:
             norm = module["norm"] if module[key] is None else module[key]
             table.add_row(module["name"], _number(norm), f"{module['parameters']:,}")
         tables.append(table)
+    console.print(f"\n[bold]{label}")
     for table in tables:
-        console.print()
         console.print(table, highlight=False)
 
 
-def _table(title: str | None, first: str, *others: str) -> Any:
+def _table(first: str, *others: str) -> Any:
     from rich import box
     from rich.table import Table
 
-    style: Any = dict(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    table = Table(title=title, title_justify="left", title_style="bold", **style)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column(first)
     for name in others:
         table.add_column(name, justify="right", overflow="fold", min_width=6)

@@ -75,13 +75,13 @@ def norms(rows: Sequence[tuple[str, int | None, float]], title: str, label: str,
     if lines:
         for (kind, points), marker in zip(lines.items(), "osD^vP*X<>hd" * math.ceil(len(lines) / 12), strict=False):
             axes[0].plot(*zip(*sorted(points), strict=True), marker=marker, markersize=5, linewidth=1.5, label=kind)
-        axes[0].set(xlabel="layer", ylabel=label, ylim=(0, None))
+        axes[0].set(xlabel="layer", ylabel=label, ylim=(0, 1.08 * max(row[2] for row in rows) or 1))
         axes[0].xaxis.get_major_locator().set_params(integer=True)
         axes[0].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     if bars:
         names, values = zip(*bars, strict=True)
-        axes[-1].barh(names, values, color=INK)
+        axes[-1].barh(names, values, color=INK, height=0.5)
         axes[-1].invert_yaxis()
-        axes[-1].set(xlabel=label)
+        axes[-1].set(xlabel="norm" if lines else label)
     figure.suptitle(title)
     figure.savefig(path, dpi=140)

@@ -86,10 +86,7 @@ def base_model(folder: Path, console: Any, steps: int | None = None) -> str:
     tokenizer = _make_tokenizer(texts)
     examples, held_out = split(make_examples(texts, tokenizer, BLOCK)[0], 0.05, seed=0)
     model = _make_model(len(tokenizer))
-    console.print(
-        f"Base model: a Llama of {model.num_parameters():,} parameters, made now from Python's language reference"
-        f" ({sum(map(len, texts)) // 1000} kB)"
-    )
+    console.print(f"Base model: a Llama of {model.num_parameters():,} parameters, made now from Python's help texts")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = transformers().get_linear_schedule_with_warmup(optimizer, min(20, steps // 2), steps)
     batches = Batches(examples, 8, 1, tokenizer.pad_token_id, torch.device("cpu"), seed=0)
@@ -98,7 +95,7 @@ def base_model(folder: Path, console: Any, steps: int | None = None) -> str:
         for _, loss in optimize(model, batches, optimizer, scheduler, range(steps), max_grad_norm=1.0):
             advance(f"loss {loss:.2f}")
     after = evaluate(model, held_out, 8, tokenizer.pad_token_id)
-    console.print(f"  loss on held-out reference text: {before:.2f} -> {after:.2f}")
+    console.print(f"  loss on held-out help texts: {before:.2f} -> {after:.2f}")
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
