@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -312,9 +312,14 @@ class PeftModel(PromptHost):
             ValueError: there is not one name per sample, or mixed batches cannot be used at present.
         """
         names = kwargs.pop("adapter_names", None)
-        if names is None:
+        with ExitStack() as stack:
+            if self._tuner is not None:
+                stack.enter_context(self._tuner.around_forward(args, kwargs))
+            if names is not None:
+                stack.enter_context(self._mixed(names, args, kwargs))
             yield
-            return
+
+    def _mixed(self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
         if self._tuner is None:
             raise ValueError("adapter_names (a mixed batch) cannot be used with soft prompts; use set_adapter.")
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
@@ -324,8 +329,7 @@ class PeftModel(PromptHost):
                 f"adapter_names has length {len(names)}, but no input has that many samples (the first has shape"
                 f" {tuple(tensors[0].shape)}); one name per sample is needed."
             )
-        with self._tuner.routed(names):
-            yield
+        return self._tuner.routed(names)
 
     def _prepare_for_gradient_checkpointing(self, model: Any) -> None:
         """Lets gradients reach adapters inside checkpointed blocks, whose inputs otherwise need none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -693,8 +693,13 @@ class BaseTuner(nn.Module):
 
     # ---- being the model
 
+    def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Stands around each forward pass and generation; takes out of `kwargs` what is the method's, not the model's."""
+        return nullcontext()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        with self.around_forward(args, kwargs):
+            return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
