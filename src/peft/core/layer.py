@@ -628,6 +628,7 @@ def _is_at(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | Non
 
 
 def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    dtype = dtype if tensor.is_floating_point() else None  # indices stay what they are
     if tensor.is_meta and device is not None and device.type != "meta":
         return torch.empty_like(tensor, device=device, dtype=dtype)
     return tensor.to(device=device, dtype=dtype)

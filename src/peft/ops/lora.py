@@ -64,7 +64,7 @@ def lora_linear(
         p: probability of dropout on the adapter's input.
         overwrite: whether `result` is nobody else's and may be overwritten.
     """
-    if _needs_plain(x, a, b, weight if result is None else result):
+    if needs_plain(x, a, b, weight if result is None else result):
         return lora_linear_plain(x, weight, bias, result, a, b, scaling, p)
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
         if not (a.requires_grad and b.requires_grad and x.dim() > 1):
@@ -79,7 +79,7 @@ def lora_linear(
     return _add_product(out, low, b, scaling, overwrite or result is None)
 
 
-def _needs_plain(*tensors: Tensor | None) -> bool:
+def needs_plain(*tensors: Tensor | None) -> bool:
     """Whether the tensors, or who is watching, ask for operations that can be traced, transformed or sharded."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return True
