@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict] = {
     "IA3": {"feedforward_modules": []},
     "VERA": {"r": 6},
     "LOHA": {"r": 1},
+    "SHIRA": {"r": 1},
     "OFT": {"oft_block_size": 2},
     "BOFT": {"boft_block_size": 2},
     "FOURIERFT": {"n_frequency": 20, "init_weights": True},
