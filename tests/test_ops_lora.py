@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -81,6 +82,38 @@ def test_agrees_with_the_formula_in_every_dtype(dtype, tolerance, grad):
         result = lora_linear(x, weight, bias, None, a, b, 1.5)
     assert result.dtype == dtype
     torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_an_input_that_is_a_product_is_not_kept_beside_its_factors():
+    n, size, r = 64, 32, 4
+    torch.manual_seed(0)
+    u, v = torch.randn(n, size, requires_grad=True), torch.randn(n, size, requires_grad=True)
+    weight, a, b = torch.randn(size, size), torch.randn(r, size, requires_grad=True), torch.randn(size, r, requires_grad=True)
+
+    def step(product):
+        storages = {}
+        with torch.autograd.graph.save_on_cpu() if product is None else nullcontext():
+            out = lora_linear(torch.tanh(u) * torch.sigmoid(v), weight, None, None, a, b, 0.5)
+        node = out.grad_fn
+        for tensor in node.saved_tensors:
+            if tensor is not None:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        kept = {t.untyped_storage().data_ptr() for t in (node.next_functions[0][0]._saved_self, node.next_functions[0][0]._saved_other)}
+        return out, torch.autograd.grad(out.square().sum(), (u, v, a, b)), kept <= storages.keys()
+
+    shared, own = step("shared"), step(None)
+    assert shared[2] and not own[2]
+    torch.testing.assert_close(shared[0], own[0])
+    torch.testing.assert_close(shared[1], own[1])
+    small = [t.detach().double()[:2, :3].requires_grad_() for t in (u, v)]
+    factor_a, factor_b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3), (4, 2)))
+    matrix = torch.randn(4, 3, dtype=torch.float64)
+
+    def product(u, v, a, b):
+        return lora_linear(torch.tanh(u) * torch.sigmoid(v), matrix, None, None, a, b, 0.5)
+
+    assert gradcheck(product, (*small, factor_a, factor_b))
+    assert gradgradcheck(product, (*small, factor_a, factor_b))
 
 
 def test_under_func_transforms_it_is_the_plain_formula():

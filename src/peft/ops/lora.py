@@ -100,6 +100,24 @@ def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float, overwrite:
     return torch.addmm(flat, low, b.T, alpha=scaling).view(out.shape)
 
 
+def _kept_factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """u and v, if x is their product and autograd keeps both for its gradient anyway.
+
+    So it is for the input of a gated MLP's down projection, the widest of all: to keep x as well would double what the
+    product costs, to multiply once more is nothing beside the matrix products.
+    """
+    node = x.grad_fn
+    if node is None or type(node).__name__ != "MulBackward0":
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and hooks[0].__module__ in ("torch.utils.checkpoint", "torch.autograd.graph"):
+        return None  # what is kept is recomputed or elsewhere, and must not be asked for now
+    u, v = node._saved_self, node._saved_other  # type: ignore[attr-defined]
+    if u is None or v is None or not u.shape == v.shape == x.shape or not u.dtype == v.dtype == x.dtype:
+        return None
+    return u, v
+
+
 def _dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
     """x with dropout, and the mask, if any."""
     if p == 0:
@@ -130,13 +148,15 @@ class _LoraLinear(torch.autograd.Function):
         out = _add_product(out, low, b, scaling, overwrite or result is None)
         if overwrite:
             ctx.mark_dirty(result)
-        ctx.scaling, ctx.p = scaling, p
-        ctx.save_for_backward(x, weight if result is None else None, low, a, b, mask)
+        ctx.scaling, ctx.p, ctx.shape = scaling, p, x.shape
+        u, v = _kept_factors(x) or (x, None)
+        ctx.save_for_backward(u, v, weight if result is None else None, low, a, b, mask)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, low, a, b, mask = ctx.saved_tensors
+        u, v, weight, low, a, b, mask = ctx.saved_tensors
+        x = u if v is None else u * v
         factors = None if mask is None else mask_factors(mask, ctx.p, x)
         dropped = x if factors is None else x * factors
         if torch.is_grad_enabled():  # a second derivative is wanted, so everything comes from tensors with a history
@@ -145,7 +165,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_low = flat @ (b * ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(flat, weight, grad_low, a, factors).view(x.shape)
+            grad_x = _input_gradient(flat, weight, grad_low, a, factors).view(ctx.shape)
         grad_a = grad_low.T @ dropped
         grad_b = (flat.T @ low) * ctx.scaling
         return grad_x, None, None, grad if ctx.needs_input_grad[3] else None, grad_a, grad_b, None, None, None
