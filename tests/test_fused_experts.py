@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import peft.model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.integrations.transformers import (
     convert_peft_adapter_state_dict_for_transformers,

@@ -61,7 +61,7 @@ for name in peft.__all__:
 def test_names_are_listed_and_unknown_ones_say_so():
     assert set(peft.__all__) <= set(dir(peft))
     with pytest.raises(AttributeError, match="no attribute 'LoraConfg'"):
-        peft.LoraConfg
+        peft.LoraConfg  # noqa: B018
 
 
 def module_level_imports(tree: ast.Module) -> set[str]:
@@ -86,7 +86,8 @@ def module_level_imports(tree: ast.Module) -> set[str]:
 def test_the_search_for_imports_sees_what_runs_on_import():
     tree = ast.parse(
         "import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import e\nelse:\n    import f\n"
-        "class K:\n    import g\n    def m(self):\n        import h\ntry:\n    import i\nexcept ImportError:\n    import j\n"
+        "class K:\n    import g\n    def m(self):\n        import h\ntry:\n    import i\nexcept"
+        " ImportError:\n    import j\n"
     )
     assert module_level_imports(tree) == {"a", "c", "f", "g", "i", "j"}
 

@@ -77,7 +77,8 @@ _BACKENDS = _at(
 _MODELS = {
     **_at(
         "peft.tasks",
-        "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM"
+        "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering"
+        " PeftModelForSeq2SeqLM"
         " PeftModelForSequenceClassification PeftModelForTokenClassification",
     ),
 }
@@ -92,7 +93,8 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         **_at("peft.tasks", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"),
         **_at(
             "peft.registry",
-            "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING",
+            "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING"
+            " PEFT_TYPE_TO_TUNER_MAPPING",
         ),
     },
     "peft.mixed_model": _at("peft.mixed", "PeftMixedModel"),

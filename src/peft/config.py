@@ -114,7 +114,7 @@ class PeftConfigMixin:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Commits `adapter_config.json` to a hub repository; `kwargs` as for `huggingface_hub` (token, private, ...)."""
+        """Commits `adapter_config.json` to a hub repository; `kwargs` (token, private, ...) go to `huggingface_hub`."""
         return push(self.save_pretrained, repo_id, **{"commit_message": "Upload config", **kwargs})
 
     @classmethod
@@ -259,6 +259,9 @@ class LayerConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     bias: str = "none"
 
+    #: fields that map names of modules to settings of their own; names that match no module are warned of
+    pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("target_modules", "exclude_modules"):
@@ -271,7 +274,8 @@ class LayerConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} cannot be used when target_modules is a str: put the indices into the regular expression."
+                        f"{name} cannot be used when target_modules is a str: put the indices into the"
+                        " regular expression."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform: give both or neither.")

@@ -196,7 +196,8 @@ class PeftModel(PromptHost):
             )
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
-                f"All adapters of a PeftModel have the same PEFT type: this one has {_value(self.peft_type)}, the new adapter"
+                f"All adapters of a PeftModel have the same PEFT type: this one has {_value(self.peft_type)},"
+                " the new adapter"
                 f" {_value(peft_config.peft_type)}. Use get_peft_model(..., mixed=True) to mix methods."
             )
         if peft_config.is_prompt_learning and is_trainable:
@@ -296,7 +297,7 @@ class PeftModel(PromptHost):
         `adapter_names`, one name per sample, gives each sample an adapter of its own (`"__base__"`: none).
         """
         with self.routed(args, kwargs):
-            return self.get_base_model()(*args, **kwargs)
+            return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate` with the active adapters; `adapter_names` as for `forward`."""
@@ -381,7 +382,8 @@ class PeftModel(PromptHost):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(
-                f"selected_adapters names {', '.join(unknown)}, which does not exist; there are {', '.join(self.peft_config)}."
+                f"selected_adapters names {', '.join(unknown)}, which does not exist; there are"
+                f" {', '.join(self.peft_config)}."
             )
         gathered = kwargs.pop("state_dict", None)
         card = self._card(save_directory)
@@ -624,7 +626,7 @@ class _Source:
         return cls(os.fspath(model_id), config, tensors)
 
     def fit(self, model: nn.Module) -> None:
-        """Names layers as the base model has them now: transformers fuses experts that older adapters have one by one."""
+        """Names layers as the base model has them now: transformers fuses experts that older files have one by one."""
         convert_peft_config_for_transformers(self.config, model, state_dict=self.tensors)
         self.tensors = convert_peft_adapter_state_dict_for_transformers(model, self.config, self.tensors)
 

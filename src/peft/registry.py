@@ -125,6 +125,8 @@ METHODS: dict[str, Method] = {
     "OFT": Method("peft.tuners.oft", "OFTConfig", "OFTModel", "oft_"),
     "BOFT": Method("peft.tuners.boft", "BOFTConfig", "BOFTModel", "boft_"),
     "LN_TUNING": Method("peft.tuners.ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_"),
+    "SHIRA": Method("peft.tuners.shira", "ShiraConfig", "ShiraModel", "shira_"),
+    "ADALORA": Method("peft.tuners.adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
     "RANDLORA": Method("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),
@@ -144,6 +146,7 @@ METHODS: dict[str, Method] = {
         "multitask_prompt_tuning_", prompt=True, aliases=("MultitaskPromptTuningInit",),
     ),
     "CPT": Method("peft.tuners.cpt", "CPTConfig", "CPTEmbedding", "cpt_", prompt=True),
+    "POLY": Method("peft.tuners.poly", "PolyConfig", "PolyModel", "poly_", mixed=False),
 }
 
 
@@ -182,7 +185,8 @@ def register_peft_method(
         raise ValueError(f"Unknown method {name!r}: {key} is no member of PeftType.")
     if key in METHODS:
         raise KeyError(f"The method {name!r} is registered already.")
-    row = Method(config_cls.__module__, config_cls.__name__, model_cls.__name__, prefix or f"{name}_", is_mixed_compatible)
+    prefix = prefix or f"{name}_"
+    row = Method(config_cls.__module__, config_cls.__name__, model_cls.__name__, prefix, is_mixed_compatible)
     row.config_class, row.model_class = config_cls, model_cls
     METHODS[key] = row
 

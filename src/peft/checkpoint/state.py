@@ -22,7 +22,7 @@ EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 
 
 class IncompatibleKeys(NamedTuple):
-    """What did not fit in loading: the adapter's names in the model without a value, and names that only the file has."""
+    """What did not fit in loading: the adapter's names without a value, and names that only the file has."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]

@@ -226,7 +226,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         others = [name for name in adapter_names or () if name != active and self.has(name)]
         if others:
             warnings.warn(
-                f"{', '.join(others)} trained a version of {type(self.original_module).__name__} too, but the active adapter's"
+                f"{', '.join(others)} trained a version of {type(self.original_module).__name__} too, but the"
+                " active adapter's"
                 f" ({active!r}) is the one that stays; call set_adapter first to have another.",
                 PeftWarning,
                 stacklevel=3,
@@ -285,7 +286,8 @@ class TrainableTokensLayer(AdapterLayer):
             shared = seen.intersection(self.token_indices[name])
             if shared:
                 raise ValueError(
-                    f"The token indices {sorted(shared)} are trained by several of {', '.join(names)}; they cannot all be merged."
+                    f"The token indices {sorted(shared)} are trained by several of {', '.join(names)}; they"
+                    " cannot all be merged."
                 )
             seen.update(self.token_indices[name])
         return names
@@ -383,7 +385,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
 
 def save_modules(model: nn.Module, keys: Sequence[str], adapter_name: str, tied: Sequence[str] = ()) -> None:
-    """Gives an adapter its own copy of modules of a model, to be trained in full; those in `tied` share their weight."""
+    """Gives an adapter its own copy of modules of a model, to be trained in full; those in `tied` share a weight."""
     shared: nn.Module | None = None
     for key in keys:
         parent, _, name = key.rpartition(".")

@@ -181,7 +181,8 @@ class ParameterOp(BaseOp):
         weight = getattr(module, parameter_name)
         if weight.dim() not in (2, 3):
             raise ValueError(
-                f"Parameter {parameter_name!r} has {weight.dim()} dimensions; a matrix or a stack of matrices is needed."
+                f"Parameter {parameter_name!r} has {weight.dim()} dimensions; a matrix or a stack of matrices"
+                " is needed."
             )
         self.num_experts = weight.shape[0] if weight.dim() == 3 else 1
         self.transposed = weight.dim() == 3 and bool(getattr(module, "is_transposed", False))

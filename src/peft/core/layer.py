@@ -77,7 +77,7 @@ class AdapterLayer(nn.Module):
         self.op = found
         for slot in self.adapter_layer_names:
             setattr(self, slot, self.container(slot))
-        # Straight into __dict__: a large model has tens of thousands of layers, and each assignment to a module is slow.
+        # Straight into __dict__: a large model has tens of thousands of layers, and assigning to a module is slow.
         self.__dict__.update({setting: {} for setting in self.other_param_names})
         self.__dict__.update(self._initial_state(parameter_name))
 
@@ -466,7 +466,7 @@ class AdapterLayer(nn.Module):
         return _join(parts, dim, rows)
 
     def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
-        """`result` with each sample's adapter added, for additive methods; `groups` are the adapters and their samples."""
+        """`result` with each sample's adapter added, for additive methods; `groups` are adapters and their samples."""
         dim, result = self.op.batch_dim, result.clone()
         for name, index in groups:
             changed = self.add(name, x.index_select(dim, index), result.index_select(dim, index))
@@ -534,7 +534,8 @@ class AdapterLayer(nn.Module):
             weight, bias = self.effective(names, through=False)
         if safe and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise ValueError(
-                f"NaN or infinite values would be merged by adapter {', '.join(names)}; the weights are left as they are."
+                f"NaN or infinite values would be merged by adapter {', '.join(names)}; the weights are left"
+                " as they are."
             )
         return weight, bias
 

@@ -1,4 +1,4 @@
-"""Targets to plan: which modules of a model a configuration means, worked out and checked before anything is changed."""
+"""Targets to plan: which modules of a model a configuration means, worked out and checked before any change."""
 
 from __future__ import annotations
 
@@ -273,7 +273,8 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
     module = target.module
     if target.parameter_name is not None and not target.key:
         raise ValueError(
-            f"target_parameters={target.parameter_name!r} is a top-level parameter of the model, which cannot be wrapped."
+            f"target_parameters={target.parameter_name!r} is a top-level parameter of the model, which cannot"
+            " be wrapped."
         )
     module = module.get_base_layer() if isinstance(module, AdapterLayer) else module
     op = base_op(module, target.parameter_name)
@@ -318,7 +319,7 @@ def _check_matches(
     for entry in [excludes] if isinstance(excludes, str) else sorted(excludes):
         if not any(matching_entry([entry] if not isinstance(excludes, str) else entry, name) for name in names):
             unmatched.append(f"exclude_modules entry {entry!r}")
-    for pattern_field in ("rank_pattern", "alpha_pattern"):
+    for pattern_field in config.pattern_fields:
         for pattern in getattr(config, pattern_field, None) or ():
             if not any(get_pattern_key([pattern], target.name) == pattern for target in plan.targets):
                 unmatched.append(f"{pattern_field} key {pattern!r}")
@@ -345,10 +346,14 @@ def _nothing_matches(
     if plan.left_out:
         return (
             f"All modules that target_modules={asked} matches in {where} ({len(plan.left_out)}, such as"
-            f" {plan.left_out[0]!r}) are left out by exclude_modules={config.exclude_modules}. Nothing is left to adapt."
+            f" {plan.left_out[0]!r}) are left out by exclude_modules={config.exclude_modules}. Nothing is"
+            " left to adapt."
         )
     if plan.save and any(matching_entry(config.target_modules, key) for key in plan.save):
-        return f"target_modules={asked} and modules_to_save={config.modules_to_save} name the same modules; nothing is left to adapt."
+        return (
+            f"target_modules={asked} and modules_to_save={config.modules_to_save} name the same modules; nothing is"
+            " left to adapt."
+        )
     if config.layers_to_transform is not None:
         return (
             f"No module that target_modules={asked} matches was found in {where} in layers_to_transform="

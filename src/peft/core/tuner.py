@@ -245,7 +245,8 @@ class BaseTuner(nn.Module):
         others = [name for name in self.peft_config if name != adapter_name]
         if bias != "none" and others:
             raise ValueError(
-                f"{type(self).__name__} supports only 1 adapter with bias; {', '.join(others)} is there already. Set bias to"
+                f"{type(self).__name__} supports only 1 adapter with bias; {', '.join(others)} is there"
+                " already. Set bias to"
                 " 'none' for all adapters."
             )
         for name in others:
@@ -336,7 +337,7 @@ class BaseTuner(nn.Module):
         return wanted
 
     def _check_tokens(self, config: Any, model: nn.Module) -> None:
-        """Raises where `trainable_token_indices` names no embedding, rows outside it, or a module that is a target too."""
+        """Raises where `trainable_token_indices` names no embedding, rows outside it, or a target module."""
         for wanted, indices in self._token_targets(config, model).items():
             found = [(key, module) for key, module in model_modules(model) if ends_with(key, {wanted})]
             if not found:
@@ -377,10 +378,11 @@ class BaseTuner(nn.Module):
     def fill_in(self, adapter_name: str) -> None:
         """Gives tensors of an adapter that are still without memory the values of a fresh adapter."""
         for key, part in self.parts():
-            if isinstance(part, AdapterLayer) and part.has(adapter_name):
-                if any(parameter.is_meta for parameter in part.adapter_parameters(adapter_name)):
-                    config = self.peft_config[adapter_name]
-                    part.fill_in(adapter_name, config, self.layer_settings(config, target_name(key, part)))
+            if not isinstance(part, AdapterLayer) or not part.has(adapter_name):
+                continue
+            if any(parameter.is_meta for parameter in part.adapter_parameters(adapter_name)):
+                config = self.peft_config[adapter_name]
+                part.fill_in(adapter_name, config, self.layer_settings(config, target_name(key, part)))
 
     @classmethod
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -407,7 +409,8 @@ class BaseTuner(nn.Module):
             ValueError: the initialisation changes nothing, so there is nothing to convert.
         """
         raise ValueError(
-            "path_initial_model_for_weight_conversion is for initialisations that change the base weights; that of adapter"
+            "path_initial_model_for_weight_conversion is for initialisations that change the base weights;"
+            " that of adapter"
             f" {adapter_name!r} does not. Save without it."
         )
 

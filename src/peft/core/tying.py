@@ -13,7 +13,7 @@ from peft.errors import PeftWarning
 
 
 def tied_embedding_modules(model: Any) -> list[str]:
-    """Names of the modules that share their weight with the input embedding, the embedding first; empty if none does."""
+    """Names of the modules that share the input embedding's weight, the embedding first; empty if none does."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
         return []
@@ -35,8 +35,8 @@ def _plain_weight(module: nn.Module) -> Any:
 def tie_configuration(config: Any, model: nn.Module) -> tuple[list[str], list[str]]:
     """With `ensure_weight_tying`, lets a configuration that names one of several tied modules mean all of them.
 
-    Returns the names of modules to adapt beyond those that `target_modules` names, and of modules to train in full beyond
-    those that `modules_to_save` names.
+    Returns the names of modules to adapt beyond those that `target_modules` names, and of modules to train in full
+    beyond those that `modules_to_save` names.
     """
     if not getattr(config, "ensure_weight_tying", False):
         return [], []
@@ -64,9 +64,11 @@ def warn_of_tied_targets(targets: Sequence[str], config: Any, model: nn.Module) 
     if hit and not getattr(config, "ensure_weight_tying", False):
         others = [key for key in tied if key not in hit]
         warnings.warn(
-            f"{', '.join(hit)} shares its weight with {', '.join(others) or 'each other'} (tied embeddings), and the adapter"
+            f"{', '.join(hit)} shares its weight with {', '.join(others) or 'each other'} (tied embeddings),"
+            " and the adapter"
             " changes it alone. Merging gives it a weight of its own; to save the merged model so, set"
-            " config.tie_word_embeddings=False, or else the copies become one again on loading. ensure_weight_tying=True"
+            " config.tie_word_embeddings=False, or else the copies become one again on loading."
+            " ensure_weight_tying=True"
             " keeps them the same.",
             PeftWarning,
             stacklevel=4,

@@ -10,7 +10,8 @@ def reflect(rows: Tensor, u: Tensor, orthogonal: bool = False) -> Tensor:
     """`rows` times (I - 2 u1 u1^T) ... (I - 2 ur ur^T).
 
     The product of r reflections is I - U T U^T with an upper triangular T [r, r], whose inverse is half the identity
-    plus the strict upper triangle of U^T U (arXiv:0911.2181, the UT transform), so two thin products and one solve do it.
+    plus the strict upper triangle of U^T U (arXiv:0911.2181, the UT transform), so two thin products and one solve
+    do it.
 
     Args:
         rows: [..., n].

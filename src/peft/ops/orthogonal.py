@@ -43,7 +43,7 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def cayley_neumann(skew: Tensor, terms: int) -> Tensor:
-    """R - I for R = (I + Q) (I - Q)^-1 with the inverse as a Neumann series (arXiv:2506.19847): orthogonal up to its rest.
+    """R - I for R = (I + Q) (I - Q)^-1 with the inverse as a Neumann series (arXiv:2506.19847): nearly orthogonal.
 
     R is I + 2 Q + 2 Q^2 + ... of `terms` terms, the last of which counts once; with 3 or 4 terms it is
     I + 2 Q + 2 Q^2 + Q^3, with 2 it is I + 2 Q, and with 1 it is I.

@@ -125,13 +125,15 @@ class BOFTLayer(AdapterLayer):
         given = "boft_block_size" if config.boft_block_size else "boft_block_num"
         if op.in_features % getattr(config, given):
             raise ValueError(
-                f"{given}={getattr(config, given)} does not fit {key!r}: its width {op.in_features} must be divisible by it."
+                f"{given}={getattr(config, given)} does not fit {key!r}: its width {op.in_features} must be"
+                " divisible by it."
             )
         size = config.boft_block_size or op.in_features // config.boft_block_num
         coupled = 2 ** (config.factors - 1)
         if config.factors > 1 and (size % 2 or (op.in_features // size) % coupled):
             raise ValueError(
-                f"{config.factors} butterfly factors do not fit {key!r}: its {op.in_features // size} blocks of size {size}"
+                f"{config.factors} butterfly factors do not fit {key!r}: its {op.in_features // size} blocks"
+                f" of size {size}"
                 f" must be a multiple of {coupled}, and of an even size."
             )
 
@@ -152,7 +154,8 @@ class BOFTModel(BaseTuner):
     def check_config(self, adapter_name: str, config: BOFTConfig) -> None:
         if config.factors < config.boft_n_butterfly_factor and not config.inference_mode:
             warnings.warn(
-                f"A new adapter gets one butterfly factor, not boft_n_butterfly_factor={config.boft_n_butterfly_factor}, as"
+                "A new adapter gets one butterfly factor, not"
+                f" boft_n_butterfly_factor={config.boft_n_butterfly_factor}, as"
                 " in huggingface/peft where it has not built its CUDA kernel. boft_all_factors=True gives it all.",
                 PeftWarning,
                 stacklevel=2,

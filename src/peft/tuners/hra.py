@@ -71,7 +71,7 @@ class HRALayer(AdapterLayer):
         return self.op.linear
 
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # W R x: reflecting the activations costs less than reflecting the weight. R x = (x^T R^T)^T, so in reverse order.
+        # W R x: reflecting the activations costs less than the weight. R x = (x^T R^T)^T, so in reverse order.
         u = self.hra_u[name].to(x.dtype)
         return below(reflect(x, u.flip(1), orthogonal=self.hra_apply_GS[name]), *args, **kwargs)
 
@@ -79,7 +79,8 @@ class HRALayer(AdapterLayer):
     def check(cls, config: HRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         if config.init_weights and config.r % 2:
             raise ValueError(
-                f"HRA starts without effect only with an even number of reflections, got r={config.r}; choose an even r, or"
+                f"HRA starts without effect only with an even number of reflections, got r={config.r}; choose"
+                " an even r, or"
                 " init_weights=False for a random start."
             )
 

@@ -78,7 +78,8 @@ class OFTConfig(LayerConfig):
         written_by = (kwargs.get("peft_version") or "0").partition("@")[0]
         if kwargs.get("use_cayley_neumann") and Version(written_by) < Version("0.18.0"):
             warnings.warn(
-                f"This OFT adapter was written by peft {kwargs.get('peft_version') or 'before 0.18'}; the Neumann series was"
+                f"This OFT adapter was written by peft {kwargs.get('peft_version') or 'before 0.18'}; the"
+                " Neumann series was"
                 " changed in 0.18, so its effect is not the same here. Train it again, or use it with peft 0.17.",
                 PeftWarning,
                 stacklevel=4,
@@ -191,7 +192,8 @@ class OFTModel(BaseTuner):
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if any(".oft_r." in key for key in tensors):
             raise ValueError(
-                "This is an OFT checkpoint of huggingface/peft before version 0.16 (it has tensors called oft_r), which this"
+                "This is an OFT checkpoint of huggingface/peft before version 0.16 (it has tensors called"
+                " oft_r), which this"
                 " version cannot read. Load it with peft 0.15.2, or train the adapter again."
             )
         return tensors

@@ -62,7 +62,7 @@ class VeraLayer(AdapterLayer):
     vera_lambda_b: nn.ParameterDict
     vera_lambda_d: nn.ParameterDict
 
-    def __init__(self, base_layer: nn.Module, parameter_name: str | None, vera_A: SharedTensors, vera_B: SharedTensors):  # noqa: N803
+    def __init__(self, base_layer: nn.Module, parameter_name: str | None, vera_A: SharedTensors, vera_B: SharedTensors):
         super().__init__(base_layer, parameter_name)
         self.vera_A, self.vera_B = vera_A, vera_B
         self.vera_dropout = nn.ModuleDict()

@@ -152,7 +152,8 @@ class LoraLayer(AdapterLayer):
     def check_merge(self, name: str) -> None:
         if self.lora_bias[name] and self.get_base_bias() is None:
             raise ValueError(
-                f"Adapter {name!r} has a bias (lora_bias=True), but the {self.op.kind} has none that it could be merged into."
+                f"Adapter {name!r} has a bias (lora_bias=True), but the {self.op.kind} has none that it could"
+                " be merged into."
             )
 
     # ---- scale
@@ -296,7 +297,7 @@ class Linear(LoraLayer):
     def _stacks_for(
         self, route: Route, groups: Sequence[tuple[str, Tensor]], like: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """`_stacked`, worked out once for a route and kept for the next with the same names; None if it cannot serve."""
+        """`_stacked`, worked out once for a route and kept for the next of the same names; None if it cannot serve."""
         if id(self) in route.prepared:
             return route.prepared[id(self)]
         factors = [module for name, _ in groups for module in (self.lora_A[name], self.lora_B[name])]
@@ -317,7 +318,7 @@ class Linear(LoraLayer):
         self.__dict__.pop("_stacks", None)
 
     def _stacked(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of each sample's adapter, [samples, r, in] and [samples, out, r], with the scale in the second."""
+        """The factors of each sample's adapter, [samples, r, in] and [samples, out, r]; the scale is in the second."""
         here = [name for name in dict.fromkeys(names) if self.has(name)]
         r = max(self.r[name] for name in here)
         factors = [self.factors(name) for name in here]
@@ -457,7 +458,8 @@ class _ConvNd(LoraLayer):
         super().check_merge(name)
         if self.get_base_layer().groups > 1:
             raise NotImplementedError(
-                "LoRA on a convolution with groups cannot be merged: its A sees the channels of all groups, and the base"
+                "LoRA on a convolution with groups cannot be merged: its A sees the channels of all groups,"
+                " and the base"
                 " weight has no room for such a change."
             )
 

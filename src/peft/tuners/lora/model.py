@@ -111,7 +111,8 @@ def replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> Callabl
     order = [index for start, end in ranges for index in range(start, end)]
     if not order or max(order) >= len(layers):
         raise ValueError(
-            f"layer_replication={ranges} asks for layers that {type(model).__name__} does not have ({len(layers)} layers)."
+            f"layer_replication={ranges} asks for layers that {type(model).__name__} does not have"
+            f" ({len(layers)} layers)."
         )
     replicated = nn.ModuleList()
     for index in order:
