@@ -1,0 +1,173 @@
+"""Polytropon: each task mixes skills of its own choice, which are LoRA factors that all tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.layer import AdapterLayer
+from peft.core.routing import Route, check_task_ids
+from peft.core.tuner import BaseTuner
+from peft.registry import PeftType
+
+
+@dataclass
+class PolyConfig(LayerConfig):
+    """Polytropon (arXiv:2202.13914) and multi-head routing (arXiv:2211.03831).
+
+    Forward passes and generation need `task_ids` [batch].
+
+    Args:
+        r: rank of each skill.
+        init_weights: start without effect; False starts all factors at random.
+        poly_type: kind of router; only `"poly"`.
+        n_tasks: number of tasks.
+        n_skills: number of skills in each layer.
+        n_splits: number of parts that a skill is cut into; a task chooses for each part on its own.
+
+    Raises:
+        ValueError: numbers that are not positive, or another router.
+    """
+
+    r: int = 8
+    init_weights: bool = True
+    poly_type: str = "poly"
+    n_tasks: int = 1
+    n_skills: int = 4
+    n_splits: int = 1
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(
+        ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.POLY
+        for name in ("r", "n_tasks", "n_skills", "n_splits"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}.")
+        if self.poly_type != "poly":
+            raise ValueError(f"poly_type={self.poly_type!r} is not known; use 'poly'.")
+
+
+class PolyRouter(nn.Module):
+    """How much of each skill each task takes: Z = sigmoid(`module_logits`) [tasks, splits * skills], divided by its
+    sum over skills. In training, the choice is drawn from the relaxed Bernoulli distribution with these logits.
+    """
+
+    def __init__(self, config: PolyConfig):
+        super().__init__()
+        self.shape = (config.n_splits, config.n_skills)
+        self.module_logits = nn.Parameter(torch.empty(config.n_tasks, config.n_splits * config.n_skills))
+        nn.init.uniform_(self.module_logits, -1e-3, 1e-3)
+
+    def forward(self, task_ids: Tensor, rows: int) -> Tensor:
+        """Shares [rows, splits, skills] for tasks [samples]; a layer may see several rows for each sample."""
+        tasks = check_task_ids(task_ids, len(self.module_logits), len(task_ids)).to(self.module_logits.device)
+        if not len(tasks) or rows % len(tasks):
+            raise ValueError(f"task_ids has {len(tasks)} tasks, which does not fit a layer that sees {rows} rows.")
+        logits = self.module_logits[tasks].unflatten(1, self.shape)
+        chosen = RelaxedBernoulli(logits.new_ones(()), logits=logits).rsample() if self.training else logits.sigmoid()
+        return (chosen / (chosen.sum(-1, keepdim=True) + 1e-12)).repeat_interleave(rows // len(tasks), dim=0)
+
+
+class Tasks:
+    """The tasks of the present batch, which all layers of a model read."""
+
+    ids: Tensor | None = None
+
+
+class PolyLayer(AdapterLayer):
+    """A linear layer with skills: y = W x + B_t A_t x / r for a sample of task t, where A_t and B_t are the sums of
+    `poly_lora_A` [splits, skills, in / splits, r] and `poly_lora_B` [splits, skills, r, out / splits] over the skills,
+    in the shares that `poly_router` gives.
+    """
+
+    adapter_layer_names = ("poly_router", "poly_lora_A", "poly_lora_B")
+    other_param_names = ("r",)
+    # Each sample has a weight of its own, so only what acts on the activations can be adapted.
+    kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
+    label = "poly"
+
+    poly_router: nn.ModuleDict
+    poly_lora_A: nn.ParameterDict
+    poly_lora_B: nn.ParameterDict
+    r: dict[str, int]
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str | None, tasks: Tasks):
+        super().__init__(base_layer, parameter_name)
+        self.tasks = tasks
+
+    def container(self, slot: str) -> nn.Module:
+        return nn.ModuleDict() if slot == "poly_router" else nn.ParameterDict()
+
+    def create(self, name: str, config: PolyConfig) -> None:
+        self.r[name] = config.r
+        self.poly_router[name] = PolyRouter(config).train(self.training)
+        a, b = (
+            torch.empty(config.n_splits, config.n_skills, width // config.n_splits, config.r)
+            for width in (self.in_features, self.out_features)
+        )
+        b = b.transpose(2, 3).contiguous()
+        for factor in (a,) if config.init_weights else (a, b):
+            for skill in factor.flatten(0, 1):
+                nn.init.kaiming_uniform_(skill, a=5**0.5)
+        self.poly_lora_A[name] = nn.Parameter(a)
+        self.poly_lora_B[name] = nn.Parameter(b.zero_() if config.init_weights else b)
+
+    def cheap(self, name: str) -> bool:
+        return True
+
+    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        if self.tasks.ids is None:
+            raise ValueError("task_ids should not be None: Poly needs the task of each sample.")
+        a, b = self.poly_lora_A[name], self.poly_lora_B[name]
+        shares = self.poly_router[name](self.tasks.ids, x.shape[0]).to(a.dtype)
+        a = torch.einsum("bqs,qsir->bqir", shares, a).flatten(1, 2)  # [rows, in, r]
+        b = torch.einsum("bqs,qsro->bqro", shares, b).transpose(1, 2).flatten(2)  # [rows, r, out]
+        flat = x.to(a.dtype).flatten(1, -2) if x.dim() > 2 else x.to(a.dtype)[:, None]
+        change = (flat @ a @ b / self.r[name]).view(*x.shape[:-1], -1)
+        return result + change.to(result.dtype)
+
+    def check_merge(self, name: str) -> None:
+        raise NotImplementedError("A Poly adapter changes the weight differently for each task and cannot be merged.")
+
+    def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("adapter_names (a mixed batch) cannot be used with Poly; task_ids says what each sample gets.")
+
+    @classmethod
+    def check(cls, config: PolyConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        for side, width in (("in_features", op.in_features), ("out_features", op.out_features)):
+            if width % config.n_splits:
+                raise ValueError(f"{side}={width} of {key!r} must be divisible by n_splits={config.n_splits}.")
+
+
+class PolyModel(BaseTuner):
+    """A model with Poly adapters."""
+
+    prefix = "poly_"
+    layer_class = PolyLayer
+    injectable = False
+
+    def prepare_shared(self) -> None:
+        self.tasks = Tasks()
+
+    def make_layer(self, config: PolyConfig, target: nn.Module, parameter_name: str | None, key: str) -> PolyLayer:
+        return PolyLayer(target, parameter_name, self.tasks)
+
+    @contextmanager
+    def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+        self.tasks.ids = kwargs.pop("task_ids", None)
+        try:
+            yield
+        finally:
+            if not torch.is_grad_enabled():  # gradient checkpointing runs layers again, in the backward pass
+                self.tasks.ids = None
