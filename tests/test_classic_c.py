@@ -177,3 +177,128 @@ def test_vblora_layers_share_one_bank():
     ]
     assert banks[0] is banks[1] is model.base_model.vblora_vector_bank["default"]
     assert sum("vector_bank" in name for name, _ in model.named_parameters()) == 1
+
+
+# ---- AdaLoRA
+
+
+def adalora(**changes) -> peft.AdaLoraConfig:
+    return peft.AdaLoraConfig(
+        **{"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 3, **TARGETS, **changes}
+    )
+
+
+def train(model, steps):
+    """Trains on a linear map; returns which ranks each step left."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    ranks = []
+    for step in steps:
+        x = torch.randn(16, 8, generator=generator)
+        optimizer.zero_grad()
+        (model(x) - 3 * x.flip(1)).square().mean().backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        ranks.append({name: (p != 0).flatten().tolist() for name, p in model.named_parameters() if "lora_E" in name})
+    return ranks
+
+
+def kept(ranks) -> int:
+    return sum(sum(mask) for mask in ranks.values())
+
+
+def test_adalora_drops_ranks_to_its_target_and_files_hold_those_that_are_left(tmp_path):
+    model = peft.get_peft_model(build(), adalora(deltaT=2))
+    ranks = train(model, range(10))
+    assert kept(ranks[1]) == 8 and kept(ranks[7]) == kept(ranks[9]) == 4
+    assert ranks[7] == ranks[8] == ranks[9]
+    pattern = model.peft_config["default"].rank_pattern
+    assert {f"base_model.model.{name}": mask for name, mask in pattern.items()} == ranks[9]
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for name, mask in peft.AdaLoraConfig.from_pretrained(tmp_path).rank_pattern.items():
+        assert mask == ranks[9][f"base_model.model.{name}.default"]
+        assert saved[f"base_model.model.{name}"].shape == (sum(mask), 1)
+    x = torch.randn(5, 8)
+    for low_cpu_mem_usage in (False, True):
+        loaded = peft.PeftModel.from_pretrained(build(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        torch.testing.assert_close(loaded(x), model(x))
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
+
+
+def test_adalora_saved_while_ranks_are_allocated_can_be_trained_on(tmp_path):
+    model = peft.get_peft_model(build(), adalora())
+    assert kept(train(model, range(5))[-1]) < 8
+    model.save_pretrained(tmp_path)
+    assert peft.AdaLoraConfig.from_pretrained(tmp_path).rank_pattern is None
+    resumed = peft.get_peft_model(build(), adalora())
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(resumed(x), model(x))
+    assert kept(train(resumed, range(5, 10))[-1]) == 4
+
+
+def test_adalora_adds_its_penalty_to_the_loss_of_the_model():
+    class Output:
+        pass
+
+    class WithLoss(TwoLayers):
+        def forward(self, x):
+            output = Output()
+            output.loss = super().forward(x).square().mean()
+            return output
+
+    torch.manual_seed(1)
+    model, x = peft.get_peft_model(WithLoss(), adalora(orth_reg_weight=0.3)), torch.randn(3, 8)
+    with model.disable_adapter():
+        plain = model(x).loss
+    loss = model(x).loss
+    gaps = [
+        torch.linalg.matrix_norm(f @ f.T - torch.eye(4))
+        for layer in (model.base_model.model.first, model.base_model.model.second)
+        for f in (layer.lora_A["default"], layer.lora_B["default"].T)
+    ]
+    torch.testing.assert_close(loss, plain + 0.3 * torch.stack(gaps).mean())
+    loss.backward()
+    assert model.base_model.model.first.lora_A["default"].grad.abs().sum() > 0
+
+
+def test_adalora_without_gradients_or_without_anything_to_train_says_so():
+    model = peft.get_peft_model(build(), adalora())
+    with pytest.raises(ValueError, match="backward"):
+        model.base_model.update_and_allocate(0)
+    frozen = peft.get_peft_model(build(), adalora(inference_mode=True))
+    with pytest.raises(ValueError, match="trainable"):
+        frozen.base_model.update_and_allocate(0)
+    assert frozen(torch.randn(2, 8)).shape == (2, 8)
+
+
+def test_adalora_warns_of_what_has_no_effect():
+    with pytest.warns(peft.errors.PeftWarning, match="r, use_rslora .*init_r"):
+        adalora(r=4, use_rslora=True)
+
+
+def test_adalora_dropout_on_a_convolution_and_embedding_that_scales():
+    conv = peft.get_peft_model(
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), adalora(target_modules=["0"], lora_dropout=0.5)
+    )
+    for parameter in conv.parameters():
+        parameter.data.normal_()
+    x = torch.randn(2, 3, 5, 5)
+    assert not torch.allclose(conv.train()(x), conv(x))
+    torch.testing.assert_close(conv.eval()(x), conv.merge_and_unload()(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="lora_dropout"):
+        peft.get_peft_model(nn.Sequential(nn.Embedding(5, 4)), adalora(target_modules=["0"], lora_dropout=0.5))
+
+
+def test_the_ecosystem_finds_adalora_where_it_was():
+    from peft.tuners.adalora.layer import RankAllocator as by_old_path
+
+    from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
+
+    model = peft.get_peft_model(build(), adalora())
+    assert isinstance(model.base_model, AdaLoraModel)
+    assert isinstance(model.base_model.rankallocator, RankAllocator) and by_old_path is RankAllocator
+    assert isinstance(model.base_model.model.first, AdaLoraLayer)

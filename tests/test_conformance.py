@@ -27,10 +27,13 @@ SETTINGS: dict[str, dict] = {
     "SHIRA": {"r": 1},
     "OFT": {"oft_block_size": 2},
     "BOFT": {"boft_block_size": 2},
+    "ADALORA": {"init_r": 4, "total_step": 10},
     "FOURIERFT": {"n_frequency": 20, "init_weights": True},
     "RANDLORA": {"r": 3, "randlora_alpha": 1},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
 }
+#: settings that a method's further adapters need
+FURTHER: dict[str, dict] = {"ADALORA": {"inference_mode": True}}
 #: (method, kind) whose change has no place in the base weight
 UNMERGEABLE = {("LORA", "Conv2d groups")}
 BATCH = 4
@@ -134,7 +137,7 @@ def randomise(model: nn.Module, name: str, seed: int = 5) -> None:
 def adapted(method: str, kind: str, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("default",)):
     model = peft.get_peft_model(build(kind, dtype), config_for(method, kind), adapter_name=names[0])
     for name in names[1:]:
-        model.add_adapter(name, config_for(method, kind))
+        model.add_adapter(name, config_for(method, kind, **FURTHER.get(method, {})))
     for seed, name in enumerate(names):
         randomise(model, name, seed)
     return model.eval()
@@ -349,7 +352,7 @@ def test_a_failed_add_leaves_nothing(method, kind, monkeypatch):
             original = subclass.create
             monkeypatch.setattr(subclass, "create", fail)
     with pytest.raises(MemoryError):
-        model.add_adapter("other", config_for(method, kind))
+        model.add_adapter("other", config_for(method, kind, **FURTHER.get(method, {})))
     plain = build(kind)
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     with pytest.raises(MemoryError):

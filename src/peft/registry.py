@@ -127,6 +127,7 @@ METHODS: dict[str, Method] = {
     "LN_TUNING": Method("peft.tuners.ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_"),
     "SHIRA": Method("peft.tuners.shira", "ShiraConfig", "ShiraModel", "shira_"),
     "ADALORA": Method("peft.tuners.adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
+    "ADALORA": Method("peft.tuners.adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
     "RANDLORA": Method("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),

@@ -44,6 +44,7 @@ class FourierFTConfig(LayerConfig):
     init_weights: bool = False
 
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+    pattern_fields: ClassVar[tuple[str, ...]] = ("n_frequency_pattern",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

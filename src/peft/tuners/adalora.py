@@ -1,0 +1,408 @@
+"""Low-rank adaptation with a budget of ranks that is shared out in training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp, ConvOp
+from peft.core.layer import AdapterLayer
+from peft.core.storage import place_of
+from peft.core.tuner import BaseTuner, parts_of
+from peft.errors import PeftWarning
+from peft.ops.lora import compute_dtype, lora_linear
+from peft.ops.rank_budget import budget_at, kept_ranks, orthogonality_gap, track_sensitivity, triplet_scores
+from peft.registry import PeftType
+
+_SLOTS = ("lora_A", "lora_B", "lora_E")
+#: LoRA's fields that files of AdaLoRA have too, and that mean nothing for it
+_NOT_USED = (
+    "r", "use_rslora", "alpha_pattern", "megatron_config", "eva_config", "corda_config", "lora_ga_config",
+    "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "lora_bias", "use_bdlora",
+    "arrow_config", "kasa_config",
+)  # fmt: skip
+
+
+@dataclass
+class AdaLoraConfig(LayerConfig):
+    """Adaptive budget allocation (arXiv:2303.10512): W' = W + lora_alpha / init_r * B (E * A).
+
+    A [r, in] and B [out, r] are kept near to orthonormal by a penalty in the loss; E [r, 1] takes the part of singular
+    values. In training, `update_and_allocate` sets those entries of E to zero whose loss costs least, until `target_r`
+    ranks a module are left on average.
+
+    Args:
+        target_r: mean rank in the end.
+        init_r: rank of every module in the beginning.
+        tinit: steps before the first rank is dropped.
+        tfinal: steps at the end in which the ranks stay as they are.
+        deltaT: steps between two allocations.
+        beta1, beta2: decay of the moving averages of sensitivity and of its uncertainty.
+        orth_reg_weight: weight of the penalty in the loss.
+        total_step: training steps in all; has to be given.
+        rank_pattern: the ranks that were kept: name of an E -> a truth value for each rank.
+        lora_alpha: numerator of the scale.
+        lora_dropout: probability of dropout on the adapter's input.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        init_lora_weights: start E at zero, without effect; False starts all at random.
+        trainable_token_indices: rows of the embedding to train as well.
+        ensure_weight_tying: keep what is trained of tied modules the same.
+
+    The other fields are LoRA's and without effect; setting one warns.
+    """
+
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: dict[str, list[bool]] | None = None
+    lora_alpha: int = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    init_lora_weights: bool | str = True
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    r: int = 8
+    use_rslora: bool = False
+    alpha_pattern: dict[str, int] | None = field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: Any = None
+    lora_bias: bool = False
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset(("runtime_config",))
+    pattern_fields: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ADALORA
+        for name, what in (("use_dora", "DoRA"), ("loftq_config", "LoftQ"), ("layer_replication", "layer_replication")):
+            if getattr(self, name):
+                raise ValueError(f"AdaLoRA does not support {what} ({name}={getattr(self, name)!r}).")
+        if self.total_step is None or self.total_step < 1:
+            raise ValueError(f"AdaLoRA needs total_step, the number of training steps, got {self.total_step}.")
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ValueError(
+                f"The steps before and after the allocation (tinit={self.tinit}, tfinal={self.tfinal}) leave none of"
+                f" total_step={self.total_step} for it."
+            )
+        if self.init_r < 1 or self.target_r < 0 or self.deltaT < 1 or self.orth_reg_weight < 0:
+            raise ValueError(
+                "AdaLoRA needs init_r and deltaT of 1 or more, target_r and orth_reg_weight of 0 or more; got"
+                f" init_r={self.init_r}, deltaT={self.deltaT}, target_r={self.target_r},"
+                f" orth_reg_weight={self.orth_reg_weight}."
+            )
+        self.alpha_pattern = self.alpha_pattern or {}
+        plain: dict[str, Any] = {f.name: {} if f.name == "alpha_pattern" else f.default for f in fields(self)}
+        idle = [name for name in _NOT_USED if getattr(self, name) != plain[name]]
+        if idle:
+            hint = " (the rank is set by init_r and target_r)" if "r" in idle else ""
+            warnings.warn(f"AdaLoRA makes no use of {', '.join(idle)}{hint}.", PeftWarning, stacklevel=3)
+        self._allocated = self.rank_pattern is not None
+
+    def to_json_dict(self) -> dict[str, Any]:
+        # While ranks are still being allocated, files hold all of them, so that training can go on from there.
+        content = super().to_json_dict()
+        return content if self._allocated else {**content, "rank_pattern": None}
+
+
+class AdaLoraLayer(AdapterLayer):
+    """A module with a low-rank change in the form of a singular value decomposition.
+
+    `ranknum` [1] is the rank that the scale counts with; it stays when ranks are dropped.
+    """
+
+    adapter_layer_names = _SLOTS
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
+    label = "adalora"
+
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    lora_E: nn.ParameterDict
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str | None = None):
+        super().__init__(base_layer, parameter_name)
+        self.lora_dropout = nn.ModuleDict()
+        self.ranknum = nn.ParameterDict()
+
+    def create(self, name: str, config: AdaLoraConfig) -> None:
+        self.r[name] = r = config.init_r
+        self.lora_alpha[name] = config.lora_alpha
+        self.scaling[name] = config.lora_alpha if config.lora_alpha > 0 else float(r)
+        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        # Not in the files, so made even where the factors have no memory yet.
+        ranknum = torch.full((1,), float(r), device=place_of(self.get_base_layer())[0])
+        self.ranknum[name] = nn.Parameter(ranknum, requires_grad=False)
+        spread = 0.02 if config.init_lora_weights else 1.0
+        for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
+            getattr(self, slot)[name] = nn.Parameter(torch.randn(shape) * spread)
+        if config.init_lora_weights:
+            nn.init.zeros_(self.lora_E[name])
+
+    def shapes(self, r: int) -> tuple[tuple[int, int], ...]:
+        """Those of A, B and E."""
+        return (r, self.in_features), (self.out_features, r), (r, 1)
+
+    def resize(self, name: str, r: int) -> None:
+        """Gives adapter `name` another rank, its values open; the scale stays."""
+        self.r[name] = r
+        for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
+            old = getattr(self, slot)[name]
+            getattr(self, slot)[name] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """E * A [r, in] with the scale in it, and B [out, r]."""
+        scale = self.scaling[name] / (self.ranknum[name].to(self.lora_E[name].dtype) + 1e-5)
+        return self.lora_A[name] * (self.lora_E[name] * scale), self.lora_B[name]
+
+    def delta(self, name: str) -> Tensor:
+        a, b = self.factors(name)
+        return b @ a
+
+    def cheap(self, name: str) -> bool:
+        dropped = isinstance(self.lora_dropout[name], nn.Dropout)
+        return self.op.linear or self.op.kind == "Embedding" or (dropped and isinstance(self.op, ConvOp))
+
+    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        base, dropout = self.get_base_layer(), self.lora_dropout[name]
+        if isinstance(self.op, ConvOp):
+            weight = self.op.unmatrix(self.delta(name), base.weight).to(x.dtype)
+            return result + base._conv_forward(dropout(x), weight, None)
+        a, b = self.factors(name)
+        if self.op.kind == "Embedding":
+            change = F.linear(F.embedding(x, a.T), b)
+            # Some models' embeddings multiply what they give.
+            return result + (change * getattr(base, "embed_scale", 1.0)).to(result.dtype)
+        dtype = compute_dtype(x)
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return lora_linear(x.to(dtype), None, None, result.to(dtype), a.to(dtype), b.to(dtype), 1.0, p)
+
+    @classmethod
+    def check(cls, config: AdaLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if config.lora_dropout and not op.linear and not isinstance(op, ConvOp):
+            raise ValueError(f"lora_dropout needs linear layers or convolutions; {key!r} is a {op.kind}.")
+
+
+class RankAllocator:
+    """Shares out the budget of ranks among the modules of a model.
+
+    Args:
+        model: a model with AdaLoRA layers.
+        peft_config: the schedule.
+        adapter_name: the adapter that is trained.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: AdaLoraConfig, adapter_name: str):
+        self.peft_config, self.adapter_name = peft_config, adapter_name
+        self.reset_ipt()
+        layers = self._layers(model).values()
+        self.init_bgt = sum(layer.r[adapter_name] for layer in layers)
+        self.target_bgt = peft_config.target_r * len(layers)
+
+    def _layers(self, model: nn.Module) -> dict[str, AdaLoraLayer]:
+        return {
+            path: layer
+            for path, layer in parts_of(model)
+            if isinstance(layer, AdaLoraLayer) and layer.has(self.adapter_name)
+        }
+
+    def set_total_step(self, total_step: int) -> None:
+        """Sets the number of training steps."""
+        self.peft_config.total_step = total_step
+
+    def reset_ipt(self) -> None:
+        """Forgets all sensitivities."""
+        self.exp_avg_ipt: dict[str, Tensor] = {}
+        self.exp_avg_unc: dict[str, Tensor] = {}
+
+    def budget_schedule(self, step: int) -> tuple[int, bool]:
+        """(ranks to keep at a step, whether they are allocated anew then)."""
+        config = self.peft_config
+        last = (config.total_step or 0) - config.tfinal
+        budget = budget_at(step, config.tinit, last, self.init_bgt, self.target_bgt)
+        return budget, step > config.tinit and (step > last or step % config.deltaT == 0)
+
+    def update_ipt(self, model: nn.Module) -> None:
+        """Takes the gradients of a step into account.
+
+        Raises:
+            ValueError: there are none.
+        """
+        tensors = {
+            f"{path}.{slot}.{self.adapter_name}": getattr(layer, slot)[self.adapter_name]
+            for path, layer in self._layers(model).items()
+            for slot in _SLOTS
+        }
+        if all(tensor.grad is None for tensor in tensors.values()):
+            raise ValueError(
+                f"Adapter {self.adapter_name!r} has no gradients: update_and_allocate() has to come after backward()"
+                " and before zero_grad()."
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                mean = self.exp_avg_ipt.setdefault(name, torch.zeros_like(tensor))
+                spread = self.exp_avg_unc.setdefault(name, torch.zeros_like(tensor))
+                if tensor.grad is not None:
+                    track_sensitivity(mean, spread, tensor, tensor.grad, self.peft_config.beta1, self.peft_config.beta2)
+
+    def _element_score(self, name: str) -> Tensor:
+        return self.exp_avg_ipt[name] * self.exp_avg_unc[name]
+
+    def _combine_ipt(self, ipt_E: Tensor, ipt_AB: Tensor) -> Tensor:
+        return ipt_E.flatten() + ipt_AB.sum(1)
+
+    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+        """Sets E to zero at all but the `budget` most important ranks; returns which are kept, by name of the E."""
+        layers, scores = self._layers(model), []
+        for path in layers:
+            scores.append(
+                triplet_scores(*(self._element_score(f"{path}.{slot}.{self.adapter_name}") for slot in _SLOTS))
+            )
+        masks = kept_ranks(scores, budget)
+        pattern = {
+            f"{path}.lora_E.{self.adapter_name}": mask.tolist() for path, mask in zip(layers, masks, strict=True)
+        }
+        self.mask_using_rank_pattern(model, pattern)
+        return pattern
+
+    def update_and_allocate(
+        self, model: nn.Module, global_step: int, force_mask: bool = False
+    ) -> tuple[int, dict[str, list[bool]] | None]:
+        """(budget, which ranks are kept if that was decided anew) at a training step."""
+        if global_step < (self.peft_config.total_step or 0) - self.peft_config.tfinal:
+            self.update_ipt(model)
+        budget, due = self.budget_schedule(global_step)
+        return budget, self.mask_to_budget(model, budget) if due or force_mask else None
+
+    def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: Mapping[str, Iterable[bool]]) -> None:
+        """Sets E to zero at the ranks that are not kept."""
+        with torch.no_grad():
+            for path, layer in self._layers(model).items():
+                e = layer.lora_E[self.adapter_name]
+                name = f"{path}.lora_E"
+                kept = rank_pattern.get(f"{name}.{self.adapter_name}", rank_pattern.get(name))
+                if kept is not None:
+                    e.masked_fill_(~torch.tensor(list(kept), dtype=torch.bool, device=e.device)[:, None], 0.0)
+
+
+class AdaLoraModel(BaseTuner):
+    """A model with AdaLoRA adapters, one of which may be trained.
+
+    Its forward adds the penalty that keeps A and B near to orthonormal to the loss of the model's output.
+    """
+
+    prefix = "lora_"
+    layer_class = AdaLoraLayer
+
+    trainable_adapter_name: str | None = None
+    rankallocator: RankAllocator
+
+    def check_config(self, adapter_name: str, config: AdaLoraConfig) -> None:
+        others = [name for name, other in self.peft_config.items() if name != adapter_name and not other.inference_mode]
+        if others and not config.inference_mode:
+            raise ValueError(
+                f"AdaLoraModel supports only 1 trainable adapter, and {others[0]!r} is one already; set"
+                " inference_mode=True for all others."
+            )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not self.peft_config[adapter_name].inference_mode:
+            self.trainable_adapter_name = adapter_name
+            self.rankallocator = RankAllocator(model, self.peft_config[adapter_name], adapter_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs, name = self.model(*args, **kwargs), self.trainable_adapter_name
+        loss = getattr(outputs, "loss", None)
+        if isinstance(loss, Tensor) and name in self.peft_config and not self.disabled:
+            weight = self.peft_config[name].orth_reg_weight
+            layers = [layer for layer in self.layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
+            factors = [factor for layer in layers for factor in (layer.lora_A[name], layer.lora_B[name].T)]
+            outputs.loss = loss + weight * orthogonality_gap(factors).to(loss.device)
+        return outputs
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Shares out the ranks; to be called in every training step, after `backward()` and before `zero_grad()`.
+
+        Args:
+            global_step: number of the step, from 0.
+
+        Raises:
+            ValueError: no adapter is trained, or there are no gradients.
+        """
+        name = self.trainable_adapter_name
+        if name not in self.peft_config:
+            raise ValueError("update_and_allocate() needs a trainable adapter; all are in inference mode.")
+        config = self.peft_config[name]
+        last = config.total_step - config.tfinal
+        if global_step > last:
+            # The optimiser moves the dropped ranks too, so they are set to zero again.
+            self.rankallocator.mask_using_rank_pattern(self.model, config.rank_pattern or {})
+            return
+        _, pattern = self.rankallocator.update_and_allocate(self.model, global_step, force_mask=global_step == last)
+        if pattern is not None:
+            config.rank_pattern, config._allocated = pattern, global_step == last
+        if global_step == last:
+            self.rankallocator.reset_ipt()
+
+    @classmethod
+    def write_tensors(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leaves out the ranks that are not kept, once that is settled."""
+        config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+        if not config._allocated:
+            return tensors
+        end = f".{adapter_name}"
+        config.rank_pattern = {name.removesuffix(end): kept for name, kept in config.rank_pattern.items()}
+        for name, kept in config.rank_pattern.items():
+            key = _key_in(tensors, name)
+            if key is None or len(tensors[key]) != len(kept):
+                continue  # read from a file that has left them out already
+            index = torch.tensor(kept, dtype=torch.bool, device=tensors[key].device)
+            for slot in _SLOTS:
+                own = key.removesuffix("lora_E") + slot
+                tensors[own] = tensors[own][:, index] if slot == "lora_B" else tensors[own][index]
+        return tensors
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gives modules the ranks that the file kept for them."""
+        for path, layer in parts_of(model):
+            if isinstance(layer, AdaLoraLayer) and layer.has(adapter_name):
+                key = _key_in(tensors, f"{path}.lora_E")
+                if key is not None and len(tensors[key]) != layer.r[adapter_name]:
+                    layer.resize(adapter_name, len(tensors[key]))
+        return tensors
+
+
+def _key_in(tensors: Mapping[str, Tensor], name: str) -> str | None:
+    """What a tensor is called in a file: models that adapters were put into directly have no `base_model.model`."""
+    return next((key for key in (name, f"base_model.model.{name}") if key in tensors), None)
