@@ -1,0 +1,99 @@
+"""Sparse changes of a matrix, and the products of what they change."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft.ops.lora import needs_plain
+from peft.ops.memo import remember
+
+#: tokens of work that a sampled product takes per entry, relative to a token of the dense one (on a CPU)
+SAMPLED_COST = 4
+
+
+def random_positions(rows: int, columns: int, count: int, seed: int | None = None) -> Tensor:
+    """`count` different positions of a matrix, chosen at random, in the order of rows: [2, count], int32."""
+    generator = torch.Generator()
+    if seed is not None:
+        generator.manual_seed(seed)
+    chosen = torch.randperm(rows * columns, generator=generator)[:count].sort().values
+    return torch.stack((chosen // columns, chosen % columns)).int()
+
+
+def flat_index(positions: Tensor, columns: int) -> Tensor:
+    """Positions [2, n] of a matrix as an index into its entries, row by row."""
+    return remember(positions, ("flat", columns), lambda: positions[0].long() * columns + positions[1].long())
+
+
+def add_at(matrix: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """`matrix` with `values` [n] added at `positions` [2, n], no two of them the same."""
+    index = flat_index(positions, matrix.shape[1])
+    return matrix.reshape(-1).index_add(0, index, values.to(matrix.dtype)).view(matrix.shape)
+
+
+def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, values: Tensor) -> Tensor:
+    """x (W + S)^T + b, for a frozen W and a sparse S.
+
+    The sum is made anew for the backward pass rather than kept, and where it saves work, only those entries of its
+    gradient are computed that are asked for.
+
+    Args:
+        x: [..., in].
+        weight: W [out, in].
+        bias: b [out], or None.
+        positions: those of the entries of S, in the order of rows: [2, n].
+        values: the entries, [n].
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    tracked = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not tracked or trained or needs_plain(x, weight, values):
+        return _with_sum(x, weight, bias, positions, values)
+    return _SparseLinear.apply(x, weight, bias, positions, values)
+
+
+def _with_sum(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, values: Tensor) -> Tensor:
+    return F.linear(x, add_at(weight, positions, values).to(x.dtype), bias if bias is None else bias.to(x.dtype))
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, positions, values)
+        return _with_sum(x, weight, bias, positions, values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, positions, values = ctx.saved_tensors
+        flat, rows = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_x = grad @ add_at(weight, positions, values).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_values = sampled_product(flat.T, rows, positions).to(values.dtype) if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, None, grad_values
+
+
+def sampled_product(a: Tensor, b: Tensor, positions: Tensor) -> Tensor:
+    """Entries of a b, for a [m, t] and b [t, n], at `positions` [2, k], which are in the order of rows: [k]."""
+    total, count = a.shape[0] * b.shape[1], positions.shape[1]
+    dense = a.device.type != "cpu" or not torch.backends.mkl.is_available() or count * SAMPLED_COST > total
+    if dense or torch.is_grad_enabled():
+        return (a @ b).reshape(-1).index_select(0, flat_index(positions, b.shape[1]))
+    starts = remember(positions, ("starts", a.shape[0]), lambda: _row_starts(positions[0], a.shape[0]))
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse tensors are called a beta feature
+        entries = torch.sparse_csr_tensor(
+            starts, positions[1], a.new_zeros(count, dtype=dtype), (a.shape[0], b.shape[1]), check_invariants=False
+        )
+        return torch.sparse.sampled_addmm(entries, a.to(dtype).contiguous(), b.to(dtype), beta=0).values()
+
+
+def _row_starts(rows: Tensor, count: int) -> Tensor:
+    """Where each row begins among entries in the order of rows: [count + 1], int32."""
+    counts = torch.bincount(rows, minlength=count)
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()

@@ -1,0 +1,156 @@
+"""Sparse high rank adaptation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.layer import AdapterLayer
+from peft.core.shared import SharedTensors
+from peft.core.storage import onloaded
+from peft.core.tuner import BaseTuner
+from peft.errors import PeftWarning
+from peft.ops.memo import remember
+from peft.ops.sparse import add_at, random_positions, sparse_linear
+from peft.registry import PeftType
+
+#: takes a base module and r; gives ones and zeros in the shape of the module's weight
+MaskFunction = Callable[..., Tensor]
+
+
+@dataclass
+class ShiraConfig(LayerConfig):
+    """Sparse high rank adaptation (arXiv:2406.13175): W' = W + S, with r (in + out) entries of S trained.
+
+    Where these are is stored with the adapter. A function of one's own chooses them if it is set as `config.mask_fn`
+    before the adapter is made: `mask_fn(base_layer, r)` returns a mask of ones and zeros in the shape of the layer's
+    weight, with r (in + out) ones.
+
+    Args:
+        r: an adapter has as many values as one of LoRA of this rank.
+        mask_type: `"random"`, or any other name for a mask function of one's own.
+        random_seed: seed of the random choice.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        init_weights: start with zeros, without effect; False starts at random.
+    """
+
+    r: int = 32
+    mask_type: str = "random"
+    random_seed: int | None = None
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(
+        ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SHIRA
+        self.mask_fn: MaskFunction | None = None
+        if self.r < 1:
+            raise ValueError(f"r must be a positive integer, got {self.r}.")
+        if self.mask_type != "random" and not self.inference_mode:
+            warnings.warn(
+                f"mask_type={self.mask_type!r} is not known here; set config.mask_fn to a function of your own.",
+                PeftWarning,
+                stacklevel=3,
+            )
+
+
+class ShiraLayer(AdapterLayer):
+    """A module with single entries of its weight changed: by `shira_weight` [n] at `shira_indices` [2, n]."""
+
+    adapter_layer_names = ("shira_weight", "shira_indices")
+    other_param_names = ("r", "scaling")
+    label = "shira"
+
+    shira_weight: nn.ParameterDict
+    shira_indices: SharedTensors
+    r: dict[str, int]
+    scaling: dict[str, float]
+
+    def container(self, slot: str) -> nn.Module:
+        return SharedTensors() if slot == "shira_indices" else nn.ParameterDict()
+
+    def create(self, name: str, config: ShiraConfig) -> None:
+        count = config.r * (self.in_features + self.out_features)
+        self.r[name], self.scaling[name] = config.r, 1.0
+        self.shira_weight[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
+        self.shira_indices[name] = self.choose(name, config, count)
+
+    def choose(self, name: str, config: ShiraConfig, count: int) -> Tensor:
+        """Where the entries are: [2, count]; negative where neither the configuration nor, so far, a file says it."""
+        if torch.get_default_device().type == "meta":
+            return torch.empty(2, count, dtype=torch.int32)
+        if config.mask_fn is None and config.mask_type == "random":
+            return random_positions(self.out_features, self.in_features, count, config.random_seed)
+        if config.mask_fn is None:
+            return torch.full((2, count), -1, dtype=torch.int32)
+        mask = config.mask_fn(self.get_base_layer(), config.r)
+        positions = self.op.matrix(mask).nonzero().T.int().contiguous()
+        if positions.shape[1] != count:
+            raise ValueError(
+                f"The mask function of adapter {name!r} must return a mask with r (in + out) = {count} ones for a"
+                f" {self.op.kind} of width {self.in_features} and {self.out_features}, got {positions.shape[1]}."
+            )
+        return positions
+
+    def entries(self, name: str) -> tuple[Tensor, Tensor]:
+        """Positions and values of the change."""
+        positions = self.shira_indices[name]
+        remember(positions, "placed", lambda: _checked(positions, name))
+        return positions, self.scaling[name] * self.shira_weight[name]
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets what the change of an adapter is multiplied with."""
+        if self.has(adapter):
+            self.scaling[adapter] = scale
+
+    def transform(self, name: str, weight: Tensor) -> Tensor:
+        return add_at(weight, *self.entries(name))
+
+    def cheap(self, name: str) -> bool:
+        return self.op.linear and len(self._live) <= 1 and not isinstance(self.base_layer, AdapterLayer)
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        positions, values = self.entries(name)
+        if x.numel() * values.numel() <= self.in_features**2 * self.out_features:
+            # For a few tokens, the entries are looked up rather than put into the weight.
+            result = below(x, *args, **kwargs)
+            rows, columns = positions.long()
+            change = x.index_select(-1, columns).to(result.dtype) * values.to(result.dtype)
+            return result.index_add(-1, rows, change)
+        base = self.get_base_layer()
+        with onloaded(base):
+            weight, bias = self.op.matrix(self.get_base_weight()), self.get_base_bias()
+            return sparse_linear(x, weight, bias, positions, values.to(weight.dtype))
+
+    @classmethod
+    def check(cls, config: ShiraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        count, total = config.r * (op.in_features + op.out_features), op.in_features * op.out_features
+        if count > total:
+            raise ValueError(f"r={config.r} asks for {count} values on {key!r}, more than the {total} of its weight.")
+
+
+def _checked(positions: Tensor, name: str) -> Tensor:
+    if positions.shape[1] and int(positions[0, 0]) < 0:
+        raise ValueError(
+            f"Adapter {name!r} does not know which entries of the weight it changes: set config.mask_fn before it is"
+            " made, or load it from a file."
+        )
+    return positions
+
+
+class ShiraModel(BaseTuner):
+    """A model with sparse high rank adapters."""
+
+    prefix = "shira_"
+    layer_class = ShiraLayer
