@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict] = {
     "VERA": {"r": 6},
     "LOHA": {"r": 1},
     "SHIRA": {"r": 1},
+    "MISS": {"r": 4},
     "OFT": {"oft_block_size": 2},
     "BOFT": {"boft_block_size": 2},
     "ADALORA": {"init_r": 4, "total_step": 10},
