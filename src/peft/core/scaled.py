@@ -82,7 +82,7 @@ class ScaledLayer(AdapterLayer):
         base = self.get_base_layer()
         if not config.use_effective_conv2d or not isinstance(self.op, ConvOp) or kernel_numel(base) == 1:
             return ()
-        kernel: tuple[int, ...] = base.kernel_size  # type: ignore[assignment]
+        kernel: tuple[int, ...] = base.kernel_size
         return (*kernel, 1) if len(kernel) == 1 else kernel  # as the files of one-dimensional ones have it
 
     # ---- scale

@@ -154,7 +154,7 @@ class _LoraLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, v, weight, low, a, b, mask = ctx.saved_tensors
         x = u if v is None else u * v
         factors = None if mask is None else mask_factors(mask, ctx.p, x)

@@ -66,7 +66,7 @@ class LoKrLayer(ScaledLayer):
     def create(self, name: str, config: LoKrConfig, r: int = 0, alpha: float | None = None) -> None:
         super().create(name, config, r, alpha)
         r, base = self.r[name], self.get_base_layer()
-        kernel: tuple[int, ...] = base.kernel_size if isinstance(self.op, ConvOp) else ()  # type: ignore[assignment]
+        kernel: tuple[int, ...] = base.kernel_size if isinstance(self.op, ConvOp) else ()
         core = self.effective_kernel(config)
         a, b = factorization(self.out_features, config.decompose_factor)
         c, d = factorization(self.in_features // kernel_numel(base), config.decompose_factor)

@@ -174,9 +174,10 @@ class LoraLayer(AdapterLayer):
             self._set_scaling(name, self._initial_scaling(name) if scale is None else self.scaling[name] / scale)
 
     def _set_scaling(self, name: str, value: float) -> None:
-        held: Any = self.scaling[name]
+        scaling: dict[str, Any] = self.scaling
+        held = scaling[name]
         # A tensor takes the new value in itself: compiled code goes on using it.
-        self.scaling[name] = held.fill_(value) if isinstance(held, Tensor) else value
+        scaling[name] = held.fill_(value) if isinstance(held, Tensor) else value
 
     def _initial_scaling(self, name: str) -> float:
         r = self.r[name]
@@ -253,7 +254,8 @@ class Linear(LoraLayer):
         return result + b(a(self.lora_dropout[name](x.to(a.weight.dtype)))).to(dtype) * self.scaling[name]
 
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        base, a, b = self.base_layer, self.lora_A[name], self.lora_B[name]
+        base: Any = self.base_layer
+        a, b = self.lora_A[name], self.lora_B[name]
         if (
             below is not base
             or not _is_frozen_dense(base)
