@@ -149,6 +149,9 @@ METHODS: dict[str, Method] = {
     ),
     "CPT": Method("peft.tuners.cpt", "CPTConfig", "CPTEmbedding", "cpt_", prompt=True),
     "POLY": Method("peft.tuners.poly", "PolyConfig", "PolyModel", "poly_", mixed=False),
+    "ADAPTION_PROMPT": Method(
+        "peft.tuners.adaption_prompt", "AdaptionPromptConfig", "AdaptionPromptModel", "adaption_prompt_", mixed=False
+    ),
 }
 
 
