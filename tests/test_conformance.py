@@ -156,11 +156,12 @@ def _supports(method: str, kind: str) -> bool:
     return base_op(module).kind in layer_class.kinds
 
 
-#: POLY is left out: it needs to be told the task of each sample, and has no merged form (see test_classic_b.py)
+#: no changes of a weight, and tested in test_classic_b.py: POLY needs the task of each sample, ADAPTION_PROMPT attention
+ELSEWHERE = ("POLY", "ADAPTION_PROMPT")
 LAYER_METHODS = [
     name
     for name, row in METHODS.items()
-    if not row.prompt and name != "POLY" and hasattr(row.model_class, "layer_class")
+    if not row.prompt and name not in ELSEWHERE and hasattr(row.model_class, "layer_class")
 ]
 CASES = [(method, kind) for method in LAYER_METHODS for kind in KINDS]
 SUPPORTED = [case for case in CASES if _supports(*case)]
