@@ -257,7 +257,7 @@ class Linear(LoraLayer):
         base: Any = self.base_layer
         a, b = self.lora_A[name], self.lora_B[name]
         if (
-            below is not base
+            below is not self.base_layer
             or not _is_frozen_dense(base)
             or not _is_plain(a)
             or not _is_plain(b)
