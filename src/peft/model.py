@@ -88,8 +88,8 @@ class PeftModel(PromptHost):
 
     # ---- what there is
 
-    @property  # type: ignore[override]
-    def peft_config(self) -> dict[str, Any]:
+    @property
+    def peft_config(self) -> dict[str, Any]:  # type: ignore[override]
         """The configurations by adapter name."""
         return self.base_model.peft_config if self._peft_config is None else self._peft_config
 
@@ -473,7 +473,8 @@ class PeftModel(PromptHost):
             config: its configuration; read from the files if None.
             autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
             ephemeral_gpu_offload: see `LoraRuntimeConfig`.
-            low_cpu_mem_usage: make no tensors that loading replaces.
+            low_cpu_mem_usage: make no values that loading replaces; so it is anyway, unless they have an effect on the base
+                model.
             key_mapping: regular expressions for names in the file -> what to put in their place.
             kwargs: `subfolder`; `revision`, `token`, `cache_dir`, `local_files_only`, ... for the hub; `torch_device`.
 
@@ -495,7 +496,7 @@ class PeftModel(PromptHost):
             source.config,
             adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
+            low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
         )
         try:
             peft_model._load_tensors(adapter_name, source, kwargs)
@@ -550,7 +551,7 @@ class PeftModel(PromptHost):
             self.add_adapter(
                 adapter_name,
                 source.config,
-                low_cpu_mem_usage=low_cpu_mem_usage,
+                low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
         try:
@@ -624,6 +625,11 @@ class _Source:
         if runtime is not None and ephemeral_gpu_offload:
             runtime.ephemeral_gpu_offload = True
         return cls(os.fspath(model_id), config, tensors)
+
+    @property
+    def needs_no_start(self) -> bool:
+        """Whether the adapter need not be given values that loading replaces."""
+        return not self.config.is_prompt_learning and method_of(self.config.peft_type).model_class.start_is_replaceable
 
     def fit(self, model: nn.Module) -> None:
         """Names layers as the base model has them now: transformers fuses experts that older files have one by one."""

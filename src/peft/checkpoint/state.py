@@ -34,6 +34,7 @@ class Slot(NamedTuple):
     live_name: str
     owner: nn.Module
     attribute: str
+    device: torch.device | None = None  # where it belongs, if it has no memory yet
 
     @property
     def tensor(self) -> Tensor:
@@ -47,9 +48,11 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
         if not isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper, BaseTuner)):
             continue
         prefix = f"{path}." if path else ""
+        device = module.place()[0] if isinstance(module, AdapterLayer) else None
         for file_name, live in module.key_map(adapter_name).items():
             owner_path, _, attribute = live.rpartition(".")
-            slots[prefix + file_name] = Slot(prefix + live, module.get_submodule(owner_path), attribute)
+            owner = module.get_submodule(owner_path) if owner_path else module
+            slots[prefix + file_name] = Slot(prefix + live, owner, attribute, device)
     return slots
 
 
@@ -272,7 +275,8 @@ def _base_slot(model: nn.Module, key: str) -> Slot | None:
 def _assign(slot: Slot, value: Tensor) -> None:
     """Replaces a tensor without memory by `value`, in its dtype."""
     old = slot.tensor
-    value = value.to(old.dtype)
+    # A copy: the tensor may be a window on a file that somebody else writes to.
+    value = value.to(device=slot.device if slot.device is not None else value.device, dtype=old.dtype, copy=True)
     if isinstance(old, nn.Parameter):
         setattr(slot.owner, slot.attribute, nn.Parameter(value, requires_grad=old.requires_grad))
     else:
