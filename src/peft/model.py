@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -301,7 +301,8 @@ class PeftModel(PromptHost):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate` with the active adapters; `adapter_names` as for `forward`."""
-        with self.routed(args, kwargs):
+        tuner = self._tuner
+        with self.routed(args, kwargs), nullcontext() if tuner is None else tuner.around_forward(args, kwargs):
             base: Any = self.get_base_model()
             return base.generate(*args, **kwargs)
 
@@ -313,11 +314,7 @@ class PeftModel(PromptHost):
             ValueError: there is not one name per sample, or mixed batches cannot be used at present.
         """
         names = kwargs.pop("adapter_names", None)
-        with ExitStack() as stack:
-            if self._tuner is not None:
-                stack.enter_context(self._tuner.around_forward(args, kwargs))
-            if names is not None:
-                stack.enter_context(self._mixed(names, args, kwargs))
+        with nullcontext() if names is None else self._mixed(names, args, kwargs):
             yield
 
     def _mixed(self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:

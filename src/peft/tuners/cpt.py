@@ -121,7 +121,9 @@ class CPTEmbedding(VirtualTokens):
             return vectors
         delta = self.delta_embedding.weight
         with torch.no_grad():
-            delta.mul_((self.bounds / delta.norm(dim=1, keepdim=True)).nan_to_num(0.0).clamp(max=1.0))
+            norms = delta.norm(dim=1, keepdim=True)
+            # With a little room, so that what has been shortened is not shortened again for its rounding.
+            delta.mul_(torch.where(norms > self.bounds * (1 + 1e-6), self.bounds / norms, 1.0))
         return vectors + F.embedding(indices, torch.where(self.bounds > 0, delta, delta.detach()))
 
     def mask(self, batch_size: int) -> Tensor:
