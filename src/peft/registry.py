@@ -126,8 +126,7 @@ METHODS: dict[str, Method] = {
     "BOFT": Method("peft.tuners.boft", "BOFTConfig", "BOFTModel", "boft_"),
     "LN_TUNING": Method("peft.tuners.ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_"),
     "SHIRA": Method("peft.tuners.shira", "ShiraConfig", "ShiraModel", "shira_"),
-    "SHIRA": Method("peft.tuners.shira", "ShiraConfig", "ShiraModel", "shira_"),
-    "ADALORA": Method("peft.tuners.adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
+    "MISS": Method("peft.tuners.miss", "MissConfig", "MissModel", "miss_"),
     "ADALORA": Method("peft.tuners.adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
@@ -155,6 +154,10 @@ METHODS: dict[str, Method] = {
 }
 
 
+#: methods that older files call by another name
+RENAMED = {"BONE": "MISS"}
+
+
 def method_of(peft_type: str | PeftType) -> Method:
     """The row of a method.
 
@@ -162,6 +165,7 @@ def method_of(peft_type: str | PeftType) -> Method:
         KeyError: there is no such method.
     """
     name = peft_type.value if isinstance(peft_type, Enum) else str(peft_type)
+    name = RENAMED.get(name, name)
     if name not in METHODS:
         raise KeyError(f"Unknown peft_type {name!r}. This version knows {', '.join(sorted(METHODS))}.")
     return METHODS[name]

@@ -1,0 +1,31 @@
+"""Matrices that repeat one block along their columns."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def tile_columns(block: Tensor, columns: int) -> Tensor:
+    """[out, columns] out of a block [r, out]: its transpose over and over, the last one cut off at the end."""
+    return block.T.repeat(1, -(-columns // block.shape[0]))[:, :columns]
+
+
+def shard_sums(x: Tensor, r: int) -> Tensor:
+    """The sum of all shards of `r` entries of the last dimension: [..., n] to [..., r]; the last may be shorter.
+
+    `shard_sums(x, r) @ block` is x @ tile_columns(block, n).T.
+    """
+    whole = x.shape[-1] // r * r
+    total = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
+    rest = x[..., whole:]
+    return total if rest.shape[-1] == 0 else total + F.pad(rest, (0, r - rest.shape[-1]))
+
+
+def transform_shards(weight: Tensor, blocks: Tensor) -> Tensor:
+    """W + W_jk M_j + M_j for each r x r block W_jk of a matrix [out, in], with M [out / r, r, r]."""
+    count, r, _ = blocks.shape
+    rows = weight.reshape(count, -1, r)
+    changed = torch.baddbmm(rows, rows, blocks).view(count, r, -1, r)
+    return (changed + blocks.unsqueeze(2)).view(weight.shape)

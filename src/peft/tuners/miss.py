@@ -1,0 +1,129 @@
+"""Matrix shard sharing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.layer import AdapterLayer
+from peft.core.tuner import BaseTuner
+from peft.errors import PeftWarning
+from peft.ops.shards import shard_sums, tile_columns, transform_shards
+from peft.registry import PeftType
+
+
+@dataclass
+class MissConfig(LayerConfig):
+    """Matrix shard sharing (arXiv:2409.15371): W' = W + (B^T B^T ... B^T), one block B [r, out] for all shards of W.
+
+    Args:
+        r: width of a shard, in columns of W.
+        miss_dropout: probability of dropout on the adapter's input.
+        mini_r: width of the block that `"mini"` repeats.
+        init_weights: True starts B at zero; False starts it at random. `"mini"`: B itself is a block [r, mini_r] that
+            is repeated. `"bat"`: W' = W + W_jk M_j + M_j for each block W_jk of r x r, with M [out / r, r, r]; there,
+            `miss_dropout` has no effect.
+    """
+
+    r: int = 64
+    miss_dropout: float = 0.0
+    mini_r: int = 1
+    init_weights: bool | Literal["bat", "mini"] = True
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.MISS
+        if self.r < 1 or self.mini_r < 1:
+            raise ValueError(f"r and mini_r must be positive integers, got r={self.r} and mini_r={self.mini_r}.")
+        if self.init_weights not in (True, False, "bat", "mini"):
+            raise ValueError(f"init_weights must be True, False, 'bat' or 'mini', got {self.init_weights!r}.")
+        if self.init_weights == "bat" and self.miss_dropout:
+            warnings.warn("miss_dropout has no effect with init_weights='bat'.", PeftWarning, stacklevel=3)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        # Bone is what huggingface/peft called this method before.
+        return {**kwargs, "bias": "miss_only"} if kwargs.get("bias") == "bone_only" else kwargs
+
+
+class MissLayer(AdapterLayer):
+    """A module with a block that all shards of its weight share: `miss_block`."""
+
+    adapter_layer_names = ("miss_block",)
+    other_param_names = ("miss_r", "miss_mini_r", "miss_dropout", "miss_form")
+
+    miss_block: nn.ParameterDict
+    miss_r: dict[str, int]
+    miss_mini_r: dict[str, int]
+    miss_form: dict[str, bool | str]
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str | None = None):
+        super().__init__(base_layer, parameter_name)
+        self.miss_dropout = nn.ModuleDict()
+
+    def create(self, name: str, config: MissConfig) -> None:
+        self.miss_r[name], self.miss_mini_r[name] = config.r, config.mini_r
+        self.miss_form[name] = config.init_weights
+        self.miss_dropout[name] = nn.Dropout(config.miss_dropout) if config.miss_dropout > 0 else nn.Identity()
+        shapes = {"bat": (self.out_features // config.r, config.r, config.r), "mini": (config.r, config.mini_r)}
+        block = torch.zeros(shapes.get(str(config.init_weights), (config.r, self.out_features)))
+        self.miss_block[name] = nn.Parameter(
+            block if config.init_weights else nn.init.kaiming_uniform_(block, a=5**0.5)
+        )
+
+    def block(self, name: str) -> Tensor:
+        """B [r, out]."""
+        block = self.miss_block[name]
+        return block.repeat(1, self.out_features // block.shape[1])
+
+    def transform(self, name: str, weight: Tensor) -> Tensor:
+        if self.miss_form[name] == "bat":
+            return transform_shards(weight, self.miss_block[name])
+        return weight + tile_columns(self.block(name), self.in_features)
+
+    def cheap(self, name: str) -> bool:
+        return self.miss_form[name] != "bat" and (self.op.linear or self.op.kind == "Embedding")
+
+    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        block = self.block(name).to(result.dtype)
+        if self.op.kind == "Embedding":
+            return result + F.embedding(x % self.miss_r[name], block)
+        sums = shard_sums(self.miss_dropout[name](x.to(result.dtype)), self.miss_r[name])
+        return torch.addmm(result.flatten(0, -2), sums.flatten(0, -2), block).view(result.shape)
+
+    @classmethod
+    def check(cls, config: MissConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        size = f"{key!r}, which is {op.in_features} wide and has {op.out_features} outputs"
+        if config.r > op.in_features:
+            raise ValueError(f"r={config.r} is too large for {size}.")
+        if config.init_weights == "bat" and (op.in_features % config.r or op.out_features % config.r):
+            raise ValueError(f"With init_weights='bat', r={config.r} must divide both sides of {size}.")
+        if config.init_weights == "mini" and op.out_features % config.mini_r:
+            raise ValueError(f"mini_r={config.mini_r} must divide the outputs of {size}.")
+        if config.miss_dropout and not op.linear:
+            raise ValueError(f"miss_dropout needs linear layers; {key!r} is a {op.kind}.")
+
+    @property
+    def type_name(self) -> str:
+        return f"miss.Miss{self.op.kind}"
+
+
+class MissModel(BaseTuner):
+    """A model with matrix shard sharing adapters."""
+
+    prefix = "miss_"
+    layer_class = MissLayer
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {key.replace(".bone_block", ".miss_block"): value for key, value in tensors.items()}
