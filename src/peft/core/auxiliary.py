@@ -253,11 +253,17 @@ class TrainableTokensLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None):
         super().__init__(base_layer)
+        self._is_tied = False
         if tied is not None:
-            # The same containers: what is trained, moved or deleted there is so here.
-            self.trainable_tokens_delta = tied.trainable_tokens_delta
-            self.token_indices = tied.token_indices
-        self._is_tied = tied is not None
+            self.tie_to(tied)
+
+    def tie_to(self, tied: TrainableTokensLayer) -> None:
+        """Takes the rows of another layer for this one's too."""
+        # The same containers: what is trained, moved or deleted there is so here.
+        self.trainable_tokens_delta = tied.trainable_tokens_delta
+        self.token_indices = tied.token_indices
+        self._is_tied = True
+        self._refresh()
 
     def create(self, name: str, config: Any, token_indices: Sequence[int] = ()) -> None:
         if self._is_tied:
@@ -268,16 +274,44 @@ class TrainableTokensLayer(AdapterLayer):
             raise IndexError(f"Token index {outside[0]} is out of range for an embedding of {weight.shape[0]} tokens.")
         self.token_indices[name] = list(token_indices)
         rows = weight.detach()[torch.tensor(token_indices, dtype=torch.long, device=weight.device)]
-        self.trainable_tokens_delta[name] = nn.Parameter(rows.clone())
+        start = rows.clone() if getattr(config, "init_weights", True) else torch.randn_like(rows)
+        self.trainable_tokens_delta[name] = nn.Parameter(start)
 
     def key_map(self, name: str) -> dict[str, str]:
         return {} if self._is_tied else super().key_map(name)
 
     def transform(self, name: str, weight: Tensor) -> Tensor:
-        rows = self.trainable_tokens_delta[name].to(weight)
-        index = torch.tensor(self.token_indices[name], dtype=torch.long, device=weight.device)
+        rows, index = self.trainable_tokens_delta[name].to(weight), self._index(name, weight.device)
         # An embedding's matrix is the transpose of its weight, so tokens are columns there and rows of a linear layer.
         return weight.index_copy(1, index, rows.T) if self.op.kind == "Embedding" else weight.index_copy(0, index, rows)
+
+    def _index(self, name: str, device: torch.device) -> Tensor:
+        """The rows of the weight that adapter `name` trains."""
+        index = torch.tensor(self.token_indices[name], dtype=torch.long, device=device)
+        return index % self._tokens()
+
+    def _tokens(self) -> int:
+        return self.in_features if self.op.kind == "Embedding" else self.out_features
+
+    def cheap(self, name: str) -> bool:
+        return getattr(self.get_base_layer(), "max_norm", None) is None
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The rows go to the places of their tokens in the output: that is less than putting them into the weight.
+        base: Any = self.get_base_layer()
+        result = below(x, *args, **kwargs)
+        rows, index = self.trainable_tokens_delta[name].to(result.dtype), self._index(name, result.device)
+        if self.op.kind != "Embedding":
+            bias = base.bias if base.bias is None else base.bias[index]
+            return result.index_copy(-1, index, F.linear(x.to(result.dtype), rows, bias))
+        place = torch.full((self._tokens(),), -1, device=x.device)
+        place[index] = torch.arange(len(index), device=x.device)
+        place = place[x]
+        padding = self.token_indices[name].index(base.padding_idx) if base.padding_idx in self.token_indices[name] else None
+        trained = F.embedding(place.clamp(min=0), rows, padding_idx=padding)
+        scale = getattr(base, "embed_scale", None)  # some models (Gemma) multiply the embedding in its own forward
+        trained = trained if scale is None else trained * torch.as_tensor(scale).to(trained)
+        return torch.where((place >= 0).unsqueeze(-1), trained, result)
 
     def names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         names = super().names_to_merge(adapter_names)

@@ -34,7 +34,7 @@ from peft.core.plan import (
     target_name,
 )
 from peft.core.routing import BASE, Route
-from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
+from peft.core.tying import input_embedding_name, tie_configuration, tied_embedding_modules, warn_of_tied_targets
 from peft.errors import PeftWarning
 
 Part = AdapterLayer | AuxiliaryTrainingWrapper
@@ -331,11 +331,7 @@ class BaseTuner(nn.Module):
         if not wanted:
             return {}
         if not isinstance(wanted, dict):
-            embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-            key = next((name for name, module in model.named_modules() if module is embedding), "embed_tokens")
-            for part in (".token_adapter.base_layer", ".token_adapter"):
-                key = key.removesuffix(part)
-            wanted = {key: list(wanted)}
+            wanted = {input_embedding_name(model): list(wanted)}
         return wanted
 
     def _check_tokens(self, config: Any, model: nn.Module) -> None:

@@ -22,6 +22,15 @@ def tied_embedding_modules(model: Any) -> list[str]:
     return tied if len(tied) > 1 else []
 
 
+def input_embedding_name(model: Any) -> str:
+    """The name of the model's input embedding; `embed_tokens` where the model does not say which it is."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    key = next((name for name, module in model.named_modules() if module is embedding), "embed_tokens")
+    for part in (".token_adapter.base_layer", ".token_adapter"):
+        key = key.removesuffix(part)
+    return key
+
+
 def _plain_weight(module: nn.Module) -> Any:
     """A module's own weight, whatever wraps it; None where it has none."""
     while True:
