@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import base_op
@@ -287,14 +288,11 @@ class TrainableTokensLayer(AdapterLayer):
 
     def _index(self, name: str, device: torch.device) -> Tensor:
         """The rows of the weight that adapter `name` trains."""
-        index = torch.tensor(self.token_indices[name], dtype=torch.long, device=device)
-        return index % self._tokens()
-
-    def _tokens(self) -> int:
-        return self.in_features if self.op.kind == "Embedding" else self.out_features
+        tokens = self.in_features if self.op.kind == "Embedding" else self.out_features
+        return torch.tensor([i % tokens for i in self.token_indices[name]], dtype=torch.long, device=device)
 
     def cheap(self, name: str) -> bool:
-        return getattr(self.get_base_layer(), "max_norm", None) is None
+        return bool(self.token_indices[name]) and getattr(self.get_base_layer(), "max_norm", None) is None
 
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # The rows go to the places of their tokens in the output: that is less than putting them into the weight.
@@ -304,10 +302,11 @@ class TrainableTokensLayer(AdapterLayer):
         if self.op.kind != "Embedding":
             bias = base.bias if base.bias is None else base.bias[index]
             return result.index_copy(-1, index, F.linear(x.to(result.dtype), rows, bias))
-        place = torch.full((self._tokens(),), -1, device=x.device)
-        place[index] = torch.arange(len(index), device=x.device)
-        place = place[x]
-        padding = self.token_indices[name].index(base.padding_idx) if base.padding_idx in self.token_indices[name] else None
+        places = torch.full((self.in_features,), -1, device=x.device)
+        places[index] = torch.arange(len(index), device=x.device)
+        place = places[x]
+        indices = self.token_indices[name]
+        padding = indices.index(base.padding_idx) if base.padding_idx in indices else None
         trained = F.embedding(place.clamp(min=0), rows, padding_idx=padding)
         scale = getattr(base, "embed_scale", None)  # some models (Gemma) multiply the embedding in its own forward
         trained = trained if scale is None else trained * torch.as_tensor(scale).to(trained)
