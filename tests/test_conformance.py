@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict] = {
     "LOHA": {"r": 1},
     "SHIRA": {"r": 1},
     "MISS": {"r": 4},
+    "TRAINABLE_TOKENS": {"token_indices": [1, 5]},
     "OFT": {"oft_block_size": 2},
     "BOFT": {"boft_block_size": 2},
     "ADALORA": {"init_r": 4, "total_step": 10},
