@@ -274,6 +274,8 @@ def _base_slot(model: nn.Module, key: str) -> Slot | None:
 
 def _assign(slot: Slot, value: Tensor) -> None:
     """Replaces a tensor without memory by `value`, in its dtype."""
+    if slot.attribute not in {**slot.owner._parameters, **slot.owner._buffers}:
+        return  # a view of a tensor that it is tied to, and which the file has too
     old = slot.tensor
     # A copy: the tensor may be a window on a file that somebody else writes to.
     value = value.to(device=slot.device if slot.device is not None else value.device, dtype=old.dtype, copy=True)
