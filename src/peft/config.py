@@ -68,6 +68,8 @@ class PeftConfigMixin:
 
     #: fields that huggingface/peft's files do not have; written only where they differ from their default
     beyond_reference: ClassVar[frozenset[str]] = frozenset()
+    #: whether the base weights of embeddings that an adapter targets are stored along with it
+    stores_embeddings: ClassVar[bool] = True
     #: fields that only matter in this process; never written
     runtime_fields: ClassVar[frozenset[str]] = frozenset()
 

@@ -142,7 +142,7 @@ def _wants_embeddings(model: nn.Module, config: Any, choice: bool | str) -> bool
         if isinstance(targets, str)
         else bool(targets) and any(ends_with(target, set(EMBEDDING_LAYER_NAMES)) for target in targets)
     )
-    if named:
+    if named and config.stores_embeddings:
         warnings.warn(
             "The adapter targets embedding layers, so their base weights are saved along (save_embedding_layers=True).",
             PeftWarning,

@@ -255,6 +255,8 @@ class TrainableTokensLayer(AdapterLayer):
     def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None):
         super().__init__(base_layer)
         self._is_tied = False
+        #: whether files hold its rows too: not where they are known to be the embedding's
+        self._is_stored = tied is None
         if tied is not None:
             self.tie_to(tied)
 
@@ -279,7 +281,7 @@ class TrainableTokensLayer(AdapterLayer):
         self.trainable_tokens_delta[name] = nn.Parameter(start)
 
     def key_map(self, name: str) -> dict[str, str]:
-        return {} if self._is_tied else super().key_map(name)
+        return super().key_map(name) if self._is_stored else {}
 
     def transform(self, name: str, weight: Tensor) -> Tensor:
         rows, index = self.trainable_tokens_delta[name].to(weight), self._index(name, weight.device)
