@@ -695,7 +695,7 @@ class BaseTuner(nn.Module):
     # ---- being the model
 
     def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-        """Stands around each forward pass and generation; takes out of `kwargs` what is the method's, not the model's."""
+        """Stands around a forward pass or generation; takes out of `kwargs` what is the method's, not the model's."""
         return nullcontext()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
