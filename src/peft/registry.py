@@ -127,6 +127,9 @@ METHODS: dict[str, Method] = {
     "LN_TUNING": Method("peft.tuners.ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_"),
     "SHIRA": Method("peft.tuners.shira", "ShiraConfig", "ShiraModel", "shira_"),
     "MISS": Method("peft.tuners.miss", "MissConfig", "MissModel", "miss_"),
+    "TRAINABLE_TOKENS": Method(
+        "peft.tuners.trainable_tokens", "TrainableTokensConfig", "TrainableTokensModel", "trainable_tokens_"
+    ),
     "ADALORA": Method("peft.tuners.adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),

@@ -1,0 +1,70 @@
+"""Training of single tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from peft.config import LayerConfig
+from peft.core.auxiliary import TrainableTokensLayer
+from peft.core.layer import AdapterLayer
+from peft.core.tuner import BaseTuner
+from peft.core.tying import input_embedding_name, tied_embedding_modules
+from peft.registry import PeftType
+
+
+@dataclass
+class TrainableTokensConfig(LayerConfig):
+    """Training of single tokens: rows of an embedding are exchanged for trained ones.
+
+    Modules that share the embedding's weight, such as an output layer, share the rows too.
+
+    Args:
+        token_indices: the tokens.
+        target_modules: the embedding; None takes that of the model's input.
+        init_weights: start with the rows of the embedding, without effect; False starts at random.
+    """
+
+    token_indices: list[int] = field(default_factory=list)
+    init_weights: bool = True
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(
+        ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "modules_to_save", "bias")
+    )
+
+    stores_embeddings: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.TRAINABLE_TOKENS
+        if isinstance(self.token_indices, int) or any(not isinstance(index, int) for index in self.token_indices):
+            raise TypeError(f"token_indices must be a list of integers, got {self.token_indices!r}.")
+        self.token_indices = list(self.token_indices)
+
+
+class TrainableTokensModel(BaseTuner):
+    """A model with trained tokens."""
+
+    prefix = "trainable_tokens_"
+    layer_class = TrainableTokensLayer
+
+    def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:
+        if config.target_modules is None:
+            config.target_modules = input_embedding_name(self.model)
+        # Tied weights stay tied, without being asked to.
+        config.ensure_weight_tying = bool(tied_embedding_modules(self.model))
+        return config
+
+    def layer_settings(self, config: TrainableTokensConfig, key: str) -> dict[str, Any]:
+        return {"token_indices": config.token_indices}
+
+    def make_layer(
+        self, config: TrainableTokensConfig, target: nn.Module, parameter_name: str | None, key: str
+    ) -> TrainableTokensLayer:
+        return TrainableTokensLayer(target)
+
+    def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
+        if isinstance(layer, TrainableTokensLayer) and isinstance(to, TrainableTokensLayer):
+            layer.tie_to(to)
