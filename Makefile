@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: setup test lint types architecture demo bench clean
+.PHONY: setup test lint style types architecture demo bench clean
 
 setup: $(READY)
 
@@ -26,7 +26,9 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n auto --dist worksteal
 
-lint: $(READY) types architecture
+lint: style types architecture
+
+style: $(READY)
 	$(BIN)/ruff check .
 
 types: $(READY)
