@@ -230,7 +230,7 @@ def set_peft_model_state_dict(
     for key, value in peft_model_state_dict.items():
         if injected:
             key = key.removeprefix("base_model.model.")  # a file of a PeftModel, for injected adapters
-        slot = slots.get(key) or (None if key in prompt else _base_slot(model, key))
+        slot = slots.get(key) or (None if key in prompt else base_slot(model, key))
         if slot is None and key not in prompt:
             unexpected.append(key)
             continue
@@ -258,7 +258,7 @@ def set_peft_model_state_dict(
     return IncompatibleKeys(missing, unexpected)
 
 
-def _base_slot(model: nn.Module, key: str) -> Slot | None:
+def base_slot(model: nn.Module, key: str) -> Slot | None:
     """The place of a tensor of the base model (an embedding, a bias) that a file has along with the adapter."""
     path, _, name = key.rpartition(".")
     candidates: Iterator[str] = iter((path, f"{path}.base_layer", f"{path}.original_module"))
