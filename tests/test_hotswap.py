@@ -37,6 +37,22 @@ class Net(nn.Module):
         return self.head(self.grouped(self.conv(self.linear(x).mT)).mT)
 
 
+class Tokens(nn.Module):
+    """A model whose embedding is found by the way of transformers' models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(20, 8)
+        self.linear = nn.Linear(8, 3)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(self.embed_tokens(tokens))
+
+
 TOKENS = torch.arange(12).view(2, 6)
 
 
@@ -164,6 +180,37 @@ def test_biases_are_swapped_too(saved):
     torch.testing.assert_close(output(model), output(loaded(new)), atol=1e-5, rtol=1e-4)
 
 
+def test_tensors_beside_the_factors_are_swapped_as_they_are(saved):
+    """Variants of LoRA have such; a layer that the new adapter has none for cannot do without."""
+    model = loaded(saved(target_modules=["linear"]))
+    layer = model.base_model.model.linear
+    layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_magnitude")
+    layer.lora_magnitude = nn.ParameterDict({"default": torch.ones(12)})
+    tensors = load_peft_weights(saved(target_modules=["linear"]))
+    key = "base_model.model.linear.lora_magnitude"
+    for wrong in (tensors, {}, {**tensors, key: torch.zeros(3)}):
+        unchanged_after(
+            model,
+            lambda wrong=wrong: hotswap_adapter_from_state_dict(model, wrong, "default", lora()),
+            RuntimeError,
+            "lora_magnitude",
+        )
+    hotswap_adapter_from_state_dict(model, {**tensors, key: torch.full((12,), 3.0)}, "default", lora())
+    assert layer.lora_magnitude["default"].tolist() == [3.0] * 12
+
+
+def test_embeddings_saved_along_are_swapped_too(saved):
+    """As loading the adapter would do."""
+    new = saved(target_modules=["embed_tokens", "linear"], base=Tokens)
+    model = PeftModel.from_pretrained(Tokens(), saved(target_modules=["embed_tokens", "linear"], base=Tokens)).eval()
+    tensors = load_peft_weights(new)
+    key = "base_model.model.embed_tokens.base_layer.weight"
+    assert key in tensors
+    tensors[key] += 1
+    hotswap_adapter_from_state_dict(model, tensors, "default", lora())
+    assert torch.equal(model.base_model.model.embed_tokens.base_layer.weight, tensors[key])
+
+
 @pytest.mark.parametrize("with_name", [False, True])
 def test_tensors_by_either_name(with_name, saved):
     """diffusers gives them with the adapter's name in them, on models without a `PeftModel` around."""
@@ -190,6 +237,7 @@ REFUSED = {
     "more layers": ({"target_modules": [*TARGETS, "head"]}, RuntimeError, "[Uu]nexpected keys: .*head"),
     "other scaling": ({"use_rslora": True}, ValueError, "use_rslora"),
     "dropout": ({"lora_dropout": 0.5}, ValueError, "lora_dropout"),
+    "trained biases": ({"bias": "all"}, ValueError, "bias"),
     "another head": ({"modules_to_save": ["head"]}, RuntimeError, "[Uu]nexpected keys"),
     "biases": ({"lora_bias": True, "target_modules": ["linear"]}, RuntimeError, "[Uu]nexpected keys: .*bias"),
 }

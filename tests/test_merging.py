@@ -310,6 +310,25 @@ def test_a_call_that_raises_changes_nothing(fault):
     )
 
 
+def with_magnitude(model: PeftModel) -> PeftModel:
+    """Adapters with a tensor beside their factors, as variants of LoRA have them."""
+    layer = model.base_model.model.linear
+    layer.lora_magnitude = nn.ParameterDict({name: torch.ones(12) for name in layer.adapter_names()})
+    layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_magnitude")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_adapters_that_are_more_than_a_product_are_refused(kind):
+    """huggingface/peft combines the factors and starts the rest anew."""
+    model = with_magnitude(model_with(*[lora(target_modules=["linear"])] * 2))
+    with pytest.raises(ValueError, match="lora_magnitude beside its factors"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "w", combination_type=kind)
+    with pytest.raises(ValueError, match="lora_magnitude beside its factors"):
+        reduce_intruder_dimension(model, "a", "w")
+    assert list(model.peft_config) == ["a", "b"]
+
+
 def test_a_taken_name_is_refused():
     model = model_with(lora(), lora())
     with pytest.raises(ValueError, match="'b' exists already"):

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from peft.checkpoint.files import read_adapter
-from peft.checkpoint.state import adapter_slots, config_of
+from peft.checkpoint.state import Slot, adapter_slots, base_slot, config_of
 from peft.config import PeftConfig
-from peft.core.plan import target_name
+from peft.core.combine import fill
+from peft.core.plan import ends_with, target_name
 from peft.core.tuner import parts_of
 from peft.errors import PeftWarning
 from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.factors import adapter_rank, as_stacks, block_count, block_rank, load, store
-from peft.tuners.lora.layer import LoraLayer, alpha_of, rank_of
+from peft.tuners.lora.factors import FACTOR_KEYS, adapter_rank, as_stacks, block_count, block_rank, load, store
+from peft.tuners.lora.layer import LoraLayer, TiedFactor, alpha_of, rank_of
 
 #: settings that decide how an adapter's tensors are used, beyond its scale, and so have to be the same
 CONFIG_KEYS_TO_CHECK = {
     PeftType.LORA: (
-        "use_rslora", "lora_dropout", "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
-        "velora_config", "kasa_config", "monteclora_config",
+        "use_rslora", "lora_dropout", "bias", "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+        "arrow_config", "velora_config", "kasa_config", "monteclora_config",
     )
 }  # fmt: skip
 _ROOT = "base_model.model."
@@ -108,7 +109,7 @@ def hotswap_adapter_from_state_dict(
     layers = _layers_of(plain, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
-    given = _by_file_name(plain, state_dict, adapter_name, parameter_prefix)
+    given, beside = _sorted_out(plain, state_dict, adapter_name, config, parameter_prefix)
     swaps = [_Swap.of(path, layer, adapter_name, given) for path, layer in layers.items()]
     too_large = [swap for swap in swaps if swap.rank > swap.room]
     if too_large and _compiled(model):
@@ -117,17 +118,15 @@ def hotswap_adapter_from_state_dict(
             f"The new adapter has rank {rank} on {path!r}, and the compiled model has room for {room}. Before"
             " compiling, call prepare_model_for_compiled_hotswap(model, target_rank=...)."
         )
-    own = {f"{path}.{key}" for path, layer in layers.items() for key in layer.key_map(adapter_name)}
     with torch.no_grad():
+        for swap in too_large:
+            _resize(swap.layer, adapter_name, swap.rank)
         for swap in swaps:
-            if swap in too_large:
-                _resize(swap.layer, adapter_name, swap.rank)
             swap.fill(adapter_name)
             name = target_name(swap.path.removeprefix(_ROOT), swap.layer)
             _set_alpha(swap.layer, adapter_name, alpha_of(config, name), rank_of(config, name))
-        for key, slot in adapter_slots(plain, adapter_name).items():
-            if key not in own:  # what is trained in full beside the layers
-                slot.tensor.copy_(given[key])
+        for slot, value in beside:
+            slot.tensor.copy_(value)
     _record(old, layers, adapter_name)
 
 
@@ -172,9 +171,11 @@ def prepare_model_for_compiled_hotswap(
             each.r, each.rank_pattern = target_rank, dict.fromkeys(each.rank_pattern, target_rank)
     for name in names:
         layers = _layers_of(plain, name)
-        for layer in layers.values():
-            if target_rank is not None:
+        if target_rank is not None:
+            for layer in layers.values():
                 _resize(layer, name, target_rank)
+        for layer in layers.values():
+            _set_alpha(layer, name, layer.lora_alpha[name], layer.r[name])
             scaling: dict[str, Any] = layer.scaling
             if not isinstance(scaling[name], Tensor):
                 # A number would be compiled in.
@@ -198,65 +199,81 @@ def _layers_of(model: nn.Module, name: str | None = None) -> dict[str, LoraLayer
     }
 
 
-def _by_file_name(
-    model: nn.Module, state_dict: Mapping[str, Tensor], name: str, parameter_prefix: str
-) -> dict[str, Tensor]:
-    """The tensors by the names that files have for them.
+def _sorted_out(
+    model: nn.Module, state_dict: Mapping[str, Tensor], name: str, config: LoraConfig, parameter_prefix: str
+) -> tuple[dict[str, Tensor], list[tuple[Slot, Tensor]]]:
+    """The tensors of layers by the names that files have for them, and those of what is trained or saved beside.
 
     Raises RuntimeError where they are not those of an adapter that can take the place of adapter `name`.
     """
+
+    def of_layer(key: str) -> bool:
+        return any(part.startswith(parameter_prefix) for part in key.split("."))
+
     slots = adapter_slots(model, name)
     by_live_name = {slot.live_name: key for key, slot in slots.items()}
-    given = {}
+    given: dict[str, Tensor] = {}
+    beside: list[tuple[Slot, Tensor]] = []
+    unexpected = []
     for key, value in state_dict.items():
         here = by_live_name.get(key, key)
         bare = here.removeprefix(_ROOT)  # injected adapters have no `PeftModel` around them
-        given[bare if here not in slots and bare in slots else here] = value
-    unexpected = sorted(set(given) - set(slots))
-    if unexpected:
-        raise RuntimeError(f"The adapter cannot be swapped in. Unexpected keys: {', '.join(unexpected)}.")
-    absent = [
-        key
-        for key in slots
-        if key not in given and not any(part.startswith(parameter_prefix) for part in key.split("."))
-    ]
-    if absent:
-        raise RuntimeError(f"The adapter cannot be swapped in. Missing keys: {', '.join(absent)}.")
-    beside = [key for key in given if key in slots and not any(p.startswith(parameter_prefix) for p in key.split("."))]
-    wrong = [key for key in beside if given[key].shape != slots[key].tensor.shape]
-    if wrong:
-        raise RuntimeError(f"The adapter cannot be swapped in. Tensors of another shape: {', '.join(wrong)}.")
-    return given
+        here = bare if here not in slots and bare in slots else here
+        slot = slots.get(here)
+        if slot is None and not ends_with(here.rpartition(".")[0], config.modules_to_save or ()):
+            slot = base_slot(model, here)  # embeddings and biases of the base model that were saved along
+        if slot is None:
+            unexpected.append(key)
+        elif here in slots:
+            given[here] = value
+        if slot is not None and not of_layer(here):
+            beside.append((slot, value))
+    missing = [key for key in slots if key not in given and not of_layer(key)]
+    shapes = [slot.live_name for slot, value in beside if slot.tensor.shape != value.shape]
+    for what, keys in (
+        ("Unexpected keys", unexpected),
+        ("Missing keys", missing),
+        ("Tensors of another shape", shapes),
+    ):
+        if keys:
+            raise RuntimeError(f"The adapter cannot be swapped in. {what}: {', '.join(keys)}.")
+    return given, beside
 
 
 class _Swap(NamedTuple):
-    """What one layer gets: the factors of the new adapter, none if it is not on the layer, and the bias of B."""
+    """What one layer gets: the new adapter's factors, none if it is not on the layer, and other tensors as they are."""
 
     path: str
     layer: LoraLayer
     factors: tuple[Tensor, Tensor] | None
-    bias: Tensor | None
+    others: dict[str, Tensor]
     rank: int
     room: int
 
     @classmethod
     def of(cls, path: str, layer: LoraLayer, name: str, given: Mapping[str, Tensor]) -> _Swap:
         """Raises RuntimeError where the tensors do not fit the layer."""
-        tensors = {key: given[f"{path}.{key}"] for key in layer.key_map(name) if f"{path}.{key}" in given}
-        bias = tensors.pop("lora_B.bias", None)
-        room = adapter_rank(layer, load(layer, name)[0].shape[1])
-        if not tensors:
-            return cls(path, layer, None, bias, 0, room)
-        pair = tuple(tensors.values())
+        keys = list(layer.key_map(name))
+        tensors = {key: given[f"{path}.{key}"] for key in keys if f"{path}.{key}" in given}
         now = layer.factors(name)
-        if len(pair) != 2 or not _alike(pair, now) or len(pair[0]) % (now[0].shape[0] // room):
-            shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items())
+        room = adapter_rank(layer, as_stacks(layer, *now)[0].shape[1])
+        others = {key: tensor for key, tensor in tensors.items() if key not in FACTOR_KEYS}
+        if "lora_B.bias" in keys:
+            others.setdefault("lora_B.bias", torch.zeros(layer.out_features))
+        pair = tuple(tensors[key] for key in FACTOR_KEYS if key in tensors)
+        fits = len(pair) == 2 and _alike(pair, now) and not len(pair[0]) % (now[0].shape[0] // room)
+        state, live = layer.state_dict(), layer.key_map(name)
+        wrong = [key for key, tensor in others.items() if tensor.shape != state[live[key]].shape]
+        if not (fits or not tensors) or wrong or set(keys) - set(FACTOR_KEYS) != set(others):
+            shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items()) or "nothing"
             raise RuntimeError(
-                f"The adapter cannot be swapped in. On {path!r} it has {shapes}, which does not fit"
-                f" {' and '.join(str(tuple(tensor.shape)) for tensor in now)} there."
+                f"The adapter cannot be swapped in. On {path!r} it has {shapes}, which does not fit {', '.join(keys)}"
+                f" ({' and '.join(str(tuple(tensor.shape)) for tensor in now)}) there."
             )
+        if not tensors:
+            return cls(path, layer, None, others, 0, room)
         stacks = as_stacks(layer, *pair)
-        return cls(path, layer, stacks, bias, adapter_rank(layer, stacks[0].shape[1]), room)
+        return cls(path, layer, stacks, others, adapter_rank(layer, stacks[0].shape[1]), room)
 
     def fill(self, name: str) -> None:
         """Puts the tensors in, with zeros where there is more room."""
@@ -264,12 +281,8 @@ class _Swap(NamedTuple):
         if self.factors is not None:
             rank = self.factors[0].shape[1]
             a[:, :rank], b[..., :rank] = self.factors
-        tensors = store(self.layer, a, b)
-        if self.layer.lora_bias[name]:
-            tensors["lora_B.bias"] = torch.zeros(self.layer.out_features) if self.bias is None else self.bias
-        state = self.layer.state_dict()
-        for key, live in self.layer.key_map(name).items():
-            state[live].copy_(tensors[key])
+        tensors = {**store(self.layer, a, b), **self.others}
+        fill(self.layer, {live: tensors[key] for key, live in self.layer.key_map(name).items()})
 
 
 def _alike(new: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
@@ -301,11 +314,12 @@ def _resize(layer: LoraLayer, name: str, rank: int) -> None:
             continue
         path, _, attribute = live.rpartition(".")
         owner = layer.get_submodule(path)
+        if isinstance(owner, TiedFactor):  # it grows with the one that it is tied to
+            continue
         setattr(owner, attribute, nn.Parameter(tensors[key], requires_grad=getattr(owner, attribute).requires_grad))
         for size in ("out_features", "out_channels") if "lora_A" in key else ("in_features", "in_channels"):
             if hasattr(owner, size):
                 setattr(owner, size, len(tensors["lora_A.weight"]))
-    _set_alpha(layer, name, layer.lora_alpha[name], layer.r[name])
 
 
 def _set_alpha(layer: LoraLayer, name: str, alpha: float, r: int) -> None:

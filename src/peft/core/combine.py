@@ -128,10 +128,10 @@ def add_combined(
     try:
         for layer, values in tensors.items():
             layer.move(adapter_name, dtype=next(layer.dtype_of(name) for name in names if layer.has(name)))
-            _fill(layer, {live: values[key] for key, live in layer.key_map(adapter_name).items()})
+            fill(layer, {live: values[key] for key, live in layer.key_map(adapter_name).items()})
         for part, owner in owners:
             state, before = part.state_dict(), part.key_map(owner)
-            _fill(part, {live: state[before[key]] for key, live in part.key_map(adapter_name).items()})
+            fill(part, {live: state[before[key]] for key, live in part.key_map(adapter_name).items()})
     except BaseException:
         tuner.delete_adapter(adapter_name)
         tuner.set_adapter(active)
@@ -139,7 +139,8 @@ def add_combined(
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    state = module.state_dict()
+def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copies values into tensors of a module, by their names below it."""
     for name, value in values.items():
-        state[name].copy_(value)
+        path, _, attribute = name.rpartition(".")
+        getattr(module.get_submodule(path), attribute).copy_(value)

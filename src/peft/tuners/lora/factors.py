@@ -16,6 +16,9 @@ from peft.core.base_op import ConvOp, EmbeddingOp, ParameterOp, kernel_numel
 from peft.core.layer import AdapterLayer
 from peft.core.storage import onloaded
 
+#: the factors' names in files
+FACTOR_KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+
 
 def block_count(layer: AdapterLayer) -> int:
     """How many blocks the weight of a layer's module has."""
@@ -76,6 +79,16 @@ def store(layer: AdapterLayer, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
 
 
+def check_plain(layer: Any, name: str) -> None:
+    """Raises ValueError where an adapter has tensors beside the factors and their bias, so that they say not all."""
+    more = set(layer.key_map(name)) - {*FACTOR_KEYS, "lora_B.bias"}
+    if more:
+        raise ValueError(
+            f"Adapter {name!r} has {', '.join(sorted(more))} beside its factors, so its change is not their product,"
+            " and this cannot be done with it. convert_to_lora makes a plain LoRA of it first."
+        )
+
+
 def base_blocks(layer: AdapterLayer) -> Tensor:
     """The base weight as blocks [blocks, out, in], over the same inputs as the product of a LoRA's factors."""
     with onloaded(layer.get_base_layer()):
@@ -84,7 +97,12 @@ def base_blocks(layer: AdapterLayer) -> Tensor:
 
 
 def product(layer: Any, name: str) -> Tensor:
-    """The scaled product of an adapter's factors: [blocks, out, in]."""
+    """The scaled product of an adapter's factors: [blocks, out, in].
+
+    Raises:
+        ValueError: the adapter's change is more than that product.
+    """
+    check_plain(layer, name)
     a, b = load(layer, name)
     return torch.bmm(b, a) * layer.scaling[name]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from peft.core.combine import add_combined, check_combination, combined_config, layers_with
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod, check_density, check_sign_method, clamp_to_quantile, combine, truncated_svd
-from peft.tuners.lora.factors import adapter_rank, block_rank, load, product, store
+from peft.tuners.lora.factors import adapter_rank, block_rank, check_plain, load, product, store
 
 _ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 #: "cat" puts the factors side by side; those on the product decompose it again
@@ -71,8 +71,7 @@ def add_weighted_adapter(
     if any(tuner.peft_config[name].target_parameters for name in adapters):
         raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
     layers: dict[Any, str] = layers_with(tuner, adapters)
-    if not how.on_product:
-        _check_factors(adapters, layers, how)
+    _check_factors(adapters, layers, how)
     if "dare" in how.name:
         _skip_start_values(tuner, adapters, layers, how)
     tensors, ranks = {}, {}
@@ -94,7 +93,9 @@ def add_weighted_adapter(
 def _check_factors(adapters: Sequence[str], layers: Mapping[Any, str], how: Combination) -> None:
     for layer, key in layers.items():
         ranks = {name: layer.r[name] for name in adapters if layer.has(name)}
-        if how.method != "cat" and len(set(ranks.values())) > 1:
+        for name in ranks:
+            check_plain(layer, name)
+        if not how.on_product and how.method != "cat" and len(set(ranks.values())) > 1:
             listed = ", ".join(f"{name}: r={r}" for name, r in ranks.items())
             raise ValueError(
                 f"combination_type {how.name!r} needs adapters of the same r, but on {key!r} they have {listed}. Use"
