@@ -26,5 +26,6 @@ def remember(parameter: Tensor, key: Hashable, compute: Callable[[], Tensor]) ->
     stamp = (parameter._version, parameter.data_ptr(), parameter.dtype)
     values = _kept.setdefault(parameter, {})
     if key not in values or values[key][0] != stamp:
-        values[key] = (stamp, compute())
+        with torch.inference_mode(False):  # it may be needed where gradients are wanted next
+            values[key] = (stamp, compute())
     return values[key][1]

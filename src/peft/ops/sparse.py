@@ -69,7 +69,7 @@ class _SparseLinear(torch.autograd.Function):
         return _with_sum(x, weight, bias, positions, values)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, positions, values = ctx.saved_tensors
         flat, rows = grad.flatten(0, -2), x.flatten(0, -2)
         grad_x = grad @ add_at(weight, positions, values).to(grad.dtype) if ctx.needs_input_grad[0] else None

@@ -124,17 +124,17 @@ class BOFTLayer(AdapterLayer):
     def check(cls, config: BOFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         given = "boft_block_size" if config.boft_block_size else "boft_block_num"
         if op.in_features % getattr(config, given):
-            raise ValueError(
-                f"{given}={getattr(config, given)} does not fit {key!r}: its width {op.in_features} must be"
-                " divisible by it."
+            grouped = getattr(module, "groups", 1) > 1
+            raise (NotImplementedError if grouped else ValueError)(
+                f"{given}={getattr(config, given)} does not fit {key!r}: its width {op.in_features} must be divisible"
+                f" by it{' (blocks do not reach across the groups of a convolution)' if grouped else ''}."
             )
         size = config.boft_block_size or op.in_features // config.boft_block_num
         coupled = 2 ** (config.factors - 1)
         if config.factors > 1 and (size % 2 or (op.in_features // size) % coupled):
             raise ValueError(
-                f"{config.factors} butterfly factors do not fit {key!r}: its {op.in_features // size} blocks"
-                f" of size {size}"
-                f" must be a multiple of {coupled}, and of an even size."
+                f"{config.factors} butterfly factors do not fit {key!r}: its {op.in_features // size} blocks of size"
+                f" {size} must be a multiple of {coupled}, and of an even size."
             )
 
 
@@ -154,9 +154,9 @@ class BOFTModel(BaseTuner):
     def check_config(self, adapter_name: str, config: BOFTConfig) -> None:
         if config.factors < config.boft_n_butterfly_factor and not config.inference_mode:
             warnings.warn(
-                "A new adapter gets one butterfly factor, not"
-                f" boft_n_butterfly_factor={config.boft_n_butterfly_factor}, as"
-                " in huggingface/peft where it has not built its CUDA kernel. boft_all_factors=True gives it all.",
+                f"A new adapter gets one butterfly factor, not {config.boft_n_butterfly_factor}"
+                " (boft_n_butterfly_factor), as in huggingface/peft where it has not built its CUDA kernel."
+                " boft_all_factors=True gives it all.",
                 PeftWarning,
                 stacklevel=2,
             )

@@ -29,6 +29,8 @@ class LoHaConfig(ScaledConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LOHA
+        if self.init_weights not in (True, False):
+            raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}.")
 
 
 class LoHaLayer(ScaledLayer):
