@@ -20,7 +20,7 @@ _HOMES: dict[str, str] = {
         ),
         "peft.config": "PeftConfig PromptLearningConfig get_peft_config",
         "peft.registry": (
-            "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeftType TaskType"
+            "TaskType PeftType PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING"
         ),
         "peft.errors": "NoMatchingPeftModuleError PeftError PeftWarning",
         "peft.mapping_func": "get_peft_model",

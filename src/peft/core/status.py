@@ -31,12 +31,12 @@ class TunerLayerStatus:
 
     name: str
     module_type: str
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    requires_grad: dict[str, bool | Literal["irregular"]]
     enabled: bool
     active_adapters: list[str]
     merged_adapters: list[str]
-    requires_grad: dict[str, bool | Literal["irregular"]]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
     quantization_backend: str | None = None
 
 
@@ -58,16 +58,16 @@ class TunerModelStatus:
 
     base_model_type: str
     adapter_model_type: str
-    peft_types: dict[str, str]
-    trainable_params: int
-    total_params: int
     num_adapter_layers: int
+    total_params: int
+    trainable_params: int
+    peft_types: dict[str, str]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    requires_grad: dict[str, bool | Literal["irregular"]]
     enabled: bool | Literal["irregular"]
     active_adapters: list[str] | Literal["irregular"]
     merged_adapters: list[str] | Literal["irregular"]
-    requires_grad: dict[str, bool | Literal["irregular"]]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
     quantization_backend: str | None = None
 
 

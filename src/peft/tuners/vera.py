@@ -14,6 +14,7 @@ from peft.core.base_op import BaseOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
 from peft.core.shared import SharedTensors
+from peft.core.storage import place_of
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
 
@@ -121,12 +122,14 @@ class VeraModel(BaseTuner):
     def prepare(self, plan: Plan, config: VeraConfig, adapter_name: str) -> None:
         ops = [_op_of(target.module, target.parameter_name) for target in plan.targets]
         generator = torch.Generator(device="cpu").manual_seed(config.projection_prng_key)
+        device = place_of(plan.targets[0].module)[0]
+        device = None if device is None or device.type == "meta" else device
         sizes = (config.r, max(op.in_features for op in ops)), (max(op.out_features for op in ops), config.r)
         with torch.device("cpu"):  # also where the adapter itself is made without memory: it may not be in the file
             for shared, size in zip((self.vera_A, self.vera_B), sizes, strict=True):
                 start = torch.empty(size)
                 nn.init.kaiming_uniform_(start, generator=generator)
-                shared[adapter_name] = start
+                shared[adapter_name] = start.to(device)
 
     def make_layer(self, config: VeraConfig, target: nn.Module, parameter_name: str | None, key: str) -> VeraLayer:
         return VeraLayer(target, parameter_name, self.vera_A, self.vera_B)
