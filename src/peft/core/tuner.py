@@ -16,7 +16,6 @@ from peft.core.auxiliary import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     TrainableTokensLayer,
-    TrainableTokensWrapper,
     save_modules,
 )
 from peft.core.base_op import AttentionOp
@@ -25,16 +24,14 @@ from peft.core.plan import (
     ALL_LINEAR,
     Plan,
     all_linear,
-    check_target_module_exists,
     default_targets,
-    ends_with,
     make_plan,
-    model_modules,
     state_dict_targets,
     target_name,
 )
 from peft.core.routing import BASE, Route
-from peft.core.tying import input_embedding_name, tie_configuration, tied_embedding_modules, warn_of_tied_targets
+from peft.core.tokens import token_rows, train_tokens
+from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
 from peft.errors import PeftWarning
 
 Part = AdapterLayer | AuxiliaryTrainingWrapper
@@ -181,7 +178,7 @@ class BaseTuner(nn.Module):
             also_target, also_save = tie_configuration(config, model)
             only = state_dict_targets(state_dict, self.prefix) if state_dict is not None else None
             plan = make_plan(model, config, self.layer_class, only=only, also_target=also_target, also_save=also_save)
-            self._check_tokens(config, model)
+            tokens = token_rows(config, model)
             warn_of_tied_targets(plan.module_names, config, model)
             trained = {id(p): p.requires_grad for p in model.parameters()}
             undo.callback(self._undo, model, adapter_name, self.parts(), trained)
@@ -196,7 +193,7 @@ class BaseTuner(nn.Module):
                 tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
                 save_modules(model, plan.save, adapter_name, tied)
                 self._tie_layers(model, [key for key in tied if key in plan.module_names], adapter_name)
-                self._train_tokens(model, adapter_name, config)
+                train_tokens(model, adapter_name, tokens)
             self._parts = None
             self.targeted_module_names += [key for key in plan.module_names if key not in self.targeted_module_names]
             self.targeted_parameter_names += [
@@ -324,54 +321,6 @@ class BaseTuner(nn.Module):
         for layer in layers[1:]:
             if layer is not None and layers[0] is not None:
                 self.tie(layer, layers[0], adapter_name)
-
-    def _token_targets(self, config: Any, model: Any) -> dict[str, list[int]]:
-        """Embedding -> rows to train, with the names completed."""
-        wanted = getattr(config, "trainable_token_indices", None)
-        if not wanted:
-            return {}
-        if not isinstance(wanted, dict):
-            wanted = {input_embedding_name(model): list(wanted)}
-        return wanted
-
-    def _check_tokens(self, config: Any, model: nn.Module) -> None:
-        """Raises where `trainable_token_indices` names no embedding, rows outside it, or a target module."""
-        for wanted, indices in self._token_targets(config, model).items():
-            found = [(key, module) for key, module in model_modules(model) if ends_with(key, {wanted})]
-            if not found:
-                raise ValueError(
-                    f"trainable_token_indices names {wanted!r}, which {type(model).__name__} does not have."
-                )
-            for key, module in found:
-                if check_target_module_exists(config, key):
-                    raise TypeError(f"{key!r} is in target_modules and in trainable_token_indices; choose one of them.")
-                weight = getattr(module, "weight", None)
-                if isinstance(weight, Tensor) and indices and max(indices) >= weight.shape[0]:
-                    raise IndexError(
-                        f"trainable_token_indices has index {max(indices)}, but {key!r} has {weight.shape[0]} rows."
-                    )
-
-    def _train_tokens(self, model: nn.Module, adapter_name: str, config: Any) -> None:
-        targets = self._token_targets(config, model)
-        tied = tied_embedding_modules(model)
-        for wanted, indices in targets.items():
-            for key in [key for key, _ in model_modules(model) if ends_with(key, {wanted})]:
-                wrapper = self._train_tokens_of(model, key, adapter_name, indices, None)
-                if key in tied:
-                    for other in tied:
-                        if other != key and not any(ends_with(other, {name}) for name in targets):
-                            self._train_tokens_of(model, other, adapter_name, indices, wrapper.token_adapter)
-
-    def _train_tokens_of(
-        self, model: nn.Module, key: str, adapter_name: str, indices: Sequence[int], tied: Any
-    ) -> TrainableTokensWrapper:
-        parent, module, name = get_submodules(model, key)
-        if isinstance(module, TrainableTokensWrapper):
-            module.update(adapter_name, token_indices=indices)
-            return module
-        wrapper = TrainableTokensWrapper(module, adapter_name, indices, tied)
-        setattr(parent, name, wrapper)
-        return wrapper
 
     def fill_in(self, adapter_name: str) -> None:
         """Gives tensors of an adapter that are still without memory the values of a fresh adapter."""
