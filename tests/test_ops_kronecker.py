@@ -12,12 +12,20 @@ from peft.ops.kronecker import factorization, kron_linear
 small = st.integers(1, 6)
 
 
-@pytest.mark.parametrize(
-    "dimension, factor, expected",
-    [(128, -1, (8, 16)), (127, -1, (1, 127)), (256, -1, (16, 16)), (128, 4, (4, 32)), (128, 64, (64, 2)), (30, 4, (3, 10)), (1, -1, (1, 1))],
-)  # fmt: skip
-def test_known_factorizations(dimension, factor, expected):
-    assert factorization(dimension, factor) == expected
+KNOWN = {
+    (128, -1): (8, 16),
+    (127, -1): (1, 127),
+    (256, -1): (16, 16),
+    (128, 4): (4, 32),
+    (128, 64): (64, 2),
+    (30, 4): (3, 10),
+    (1, -1): (1, 1),
+}
+
+
+@pytest.mark.parametrize("given, expected", KNOWN.items())
+def test_known_factorizations(given, expected):
+    assert factorization(*given) == expected
 
 
 @settings(deadline=None, max_examples=40)
