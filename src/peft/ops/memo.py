@@ -21,7 +21,7 @@ def remember(parameter: Tensor, key: Hashable, compute: Callable[[], Tensor]) ->
         key: tells values of the same parameter apart.
         compute: makes the value, of nothing else that changes.
     """
-    if parameter.requires_grad or parameter.is_inference() or torch.compiler.is_compiling() or parameter.is_meta:
+    if torch.compiler.is_compiling() or parameter.requires_grad or parameter.is_inference() or parameter.is_meta:
         return compute()
     stamp = (parameter._version, parameter.data_ptr(), parameter.dtype)
     values = _kept.setdefault(parameter, {})

@@ -106,7 +106,8 @@ class ShiraLayer(AdapterLayer):
     def entries(self, name: str) -> tuple[Tensor, Tensor]:
         """Positions and values of the change."""
         positions = self.shira_indices[name]
-        remember(positions, "placed", lambda: _checked(positions, name))
+        if not torch.compiler.is_compiling():
+            remember(positions, "placed", lambda: _checked(positions, name))
         return positions, self.scaling[name] * self.shira_weight[name]
 
     def set_scale(self, adapter: str, scale: float) -> None:
