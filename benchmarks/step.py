@@ -1,0 +1,96 @@
+"""A training step with LoRA, against the same step of the frozen model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from case import DTYPES, LINEAR, Case, Clock, Part, Prepared, Row, Scale, fill, gradients, llama, sample, twin
+from torch import Tensor
+
+import peft
+
+TITLE = "Training step"
+TEXT = """\
+Forward and backward of a Llama ({s.layers} layers, hidden size {s.hidden}, intermediate size {s.intermediate}) with
+LoRA of rank 16 on all seven linear projections, on a batch of {s.batch} x {s.length} tokens. The floor is the same
+model frozen; in both, gradients flow to the input embeddings. The bytes kept for backward are those of all distinct
+storages that autograd saves, parameters left out."""
+
+
+def cases(scale: Scale) -> list[Case]:
+    return [_case(scale, dtype, dropout) for dtype in DTYPES for dropout in (0.0, 0.1)]
+
+
+def _case(scale: Scale, dtype: str, dropout: float) -> Case:
+    name = dtype if dropout == 0 else f"{dtype}, dropout {dropout}"
+    fast = {"fp32": 1.08, "bf16": 1.15} if dropout == 0 else {"fp32": 1.15, "bf16": 1.25}
+    rows = [
+        Row(f"step, {name}", "adapter", "floor", fast[dtype]),
+        Row(f"bytes kept, {name}", "adapter kept", "floor kept", 1.25 if dropout == 0 else 1.30, unit="B"),
+    ]
+    return Case(name, lambda: _prepare(scale, dtype, dropout), rows)
+
+
+def _prepare(scale: Scale, dtype: str, dropout: float) -> Prepared:
+    floor, adapted = models(scale, dtype, dropout)
+    inputs = batch(floor, scale)
+    adapted.eval()
+    train(adapted, inputs)
+    outcome = {"logits": sample(adapted(**inputs).logits), "gradients": gradients(adapted)}
+    adapted.train()
+    parts = {
+        "floor": timed(floor, inputs),
+        "adapter": timed(adapted, inputs),
+        "floor kept": lambda clock: kept(floor, inputs),
+        "adapter kept": lambda clock: kept(adapted, inputs),
+    }
+    return Prepared(parts, outcome, tolerance=1e-3 if dtype == "fp32" else 5e-2)
+
+
+def models(scale: Scale, dtype: str, dropout: float) -> tuple[Any, Any]:
+    """The frozen model and one with LoRA, on the same weights."""
+    floor = llama(scale, DTYPES[dtype], use_cache=False).train()
+    config = peft.LoraConfig(r=16, lora_dropout=dropout, target_modules=LINEAR, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(twin(floor), config).train()
+    fill(adapted)
+    return floor, adapted
+
+
+def batch(model: Any, scale: Scale) -> dict[str, Tensor]:
+    """Embeddings that want a gradient, and labels."""
+    tokens = torch.randint(scale.vocabulary, (scale.batch, scale.length), generator=torch.Generator().manual_seed(1))
+    embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+    return {"inputs_embeds": embeddings, "labels": tokens}
+
+
+def train(model: Any, inputs: dict[str, Any]) -> None:
+    """One step without the optimizer's part."""
+    inputs["inputs_embeds"].grad = None
+    model.zero_grad(set_to_none=True)
+    model(**inputs).loss.backward()
+
+
+def timed(model: Any, inputs: dict[str, Any]) -> Part:
+    def part(clock: Clock) -> None:
+        with clock:
+            train(model, inputs)
+
+    return part
+
+
+def kept(model: Any, inputs: dict[str, Tensor]) -> float:
+    """Bytes of the storages that a forward pass keeps for the backward pass, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, so that no other takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    total = sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
+    del loss
+    return float(total)
