@@ -112,6 +112,18 @@ def test_what_is_lost_is_said():
         assert max(convert_to_lora(model, 6).errors.values()) < 1e-5
 
 
+def test_a_lora_gets_another_rank_without_the_weight_being_decomposed(monkeypatch):
+    """What takes seconds a layer in a large model takes milliseconds from the factors."""
+    sizes = []
+    plain = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda m, **kwargs: (sizes.append(m.shape[-2:]), plain(m, **kwargs))[1])
+    model = net(LoraConfig(r=3, target_modules=["up", "down"]))
+    assert max(convert_to_lora(model, 3).errors.values()) < 1e-5
+    _, tensors = convert_to_lora(model, 5)  # more than there is: the rest is zero
+    assert tensors["base_model.model.up.lora_A.weight"].shape == (5, 8)
+    assert set(sizes) == {(3, 3)}
+
+
 def test_a_change_of_nothing_becomes_a_lora_of_nothing():
     torch.manual_seed(0)
     model = get_peft_model(Net(), LoraConfig(target_modules=["up"]))

@@ -60,6 +60,16 @@ def test_truncated_svd_is_the_nearest_of_its_rank():
     torch.testing.assert_close(error, (torch.linalg.svdvals(matrices)[:, 2:] ** 2).sum(1))
 
 
+def test_a_product_is_decomposed_without_being_made():
+    torch.manual_seed(0)
+    b, a = torch.randn(3, 9, 4, dtype=torch.float64), torch.randn(3, 4, 7, dtype=torch.float64)
+    u, s, vh = ops.svd_of_product(b, a)
+    torch.testing.assert_close(u * s[:, None] @ vh, b @ a)
+    torch.testing.assert_close(s, torch.linalg.svdvals(b @ a)[:, :4])
+    for columns in (u, vh.mT):
+        torch.testing.assert_close(columns.mT @ columns, torch.eye(4, dtype=torch.float64).expand(3, 4, 4))
+
+
 def test_clamping_to_a_quantile():
     a, b = ops.clamp_to_quantile([torch.tensor([1.0, -9.0]), torch.tensor([[2.0, 3.0, 4.0]])], 0.75)
     bound = torch.quantile(torch.tensor([1.0, -9, 2, 3, 4]), 0.75).item()

@@ -88,7 +88,11 @@ def test_an_input_that_is_a_product_is_not_kept_beside_its_factors():
     n, size, r = 64, 32, 4
     torch.manual_seed(0)
     u, v = torch.randn(n, size, requires_grad=True), torch.randn(n, size, requires_grad=True)
-    weight, a, b = torch.randn(size, size), torch.randn(r, size, requires_grad=True), torch.randn(size, r, requires_grad=True)
+    weight, a, b = (
+        torch.randn(size, size),
+        torch.randn(r, size, requires_grad=True),
+        torch.randn(size, r, requires_grad=True),
+    )
 
     def step(product):
         storages = {}
@@ -98,7 +102,10 @@ def test_an_input_that_is_a_product_is_not_kept_beside_its_factors():
         for tensor in node.saved_tensors:
             if tensor is not None:
                 storages[tensor.untyped_storage().data_ptr()] = tensor.nbytes
-        kept = {t.untyped_storage().data_ptr() for t in (node.next_functions[0][0]._saved_self, node.next_functions[0][0]._saved_other)}
+        kept = {
+            t.untyped_storage().data_ptr()
+            for t in (node.next_functions[0][0]._saved_self, node.next_functions[0][0]._saved_other)
+        }
         return out, torch.autograd.grad(out.square().sum(), (u, v, a, b)), kept <= storages.keys()
 
     shared, own = step("shared"), step(None)

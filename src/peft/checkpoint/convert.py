@@ -20,8 +20,17 @@ from peft.core.layer import AdapterLayer
 from peft.core.plan import target_name
 from peft.core.tuner import BaseTuner, parts_of, with_progress
 from peft.errors import PeftWarning
+from peft.ops.merging import svd_of_product
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.factors import adapter_rank, block_count, block_rank, change_blocks, store
+from peft.tuners.lora.factors import (
+    adapter_rank,
+    bias_change,
+    block_count,
+    block_rank,
+    change_blocks,
+    change_factors,
+    of_svd,
+)
 
 #: relative error of a layer above which it is worth a warning
 NOTABLE_ERROR = 0.1
@@ -51,7 +60,7 @@ class ConvertedLora(tuple[LoraConfig, dict[str, Tensor]]):
 
 @dataclass
 class _Change:
-    """The change of one layer, decomposed: u s vh [blocks, ...]; and that of its bias."""
+    """The change of one layer, decomposed into u [blocks, out, k], s [blocks, k], vh [blocks, k, in]; that of its bias."""
 
     layer: AdapterLayer
     u: Tensor
@@ -65,10 +74,9 @@ class _Change:
         return min(int((kept < energy * kept[-1]).sum()) + 1, self.s.shape[1])
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
-        """The LoRA of that rank per block; the singular values are shared out evenly between A and B."""
+        """The LoRA of that rank per block."""
         # LoRA counts the change of a projection that attention reads twice, see `peft.tuners.lora.layer.Linear.delta`.
-        root = (self.s[:, :rank] / (2 if self.layer.is_read else 1)).sqrt()
-        return store(self.layer, root[..., None] * self.vh[:, :rank], self.u[..., :rank] * root[:, None])
+        return of_svd(self.layer, self.u, self.s / (2 if self.layer.is_read else 1), self.vh, rank)
 
     def error(self, rank: int) -> float:
         """How much of the change is lost, relative to it."""
@@ -219,11 +227,19 @@ def _decompose(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _changed(layer: AdapterLayer, name: str, decompose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> _Change:
-    change, bias = change_blocks(layer, name)
-    dtype = change.dtype
-    # Half precision has no decomposition.
-    u, s, vh = decompose(change.to(torch.promote_types(dtype, torch.float32)))
-    return _Change(layer, u.to(dtype), s.to(dtype), vh.to(dtype), bias)
+    factors = change_factors(layer, name)
+    if factors is None:
+        change = change_blocks(layer, name)
+        parts = decompose(_full_precision(change))
+    else:
+        change, parts = factors[1], svd_of_product(*(_full_precision(factor) for factor in factors))
+    u, s, vh = (part.to(change.dtype) for part in parts)
+    return _Change(layer, u, s, vh, bias_change(layer, name))
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    """What is in half precision, for which there is no decomposition, in float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _lora_path(model: nn.Module, path: str, name: str) -> str:

@@ -82,7 +82,7 @@ class BaseTuner(nn.Module):
     layer_class: ClassVar[type[AdapterLayer]] = AdapterLayer
     #: containers on this object that hold tensors which all layers of an adapter share
     shared_names: tuple[str, ...] = ()
-    #: whether loading may leave out the start values of an adapter: it may not where they depend on each other or on data
+    #: whether loading may leave out an adapter's start values: it may not where making them changes the base model
     start_is_replaceable: ClassVar[bool] = True
     #: whether a model outside `PeftModel` can hold the method (its shared tensors need a place to live)
     injectable: ClassVar[bool] = True

@@ -166,6 +166,22 @@ def truncated_svd(matrices: Tensor, rank: int, driver: str | None = None) -> tup
     return u[..., :rank], s[..., :rank], vh[..., :rank, :]
 
 
+def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition u s vh of b a, without multiplying them out.
+
+    Args:
+        b: [..., m, k] with k at most m.
+        a: [..., k, n] with k at most n.
+
+    Returns:
+        u [..., m, k], s [..., k] and vh [..., k, n].
+    """
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+    return q_b @ u, s, vh @ q_a.mT
+
+
 def clamp_to_quantile(tensors: Sequence[Tensor], quantile: float) -> list[Tensor]:
     """The tensors, each entry brought to at most that quantile of all their entries, and at least its negative."""
     entries = torch.cat([tensor.flatten() for tensor in tensors])

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from peft.core.base_op import ConvOp, EmbeddingOp, ParameterOp, kernel_numel
 from peft.core.layer import AdapterLayer
 from peft.core.storage import onloaded
+from peft.tuners.lora.layer import LoraLayer
 
 #: the factors' names in files
 FACTOR_KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
@@ -42,25 +44,41 @@ def adapter_rank(layer: AdapterLayer, rank: int) -> int:
 
 
 @torch.no_grad()
-def change_blocks(layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor | None]:
-    """What an adapter of any method changes a layer's base weight by [blocks, out, in], and its bias [out] if it does.
+def change_blocks(layer: AdapterLayer, name: str) -> Tensor:
+    """What an adapter of any method changes a layer's base weight by: [blocks, out, in].
 
     Computed in the adapter's dtype, so that nothing of it is lost in a base weight of lower precision.
     """
-    with onloaded(layer.get_base_layer()):
-        bias = layer.get_base_bias()
-        changed_bias = layer.transform_bias(name, bias)
-        if type(layer).transform is AdapterLayer.transform:
-            change = layer.delta(name)
-        else:
+    if type(layer).transform is AdapterLayer.transform:
+        change = layer.delta(name)
+    else:
+        with onloaded(layer.get_base_layer()):
             weight = layer.op.matrix(layer.get_base_weight())
             weight = weight.to(layer.dtype_of(name) or weight.dtype)
             change = layer.transform(name, weight) - weight
-    if changed_bias is bias:
-        changed_bias = None
-    elif bias is not None and changed_bias is not None:
-        changed_bias = changed_bias - bias
-    return change.unflatten(0, (block_count(layer), -1)), changed_bias
+    return change.unflatten(0, (block_count(layer), -1))
+
+
+@torch.no_grad()
+def bias_change(layer: AdapterLayer, name: str) -> Tensor | None:
+    """What an adapter of any method changes a layer's bias by [out], if it does."""
+    with onloaded(layer.get_base_layer()):
+        bias = layer.get_base_bias()
+        changed = layer.transform_bias(name, bias)
+        return None if changed is bias else changed if bias is None or changed is None else changed - bias
+
+
+@torch.no_grad()
+def change_factors(layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor] | None:
+    """b [blocks, out, r] and a [blocks, r, in] whose product is the change, where the adapter is a LoRA of low rank."""
+    if not isinstance(layer, LoraLayer) or _beside_factors(layer, name):
+        return None
+    a, b = load(layer, name)
+    whole = a.shape[2] == layer.op.in_features and len(b) * b.shape[1] == layer.op.out_features
+    if not whole or a.shape[1] > min(b.shape[1], a.shape[2]):
+        return None
+    # Twice where attention reads the weight, see `peft.tuners.lora.layer.Linear.delta`.
+    return b * (layer.scaling[name] * (2 if layer.is_read else 1)), a
 
 
 def store(layer: AdapterLayer, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -79,14 +97,32 @@ def store(layer: AdapterLayer, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
 
 
+def of_svd(layer: AdapterLayer, u: Tensor, s: Tensor, vh: Tensor, rank: int) -> dict[str, Tensor]:
+    """The tensors of the LoRA of that rank per block nearest to u s vh; A and B share the singular values evenly.
+
+    Args:
+        layer: where the LoRA goes.
+        u, s, vh: decomposition of the blocks, [blocks, out, k], [blocks, k] and [blocks, k, in].
+        rank: where it is more than k, the rest is zero.
+    """
+    missing = max(rank - s.shape[1], 0)
+    root = s[:, :rank].sqrt()
+    a, b = root[..., None] * vh[:, :rank], u[..., :rank] * root[:, None]
+    return store(layer, pad(a, (0, 0, 0, missing)), pad(b, (0, missing)))
+
+
 def check_plain(layer: Any, name: str) -> None:
     """Raises ValueError where an adapter has tensors beside the factors and their bias, so that they say not all."""
-    more = set(layer.key_map(name)) - {*FACTOR_KEYS, "lora_B.bias"}
+    more = _beside_factors(layer, name)
     if more:
         raise ValueError(
             f"Adapter {name!r} has {', '.join(sorted(more))} beside its factors, so its change is not their product,"
             " and this cannot be done with it. convert_to_lora makes a plain LoRA of it first."
         )
+
+
+def _beside_factors(layer: Any, name: str) -> set[str]:
+    return set(layer.key_map(name)) - {*FACTOR_KEYS, "lora_B.bias"}
 
 
 def base_blocks(layer: AdapterLayer) -> Tensor:

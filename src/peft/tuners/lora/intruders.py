@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from peft.core.combine import add_combined, check_combination, combined_config, layers_with
 from peft.ops.merging import truncated_svd
-from peft.tuners.lora.factors import base_blocks, load, product, store
+from peft.tuners.lora.factors import base_blocks, load, of_svd, product
 from peft.tuners.lora.model import LoraModel
 
 
@@ -80,11 +79,7 @@ def _without_intruders(layer: Any, name: str, top_k: int, epsilon: float, left: 
 def _as_lora(layer: Any, name: str, change: Tensor) -> dict[str, Tensor]:
     """The tensors of the nearest LoRA of an adapter's rank and scale; its bias is taken over."""
     rank = load(layer, name)[0].shape[1]
-    u, s, vh = truncated_svd(change / layer.scaling[name], rank)
-    root = s.sqrt()
-    # The weight may have no room for so many ranks.
-    missing = rank - root.shape[-1]
-    tensors = store(layer, pad(root[..., None] * vh, (0, 0, 0, missing)), pad(u * root[:, None], (0, missing)))
+    tensors = of_svd(layer, *truncated_svd(change / layer.scaling[name], rank), rank)
     if layer.lora_bias[name]:
         tensors["lora_B.bias"] = layer.lora_B[name].bias
     return tensors

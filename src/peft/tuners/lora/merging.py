@@ -12,7 +12,15 @@ from torch import Tensor
 
 from peft.core.combine import add_combined, check_combination, combined_config, layers_with
 from peft.core.tuner import BaseTuner
-from peft.ops.merging import SignMethod, check_density, check_sign_method, clamp_to_quantile, combine, truncated_svd
+from peft.ops.merging import (
+    SignMethod,
+    check_density,
+    check_sign_method,
+    clamp_to_quantile,
+    combine,
+    svd_of_product,
+    truncated_svd,
+)
 from peft.tuners.lora.factors import adapter_rank, block_rank, check_plain, load, product, store
 
 _ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -142,11 +150,16 @@ def _of_factors(layer: Any, names: Sequence[str], scaled: Sequence[float], how: 
     """All A combined, and all B; the weights, which count once in the product, are shared out between them."""
     stacks = [load(layer, name) for name in names]
     if how.method == "cat":
-        a = torch.cat([a * s for (a, _), s in zip(stacks, scaled, strict=True)], dim=1)
-        return a, torch.cat([b for _, b in stacks], dim=2)
+        return _side_by_side(stacks, scaled)
     for_b = [sqrt(abs(s)) for s in scaled]
     for_a = [copysign(root, s) for root, s in zip(for_b, scaled, strict=True)]
     return how.of([a for a, _ in stacks], for_a), how.of([b for _, b in stacks], for_b)
+
+
+def _side_by_side(stacks: Sequence[tuple[Tensor, Tensor]], scaled: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Factors whose product is the weighted sum of all products."""
+    a = torch.cat([a * scale for (a, _), scale in zip(stacks, scaled, strict=True)], dim=1)
+    return a, torch.cat([b for _, b in stacks], dim=2)
 
 
 def _of_products(
@@ -154,16 +167,24 @@ def _of_products(
 ) -> tuple[Tensor, Tensor]:
     """The combined change of the weight, decomposed again."""
     wanted = how.svd_rank or max(layer.r[name] for name in names)
-    change = how.of([product(layer, name) for name in names], weights)
     rank = block_rank(layer, wanted)
-    if adapter_rank(layer, rank) != wanted or not 1 <= rank <= min(change.shape[1:]):
-        largest = adapter_rank(layer, min(change.shape[1:]))
+    stacks = [load(layer, name) for name in names]
+    room = min(stacks[0][0].shape[2], stacks[0][1].shape[1])
+    if adapter_rank(layer, rank) != wanted or not 1 <= rank <= room:
+        largest = adapter_rank(layer, room)
         raise ValueError(
             f"svd_rank={how.svd_rank} does not fit {key!r}: its weight has a rank of at most {largest}"
-            + (f", in equal parts for {len(change)} groups." if len(change) > 1 else ".")
+            + (f", in equal parts for {len(stacks[0][0])} groups." if len(stacks[0][0]) > 1 else ".")
         )
+    ranks = sum(a.shape[1] for a, _ in stacks)
+    if how.method == "linear" and how.svd_clamp is None and rank <= ranks <= room:
+        scaled = [weight * float(layer.scaling[name]) for name, weight in zip(names, weights, strict=True)]
+        a, b = _side_by_side(stacks, scaled)
+        u, s, vh = svd_of_product(b, a)
+        return vh[:, :rank], u[..., :rank] * s[:, None, :rank]
+    change = how.of([product(layer, name) for name in names], weights)
     u, s, a = truncated_svd(change, rank, how.svd_driver)
-    b = u * s[..., None, :]
+    b = u * s[:, None]
     if how.svd_clamp is not None:
         a, b = clamp_to_quantile([a, b], how.svd_clamp)
     return a, b
