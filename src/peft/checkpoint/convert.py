@@ -60,7 +60,7 @@ class ConvertedLora(tuple[LoraConfig, dict[str, Tensor]]):
 
 @dataclass
 class _Change:
-    """The change of one layer, decomposed into u [blocks, out, k], s [blocks, k], vh [blocks, k, in]; that of its bias."""
+    """A layer's change, decomposed into u [blocks, out, k], s [blocks, k], vh [blocks, k, in]; that of its bias."""
 
     layer: AdapterLayer
     u: Tensor
