@@ -226,6 +226,7 @@ def _decompose(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.linalg.svd(change, full_matrices=False)
 
 
+@torch.no_grad()
 def _changed(layer: AdapterLayer, name: str, decompose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> _Change:
     factors = change_factors(layer, name)
     if factors is None:
