@@ -66,7 +66,8 @@ def batch(model: Any, scale: Scale) -> dict[str, Tensor]:
 
 def train(model: Any, inputs: dict[str, Any]) -> None:
     """One step without the optimizer's part."""
-    inputs["inputs_embeds"].grad = None
+    if "inputs_embeds" in inputs:
+        inputs["inputs_embeds"].grad = None
     model.zero_grad(set_to_none=True)
     model(**inputs).loss.backward()
 
