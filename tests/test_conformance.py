@@ -159,7 +159,7 @@ def _supports(method: str, kind: str) -> bool:
     return base_op(module).kind in layer_class.kinds
 
 
-#: no changes of a weight, tested in test_classic_b.py: POLY needs each sample's task, ADAPTION_PROMPT attention
+#: no changes of a weight: POLY needs each sample's task, ADAPTION_PROMPT attention (test_prompts_and_structure.py)
 ELSEWHERE = ("POLY", "ADAPTION_PROMPT")
 LAYER_METHODS = [
     name

@@ -84,6 +84,8 @@ class BaseTuner(nn.Module):
     shared_names: tuple[str, ...] = ()
     #: whether loading may leave out an adapter's start values: it may not where making them changes the base model
     start_is_replaceable: ClassVar[bool] = True
+    #: whether merging for good also takes off the wrappers of modules that are trained in full
+    unwraps_saved: ClassVar[bool] = True
     #: whether a model outside `PeftModel` can hold the method (its shared tensors need a place to live)
     injectable: ClassVar[bool] = True
 
@@ -630,6 +632,14 @@ class BaseTuner(nn.Module):
                 if merge:
                     part.merge(safe_merge, adapter_names, keep=False, own=self._is_shared(part, shared))
                 plain = part.base_layer
+            elif merge and not self.unwraps_saved:
+                warnings.warn(
+                    f"{type(self).__name__} leaves {key!r} in its {type(part).__name__}, with what was trained"
+                    " in effect; its `current_module()` is the plain module.",
+                    PeftWarning,
+                    stacklevel=4,
+                )
+                continue
             else:
                 plain = part.unload(merge, adapter_names)
             if key.rpartition(".")[2] == "token_adapter":

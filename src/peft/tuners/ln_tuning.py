@@ -75,3 +75,4 @@ class LNTuningModel(BaseTuner):
 
     prefix = "ln_tuning_"
     layer_class = LNTuningLayer
+    unwraps_saved = False  # as huggingface/peft leaves them

@@ -67,7 +67,8 @@ class LoHaLayer(ScaledLayer):
     def delta(self, name: str) -> Tensor:
         a1, b1, a2, b2 = self.factors(name)
         if name in self.hada_t1:
-            product = expand_core(self.hada_t1[name], a1, b1) * expand_core(self.hada_t2[name], a2, b2)
+            core1, core2 = (self.hada_t1[name], b1), (self.hada_t2[name], b2)
+            product = _expanded(core1, a1, core2) * _expanded(core2, a2, core1)
             return self.scaling[name] * product.flatten(1)
         return (a1 @ b1) * (self.scaling[name] * a2 @ b2)
 
@@ -86,6 +87,19 @@ class LoHaLayer(ScaledLayer):
         thin_in, thin_out = face_splitting(b1.T, b2.T), face_splitting(a1, a2)
         dtype = result.dtype
         return lora_linear(x.to(dtype), None, None, result, thin_in.T.to(dtype), thin_out.to(dtype), 1.0)
+
+
+def _expanded(own: tuple[Tensor, Tensor], a: Tensor, other: tuple[Tensor, Tensor]) -> Tensor:
+    """The tensor [out, in, *kernel] of a core with its two sides; the gradient of `a` is that of `a` on the other core.
+
+    huggingface/peft exchanges the cores in the gradients of w1_a and w2_a, and training goes on here as it began there.
+    """
+    (core, b), (other_core, other_b) = own, other
+    value = expand_core(core, a.detach(), b)
+    if not (a.requires_grad and torch.is_grad_enabled()):
+        return value
+    through = expand_core(other_core.detach(), a, other_b.detach())
+    return value + (through - through.detach())
 
 
 def _random(*shape: int) -> nn.Parameter:

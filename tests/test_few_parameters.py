@@ -1,4 +1,4 @@
-"""FourierFT, VB-LoRA, RandLoRA, AdaLoRA: what the conformance test and the golden cases leave open."""
+"""FourierFT, VB-LoRA, RandLoRA and AdaLoRA: what is special about each."""
 
 from __future__ import annotations
 
