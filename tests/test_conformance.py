@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import peft
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
-from peft.registry import METHODS
+from peft.registry import METHODS, Method
 
 torch.set_num_threads(1)
 
@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict] = {
     "FOURIERFT": {"n_frequency": 20, "init_weights": True},
     "RANDLORA": {"r": 3, "randlora_alpha": 1},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
+    # variants, by the method's name and theirs
+    "LORA DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
 }
 #: settings that a method's further adapters need
 FURTHER: dict[str, dict] = {"ADALORA": {"inference_mode": True}}
@@ -81,6 +83,9 @@ KINDS = {
     "Parameter stacked": Experts,
 }
 PARAMETERS = {"Parameter": ["target.scale"], "Parameter stacked": ["target.up", "target.down"]}
+NOT_DENSE = ("Conv2d groups", "MultiheadAttention", "MultiheadAttention sequence first", *PARAMETERS)
+#: (variant, kind) that it does not go on, though the method does
+REFUSED = {("LORA DoRA", kind) for kind in NOT_DENSE}
 
 
 class Model(nn.Module):
@@ -119,13 +124,18 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> Model:
     return Model(kind).to(dtype).eval()
 
 
+def row_of(method: str) -> Method:
+    """The row of the table for a method, or for a variant of it."""
+    return METHODS[method.split()[0]]
+
+
 def config_for(method: str, kind: str, **changes):
     where = (
         {"target_modules": [], "target_parameters": PARAMETERS[kind]}
         if kind in PARAMETERS
         else {"target_modules": ["target"]}
     )
-    return METHODS[method].config_class(**{**SETTINGS.get(method, {}), **where, **changes})
+    return row_of(method).config_class(**{**SETTINGS.get(method, {}), **where, **changes})
 
 
 def randomise(model: nn.Module, name: str, seed: int = 5) -> None:
@@ -153,7 +163,9 @@ def inputs_of(model, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _supports(method: str, kind: str) -> bool:
-    module, layer_class = build(kind).target, METHODS[method].model_class.layer_class
+    if (method, kind) in REFUSED:
+        return False
+    module, layer_class = build(kind).target, row_of(method).model_class.layer_class
     if kind in PARAMETERS:
         return "Parameter" in layer_class.kinds
     return base_op(module).kind in layer_class.kinds
@@ -166,6 +178,7 @@ LAYER_METHODS = [
     for name, row in METHODS.items()
     if not row.prompt and name not in ELSEWHERE and hasattr(row.model_class, "layer_class")
 ]
+LAYER_METHODS += [name for name in SETTINGS if " " in name]
 CASES = [(method, kind) for method in LAYER_METHODS for kind in KINDS]
 SUPPORTED = [case for case in CASES if _supports(*case)]
 MERGEABLE = [case for case in SUPPORTED if case not in UNMERGEABLE]
@@ -176,7 +189,7 @@ over = pytest.mark.parametrize
 def test_unsupported_module_is_refused(method, kind):
     model = build(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises((ValueError, TypeError), match="not supported"):
+    with pytest.raises((ValueError, TypeError), match="not supported|groups"):
         peft.get_peft_model(model, config_for(method, kind))
     assert_same_state(model, before)
 
@@ -346,7 +359,7 @@ def test_a_failed_add_leaves_nothing(method, kind, monkeypatch):
     x = inputs_of(model)
     expected = model(x)
     state = {name: (value.clone(), value.requires_grad) for name, value in model.state_dict(keep_vars=True).items()}
-    layer_class = METHODS[method].model_class.layer_class
+    layer_class = row_of(method).model_class.layer_class
 
     def fail(self, name, config, **settings):
         original(self, name, config, **settings)

@@ -626,7 +626,7 @@ class _Source:
     def needs_no_start(self) -> bool:
         """Whether the adapter need not be given values that loading replaces."""
         model_class: Any = method_of(self.config.peft_type or "").model_class
-        return not self.config.is_prompt_learning and model_class.start_is_replaceable
+        return not self.config.is_prompt_learning and model_class.start_is_replaceable(self.config)
 
     def fit(self, model: nn.Module) -> None:
         """Names layers as the base model has them now: transformers fuses experts that older files have one by one."""

@@ -206,6 +206,9 @@ class AdapterLayer(nn.Module):
             return weight.device, weight.dtype
         return place_of(base)
 
+    def settle(self, name: str) -> None:
+        """Changes the base weight, if the start of adapter `name` asks for it; when nothing else can fail any more."""
+
     def move(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Moves the tensors of an adapter; those on the meta device become empty ones elsewhere."""
         for slot in self.adapter_layer_names:

@@ -82,8 +82,6 @@ class BaseTuner(nn.Module):
     layer_class: ClassVar[type[AdapterLayer]] = AdapterLayer
     #: containers on this object that hold tensors which all layers of an adapter share
     shared_names: tuple[str, ...] = ()
-    #: whether loading may leave out an adapter's start values: it may not where making them changes the base model
-    start_is_replaceable: ClassVar[bool] = True
     #: whether merging for good also takes off the wrappers of modules that are trained in full
     unwraps_saved: ClassVar[bool] = True
     #: whether a model outside `PeftModel` can hold the method (its shared tensors need a place to live)
@@ -129,6 +127,11 @@ class BaseTuner(nn.Module):
     def check_config(self, adapter_name: str, config: Any) -> None:
         """Raises ValueError where an adapter does not go together with those that are there."""
 
+    @classmethod
+    def start_is_replaceable(cls, config: Any) -> bool:
+        """Whether loading may leave out an adapter's start: it may not where that changes the base model."""
+        return True
+
     def prepare(self, plan: Plan, config: Any, adapter_name: str) -> None:
         """Makes what the layers of an adapter share; called when the plan is settled, before the first layer."""
 
@@ -173,6 +176,7 @@ class BaseTuner(nn.Module):
         self._check_new_adapter_config(config, adapter_name)
         if config.target_modules == ALL_LINEAR:
             config.target_modules = all_linear(model, config.modules_to_save or ())
+        low_cpu_mem_usage = low_cpu_mem_usage and self.start_is_replaceable(config)
         with _no_garbage_collection(), ExitStack() as undo:
             restructured = self._prepare_model(config, model)
             if restructured is not None:
@@ -207,6 +211,8 @@ class BaseTuner(nn.Module):
             self._mark_only_adapters_as_trainable(model)
             self.set_adapter(active, inference_mode=all(self.peft_config[name].inference_mode for name in active))
             model.peft_config = self.peft_config  # type: ignore[assignment]
+            for layer in self.layers():
+                layer.settle(adapter_name)
             undo.pop_all()
 
     def _undo(

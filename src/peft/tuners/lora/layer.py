@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,15 +14,15 @@ from peft.core.base_op import BaseOp, ConvOp, ParameterOp
 from peft.core.layer import AdapterLayer
 from peft.core.plan import get_pattern_key
 from peft.core.routing import Route
+from peft.core.storage import onloaded, storage_of
 from peft.ops.lora import compute_dtype, lora_linear
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.starts import Remainder, Start, check_start, start_of
+from peft.tuners.lora.variants import variant_of
+from peft.tuners.lora.variants.base import Variant
 
-_INITS = (True, False, "gaussian")
 #: fields of variants that this version has no code for, and the value that leaves each out
-_OTHER_VARIANTS = {
-    "use_dora": False, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None, "use_bdlora": None,
-    "velora_config": None, "kasa_config": None, "monteclora_config": None, "megatron_config": None,
-}  # fmt: skip
+_OTHER_VARIANTS = {"megatron_config": None}
 
 
 def _empty_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
@@ -56,9 +56,14 @@ class LoraLayer(AdapterLayer):
         parameter_name: the parameter to adapt, for modules that hold bare parameters.
     """
 
-    adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B")
+    other_param_names = (
+        "r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "lora_variant",
+        "lora_start",
+    )  # fmt: skip
     label = "lora"
+    #: whether there is a forward that does not compute the changed weight
+    is_cheap: ClassVar[bool] = False
 
     lora_A: Any  # nn.ModuleDict of nn.Linear (or of what stands for one)
     lora_B: Any
@@ -67,6 +72,8 @@ class LoraLayer(AdapterLayer):
     scaling: dict[str, float]
     use_rslora: dict[str, bool]
     lora_bias: dict[str, bool]
+    lora_variant: dict[str, Variant]
+    lora_start: dict[str, Start]
 
     def __init__(
         self,
@@ -95,6 +102,7 @@ class LoraLayer(AdapterLayer):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Makes an adapter, or makes it anew."""
         self.add_adapter(adapter_name, config, r=r, lora_alpha=lora_alpha)
+        self.settle(adapter_name)
 
     def create(self, name: str, config: LoraConfig, r: int = 0, lora_alpha: float | None = None) -> None:
         r = r or config.r
@@ -102,11 +110,59 @@ class LoraLayer(AdapterLayer):
             raise ValueError(f"r must be a positive integer, got {r}.")
         self.r[name] = r
         self.lora_alpha[name] = config.lora_alpha if lora_alpha is None else lora_alpha
-        self.use_rslora[name], self.lora_bias[name], self.use_dora[name] = config.use_rslora, config.lora_bias, False
+        self.use_rslora[name], self.lora_bias[name] = config.use_rslora, config.lora_bias
+        self.use_dora[name] = config.use_dora
         self.scaling[name] = self.lora_alpha[name] / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else _NO_DROPOUT
-        self.make_factors(name, r, config)
-        self.reset_lora_parameters(name, config.init_lora_weights)
+        variant = variant_of(config)
+        if variant is None:
+            self.make_factors(name, r, config)
+            self._start(name, config)
+            return
+        self.lora_variant[name] = variant
+        for slot in variant.slots:
+            self._add_slot(slot)
+        variant.make_factors(self, name, r, config)
+        self._start(name, config)
+        self._leave(name, variant.create(self, name, config))
+
+    def _add_slot(self, slot: str) -> None:
+        """Makes room for tensors that only some variants have."""
+        if slot not in self.adapter_layer_names:
+            self.adapter_layer_names = (*self.adapter_layer_names, slot)
+            self.__dict__.pop(slot, None)
+            setattr(self, slot, self.container(slot))
+
+    def _start(self, name: str, config: LoraConfig) -> None:
+        """Gives A and B their start values, those of the method that the configuration names."""
+        start = start_of(config.init_lora_weights)
+        # Starts fill both; they find the generator as it is after both were drawn, so that a seed means one adapter.
+        self.reset_lora_parameters(name, config.init_lora_weights if start is None else False)
+        if start is None:
+            return
+        self.lora_start[name] = start
+        if not self.factors(name)[0].is_meta:
+            self._leave(name, start.fill(self, name, config))
+
+    def _leave(self, name: str, remainder: Remainder | None) -> None:
+        """Notes what is to be left of the base weight when adapter `name` is complete."""
+        if remainder is not None:
+            self.__dict__.setdefault("_remainders", {})[name] = remainder
+
+    def start_weight(self, name: str) -> Tensor:
+        """The base weight [out, in] as it will be when adapter `name` is there."""
+        weight = self.op.matrix(self.get_base_weight())
+        remainder: Remainder | None = self.__dict__.get("_remainders", {}).get(name)
+        return weight if remainder is None else remainder(weight)
+
+    def settle(self, name: str) -> None:
+        if name not in self.__dict__.get("_remainders", ()):
+            return
+        base = self.get_base_layer()
+        with onloaded(base), torch.no_grad():
+            weight = self.op.unmatrix(self.start_weight(name), self.get_base_weight())
+            storage_of(base, self.op.weight_name).write(base, self.op.weight_name, weight)
+        del self.__dict__["_remainders"][name]
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         """Makes A and B, their values still open."""
@@ -133,15 +189,62 @@ class LoraLayer(AdapterLayer):
         """A and B as they are stored."""
         return self.lora_A[name].weight, self.lora_B[name].weight
 
-    def delta(self, name: str) -> Tensor:
+    def flat_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B as matrices [r, in] and [out, r]."""
+        return a, b
+
+    def product(self, name: str) -> Tensor:
+        """scaling B A, as a change of the matrix: [out, in]."""
         a, b = self.factors(name)
         return self.scaling[name] * (b @ a)
+
+    def add_product(self, name: str, x: Tensor, result: Tensor, p: float | None = None) -> Tensor:
+        """`result` plus the product of the factors with x; `p` is the probability of dropout, if not the adapter's."""
+        raise NotImplementedError
+
+    def adapt_product(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The output of `below` plus that product."""
+        return self.add_product(name, x, below(x, *args, **kwargs))
+
+    def delta(self, name: str) -> Tensor:
+        variant = self.lora_variant.get(name)
+        return self.product(name) if variant is None else variant.delta(self, name)
+
+    def transform(self, name: str, weight: Tensor) -> Tensor:
+        variant = self.lora_variant.get(name)
+        return super().transform(name, weight) if variant is None else variant.transform(self, name, weight)
+
+    def cheap(self, name: str) -> bool:
+        variant = self.lora_variant.get(name)
+        return self.is_cheap if variant is None else variant.cheap(self, name)
+
+    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        variant = self.lora_variant.get(name)
+        return self.add_product(name, x, result) if variant is None else variant.add(self, name, x, result)
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        variant = self.lora_variant.get(name)
+        if variant is None:
+            return self.adapt_product(name, below, x, *args, **kwargs)
+        return variant.adapt(self, name, below, x, *args, **kwargs)
+
+    def trainable_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        start = self.lora_start.get(name)
+        fixed = self.factors(name)[1] if start is not None and not start.trains_b and self.has(name) else None
+        yield from (parameter for parameter in super().trainable_parameters(name) if parameter is not fixed)
+
+    def dropout_of(self, name: str) -> float:
+        """Probability of dropout on the adapter's input at present."""
+        dropout = self.lora_dropout[name]
+        return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
     def key_map(self, name: str) -> dict[str, str]:
         if not self.has(name):
             return {}
-        tied = [slot for slot in self.adapter_layer_names if isinstance(getattr(self, slot)[name], TiedFactor)]
-        return {**super().key_map(name), **{f"{slot}.weight": f"{slot}.{name}.weight" for slot in tied}}
+        slots = [slot for slot in self.adapter_layer_names if name in getattr(self, slot)]
+        tied = [slot for slot in slots if isinstance(getattr(self, slot)[name], TiedFactor)]
+        keys = {**super().key_map(name), **{f"{slot}.weight": f"{slot}.{name}.weight" for slot in tied}}
+        return keys if name not in self.lora_variant else self.lora_variant[name].key_map(name, keys)
 
     def transform_bias(self, name: str, bias: Tensor | None) -> Tensor | None:
         if not self.lora_bias[name]:
@@ -155,6 +258,8 @@ class LoraLayer(AdapterLayer):
                 f"Adapter {name!r} has a bias (lora_bias=True), but the {self.op.kind} has none that it could"
                 " be merged into."
             )
+        if name in self.lora_variant:
+            self.lora_variant[name].check_merge(self, name)
 
     # ---- scale
 
@@ -197,14 +302,22 @@ class LoraLayer(AdapterLayer):
             raise ValueError(f"lora_bias=True is not supported for embeddings ({key!r}).")
         elif isinstance(op, ConvOp) and r % module.groups:
             raise ValueError(f"r={r} must be a multiple of the groups of {key!r} ({module.groups}).")
+        check_start(config, name, module, op, r)
+        variant = variant_of(config)
+        if variant is not None:
+            kind = "Parameter" if isinstance(op, ParameterOp) else op.kind
+            if kind not in variant.kinds:
+                raise ValueError(
+                    f"{variant.label} is not supported on {name!r}, a {kind}; it works on"
+                    f" {', '.join(sorted(variant.kinds))}."
+                )
+            variant.check(config, name, module, op)
 
 
 def check_config(config: LoraConfig) -> None:
     """Raises ValueError where a configuration asks for what there is no code for."""
-    if config.init_lora_weights not in _INITS:
-        raise ValueError(
-            f"Unknown init_lora_weights={config.init_lora_weights!r}; this version has {', '.join(map(repr, _INITS))}."
-        )
+    start_of(config.init_lora_weights)
+    variant_of(config)
     for variant, off in _OTHER_VARIANTS.items():
         if getattr(config, variant) != off:
             raise ValueError(f"{variant}={getattr(config, variant)!r} is not supported by this version.")
@@ -229,31 +342,31 @@ def alpha_of(config: LoraConfig, key: str) -> float:
 class Linear(LoraLayer):
     """LoRA on linear layers, with their weight as [out, in] or transposed."""
 
-    def cheap(self, name: str) -> bool:
-        return True
+    is_cheap = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(x, *args, **kwargs)
 
-    def delta(self, name: str) -> Tensor:
-        change = super().delta(name)
+    def product(self, name: str) -> Tensor:
+        change = super().product(name)
         # huggingface/peft applies the change of attention's output projection twice, once of them out of sight of the
         # gradient; adapters trained with it rely on that.
         return change + change.detach() if self.is_read else change
 
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+    def add_product(self, name: str, x: Tensor, result: Tensor, p: float | None = None) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
+        p = self.dropout_of(name) if p is None else p
         # A and B, which are small, come to the dtype of the activations rather than these to theirs.
         dtype = compute_dtype(x)
         x, result = x.to(dtype), result.to(dtype)
         if _is_plain(a) and _is_plain(b) and b.bias is None:
             return lora_linear(
-                x, None, None, result, a.weight.to(dtype), b.weight.to(dtype), self.scaling[name], self._dropout(name),
+                x, None, None, result, a.weight.to(dtype), b.weight.to(dtype), self.scaling[name], p,
                 overwrite=result.is_contiguous() and not _is_watched(self.base_layer),
             )  # fmt: skip
-        return result + b(a(self.lora_dropout[name](x.to(a.weight.dtype)))).to(dtype) * self.scaling[name]
+        return result + b(a(F.dropout(x.to(a.weight.dtype), p))).to(dtype) * self.scaling[name]
 
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def adapt_product(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer
         a, b = self.lora_A[name], self.lora_B[name]
         if (
@@ -263,12 +376,12 @@ class Linear(LoraLayer):
             or not _is_plain(b)
             or b.bias is not None
         ):
-            return self.add(name, x, below(x, *args, **kwargs))
+            return self.add_product(name, x, below(x, *args, **kwargs))
         dtype = compute_dtype(x)
         weight = base.weight.T if self.op.kind == "Conv1D" else base.weight
         if weight.dtype != dtype:
             if dtype == x.dtype:  # no autocast: the base itself says what it thinks of the mixture
-                return self.add(name, x, below(x))
+                return self.add_product(name, x, below(x))
             weight = weight.to(dtype)
         bias = base.bias if base.bias is None else base.bias.to(dtype)
         return lora_linear(
@@ -279,7 +392,7 @@ class Linear(LoraLayer):
             a.weight.to(dtype),
             b.weight.to(dtype),
             self.scaling[name],
-            self._dropout(name),
+            self.dropout_of(name),
         )
 
     def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
@@ -303,6 +416,8 @@ class Linear(LoraLayer):
         if id(self) in route.prepared:
             return route.prepared[id(self)]
         factors = [module for name, _ in groups for module in (self.lora_A[name], self.lora_B[name])]
+        if any(name in self.lora_variant for name, _ in groups):
+            return None
         if not all(_is_plain(module) and module.bias is None for module in factors) or not like.is_contiguous():
             return None
         scales = [self.scaling[name] for name, _ in groups]
@@ -335,11 +450,6 @@ class Linear(LoraLayer):
         if nothing in index:
             a, b = _padded(a, 0, nothing + 1), _padded(b, 0, nothing + 1)
         return a[index], b[index]
-
-    def _dropout(self, name: str) -> float:
-        """Probability of dropout at present."""
-        dropout = self.lora_dropout[name]
-        return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
 def _kaiming_uniform_(factor: Tensor) -> None:
@@ -405,12 +515,13 @@ class TiedFactor(nn.Module):
 class Embedding(LoraLayer):
     """LoRA on embeddings: the change of the row of token t is scaling B A[:, t]."""
 
-    adapter_layer_names = ("lora_embedding_A", "lora_embedding_B")
+    adapter_layer_names: tuple[str, ...] = ("lora_embedding_A", "lora_embedding_B")
+    is_cheap = True
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
 
     def container(self, slot: str) -> nn.Module:
-        return nn.ParameterDict()
+        return nn.ParameterDict() if slot in type(self).adapter_layer_names else super().container(slot)
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         self.lora_embedding_A[name] = nn.Parameter(torch.empty(r, self.in_features))
@@ -424,13 +535,10 @@ class Embedding(LoraLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
-    def cheap(self, name: str) -> bool:
-        return True
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(x, *args, **kwargs)
 
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+    def add_product(self, name: str, x: Tensor, result: Tensor, p: float | None = None) -> Tensor:
         a, b = (factor.to(result.dtype) for factor in self.factors(name))
         base = self.get_base_layer()
         low = F.embedding(x, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
@@ -444,6 +552,7 @@ class _ConvNd(LoraLayer):
     """LoRA on convolutions: A is the same convolution with r outputs, B a 1x1 convolution in as many groups."""
 
     conv: ClassVar[type[nn.Module]]
+    is_cheap = True
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         base = self.get_base_layer()
@@ -452,9 +561,12 @@ class _ConvNd(LoraLayer):
         self.lora_A[name] = self.conv(base.in_channels, r, **shape, padding_mode=base.padding_mode, bias=False)
         self.lora_B[name] = self.conv(r, base.out_channels, 1, groups=base.groups, bias=config.lora_bias)
 
-    def delta(self, name: str) -> Tensor:
-        a, b = self.factors(name)
-        return self.scaling[name] * (b.flatten(1) @ a.flatten(1))
+    def flat_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.flatten(1), b.flatten(1)
+
+    def product(self, name: str) -> Tensor:
+        a, b = self.flat_factors(*self.factors(name))
+        return self.scaling[name] * (b @ a)
 
     def check_merge(self, name: str) -> None:
         super().check_merge(name)
@@ -465,16 +577,13 @@ class _ConvNd(LoraLayer):
                 " weight has no room for such a change."
             )
 
-    def cheap(self, name: str) -> bool:
-        return True
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(x, *args, **kwargs)
 
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+    def add_product(self, name: str, x: Tensor, result: Tensor, p: float | None = None) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
         bias = b.bias if b.bias is None else b.bias.to(x.dtype)
-        low = a._conv_forward(self.lora_dropout[name](x), a.weight.to(x.dtype), None)
+        low = a._conv_forward(F.dropout(x, self.dropout_of(name) if p is None else p), a.weight.to(x.dtype), None)
         return result + b._conv_forward(low, b.weight.to(x.dtype), bias) * self.scaling[name]
 
 
@@ -513,7 +622,7 @@ class ParamWrapper(LoraLayer):
         self.lora_A[name] = _empty_linear(self.in_features, r * experts)
         self.lora_B[name] = _empty_linear(r * experts, self.op.expert_out_features)
 
-    def delta(self, name: str) -> Tensor:
+    def product(self, name: str) -> Tensor:
         a, b = self.factors(name)
         experts, r = self.op.num_experts, self.r[name]
         a = a.view(experts, r, -1)

@@ -15,6 +15,8 @@ from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LAYERS, Embedding, Linear, LoraLayer, TiedFactor, alpha_of, check_config, rank_of
 from peft.tuners.lora.merging import Combination, add_weighted_adapter
+from peft.tuners.lora.starts import start_of
+from peft.tuners.lora.variants import variant_of
 
 
 class LoraModel(BaseTuner):
@@ -22,6 +24,11 @@ class LoraModel(BaseTuner):
 
     prefix = "lora_"
     layer_class = LoraLayer
+
+    @classmethod
+    def start_is_replaceable(cls, config: LoraConfig) -> bool:
+        start, variant = start_of(config.init_lora_weights), variant_of(config)
+        return not (start is not None and start.changes_base) and not (variant is not None and variant.changes_base)
 
     def check_config(self, adapter_name: str, config: LoraConfig) -> None:
         check_config(config)

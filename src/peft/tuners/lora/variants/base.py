@@ -1,0 +1,83 @@
+"""What a variant of LoRA may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from peft.core.base_op import BaseOp
+from peft.tuners.lora.starts import Remainder
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.config import LoraConfig
+    from peft.tuners.lora.layer import LoraLayer
+
+
+class Variant:
+    """How one adapter on one layer differs from plain LoRA; what is written here is what plain LoRA does.
+
+    A layer holds the variants of its adapters in `lora_variant[name]`. Adapters without one never come here.
+
+    Args:
+        setting: the value of the configuration's field that asks for the variant.
+    """
+
+    #: what the variant is called in messages
+    label: ClassVar[str] = ""
+    #: kinds of base module it works on
+    kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
+    #: containers of the tensors that an adapter has beside A and B
+    slots: ClassVar[tuple[str, ...]] = ()
+    #: whether the change is scaling B A of the stored factors and nothing else
+    is_product: ClassVar[bool] = False
+    #: whether it changes the base weight when it starts
+    changes_base: ClassVar[bool] = False
+
+    def __init__(self, setting: Any):
+        self.setting = setting
+
+    @classmethod
+    def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp) -> None:
+        """Raises ValueError where the variant cannot go on this module; asked before anything is changed."""
+
+    def make_factors(self, layer: LoraLayer, name: str, r: int, config: LoraConfig) -> None:
+        """Makes A and B, their values still open."""
+        layer.make_factors(name, r, config)
+
+    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
+        """Makes the tensors beside A and B, which have their start values.
+
+        Returns what is to be left of the base weight, if that changes.
+        """
+        return None
+
+    def key_map(self, name: str, keys: dict[str, str]) -> dict[str, str]:
+        """Names of the adapter's tensors, in files and in the live module, where `keys` is how they are as a rule."""
+        return keys
+
+    def cheap(self, layer: LoraLayer, name: str) -> bool:
+        """Whether `add` or `adapt` serves in place of `transform`."""
+        return layer.is_cheap
+
+    def delta(self, layer: LoraLayer, name: str) -> Tensor:
+        """What is added to the weight: [out, in]."""
+        return layer.product(name)
+
+    def transform(self, layer: LoraLayer, name: str, weight: Tensor) -> Tensor:
+        """The weight [out, in] as the adapter changes it."""
+        return weight + self.delta(layer, name)
+
+    def add(self, layer: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """`result`, the output for `x` of what comes before, with the adapter on top."""
+        return layer.add_product(name, x, result)
+
+    def adapt(
+        self, layer: LoraLayer, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The module's output with the adapter on top of `below`."""
+        return self.add(layer, name, x, below(x, *args, **kwargs))
+
+    def check_merge(self, layer: LoraLayer, name: str) -> None:
+        """Raises NotImplementedError where the adapter cannot become part of the weight."""

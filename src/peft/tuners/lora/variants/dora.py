@@ -1,0 +1,153 @@
+"""DoRA: the change of a weight taken apart into length and direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.core.base_op import BaseOp, ConvOp
+from peft.core.storage import onloaded
+from peft.ops.memo import remember
+from peft.ops.norms import changed_row_norms, row_squares
+from peft.tuners.lora.starts import heavy
+from peft.tuners.lora.variants.base import Variant
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.config import LoraConfig
+    from peft.tuners.lora.layer import LoraLayer
+
+#: whether factors of adapters that may still be trained are kept as well, see `dora_caching`
+_cache_trained = False
+
+
+class Magnitude(nn.Module):
+    """The lengths of a weight's rows, m: [out], or as convolutions have them [1, out, 1, ...].
+
+    A module of its own, so that wrappers that shard modules find it.
+    """
+
+    def __init__(self, values: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+
+class Dora(Variant):
+    """W'_i = m_i (W + s B A)_i / ||(W + s B A)_i|| for each row i (arXiv:2402.09353).
+
+    m is trained and starts as the lengths of the rows, so that nothing changes. The lengths in the denominator count
+    as constants for the gradient, as the paper proposes (section 4.3).
+    """
+
+    label = "DoRA (use_dora)"
+    kinds = frozenset(("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"))
+    slots: ClassVar[tuple[str, ...]] = ("lora_magnitude_vector",)
+
+    def __init__(self, setting: Any):
+        super().__init__(setting)
+        self._kept: tuple[Any, Tensor] | None = None
+
+    @classmethod
+    def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp) -> None:
+        if isinstance(op, ConvOp) and getattr(module, "groups", 1) > 1:
+            raise ValueError(
+                f"DoRA does not work on convolutions with groups ({name!r}): the lengths of the rows are those of the"
+                " changed weight, and LoRA's A sees the channels of all groups."
+            )
+
+    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> None:
+        a, b = layer.factors(name)
+        if a.is_meta:
+            lengths = torch.empty(layer.out_features, device=a.device)
+        else:
+            with onloaded(layer.get_base_layer()), torch.no_grad():
+                weight = heavy(layer.start_weight(name), config)
+                a, b = layer.flat_factors(a, b)
+                lengths = changed_row_norms(
+                    weight, row_squares(weight), a.to(weight.device), b.to(weight.device), layer.scaling[name]
+                ).to(layer.get_base_weight().device)
+        if isinstance(layer.op, ConvOp):
+            lengths = lengths.view(1, -1, *(1 for _ in layer.get_base_layer().kernel_size))
+        layer.lora_magnitude_vector[name] = Magnitude(lengths)
+
+    def key_map(self, name: str, keys: dict[str, str]) -> dict[str, str]:
+        live = keys.pop("lora_magnitude_vector.weight")
+        return {**keys, "lora_magnitude_vector": live}
+
+    def transform(self, layer: LoraLayer, name: str, weight: Tensor) -> Tensor:
+        factor = (layer.lora_magnitude_vector[name].weight.flatten() / self._norms(layer, name))[:, None]
+        return (weight + layer.product(name)) * factor.to(weight.dtype)
+
+    def adapt(
+        self, layer: LoraLayer, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if layer.dropout_of(name):
+            return self.add(layer, name, x, below(x, *args, **kwargs))
+        return self._scaled(layer, name, layer.adapt_product(name, below, x, *args, **kwargs))
+
+    def add(self, layer: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
+        p = layer.dropout_of(name)
+        if not p:
+            return self._scaled(layer, name, layer.add_product(name, x, result))
+        # What is scaled is what the adapter sees, which with dropout is another product with W.
+        x = F.dropout(x, p)
+        plain = self._without_bias(layer, layer.base_layer(x))
+        return result - plain + layer.add_product(name, x, plain, p=0.0) * self._factor(layer, name, result)
+
+    def _scaled(self, layer: LoraLayer, name: str, inner: Tensor) -> Tensor:
+        """The outputs with each row's factor, the bias aside."""
+        factor = self._factor(layer, name, inner)
+        bias = layer.get_base_bias()
+        if bias is None:
+            return inner * factor
+        return torch.addcmul(self._as_output(layer, bias.to(inner.dtype)) * (1 - factor), inner, factor)
+
+    def _without_bias(self, layer: LoraLayer, result: Tensor) -> Tensor:
+        bias = layer.get_base_bias()
+        return result if bias is None else result - self._as_output(layer, bias.to(result.dtype))
+
+    @staticmethod
+    def _as_output(layer: LoraLayer, rows: Tensor) -> Tensor:
+        """A value per row of the weight, in the shape in which it multiplies outputs."""
+        return rows.view(-1, *(1 for _ in layer.get_base_layer().kernel_size)) if isinstance(layer.op, ConvOp) else rows
+
+    def _factor(self, layer: LoraLayer, name: str, like: Tensor) -> Tensor:
+        """m_i / ||(W + s B A)_i||, in the shape in which it multiplies outputs."""
+        m = layer.lora_magnitude_vector[name].weight
+        a, b = layer.factors(name)
+        weight = layer.weight
+        key = None
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            trained = m.requires_grad or a.requires_grad or b.requires_grad
+            if not trained or (_cache_trained and not layer.training):
+                key = [(id(t), t._version, t.data_ptr()) for t in (weight, m, a, b)], layer.scaling[name], like.dtype
+                if self._kept is not None and self._kept[0] == key:
+                    return self._kept[1]
+        factor = self._as_output(layer, (m.flatten() / self._norms(layer, name)).to(like.dtype))
+        if key is not None:
+            self._kept = key, factor
+        return factor
+
+    @staticmethod
+    @torch.no_grad()
+    def _norms(layer: LoraLayer, name: str) -> Tensor:
+        """||(W + s B A)_i||, with W the weight below all adapters: [out]."""
+        with onloaded(layer.get_base_layer()):
+            weight = layer.op.matrix(layer.get_base_weight())
+        squares = remember(layer.weight, "row squares", lambda: row_squares(weight))
+        return changed_row_norms(weight, squares, *layer.flat_factors(*layer.factors(name)), layer.scaling[name])
+
+
+@contextmanager
+def dora_caching(enabled: bool = True) -> Iterator[None]:
+    """While it lasts, evaluation without gradients keeps DoRA's factors of adapters that are still to be trained."""
+    global _cache_trained
+    before, _cache_trained = _cache_trained, enabled
+    try:
+        yield
+    finally:
+        _cache_trained = before
