@@ -55,8 +55,8 @@ class Dora(Variant):
     def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp) -> None:
         if isinstance(op, ConvOp) and getattr(module, "groups", 1) > 1:
             raise ValueError(
-                f"DoRA is not supported on convolutions with groups ({name!r}): the lengths of the rows are those of the"
-                " changed weight, and LoRA's A sees the channels of all groups."
+                f"DoRA is not supported on convolutions with groups ({name!r}): its lengths are those of the"
+                " changed weight's rows, and LoRA's A sees the channels of all groups."
             )
 
     def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> None:
