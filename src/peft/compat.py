@@ -112,6 +112,13 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         **_at("peft.functional", "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
     },
     "peft.tuners.lora.conversion": _at("peft.checkpoint.convert", "convert_to_lora save_as_lora"),
+    **{
+        f"peft.tuners.xlora{part}": _at(
+            "peft.tuners.lora.xlora",
+            "XLoraClassifier XLoraConfig XLoraEmbeddingLayer XLoraLayer XLoraLinearLayer XLoraModel",
+        )
+        for part in ("", ".classifier", ".config", ".layer", ".model")
+    },
     "peft.utils": {**_OTHER, **_STATE, **_TYPES, **_ERRORS, **_WARNING},
     "peft.utils.constants": _CONSTANTS,
     "peft.utils.error": _ERRORS,
@@ -142,7 +149,9 @@ OLD_PATHS: dict[str, dict[str, str]] = {
 }
 
 #: methods that are one file here and were a folder: all names of the file, under the paths that the folder had
-ONE_FILE_METHODS = sorted({method.module for method in METHODS.values()} - {"peft.tuners.lora"})
+ONE_FILE_METHODS = sorted(
+    {method.module for method in METHODS.values() if not method.module.startswith("peft.tuners.lora")}
+)
 
 
 class OldPath(ModuleType):

@@ -143,6 +143,9 @@ class PeftConfigMixin:
             )
         return config_class(**given)
 
+    def was_read(self, source: str | os.PathLike, options: Mapping[str, Any]) -> None:
+        """Told where the configuration, and tensors along with it, have been read from, and with which options."""
+
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """The content of a file as this version has it; raises ValueError where the file is too old to be read."""
@@ -199,7 +202,8 @@ def _subfields(value: Any) -> Any:
 
 def dump_config(content: Mapping[str, Any]) -> str:
     """`adapter_config.json` as text."""
-    return json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n"
+    # Mappings inside keep their order, which may mean something: the first pattern of a rank_pattern that fits counts.
+    return json.dumps(dict(sorted(content.items())), indent=2, default=_plain) + "\n"
 
 
 def read_config_file(source: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class PeftModel(PromptHost):
             tuner_class = method_of(peft_config.peft_type or "").model_class
             convert_peft_config_for_transformers(peft_config, model)
             self.base_model = tuner_class(model, {}, adapter_name)
+            self._load_members(adapter_name, peft_config)
             self.base_model.inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
             )
@@ -185,6 +186,7 @@ class PeftModel(PromptHost):
             self._add_prompt(adapter_name, peft_config)
         else:
             convert_peft_config_for_transformers(peft_config, self.get_base_model())
+            self._load_members(adapter_name, peft_config)
             self.base_model.inject_adapter(
                 self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
             )
@@ -302,7 +304,7 @@ class PeftModel(PromptHost):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate` with the active adapters; `adapter_names` as for `forward`."""
         tuner = self._tuner
-        with self.routed(args, kwargs), nullcontext() if tuner is None else tuner.around_forward(args, kwargs):
+        with self.routed(args, kwargs), nullcontext() if tuner is None else tuner.around_generate(args, kwargs):
             base: Any = self.get_base_model()
             return base.generate(*args, **kwargs)
 
@@ -393,7 +395,9 @@ class PeftModel(PromptHost):
                     name, tensors, content, path_initial_model_for_weight_conversion
                 )
             if is_main_process:
-                folder = save_directory if name == "default" else os.path.join(save_directory, name)
+                owner = self._tuner.owner(name) if self._tuner is not None else None
+                path = [part for part in (owner, name) if part not in (None, "default")]
+                folder = os.path.join(save_directory, *path)
                 own_card = card if name == "default" else None
                 write_adapter(folder, content, tensors, card=own_card, safe_serialization=safe_serialization)
         if is_main_process and "default" not in names:
@@ -560,6 +564,26 @@ class PeftModel(PromptHost):
             self.eval()
         return result
 
+    def _load_members(self, adapter_name: str, config: PeftConfig) -> None:
+        """Loads the saved adapters that a new one is made of, if its method is of that kind; all of them, or none."""
+        tuner, model = self.base_model, self.get_base_model()
+        places = tuner.members(adapter_name, config)
+        sources = {name: _Source.read_first(name, candidates) for name, candidates in places.items()}
+        for name, source in sources.items():
+            source.fit(model)
+            tuner.check_config(name, source.config)
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            for name, source in sources.items():
+                empty = source.needs_no_start
+                tuner.inject_adapter(model, name, low_cpu_mem_usage=empty, config=source.config)
+                self._load_tensors(name, source, {})
+        except BaseException:
+            self._take_apart()
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+            raise
+
     def _load_tensors(self, adapter_name: str, source: _Source, options: dict[str, Any]) -> IncompatibleKeys:
         result = set_peft_model_state_dict(
             self,
@@ -617,10 +641,31 @@ class _Source:
         else:
             tensors = load_peft_weights(model_id, device, key_mapping, subfolder=subfolder, **hub)
             config.inference_mode = not is_trainable
+        config.was_read(model_id, options)
         runtime = getattr(config, "runtime_config", None)
         if runtime is not None and ephemeral_gpu_offload:
             runtime.ephemeral_gpu_offload = True
         return cls(os.fspath(model_id), config, tensors)
+
+    @classmethod
+    def read_first(cls, name: str, candidates: Sequence[tuple[str, dict[str, Any]]]) -> _Source:
+        """The saved adapter at the first of the places that has one, with tensors of its method unless it is the last.
+
+        Raises:
+            ValueError: there is none.
+        """
+        reasons = []
+        for place, options in candidates:
+            try:
+                source = cls.read(place, None, options, None, False, False)
+            except (ValueError, OSError) as error:
+                reasons.append(str(error))
+                continue
+            prefix = method_of(source.config.peft_type or "").prefix
+            if (place, options) == candidates[-1] or any(prefix in key for key in source.tensors):
+                return source
+            reasons.append(f"{place!r} holds a configuration, but no tensors {prefix!r}.")
+        raise ValueError(f"Adapter {name!r} was not found. {' '.join(reasons)}")
 
     @property
     def needs_no_start(self) -> bool:

@@ -177,6 +177,7 @@ METHODS: dict[str, Method] = {
     "ADAPTION_PROMPT": Method(
         "peft.tuners.adaption_prompt", "AdaptionPromptConfig", "AdaptionPromptModel", "adaption_prompt_", mixed=False
     ),
+    "XLORA": Method("peft.tuners.lora.xlora", "XLoraConfig", "XLoraModel", "xlora_", mixed=False),
 }
 
 

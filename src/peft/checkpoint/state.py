@@ -52,8 +52,14 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
         for file_name, live in module.key_map(adapter_name).items():
             owner_path, _, attribute = live.rpartition(".")
             owner = module.get_submodule(owner_path) if owner_path else module
-            slots[prefix + file_name] = Slot(prefix + live, owner, attribute, device)
+            slots[_in_files(model, prefix + file_name)] = Slot(prefix + live, owner, attribute, device)
     return slots
+
+
+def _in_files(model: nn.Module, name: str) -> str:
+    """The name of a tensor as files have it: without what a tuner holds the base model under."""
+    holder = getattr(model.__dict__.get("_modules", {}).get("base_model"), "holder", "model")
+    return name if holder == "model" else name.replace(f"base_model.{holder}.", "base_model.model.", 1)
 
 
 def config_of(model: nn.Module, adapter_name: str) -> Any:
@@ -118,12 +124,12 @@ def _bias_slots(model: nn.Module, config: Any, adapter_name: str) -> dict[str, S
                 live = f"{path}.{name}" if path else name
                 if name.endswith("bias"):
                     key = live.replace(f".{adapter_name}.", ".") if live in own else live
-                    slots[key] = Slot(live, module, name)
+                    slots[_in_files(model, key)] = Slot(live, module, name)
         return slots
     for path, part in parts_of(model):
         if isinstance(part, AdapterLayer) and part.op.bias_name and part.get_base_bias() is not None:
             live = f"{path}{'.base_layer' * _depth(part)}.{part.op.bias_name}"
-            slots[live] = Slot(live, part.get_base_layer(), part.op.bias_name)
+            slots[_in_files(model, live)] = Slot(live, part.get_base_layer(), part.op.bias_name)
     return slots
 
 
@@ -189,7 +195,7 @@ def _embedding_slots(model: nn.Module) -> dict[str, Slot]:
         base, depth = (layer.get_base_layer(), _depth(layer)) if isinstance(layer, AdapterLayer) else (layer, 0)
         for name, _ in base.named_parameters(recurse=False):
             live = f"{path}{'.base_layer' * depth}.{name}"
-            slots[live] = Slot(live, base, name)
+            slots[_in_files(model, live)] = Slot(live, base, name)
     return slots
 
 

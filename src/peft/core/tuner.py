@@ -84,6 +84,8 @@ class BaseTuner(nn.Module):
     shared_names: tuple[str, ...] = ()
     #: whether merging for good also takes off the wrappers of modules that are trained in full
     unwraps_saved: ClassVar[bool] = True
+    #: path from this object to the base model
+    holder: ClassVar[str] = "model"
     #: whether a model outside `PeftModel` can hold the method (its shared tensors need a place to live)
     injectable: ClassVar[bool] = True
 
@@ -96,7 +98,7 @@ class BaseTuner(nn.Module):
         state_dict: dict[str, Tensor] | None = None,
     ):
         super().__init__()
-        self.model = model
+        self.hold(model)
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self.peft_config: dict[str, Any] = {}
@@ -117,6 +119,25 @@ class BaseTuner(nn.Module):
             )
 
     # ---- what a method may write
+
+    def hold(self, model: nn.Module) -> None:
+        """Takes in the base model."""
+        self.model = model
+
+    def members(self, adapter_name: str, config: Any) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+        """The saved adapters that a new adapter is made of, which are loaded before it.
+
+        Returns:
+            Name of each -> where to look for it, in that order: (folder or repository, options of loading).
+
+        Raises:
+            ValueError: the new adapter does not fit the model.
+        """
+        return {}
+
+    def owner(self, adapter_name: str) -> str | None:
+        """The adapter that this one is a member of; it is saved in a subfolder of that one's folder."""
+        return None
 
     def prepare_shared(self) -> None:
         """Makes the containers of shared tensors; called once."""
@@ -662,6 +683,10 @@ class BaseTuner(nn.Module):
     def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
         """Stands around a forward pass or generation; takes out of `kwargs` what is the method's, not the model's."""
         return nullcontext()
+
+    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """`around_forward` for generation."""
+        return self.around_forward(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.around_forward(args, kwargs):
