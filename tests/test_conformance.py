@@ -35,6 +35,9 @@ SETTINGS: dict[str, dict] = {
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
     # variants, by the method's name and theirs
     "LORA DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
+    "LORA BD-LoRA": {"r": 4, "use_bdlora": {"nblocks": 2, "target_modules_bd_b": ["target"]}},
+    "LORA VeLoRA": {"r": 4, "velora_config": {"num_groups": 3, "init_type": "random"}},
+    "LORA MonteCLoRA": {"r": 4, "monteclora_config": {"sample_scaler": 0.1}},
 }
 #: settings that a method's further adapters need
 FURTHER: dict[str, dict] = {"ADALORA": {"inference_mode": True}}
@@ -84,8 +87,13 @@ KINDS = {
 }
 PARAMETERS = {"Parameter": ["target.scale"], "Parameter stacked": ["target.up", "target.down"]}
 NOT_DENSE = ("Conv2d groups", "MultiheadAttention", "MultiheadAttention sequence first", *PARAMETERS)
+NOT_LINEAR = (*NOT_DENSE, "Conv1d", "Conv2d", "Conv3d", "Embedding")
 #: (variant, kind) that it does not go on, though the method does
-REFUSED = {("LORA DoRA", kind) for kind in NOT_DENSE}
+REFUSED = {
+    *(("LORA DoRA", kind) for kind in NOT_DENSE),
+    *(("LORA BD-LoRA", kind) for kind in (*NOT_LINEAR, "Conv1D")),
+    *((variant, kind) for variant in ("LORA VeLoRA", "LORA MonteCLoRA") for kind in NOT_LINEAR),
+}
 
 
 class Model(nn.Module):
@@ -313,6 +321,7 @@ def test_mixed_batch_is_each_alone(method, kind):
 def test_gradients_go_to_the_active_adapter_alone(method, kind):
     model = adapted(method, kind, names=("a", "b"))
     model.set_adapter("b")
+    model.train()
     model(inputs_of(model)).square().sum().backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

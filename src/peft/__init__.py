@@ -31,6 +31,7 @@ _HOMES: dict[str, str] = {
             " PeftModelForTokenClassification"
         ),
         "peft.functional": "inject_adapter_in_model",
+        "peft.helpers": "create_arrow_model",
         "peft.core.status": "get_layer_status get_model_status",
         "peft.checkpoint.convert": "convert_to_lora save_as_lora",
         "peft.checkpoint": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",

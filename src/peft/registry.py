@@ -126,7 +126,18 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "LORA": Method(
-        "peft.tuners.lora", "LoraConfig", "LoraModel", "lora_", aliases=("LoraRuntimeConfig", "LoftQConfig")
+        "peft.tuners.lora", "LoraConfig", "LoraModel", "lora_",
+        aliases=(
+            "ArrowConfig",
+            "BdLoraConfig",
+            "EvaConfig",
+            "KasaConfig",
+            "LoftQConfig",
+            "LoraGAConfig",
+            "LoraRuntimeConfig",
+            "MontecloraConfig",
+            "VeloraConfig",
+        ),
     ),
     "HRA": Method("peft.tuners.hra", "HRAConfig", "HRAModel", "hra_"),
     "IA3": Method("peft.tuners.ia3", "IA3Config", "IA3Model", "ia3_"),

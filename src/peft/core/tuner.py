@@ -681,11 +681,11 @@ class BaseTuner(nn.Module):
     # ---- being the model
 
     def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-        """Stands around a forward pass or generation; takes out of `kwargs` what is the method's, not the model's."""
+        """Stands around a forward pass; takes out of `kwargs` what is the method's, not the model's."""
         return nullcontext()
 
     def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-        """`around_forward` for generation."""
+        """Stands around a generation, which is many forward passes."""
         return self.around_forward(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

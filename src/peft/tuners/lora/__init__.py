@@ -1,6 +1,6 @@
 """LoRA: its configuration, its layer for each kind of module, and its model."""
 
-from peft.tuners.lora.config import LoftQConfig, LoraConfig, LoraRuntimeConfig
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import (
     Conv1d,
     Conv2d,
@@ -12,18 +12,38 @@ from peft.tuners.lora.layer import (
     ParamWrapper,
 )
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.settings import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 
 __all__ = [
+    "ArrowConfig",
+    "BdLoraConfig",
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "CordaConfig",
     "Embedding",
+    "EvaConfig",
+    "KasaConfig",
     "Linear",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MontecloraConfig",
     "MultiheadAttention",
     "ParamWrapper",
+    "VeloraConfig",
 ]

@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from peft.config import LayerConfig, as_subconfig
 from peft.registry import PeftType
+from peft.tuners.lora.settings import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 
-
-@dataclass
-class LoraRuntimeConfig:
-    """Settings that only matter in the running process; never saved.
-
-    Args:
-        ephemeral_gpu_offload: move tensors to the accelerator for heavy parts of an initialisation only.
-    """
-
-    ephemeral_gpu_offload: bool = False
-
-
-@dataclass
-class LoftQConfig:
-    """Settings of the LoftQ initialisation (arXiv:2310.08659).
-
-    Args:
-        loftq_bits: bits of the quantisation.
-        loftq_iter: alternating steps.
-    """
-
-    loftq_bits: int = 4
-    loftq_iter: int = 1
+#: fields that hold settings of their own, and the class of them
+_SETTINGS = {
+    "runtime_config": LoraRuntimeConfig,
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "arrow_config": ArrowConfig,
+    "use_bdlora": BdLoraConfig,
+    "kasa_config": KasaConfig,
+}
 
 
 @dataclass
@@ -75,21 +76,21 @@ class LoraConfig(LayerConfig):
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: LoftQConfig | dict = field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
+    eva_config: EvaConfig | dict | None = None
+    corda_config: CordaConfig | dict | None = None
+    lora_ga_config: LoraGAConfig | dict | None = None
     use_dora: bool = False
-    velora_config: Any = None
+    velora_config: VeloraConfig | dict | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: Any = None
+    monteclora_config: MontecloraConfig | dict | None = None
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
-    use_bdlora: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
+    use_bdlora: BdLoraConfig | dict | None = None
+    arrow_config: ArrowConfig | dict | None = None
+    kasa_config: KasaConfig | dict | None = None
     ensure_weight_tying: bool = False
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(("runtime_config",))
@@ -99,9 +100,9 @@ class LoraConfig(LayerConfig):
         self.peft_type = PeftType.LORA
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
-        self.runtime_config = (
-            as_subconfig("runtime_config", self.runtime_config, LoraRuntimeConfig) or LoraRuntimeConfig()
-        )
+        for name, kind in _SETTINGS.items():
+            setattr(self, name, as_subconfig(name, getattr(self, name), kind))
+        self.runtime_config = self.runtime_config or LoraRuntimeConfig()
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias=True cannot be combined with use_dora=True.")
         if self.lora_bias and self.init_lora_weights not in (True, False):

@@ -124,7 +124,7 @@ def check_plain(layer: Any, name: str) -> None:
 def _beside_factors(layer: Any, name: str) -> set[str]:
     variant = layer.lora_variant.get(name)
     more = set(layer.key_map(name)) - {*FACTOR_KEYS, "lora_B.bias"}
-    return more or (set() if variant is None or variant.is_product else {variant.label})
+    return more or (set() if variant is None else {variant.label})
 
 
 def base_blocks(layer: AdapterLayer) -> Tensor:

@@ -101,10 +101,12 @@ class LoraLayer(AdapterLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Makes an adapter, or makes it anew."""
-        self.add_adapter(adapter_name, config, r=r, lora_alpha=lora_alpha)
+        self.add_adapter(adapter_name, config, r=r, lora_alpha=lora_alpha, key=kwargs.get("target_name", ""))
         self.settle(adapter_name)
 
-    def create(self, name: str, config: LoraConfig, r: int = 0, lora_alpha: float | None = None) -> None:
+    def create(
+        self, name: str, config: LoraConfig, r: int = 0, lora_alpha: float | None = None, key: str = ""
+    ) -> None:
         r = r or config.r
         if r < 1:
             raise ValueError(f"r must be a positive integer, got {r}.")
@@ -114,24 +116,20 @@ class LoraLayer(AdapterLayer):
         self.use_dora[name] = config.use_dora
         self.scaling[name] = self.lora_alpha[name] / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else _NO_DROPOUT
-        variant = variant_of(config)
-        if variant is None:
+        variant = variant_of(config, key)
+        if variant is None or not variant.applies(self):
             self.make_factors(name, r, config)
             self._start(name, config)
             return
         self.lora_variant[name] = variant
-        for slot in variant.slots:
-            self._add_slot(slot)
+        for slot, container in variant.slots.items():
+            if slot not in self.adapter_layer_names:
+                self.adapter_layer_names = (*self.adapter_layer_names, slot)
+                self.__dict__.pop(slot, None)
+                setattr(self, slot, container())
         variant.make_factors(self, name, r, config)
         self._start(name, config)
         self._leave(name, variant.create(self, name, config))
-
-    def _add_slot(self, slot: str) -> None:
-        """Makes room for tensors that only some variants have."""
-        if slot not in self.adapter_layer_names:
-            self.adapter_layer_names = (*self.adapter_layer_names, slot)
-            self.__dict__.pop(slot, None)
-            setattr(self, slot, self.container(slot))
 
     def _start(self, name: str, config: LoraConfig) -> None:
         """Gives A and B their start values, those of the method that the configuration names."""
@@ -189,13 +187,18 @@ class LoraLayer(AdapterLayer):
         """A and B as they are stored."""
         return self.lora_A[name].weight, self.lora_B[name].weight
 
+    def live_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B as they are multiplied."""
+        variant = self.lora_variant.get(name)
+        return self.factors(name) if variant is None else variant.factors(self, name)
+
     def flat_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """A and B as matrices [r, in] and [out, r]."""
         return a, b
 
     def product(self, name: str) -> Tensor:
         """scaling B A, as a change of the matrix: [out, in]."""
-        a, b = self.factors(name)
+        a, b = self.live_factors(name)
         return self.scaling[name] * (b @ a)
 
     def add_product(self, name: str, x: Tensor, result: Tensor, p: float | None = None) -> Tensor:
@@ -227,6 +230,12 @@ class LoraLayer(AdapterLayer):
         if variant is None:
             return self.adapt_product(name, below, x, *args, **kwargs)
         return variant.adapt(self, name, below, x, *args, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        start, variant = self.lora_start.get(adapter_name), self.lora_variant.get(adapter_name)
+        # Those that have changed the base weight belong to that weight, not to the model's own.
+        changed = (start is not None and start.changes_base) or (variant is not None and variant.changes_base)
+        return not changed and super().supports_lora_conversion(adapter_name)
 
     def trainable_parameters(self, name: str) -> Iterator[nn.Parameter]:
         start = self.lora_start.get(name)
@@ -303,7 +312,7 @@ class LoraLayer(AdapterLayer):
         elif isinstance(op, ConvOp) and r % module.groups:
             raise ValueError(f"r={r} must be a multiple of the groups of {key!r} ({module.groups}).")
         check_start(config, name, module, op, r)
-        variant = variant_of(config)
+        variant = variant_of(config, name)
         if variant is not None:
             kind = "Parameter" if isinstance(op, ParameterOp) else op.kind
             if kind not in variant.kinds:
@@ -311,7 +320,7 @@ class LoraLayer(AdapterLayer):
                     f"{variant.label} is not supported on {name!r}, a {kind}; it works on"
                     f" {', '.join(sorted(variant.kinds))}."
                 )
-            variant.check(config, name, module, op)
+            variant.check(config, name, module, op, r)
 
 
 def check_config(config: LoraConfig) -> None:
@@ -359,9 +368,10 @@ class Linear(LoraLayer):
         # A and B, which are small, come to the dtype of the activations rather than these to theirs.
         dtype = compute_dtype(x)
         x, result = x.to(dtype), result.to(dtype)
-        if _is_plain(a) and _is_plain(b) and b.bias is None:
+        if name in self.lora_variant or (_is_plain(a) and _is_plain(b) and b.bias is None):
+            low, high = self.live_factors(name)
             return lora_linear(
-                x, None, None, result, a.weight.to(dtype), b.weight.to(dtype), self.scaling[name], p,
+                x, None, None, result, low.to(dtype), high.to(dtype), self.scaling[name], p,
                 overwrite=result.is_contiguous() and not _is_watched(self.base_layer),
             )  # fmt: skip
         return result + b(a(F.dropout(x.to(a.weight.dtype), p))).to(dtype) * self.scaling[name]
@@ -384,15 +394,9 @@ class Linear(LoraLayer):
                 return self.add_product(name, x, below(x))
             weight = weight.to(dtype)
         bias = base.bias if base.bias is None else base.bias.to(dtype)
+        low, high = self.live_factors(name)
         return lora_linear(
-            x.to(dtype),
-            weight,
-            bias,
-            None,
-            a.weight.to(dtype),
-            b.weight.to(dtype),
-            self.scaling[name],
-            self.dropout_of(name),
+            x.to(dtype), weight, bias, None, low.to(dtype), high.to(dtype), self.scaling[name], self.dropout_of(name)
         )
 
     def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
@@ -416,12 +420,13 @@ class Linear(LoraLayer):
         if id(self) in route.prepared:
             return route.prepared[id(self)]
         factors = [module for name, _ in groups for module in (self.lora_A[name], self.lora_B[name])]
-        if any(name in self.lora_variant for name, _ in groups):
+        if any(name in self.lora_variant and not self.lora_variant[name].is_product for name, _ in groups):
             return None
         if not all(_is_plain(module) and module.bias is None for module in factors) or not like.is_contiguous():
             return None
         scales = [self.scaling[name] for name, _ in groups]
-        key = (route.names, like.dtype, like.device, scales, [(id(m.weight), m.weight._version) for m in factors])
+        tensors = [parameter for name, _ in groups for parameter in self.adapter_parameters(name)]
+        key = (route.names, like.dtype, like.device, scales, [(id(t), t._version) for t in tensors])
         known = self.__dict__.get("_stacks")
         if known is None or known[0] != key or torch.is_grad_enabled():
             known = key, self._stacked(route.names, like)
@@ -438,7 +443,7 @@ class Linear(LoraLayer):
         """The factors of each sample's adapter, [samples, r, in] and [samples, out, r]; the scale is in the second."""
         here = [name for name in dict.fromkeys(names) if self.has(name)]
         r = max(self.r[name] for name in here)
-        factors = [self.factors(name) for name in here]
+        factors = [self.live_factors(name) for name in here]
         a = torch.stack([_padded(a, 0, r) for a, _ in factors]).to(like.dtype)
         b = torch.stack([_padded(b, 1, r) for _, b in factors]).to(like.dtype)
         b = b * like.new_tensor([self.scaling[name] for name in here])[:, None, None]
@@ -521,7 +526,7 @@ class Embedding(LoraLayer):
     lora_embedding_B: nn.ParameterDict
 
     def container(self, slot: str) -> nn.Module:
-        return nn.ParameterDict() if slot in type(self).adapter_layer_names else super().container(slot)
+        return nn.ParameterDict()
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         self.lora_embedding_A[name] = nn.Parameter(torch.empty(r, self.in_features))
@@ -560,6 +565,11 @@ class _ConvNd(LoraLayer):
         shape = dict(kernel_size=base.kernel_size, stride=base.stride, padding=base.padding, dilation=base.dilation)
         self.lora_A[name] = self.conv(base.in_channels, r, **shape, padding_mode=base.padding_mode, bias=False)
         self.lora_B[name] = self.conv(r, base.out_channels, 1, groups=base.groups, bias=config.lora_bias)
+
+    def live_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B as they are multiplied."""
+        variant = self.lora_variant.get(name)
+        return self.factors(name) if variant is None else variant.factors(self, name)
 
     def flat_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.flatten(1), b.flatten(1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
@@ -17,6 +18,9 @@ from peft.tuners.lora.layer import LAYERS, Embedding, Linear, LoraLayer, TiedFac
 from peft.tuners.lora.merging import Combination, add_weighted_adapter
 from peft.tuners.lora.starts import start_of
 from peft.tuners.lora.variants import variant_of
+from peft.tuners.lora.variants.alora import Watch
+from peft.tuners.lora.variants.kasa import Kasa
+from peft.tuners.lora.variants.monteclora import Monteclora
 
 
 class LoraModel(BaseTuner):
@@ -32,9 +36,16 @@ class LoraModel(BaseTuner):
 
     def check_config(self, adapter_name: str, config: LoraConfig) -> None:
         check_config(config)
+        for other, theirs in self.peft_config.items():
+            if other != adapter_name and bool(getattr(theirs, "kasa_config", None)) != bool(config.kasa_config):
+                one, no = (adapter_name, other) if config.kasa_config else (other, adapter_name)
+                raise ValueError(
+                    f"KaSA (kasa_config) changes the base weights, so either all adapters use it or none: {one!r} does,"
+                    f" {no!r} does not."
+                )
 
     def layer_settings(self, config: LoraConfig, key: str) -> dict[str, Any]:
-        return {"r": rank_of(config, key), "lora_alpha": alpha_of(config, key)}
+        return {"r": rank_of(config, key), "lora_alpha": alpha_of(config, key), "key": key}
 
     def make_layer(self, config: LoraConfig, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
         base = target.get_base_layer() if isinstance(target, AdapterLayer) else target
@@ -42,6 +53,74 @@ class LoraModel(BaseTuner):
         if op is None:
             raise ValueError(f"{key!r} is a {type(base).__name__}, which LoRA does not know.")
         return LAYERS[op.kind](target, parameter_name=parameter_name, op=op)
+
+    # ---- adapters that are called for by tokens
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._watch_calls()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._watch_calls()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        base = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._watch_calls(wanted=False)
+        return base
+
+    def _watch_calls(self, wanted: bool = True) -> None:
+        """Sees to it that the base model's calls are watched as long as some adapter needs that."""
+        watch, handle = self.__dict__.get("_watch", (None, None))
+        wanted = wanted and bool(Watch(self.peft_config).invocations())
+        if wanted and handle is None:
+            watch = Watch(self.peft_config)
+            handle = self.model.register_forward_pre_hook(watch, with_kwargs=True)
+            self.__dict__["_watch"] = watch, handle
+        elif not wanted and handle is not None:
+            handle.remove()
+            del self.__dict__["_watch"]
+
+    @contextmanager
+    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        with super().around_generate(args, kwargs), ExitStack() as stack:
+            for invocations in Watch(self.peft_config).invocations():
+                stack.enter_context(invocations.generating(prompt))
+            yield
+
+    # ---- losses
+
+    def kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """The penalties of KaSA, to be added to the loss: their sum over all layers; 0 where no adapter has any.
+
+        Args:
+            adapter_names: of which adapters; the active ones if None.
+        """
+        return sum((v.penalty(layer, name) for layer, name, v in self._variants(Kasa, adapter_names)), 0.0)
+
+    def monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """What MonteCLoRA adds to the loss in training: the mean over all layers; 0 where no adapter has any.
+
+        Args:
+            adapter_names: of which adapters; the active ones if None.
+        """
+        losses = [
+            layer.lora_monteclora_sampler[name].penalty()
+            for layer, name, _ in self._variants(Monteclora, adapter_names)
+            if layer.training
+        ]
+        return sum(losses, 0.0) / max(len(losses), 1)
+
+    _get_kasa_loss, _get_monteclora_loss = kasa_loss, monteclora_loss
+
+    def _variants(self, kind: type, adapter_names: str | Sequence[str] | None) -> Iterator[tuple[Any, str, Any]]:
+        names = self.active_adapters if adapter_names is None else self.check_names(adapter_names)
+        for layer in self.layers():
+            for name in names:
+                variant = layer.lora_variant.get(name) if isinstance(layer, LoraLayer) else None
+                if isinstance(variant, kind):
+                    yield layer, name, variant
 
     def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
         if not isinstance(layer, Linear) or not isinstance(to, Embedding):

@@ -22,25 +22,30 @@ class Variant:
 
     Args:
         setting: the value of the configuration's field that asks for the variant.
+        key: the name of the module that the layer is for.
     """
 
     #: what the variant is called in messages
     label: ClassVar[str] = ""
     #: kinds of base module it works on
     kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
-    #: containers of the tensors that an adapter has beside A and B
-    slots: ClassVar[tuple[str, ...]] = ()
-    #: whether the change is scaling B A of the stored factors and nothing else
-    is_product: ClassVar[bool] = False
+    #: names of the tensors that an adapter has beside A and B, and the kind of container that holds them
+    slots: ClassVar[dict[str, type[nn.Module]]] = {}
+    #: whether its effect, in evaluation, is that of a plain LoRA with `factors`
+    is_product: ClassVar[bool] = True
     #: whether it changes the base weight when it starts
     changes_base: ClassVar[bool] = False
 
-    def __init__(self, setting: Any):
-        self.setting = setting
+    def __init__(self, setting: Any, key: str = ""):
+        self.setting, self.key = setting, key
 
     @classmethod
-    def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp) -> None:
-        """Raises ValueError where the variant cannot go on this module; asked before anything is changed."""
+    def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
+        """Raises ValueError where an adapter of rank r cannot go on this module; before anything is changed."""
+
+    def applies(self, layer: LoraLayer) -> bool:
+        """Whether there is anything to do on a layer's module, or a plain LoRA will do there."""
+        return True
 
     def make_factors(self, layer: LoraLayer, name: str, r: int, config: LoraConfig) -> None:
         """Makes A and B, their values still open."""
@@ -52,6 +57,10 @@ class Variant:
         Returns what is to be left of the base weight, if that changes.
         """
         return None
+
+    def factors(self, layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] as they are multiplied, where they are not as they are stored."""
+        return layer.factors(name)
 
     def key_map(self, name: str, keys: dict[str, str]) -> dict[str, str]:
         """Names of the adapter's tensors, in files and in the live module, where `keys` is how they are as a rule."""

@@ -14,7 +14,7 @@ from peft.core.base_op import BaseOp, ConvOp
 from peft.core.storage import onloaded
 from peft.ops.memo import remember
 from peft.ops.norms import changed_row_norms, row_squares
-from peft.tuners.lora.starts import heavy
+from peft.tuners.lora.starts import Remainder, heavy
 from peft.tuners.lora.variants.base import Variant
 
 if TYPE_CHECKING:
@@ -45,21 +45,23 @@ class Dora(Variant):
 
     label = "DoRA (use_dora)"
     kinds = frozenset(("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"))
-    slots: ClassVar[tuple[str, ...]] = ("lora_magnitude_vector",)
+    slots: ClassVar[dict[str, type[nn.Module]]] = {"lora_magnitude_vector": nn.ModuleDict}
 
-    def __init__(self, setting: Any):
-        super().__init__(setting)
+    is_product = False
+
+    def __init__(self, setting: Any, key: str = ""):
+        super().__init__(setting, key)
         self._kept: tuple[Any, Tensor] | None = None
 
     @classmethod
-    def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp) -> None:
+    def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
         if isinstance(op, ConvOp) and getattr(module, "groups", 1) > 1:
             raise ValueError(
                 f"DoRA is not supported on convolutions with groups ({name!r}): its lengths are those of the"
                 " changed weight's rows, and LoRA's A sees the channels of all groups."
             )
 
-    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> None:
+    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
         a, b = layer.factors(name)
         if a.is_meta:
             lengths = torch.empty(layer.out_features, device=a.device)
@@ -73,6 +75,7 @@ class Dora(Variant):
         if isinstance(layer.op, ConvOp):
             lengths = lengths.view(1, -1, *(1 for _ in layer.get_base_layer().kernel_size))
         layer.lora_magnitude_vector[name] = Magnitude(lengths)
+        return None
 
     def key_map(self, name: str, keys: dict[str, str]) -> dict[str, str]:
         live = keys.pop("lora_magnitude_vector.weight")

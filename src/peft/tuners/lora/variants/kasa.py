@@ -1,0 +1,56 @@
+"""KaSA: the least singular parts of the weight given up for ones that are trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.base_op import BaseOp
+from peft.tuners.lora.starts import Remainder, base_matrix
+from peft.tuners.lora.variants.base import Variant
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.config import LoraConfig
+    from peft.tuners.lora.layer import LoraLayer
+
+
+class Kasa(Variant):
+    """W' = W_0 + s B diag(d) A, with W_0 the weight without its r smallest singular values (arXiv:2412.06071).
+
+    The base weight becomes W_0 when the adapter is added. d [r] starts at random, B at zero.
+    """
+
+    label = "KaSA (kasa_config)"
+    slots: ClassVar[dict[str, type[nn.Module]]] = {"lora_diag": nn.ParameterDict}
+    changes_base = True
+
+    @classmethod
+    def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
+        if r >= min(op.out_features, op.in_features):
+            raise ValueError(
+                f"KaSA needs a rank below {min(op.out_features, op.in_features)} on {name!r} [{op.out_features},"
+                f" {op.in_features}], so that something of the weight is left; got r={r}."
+            )
+
+    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
+        a, _ = layer.factors(name)
+        layer.lora_diag[name] = nn.Parameter(torch.randn(layer.r[name], device=a.device, dtype=a.dtype))
+        if a.is_meta:
+            return None
+        u, s, vh = torch.linalg.svd(base_matrix(layer, config), full_matrices=False)
+        r = layer.r[name]
+        u, vh = u[:, -r:] * s[-r:], vh[-r:]
+        return lambda weight: (weight - (u @ vh).to(weight.device)).to(weight.dtype)
+
+    def factors(self, layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+        a, b = layer.factors(name)
+        return a, b * layer.lora_diag[name]
+
+    def penalty(self, layer: LoraLayer, name: str) -> Tensor:
+        """beta ||d||^2 + gamma (||B^T B - I|| + ||A A^T - I||), a number, in float32."""
+        a, b = (factor.float() for factor in layer.factors(name))
+        one = torch.eye(layer.r[name], device=a.device)
+        orthogonality = torch.linalg.norm(b.T @ b - one) + torch.linalg.norm(a @ a.T - one)
+        return self.setting.beta * layer.lora_diag[name].float().square().sum() + self.setting.gamma * orthogonality

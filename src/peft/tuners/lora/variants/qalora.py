@@ -1,0 +1,57 @@
+"""QA-LoRA: the adapter sees the input in the groups that the base weight is quantised in."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from peft.core.base_op import BaseOp, is_dense
+from peft.errors import PeftWarning
+from peft.tuners.lora.variants.base import Variant
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.config import LoraConfig
+    from peft.tuners.lora.layer import LoraLayer
+
+
+class Qalora(Variant):
+    """y = x W^T + s (n pool(x) A^T) B^T, with the mean of each of n groups of features in pool(x) (arXiv:2309.14717).
+
+    A is [r, n]. All features of a group get the same change, which the group's zero point can take up. On modules that
+    are not quantised by groups (GPTQ), the adapter is a plain LoRA, and a warning says so.
+    """
+
+    label = "QA-LoRA (use_qalora)"
+
+    @classmethod
+    def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
+        if not by_groups(module):
+            warnings.warn(
+                "use_qalora is for layers that GPTQ has quantised; those that are none get a plain LoRA.", PeftWarning
+            )
+        elif op.in_features % config.qalora_group_size:
+            raise ValueError(
+                f"qalora_group_size={config.qalora_group_size} must divide the {op.in_features} input features of"
+                f" {name!r}."
+            )
+
+    def applies(self, layer: LoraLayer) -> bool:
+        return by_groups(layer.get_base_layer())
+
+    def make_factors(self, layer: LoraLayer, name: str, r: int, config: LoraConfig) -> None:
+        layer.make_factors(name, r, config)
+        self.width = config.qalora_group_size
+        factor = layer.lora_A[name]
+        factor.in_features //= self.width
+        factor.weight = nn.Parameter(factor.weight.new_empty(r, factor.in_features))
+
+    def factors(self, layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+        a, b = layer.factors(name)
+        return (a * (a.shape[1] / self.width)).repeat_interleave(self.width, dim=1), b
+
+
+def by_groups(module: nn.Module) -> bool:
+    """Whether a module holds its weight as GPTQ does: packed, with zero points by group."""
+    return hasattr(module, "qweight") and hasattr(module, "qzeros") and not is_dense(getattr(module, "weight", None))

@@ -1,0 +1,55 @@
+"""VeLoRA: less is kept of the input for the gradient of A."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.core.shared import SharedTensors
+from peft.ops.lora import compute_dtype
+from peft.ops.velora import compressed_linear, group_width, mean_direction, unit
+from peft.tuners.lora.starts import Remainder
+from peft.tuners.lora.variants.base import Variant
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.config import LoraConfig
+    from peft.tuners.lora.layer import LoraLayer
+
+
+class Velora(Variant):
+    """LoRA whose gradient of A comes from inputs that are kept compressed (arXiv:2405.17991).
+
+    Groups of the input's features are kept as their lengths along one direction, stored as `lora_velora_embed`.
+    """
+
+    label = "VeLoRA (velora_config)"
+    slots: ClassVar[dict[str, type[nn.Module]]] = {"lora_velora_embed": SharedTensors}
+
+    def __init__(self, setting: Any, key: str = ""):
+        super().__init__(setting, key)
+        self._found = setting.init_type == "random"
+
+    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
+        width = group_width(layer.in_features, self.setting.num_groups)
+        a, _ = layer.factors(name)
+        direction = unit(torch.randn(width, device=a.device)) if self._found else torch.zeros(width, device=a.device)
+        layer.lora_velora_embed[name] = direction.to(a.dtype)
+        return None
+
+    def add(self, layer: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
+        if not (layer.training and torch.is_grad_enabled()):
+            return layer.add_product(name, x, result)
+        dtype = compute_dtype(x)
+        x = F.dropout(x.to(dtype), layer.dropout_of(name))
+        self._found = self._found or bool(layer.lora_velora_embed[name].any())  # it may have come from a file
+        if not self._found or self.setting.init_type == "batch_average":
+            with torch.no_grad():
+                direction = mean_direction(x, self.setting.num_groups)
+                layer.lora_velora_embed[name] = direction.to(layer.lora_velora_embed[name])
+            self._found = True
+        a, b = (factor.to(dtype) for factor in layer.factors(name))
+        low = compressed_linear(x, a, layer.lora_velora_embed[name], self.setting.num_groups, self.setting.scale)
+        return result + F.linear(low, b) * layer.scaling[name]
