@@ -22,7 +22,7 @@ class Route:
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
         #: what layers have worked out for these names, by layer; as short-lived as the route
-        self.prepared: dict[int, Any] = {}
+        self.prepared: dict[object, Any] = {}
         self._groups: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
 
     def groups(self, rows: int, device: torch.device) -> list[tuple[str, Tensor]]:
@@ -36,17 +36,25 @@ class Route:
         """
         key = (rows, device)
         if key not in self._groups:
-            if not self.names or rows % len(self.names):
-                raise ValueError(
-                    f"The length of adapter_names ({len(self.names)}) does not fit a layer that sees {rows} rows: one"
-                    " name per sample is needed."
-                )
-            repeats = rows // len(self.names)
-            indices: dict[str, list[int]] = {}
-            for i, name in enumerate(self.names):
-                indices.setdefault(name, []).extend(range(i * repeats, (i + 1) * repeats))
-            self._groups[key] = [(name, torch.tensor(index, device=device)) for name, index in indices.items()]
+            self._groups[key] = [(name, torch.tensor(i, device=device)) for name, i in self.indices(rows).items()]
         return self._groups[key]
+
+    def indices(self, rows: int) -> dict[str, list[int]]:
+        """What `groups` says, as numbers.
+
+        Raises:
+            ValueError: the rows cannot be shared out among the samples.
+        """
+        if not self.names or rows % len(self.names):
+            raise ValueError(
+                f"The length of adapter_names ({len(self.names)}) does not fit a layer that sees {rows} rows: one"
+                " name per sample is needed."
+            )
+        repeats = rows // len(self.names)
+        indices: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            indices.setdefault(name, []).extend(range(i * repeats, (i + 1) * repeats))
+        return indices
 
 
 def check_task_ids(task_ids: Tensor | None, num_tasks: int, rows: int) -> Tensor:

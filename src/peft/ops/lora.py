@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from peft.ops import fused
 from peft.ops.dropout import draw_mask, mask_factors
 
 
@@ -66,13 +67,18 @@ def lora_linear(
     """
     if needs_plain(x, a, b, weight if result is None else result):
         return lora_linear_plain(x, weight, bias, result, a, b, scaling, p)
+    by_kernels = fused.wanted(x, len(a), a, b, weight, result)
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
         if not (a.requires_grad and b.requires_grad and x.dim() > 1):
             # With a frozen factor there is less to keep than `_LoraLinear` does.
             return lora_linear_plain(x, weight, bias, result, a, b, scaling, p)
         # Writing into a view would tell autograd of the whole that it shows.
         overwrite = overwrite and result is not None and not result._is_view()
+        if by_kernels:
+            return fused.lora_linear(x, weight, bias, result, a, b, scaling, p, overwrite, _kept_factors(x))
         return _LoraLinear.apply(x, weight, bias, result, a, b, scaling, p, overwrite)
+    if by_kernels:
+        return fused.lora_linear(x, weight, bias, result, a, b, scaling, p, overwrite)
     out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
     # The same mask as with gradients: checkpointing runs once with and once without.
     low = F.linear(_dropped(x, p)[0], a)

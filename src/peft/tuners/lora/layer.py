@@ -15,7 +15,8 @@ from peft.core.layer import AdapterLayer
 from peft.core.plan import get_pattern_key
 from peft.core.routing import Route
 from peft.core.storage import onloaded, storage_of
-from peft.ops.lora import compute_dtype, lora_linear
+from peft.ops import fused
+from peft.ops.lora import compute_dtype, lora_linear, needs_plain
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.starts import Remainder, Start, check_start, start_of
 from peft.tuners.lora.variants import variant_of
@@ -400,25 +401,32 @@ class Linear(LoraLayer):
         )
 
     def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
-        stacks = self._stacks_for(route, groups, result)
+        names = [name for name, _ in groups]
+        watched = torch.is_grad_enabled() or _is_watched(self.base_layer)
+        rank = max(self.r[name] for name in names)
+        by_kernels = fused.wanted(result, rank, few=True) and not (watched or needs_plain(x, result))
+        stacks = self._stacks_for(route, groups, names if by_kernels else route.names, result)
         if stacks is None:
             return super().add_routed(route, groups, x, result)
+        if by_kernels:
+            return fused.add_routed(x.to(result.dtype), result, *stacks, _row_blocks(route, names, result))
         # Two batched products, however many adapters there are; a sample's rows lie next to each other.
         a, b = stacks
         rows = x.to(a.dtype).reshape(len(route.names), -1, x.shape[-1])
         flat = result.view(len(route.names), -1, result.shape[-1])
         low = torch.bmm(rows, a.transpose(1, 2))
-        if _is_watched(self.base_layer) or torch.is_grad_enabled():
+        if watched:
             return torch.baddbmm(flat, low, b.transpose(1, 2)).view(result.shape)
         flat.baddbmm_(low, b.transpose(1, 2))
         return result
 
     def _stacks_for(
-        self, route: Route, groups: Sequence[tuple[str, Tensor]], like: Tensor
+        self, route: Route, groups: Sequence[tuple[str, Tensor]], names: Sequence[str], like: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """`_stacked`, worked out once for a route and kept for the next of the same names; None if it cannot serve."""
-        if id(self) in route.prepared:
-            return route.prepared[id(self)]
+        place = id(self), names is route.names
+        if place in route.prepared:
+            return route.prepared[place]
         factors = [module for name, _ in groups for module in (self.lora_A[name], self.lora_B[name])]
         if any(name in self.lora_variant and not self.lora_variant[name].is_product for name, _ in groups):
             return None
@@ -426,13 +434,13 @@ class Linear(LoraLayer):
             return None
         scales = [self.scaling[name] for name, _ in groups]
         tensors = [parameter for name, _ in groups for parameter in self.adapter_parameters(name)]
-        key = (route.names, like.dtype, like.device, scales, [(id(t), t._version) for t in tensors])
+        key = (names, like.dtype, like.device, scales, [(id(t), t._version) for t in tensors])
         known = self.__dict__.get("_stacks")
         if known is None or known[0] != key or torch.is_grad_enabled():
-            known = key, self._stacked(route.names, like)
+            known = key, self._stacked(names, like)
             if not torch.is_grad_enabled():
                 self.__dict__["_stacks"] = known
-        route.prepared[id(self)] = known[1]
+        route.prepared[place] = known[1]
         return known[1]
 
     def _refresh(self) -> None:
@@ -440,7 +448,7 @@ class Linear(LoraLayer):
         self.__dict__.pop("_stacks", None)
 
     def _stacked(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of each sample's adapter, [samples, r, in] and [samples, out, r]; the scale is in the second."""
+        """The factors of each of `names`, [names, r, in] and [names, out, r]; the scale is in the second."""
         here = [name for name in dict.fromkeys(names) if self.has(name)]
         r = max(self.r[name] for name in here)
         factors = [self.live_factors(name) for name in here]
@@ -471,6 +479,16 @@ def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = missing
     return torch.cat((tensor, tensor.new_zeros(shape)), dim)
+
+
+def _row_blocks(route: Route, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of `like` by adapter, as the kernels want them; worked out once for a route."""
+    rows = like[..., 0].numel()
+    key = rows, like.device, *names
+    if key not in route.prepared:
+        indices = route.indices(rows)
+        route.prepared[key] = fused.row_blocks([indices[name] for name in names], like.device)
+    return route.prepared[key]
 
 
 def _is_watched(module: nn.Module) -> bool:
