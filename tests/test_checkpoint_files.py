@@ -492,6 +492,27 @@ def test_readers_and_writers_at_the_same_time(tmp_path):
     assert names(tmp_path) == {CONFIG, WEIGHTS, CARD}
 
 
+def test_a_file_that_another_program_removes_and_makes_again(tmp_path):
+    """Its permissions are taken over where it is there; that it may vanish at any moment stops no save."""
+    stop = threading.Event()
+
+    def come_and_go():
+        while not stop.is_set():
+            (tmp_path / "file").touch()
+            (tmp_path / "file").unlink(missing_ok=True)
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        for _ in range(100):
+            replace_files(tmp_path, {"file": b"content"})
+    finally:
+        stop.set()
+        other.join()
+    replace_files(tmp_path, {"file": b"content"})
+    assert names(tmp_path) == {"file"}
+
+
 def test_what_another_process_is_writing_is_not_cleared_up(tmp_path):
     started, go_on = threading.Event(), threading.Event()
 

@@ -194,11 +194,13 @@ def _write(path: str, content: bytes | Callable[[str], object], like: str | None
     with open(path, "wb") as file:
         if not callable(content):
             file.write(content)
-    permissions = path if like is None or not os.path.exists(like) else like
-    mode = stat.S_IMODE(os.stat(permissions).st_mode)
+    mode = os.stat(path).st_mode
+    if like is not None:
+        with suppress(FileNotFoundError):  # not asked beforehand: another process may remove it at any moment
+            mode = os.stat(like).st_mode
     if callable(content):
         content(path)  # safetensors makes a file that only its owner may read
-    os.chmod(path, mode)
+    os.chmod(path, stat.S_IMODE(mode))
     _sync(path)
 
 
