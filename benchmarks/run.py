@@ -37,8 +37,9 @@ class Failed(Exception):
 class Worker:
     """The process of one library, started when it is first asked something."""
 
-    def __init__(self, python: str, arguments: list[str], verbose: bool):
+    def __init__(self, python: str, arguments: list[str], verbose: bool, environment: dict[str, str] | None = None):
         self.command, self.verbose = [python, str(HERE / "worker.py"), *arguments], verbose
+        self.environment = environment
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
@@ -50,7 +51,9 @@ class Worker:
         if self.process is None:
             errors = None if self.verbose else subprocess.DEVNULL
             pipe = subprocess.PIPE
-            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=errors, text=True)
+            self.process = subprocess.Popen(
+                self.command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=self.environment
+            )
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
@@ -221,7 +224,9 @@ def main(
     common = [options.scale, str(int(options.cpu_time)), str(options.threads)]
     workers = {"ours": Worker(sys.executable, common, options.verbose)}
     if not options.no_reference:
-        workers["reference"] = Worker(options.reference_python or reference_python(), common, options.verbose)
+        # A PYTHONPATH may well lead to ours.
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        workers["reference"] = Worker(options.reference_python or reference_python(), common, options.verbose, clean)
     try:
         known = conditions(workers, options)
         results, status = [], 0
