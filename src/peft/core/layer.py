@@ -70,15 +70,15 @@ class AdapterLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module, parameter_name: str | None = None, op: BaseOp | None = None):
         super().__init__()
-        self.base_layer = base_layer
+        # Straight into __dict__, here and below: a large model has tens of thousands of layers, and assigning to a
+        # module is slow.
+        self._modules["base_layer"] = base_layer
         found = op or base_op(self.get_base_layer(), parameter_name)
         if found is None:
             raise ValueError(f"{type(self.get_base_layer()).__name__} has no weight that an adapter can change.")
-        self.op = found
         for slot in self.adapter_layer_names:
-            setattr(self, slot, self.container(slot))
-        # Straight into __dict__: a large model has tens of thousands of layers, and assigning to a module is slow.
-        self.__dict__.update({setting: {} for setting in self.other_param_names})
+            self._modules[slot] = self.container(slot)
+        self.__dict__.update({setting: {} for setting in self.other_param_names}, op=found)
         self.__dict__.update(self._initial_state(parameter_name))
 
     @staticmethod
@@ -144,9 +144,9 @@ class AdapterLayer(nn.Module):
 
     def get_base_layer(self) -> Any:
         """The base module under all adapter layers."""
-        layer = self.base_layer
+        layer = self._modules["base_layer"]
         while isinstance(layer, AdapterLayer):
-            layer = layer.base_layer
+            layer = layer._modules["base_layer"]
         return layer
 
     @property
@@ -182,9 +182,14 @@ class AdapterLayer(nn.Module):
 
     # ---- adapters and their state
 
+    def containers(self) -> list[Any]:
+        """What holds the tensors of the adapters by name, one container per slot."""
+        modules = self._modules  # past `__getattr__`, which takes longer than all the rest of most callers
+        return [modules[slot] for slot in self.adapter_layer_names]
+
     def adapter_names(self) -> list[str]:
         """The adapters on this layer, in the order they came."""
-        return list(dict.fromkeys(name for slot in self.adapter_layer_names for name in getattr(self, slot)))
+        return list(dict.fromkeys(name for entries in self.containers() for name in entries))
 
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.adapter_names())
@@ -192,11 +197,13 @@ class AdapterLayer(nn.Module):
     def add_adapter(self, name: str, config: PeftConfig | None, **settings: Any) -> None:
         """Makes adapter `name` and puts it where the base weight is; it is not active yet."""
         self.create(name, config, **settings)
-        if not any(parameter.is_meta for parameter in self.adapter_parameters(name)):  # else loading will bring them
-            self.move(name, self.place()[0])
-        for parameter in self.adapter_parameters(name):
+        parameters = list(self.adapter_parameters(name))
+        for parameter in parameters:
             parameter.requires_grad = False
-        self._refresh()
+        if not any(parameter.is_meta for parameter in parameters):  # else loading will bring them
+            self.move(name, self.place()[0])
+        if name in self._active:
+            self._refresh()
 
     def place(self) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and floating dtype of the base module, where tensors beside it belong."""
@@ -211,13 +218,12 @@ class AdapterLayer(nn.Module):
 
     def move(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Moves the tensors of an adapter; those on the meta device become empty ones elsewhere."""
-        for slot in self.adapter_layer_names:
-            entries = getattr(self, slot)
+        for entries in self.containers():
             if name not in entries:
                 continue
             entry = entries[name]
             if isinstance(entry, nn.Module):
-                if all(_is_at(parameter, device, dtype) for parameter in entry.parameters()):
+                if all(_is_at(parameter, device, dtype) for parameter in _parameters_of(entry)):
                     continue
                 if device is not None and device.type != "meta" and any(p.is_meta for p in entry.parameters()):
                     entry.to_empty(device=device)
@@ -241,22 +247,21 @@ class AdapterLayer(nn.Module):
             new.data = new.data.to(old.dtype) if old.is_meta else old.data
             new.requires_grad_(old.requires_grad)
 
-    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
         """The parameters of one adapter."""
-        for slot in self.adapter_layer_names:
-            entries = getattr(self, slot)
+        parameters: list[nn.Parameter] = []
+        for entries in self.containers():
             if name in entries:
                 entry = entries[name]
                 if isinstance(entry, nn.Module):
-                    # `parameters()` walks the tree; most entries are a single module.
-                    own = entry._parameters.values() if not entry._modules else entry.parameters()
-                    yield from (parameter for parameter in own if parameter is not None)
+                    parameters += _parameters_of(entry)
                 elif isinstance(entry, nn.Parameter):
-                    yield entry
+                    parameters.append(entry)
+        return parameters
 
-    def trainable_parameters(self, name: str) -> Iterator[nn.Parameter]:
+    def trainable_parameters(self, name: str) -> Iterable[nn.Parameter]:
         """Those of them that training changes; all unless the method says otherwise."""
-        yield from self.adapter_parameters(name)
+        return self.adapter_parameters(name)
 
     def key_map(self, name: str) -> dict[str, str]:
         """Names of an adapter's tensors below this layer: as files have them -> as the live module has them."""
@@ -299,7 +304,7 @@ class AdapterLayer(nn.Module):
                 self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, not inference_mode)
-        self._active = names
+        self.__dict__["_active"] = names
         self._refresh()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -354,17 +359,26 @@ class AdapterLayer(nn.Module):
 
     def _refresh(self) -> None:
         """Decides what the next forward passes do; called whenever the state changes."""
-        self._live = [name for name in self._active if self.has(name) and name not in self.merged_adapters]
-        if self._disable_adapters or not self._live:
-            self._mode = _RUN_BASE
-        elif all(self.cheap(name) for name in self._live):
-            self._mode = _RUN_CHAIN
+        live = [name for name in self._active if self.has(name) and name not in self.merged_adapters]
+        self.__dict__["_live"] = live  # `cheap` may depend on it
+        if self._disable_adapters or not live:
+            mode = _RUN_BASE
+        elif all(self.cheap(name) for name in live):
+            mode = _RUN_CHAIN
         else:
-            self._mode = _RUN_WEIGHT
+            mode = _RUN_WEIGHT
+        self.__dict__["_mode"] = mode
 
     def has(self, name: str) -> bool:
         """Whether adapter `name` is on this layer."""
-        return any(name in getattr(self, slot) for slot in self.adapter_layer_names)
+        for entries in self.containers():  # noqa: SIM110 - asked of every layer in every change of state
+            if name in entries:
+                return True
+        return False
+
+    def has_any(self) -> bool:
+        """Whether there is some adapter on this layer."""
+        return any(len(entries) > 0 for entries in self.containers())
 
     # ---- forward
 
@@ -625,6 +639,12 @@ class AdapterLayer(nn.Module):
 
     def __repr__(self) -> str:
         return super().__repr__().replace(type(self).__name__, self.type_name, 1)
+
+
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """`module.parameters()`, without a walk where there is nothing to walk through."""
+    own = module._parameters.values() if not module._modules else module.parameters()
+    return [parameter for parameter in own if parameter is not None]
 
 
 def _is_at(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:

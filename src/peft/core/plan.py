@@ -6,7 +6,8 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -27,10 +28,12 @@ HEAD_NAMES = frozenset(("classifier", "score", "qa_outputs"))
 
 @dataclass
 class Target:
-    """One place that gets an adapter: a module, or one parameter of it."""
+    """One place that gets an adapter: a module, or one parameter of it; `parent` holds the module as `child`."""
 
     key: str
     module: nn.Module
+    parent: nn.Module
+    child: str
     parameter_name: str | None = None
 
     @property
@@ -62,19 +65,23 @@ class Plan:
         return [target.name for target in self.targets if target.parameter_name is not None]
 
 
-def model_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def model_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules under the names they have without adapters; adapted ones as their adapter layer."""
-    if isinstance(model, AuxiliaryTrainingWrapper):
-        yield prefix, model
-        return
-    if isinstance(model, AdapterLayer):
-        yield prefix, model
-        children = model.get_base_layer().named_children()
-    else:
-        yield prefix, model
-        children = model.named_children()
-    for name, child in children:
-        yield from model_modules(child, f"{prefix}.{name}" if prefix else name)
+    return ((key, module) for key, module, _, _ in model_places(model))
+
+
+def model_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
+    """`model_modules`, each with the module that holds it and the name it has there (of the model: itself, "")."""
+    waiting: list[tuple[str, nn.Module, nn.Module, str]] = [("", model, model, "")]
+    while waiting:
+        place = key, module, _, _ = waiting.pop()
+        yield place
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+        if base._modules:
+            prefix = f"{key}." if key else ""
+            waiting += [(prefix + name, child, base, name) for name, child in reversed(list(base.named_children()))]
 
 
 def target_name(path: str, layer: AdapterLayer) -> str:
@@ -120,7 +127,12 @@ def matching_entry(wanted: str | Iterable[str] | None, key: str) -> str | None:
 
 def get_pattern_key(patterns: Iterable[str], key: str) -> str:
     """The first of `patterns` (regular expressions for the end of a name) that fits `key`; `key` if none does."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", key)), key)
+    return next((pattern for pattern in patterns if _name_end(pattern).match(key)), key)
+
+
+@lru_cache(maxsize=1 << 16)  # a rank for each module of a large model is more than `re` remembers
+def _name_end(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def layer_index(key: str, layers_pattern: str | Iterable[str] | None) -> int | None:
@@ -222,8 +234,9 @@ def make_plan(
     used: set[str] = set()
     saved = {*(config.modules_to_save or ()), *also_save}
     inside_saved: str | None = None
+    parameters = set(getattr(config, "target_parameters", None) or ())
     names = []
-    for key, module in model_modules(model):
+    for key, module, parent, child in model_places(model):
         names.append(key)
         if inside_saved is not None and key.startswith(inside_saved):
             continue
@@ -233,7 +246,8 @@ def make_plan(
             used.add(entry)
             inside_saved = f"{key}."
             continue
-        plan.targets += _parameter_targets(key, module, config, used)
+        if parameters:
+            plan.targets += _parameter_targets(Target(key, module, parent, child), parameters, config, used)
         if only is not None or key in also_target:
             target_entry = key if key in (also_target if only is None else only) else None
         else:
@@ -247,25 +261,23 @@ def make_plan(
                 f"{key!r} is trained in full by another adapter (modules_to_save) and cannot get an adapter too."
             )
         used.add(target_entry)
-        plan.targets.append(Target(key, module))
+        plan.targets.append(Target(key, module, parent, child))
     _check_matches(plan, model, config, names, used, only)
     for target in plan.targets:
         _check_target(target, config, layer_class)
     return plan
 
 
-def _parameter_targets(key: str, module: nn.Module, config: LayerConfig, used: set[str]) -> list[Target]:
-    """The parameters of one module that the configuration names, in the order the module has them."""
-    wanted = getattr(config, "target_parameters", None)
-    if not wanted:
-        return []
+def _parameter_targets(place: Target, wanted: set[str], config: LayerConfig, used: set[str]) -> list[Target]:
+    """The parameters of one module that `wanted` names, in the order the module has them."""
+    module = place.module
     base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
     targets = []
     for name, _ in base.named_parameters(recurse=False):
-        entry = ends_with(f"{key}.{name}" if key else name, wanted)
-        if entry is not None and not matching_entry(config.exclude_modules, key):
+        entry = ends_with(f"{place.key}.{name}" if place.key else name, wanted)
+        if entry is not None and not matching_entry(config.exclude_modules, place.key):
             used.add(entry)
-            targets.append(Target(key, module, name))
+            targets.append(replace(place, parameter_name=name))
     return targets
 
 
@@ -301,15 +313,17 @@ def _check_matches(
     if not plan.targets and config.target_modules != DUMMY_TARGET_MODULES and only is None:
         raise NoMatchingPeftModuleError(_nothing_matches(plan, config, asked, where, names, model))
     from_table = getattr(config, "_targets_are_defaults", False)
+    parameters = set(getattr(config, "target_parameters", None) or ())
     # An entry may fit only what another, longer one or another setting takes; that is a match all the same.
-    used = used | {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
+    if not {*(asked if isinstance(asked, list) else ()), *parameters, *(config.modules_to_save or ())} <= used:
+        used = used | {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
     unmatched = []
     if only is None and isinstance(config.target_modules, (set, list)) and not from_table:
         unmatched += [
             f"target_modules entry {entry!r}" + _did_you_mean(entry, names)
             for entry in sorted(set(config.target_modules) - used)
         ]
-    for entry in sorted(set(getattr(config, "target_parameters", None) or ()) - used):
+    for entry in sorted(parameters - used):
         unmatched.append(
             f"target_parameters entry {entry!r}" + _did_you_mean(entry, [n for n, _ in model.named_parameters()])
         )

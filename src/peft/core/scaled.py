@@ -140,7 +140,7 @@ class ScaledLayer(AdapterLayer):
 
     def scaling_device(self, name: str) -> torch.device:
         """Where the adapter's tensors are."""
-        return next(self.adapter_parameters(name)).device
+        return next(iter(self.adapter_parameters(name))).device
 
 
 def pattern_value(patterns: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -43,9 +43,40 @@ def parts_of(model: nn.Module) -> list[tuple[str, Part]]:
     """All adapter layers and trained modules in a model by name, outer ones before what they wrap."""
     return [
         (name, module)
-        for name, module in model.named_modules()
+        for name, module in live_modules(model)
         if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))
     ]
+
+
+def live_modules(model: nn.Module, copies: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules()` without what adapters are made of; without `copies`, also without modules trained in full.
+
+    So the walk takes as long with a hundred adapters as with none.
+    """
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        children = module._modules
+        if isinstance(module, AdapterLayer):
+            children = {"base_layer": module.base_layer}
+        elif isinstance(module, ModulesToSaveWrapper) and not copies:
+            children = {"original_module": module.original_module}
+        if children:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of the base model by name; those that several modules hold come several times."""
+    for path, module in live_modules(model, copies=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}", parameter
 
 
 def model_config_of(model: nn.Module) -> dict[str, Any]:
@@ -207,12 +238,13 @@ class BaseTuner(nn.Module):
             plan = make_plan(model, config, self.layer_class, only=only, also_target=also_target, also_save=also_save)
             tokens = token_rows(config, model)
             warn_of_tied_targets(plan.module_names, config, model)
-            trained = {id(p): p.requires_grad for p in model.parameters()}
+            trained = {id(p) for _, p in base_parameters(model) if p.requires_grad}
             undo.callback(self._undo, model, adapter_name, self.parts(), trained)
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 self.prepare(plan, config, adapter_name)
                 for target in plan.targets:
-                    parent, module, name = get_submodules(model, self._live_key(model, target.key))
+                    parent, name = target.parent, target.child
+                    module = getattr(parent, name) if name else parent  # a layer by now, if it was a target before
                     extra = {} if target.parameter_name is None else {"parameter_name": target.parameter_name}
                     self._create_and_replace(
                         config, adapter_name, module, name, parent, current_key=target.key, **extra
@@ -222,10 +254,8 @@ class BaseTuner(nn.Module):
                 self._tie_layers(model, [key for key in tied if key in plan.module_names], adapter_name)
                 train_tokens(model, adapter_name, tokens)
             self._parts = None
-            self.targeted_module_names += [key for key in plan.module_names if key not in self.targeted_module_names]
-            self.targeted_parameter_names += [
-                key for key in plan.parameter_names if key not in self.targeted_parameter_names
-            ]
+            self.targeted_module_names = list(dict.fromkeys(self.targeted_module_names + plan.module_names))
+            self.targeted_parameter_names = list(dict.fromkeys(self.targeted_parameter_names + plan.parameter_names))
             self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             self.peft_config[adapter_name] = config
             active = self.active_adapters or [adapter_name]
@@ -237,7 +267,7 @@ class BaseTuner(nn.Module):
             undo.pop_all()
 
     def _undo(
-        self, model: nn.Module, adapter_name: str, before: list[tuple[str, Part]], trained: dict[int, bool]
+        self, model: nn.Module, adapter_name: str, before: list[tuple[str, Part]], trained: set[int]
     ) -> None:
         """Takes an adapter that could not be added back out."""
         old = {id(part) for _, part in before}
@@ -253,8 +283,8 @@ class BaseTuner(nn.Module):
                 del getattr(self, container)[adapter_name]
         self._parts = None
         self.peft_config.pop(adapter_name, None)
-        for parameter in model.parameters():
-            parameter.requires_grad_(trained.get(id(parameter), parameter.requires_grad))
+        for _, parameter in base_parameters(model):
+            parameter.requires_grad_(id(parameter) in trained)
 
     def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:
         """Fills in the defaults for the model type."""
@@ -406,23 +436,15 @@ class BaseTuner(nn.Module):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freezes the base model; trains the biases that the configurations ask for."""
-        own = {
-            id(p) for _, part in self.parts() for name in part.adapter_names() for p in part.adapter_parameters(name)
-        }
-        originals = {
-            id(p)
-            for _, part in self.parts()
-            if isinstance(part, ModulesToSaveWrapper)
-            for p in part.original_module.parameters()
-        }
-        for parameter in model.parameters():
-            if id(parameter) not in own:
-                parameter.requires_grad = False
+        for _, parameter in base_parameters(model):
+            parameter.requires_grad = False
         for config in self.peft_config.values():
             bias = getattr(config, "bias", "none")
             if bias == "all":
-                for name, parameter in model.named_parameters():
-                    if name.rpartition(".")[2].endswith("bias") and id(parameter) not in own | originals:
+                saved = [part for _, part in self.parts() if isinstance(part, ModulesToSaveWrapper)]
+                originals = {id(p) for part in saved for p in part.original_module.parameters()}
+                for name, parameter in base_parameters(model):
+                    if name.endswith("bias") and id(parameter) not in originals:
                         parameter.requires_grad = True
             elif bias != "none":
                 for _, part in self.parts():
@@ -517,7 +539,7 @@ class BaseTuner(nn.Module):
                 warnings.warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now.", PeftWarning, stacklevel=2)
         for _, part in self.parts():
             part.delete_adapter(adapter_name)
-            if isinstance(part, AdapterLayer) and part.adapter_names() and part.active_adapters != left:
+            if isinstance(part, AdapterLayer) and part.has_any() and part.active_adapters != left:
                 part.set_adapter(left)
         for container in self.shared_names:
             if adapter_name in getattr(self, container):

@@ -34,10 +34,10 @@ def input_embedding_name(model: Any) -> str:
 def _plain_weight(module: nn.Module) -> Any:
     """A module's own weight, whatever wraps it; None where it has none."""
     while True:
-        inner = getattr(module, "token_adapter", None) or module.__dict__.get("_modules", {}).get("base_layer")
-        inner = inner or module.__dict__.get("_modules", {}).get("original_module")
+        inside = module._modules
+        inner = inside.get("token_adapter") or inside.get("base_layer") or inside.get("original_module")
         if inner is None:
-            return module.__dict__.get("_parameters", {}).get("weight")
+            return module._parameters.get("weight")
         module = inner
 
 

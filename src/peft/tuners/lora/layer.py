@@ -30,9 +30,10 @@ def _empty_linear(in_features: int, out_features: int, bias: bool = False) -> nn
     """A linear layer whose values are still open: `nn.Linear` would draw some, which takes most of its time."""
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
-    linear.in_features, linear.out_features = in_features, out_features
-    linear.weight = nn.Parameter(torch.empty(out_features, in_features))
-    linear.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+    # Past `__setattr__`, for the same reason.
+    linear.__dict__.update(in_features=in_features, out_features=out_features)
+    linear._parameters["weight"] = nn.Parameter(torch.empty(out_features, in_features))
+    linear._parameters["bias"] = nn.Parameter(torch.empty(out_features)) if bias else None
     return linear
 
 
@@ -88,7 +89,7 @@ class LoraLayer(AdapterLayer):
         **kwargs: Any,
     ):
         super().__init__(base_layer, parameter_name, op)
-        self.lora_dropout = nn.ModuleDict()
+        self._modules["lora_dropout"] = nn.ModuleDict()
         absent: dict[str, Any] = {name: {} for name in _CONTAINERS if name not in self.adapter_layer_names}
         self.__dict__.update(absent, fan_in_fan_out=self.op.kind == "Conv1D")
         if adapter_name is not None:
@@ -467,7 +468,7 @@ class Linear(LoraLayer):
 
 def _kaiming_uniform_(factor: Tensor) -> None:
     """What `nn.init.kaiming_uniform_` with a slope of sqrt(5) comes to: the start of every linear layer in torch."""
-    bound = 1 / math.sqrt(factor[0].numel())
+    bound = 1 / math.sqrt(factor.shape[1:].numel())
     factor.uniform_(-bound, bound)
 
 
