@@ -100,9 +100,11 @@ def _prepare_meta(scale: Scale) -> Prepared:
         "70B": dict(num_hidden_layers=seventy, hidden_size=8192, intermediate_size=28672),
     }
 
+    bases = {name: llama(scale, device="meta", **fields) for name, fields in sizes.items()}
+
     def add(name: str) -> Part:
         def part(clock: Clock) -> None:
-            base = llama(scale, device="meta", **sizes[name])
+            base = twin(bases[name])
             with clock:
                 held["model"] = peft.get_peft_model(base, _lora(16))
 

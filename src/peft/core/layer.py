@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -196,12 +196,15 @@ class AdapterLayer(nn.Module):
 
     def add_adapter(self, name: str, config: PeftConfig | None, **settings: Any) -> None:
         """Makes adapter `name` and puts it where the base weight is; it is not active yet."""
-        self.create(name, config, **settings)
+        device = self.place()[0]
+        # Beside a weight without memory, tensors would lose their values at once: they are made without as well.
+        with device if device is not None and device.type == "meta" else nullcontext():
+            self.create(name, config, **settings)
         parameters = list(self.adapter_parameters(name))
         for parameter in parameters:
             parameter.requires_grad = False
         if not any(parameter.is_meta for parameter in parameters):  # else loading will bring them
-            self.move(name, self.place()[0])
+            self.move(name, device)
         if name in self._active:
             self._refresh()
 

@@ -371,8 +371,7 @@ class BaseTuner(nn.Module):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts `new_module`, which wraps `child`, in its place."""
-        if new_module.training != child.training:
-            new_module.train(child.training)
+        new_module.__dict__["training"] = child.training  # it has no adapters yet, and `train()` would walk through it
         setattr(parent, child_name, new_module)
 
     def _tie_layers(self, model: nn.Module, keys: Sequence[str], adapter_name: str) -> None:

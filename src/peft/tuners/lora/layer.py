@@ -172,6 +172,8 @@ class LoraLayer(AdapterLayer):
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
         """Gives an adapter its start values."""
         a, b = self.factors(adapter_name)
+        if a.is_meta:
+            return
         with torch.no_grad():
             if init_lora_weights == "gaussian":
                 a.normal_(std=1 / self.r[adapter_name])
