@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ TEXT = """\
 Random weights, bf16, LoRA of rank 16 on all linear projections. Training: a step on one sequence of 2048 tokens,
 gradients flowing to the input embeddings. Peak memory is the allocator's, the floor's without the adapter that lies
 beside it. Decoding: {s.tokens} tokens after a prompt of 512 with a static key-value cache; plainly, under torch.compile
-(`reduce-overhead`, which uses CUDA graphs), and from a CUDA graph captured by hand."""
+(`reduce-overhead`, which uses CUDA graphs), and from a CUDA graph captured by hand. "Kernels" are the Triton kernels
+of `peft.ops.fused`, which are off unless switched on; the reference has none, and does in such a row what it always
+does."""
 
 _SHAPES = {
     "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16),
@@ -41,7 +44,8 @@ def cases(scale: Scale) -> list[Case]:
                 found.append(Case(name, lambda s=size, b=batch, h=how: _prepare_decoding(scale, s, b, h), rows))
         name = f"{size}: decode, mixed batch"
         rows = [
-            Row(f"{name}, 32 different adapters / one", "all", "one", 1.15),
+            Row(f"{name}, {scale.adapters} different adapters / one", "all", "one", 1.15),
+            Row(f"{name}, {scale.adapters} different adapters / one, kernels", "all by kernels", "one"),
             Row(f"{name}, `adapter_names` all the same / one", "same", "one", 1.05),
         ]
         found.append(Case(name, lambda s=size: _prepare_mixed(scale, s), rows))
@@ -52,7 +56,12 @@ def _step_case(scale: Scale, size: str, dropout: float, checkpointing: bool) -> 
     settings = [f"dropout {dropout}"] * (dropout > 0) + ["gradient checkpointing"] * checkpointing
     name = ", ".join([f"{size}: step", *settings])
     target = 1.05 if size == "8B" and not dropout else None
-    rows = [Row(name, "adapter", "floor", target), Row(f"{name}, peak memory", "adapter peak", "floor peak", unit="B")]
+    rows = [
+        Row(name, "adapter", "floor", target),
+        Row(f"{name}, kernels", "kernels", "floor", target),
+        Row(f"{name}, peak memory", "adapter peak", "floor peak", unit="B"),
+        Row(f"{name}, peak memory, kernels", "kernels peak", "floor peak", unit="B"),
+    ]
     return Case(name, lambda: _prepare_step(scale, size, dropout, checkpointing), rows)
 
 
@@ -92,10 +101,10 @@ def _prepare_step(scale: Scale, size: str, dropout: float, checkpointing: bool) 
     tokens = _tokens(floor, 1, 2048 if scale.hidden > 64 else scale.length)
     embeddings = floor.get_input_embeddings()(tokens).detach().requires_grad_(True)
     inputs = {"inputs_embeds": embeddings, "labels": tokens, "use_cache": False}
-    with torch.no_grad():
-        outcome = {"logits": sample(adapted.eval()(**inputs).logits)}
-    train(adapted, inputs)
-    outcome["gradients"] = gradients(adapted)
+    adapted.eval()
+    outcome = _outcome(adapted, inputs, "")
+    with _kernels():
+        outcome |= _outcome(adapted, inputs, " by kernels")
     for model in (floor, adapted):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -104,11 +113,43 @@ def _prepare_step(scale: Scale, size: str, dropout: float, checkpointing: bool) 
     parts = {
         "floor": _timed(lambda: train(floor, inputs)),
         "adapter": _timed(lambda: train(adapted, inputs)),
-        # between the two parts, what the other's step has left must be gone
+        "kernels": _by_kernels(_timed(lambda: train(adapted, inputs))),
+        # between the parts, what the other's step has left must be gone
         "floor peak": _peak(lambda: train(floor, inputs), adapted, beside),
         "adapter peak": _peak(lambda: train(adapted, inputs), adapted, 0),
+        "kernels peak": _by_kernels(_peak(lambda: train(adapted, inputs), adapted, 0)),
     }
     return Prepared(parts, outcome, tolerance=5e-2)
+
+
+def _outcome(model: Any, inputs: dict[str, Any], how: str) -> dict[str, Tensor]:
+    """Logits and gradients of a step without dropout."""
+    train(model, inputs)
+    with torch.no_grad():
+        return {f"logits{how}": sample(model(**inputs).logits), f"gradients{how}": gradients(model)}
+
+
+@contextmanager
+def _kernels() -> Iterator[None]:
+    """While it lasts, this library uses its Triton kernels; the reference has none."""
+    try:
+        from peft.ops import fused
+    except ImportError:
+        yield
+        return
+    fused.enabled = True
+    try:
+        yield
+    finally:
+        fused.enabled = False
+
+
+def _by_kernels(part: Part) -> Part:
+    def run(clock: Clock) -> float | None:
+        with _kernels():
+            return part(clock)
+
+    return run
 
 
 def _timed(action: Callable[[], object]) -> Part:
@@ -152,7 +193,11 @@ def _prepare_mixed(scale: Scale, size: str) -> Prepared:
     }
     with torch.no_grad():
         outcome = {name: sample(adapted(tokens[:, :8], **names).logits) for name, names in wanted.items()}
+        with _kernels():
+            outcome["all by kernels"] = sample(adapted(tokens[:, :8], **wanted["all"]).logits)
     parts = {name: _decoder(adapted, tokens, scale.tokens, "plain", **names) for name, names in wanted.items()}
+    with _kernels():
+        parts["all by kernels"] = _by_kernels(_decoder(adapted, tokens, scale.tokens, "plain", **wanted["all"]))
     return Prepared(parts, outcome, tolerance=5e-2)
 
 
@@ -209,4 +254,4 @@ if __name__ == "__main__":
 
     if _DEVICE != "cuda" and "--smoke" not in sys.argv:
         sys.exit("benchmarks/gpu.py needs a CUDA device, and torch finds none here: nothing was measured.")
-    sys.exit(run.main(groups=("gpu",), page="benchmarks-gpu.md", heading="Benchmarks on a GPU"))
+    sys.exit(run.main(groups=("gpu",), heading="Benchmarks on a GPU"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -61,7 +62,10 @@ class Line:
 
 
 def write(path: Path, groups: list[dict[str, Any]], heading: str, conditions: dict[str, str]) -> None:
-    """Writes the page at `path` and a picture per group beside it, in a folder of the page's name."""
+    """Writes a part of the page at `path` and a picture per group beside it, in a folder of the page's name.
+
+    A part begins with `# heading`; the other parts of a page that is there stay.
+    """
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     text = [f"# {heading}", "", *(f"- {name}: {value}" for name, value in conditions.items()), ""]
@@ -70,7 +74,10 @@ def write(path: Path, groups: list[dict[str, Any]], heading: str, conditions: di
         picture = folder / f"{group['name']}.png"
         if draw(group["title"], group["lines"], picture):
             text += [f"![{group['title']}: ratios]({folder.name}/{picture.name})", ""]
-    path.write_text("\n".join(text), encoding="utf-8")
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    parts = {part.split("\n", 1)[0]: part for part in re.split("^(?=# )", page, flags=re.MULTILINE) if part.strip()}
+    parts[text[0]] = "\n".join(text)
+    path.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts.values()), encoding="utf-8")
 
 
 def table(lines: list[Line]) -> str:

@@ -216,7 +216,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(
     arguments: list[str] | None = None,
     groups: tuple[str, ...] = GROUPS,
-    page: str = "benchmarks.md",
     heading: str = "Benchmarks",
 ) -> int:
     """Runs what the arguments ask for; 1 if ours failed somewhere or computed something else than the reference."""
@@ -247,7 +246,7 @@ def main(
             worker.close()
     out = options.out
     if out is None and options.scale == "full" and not options.only and not options.no_reference:
-        out = HERE.parent / "docs" / page
+        out = HERE.parent / "docs" / "benchmarks.md"
     if out:
         report.write(out, results, heading, known)
         print(f"Written: {out}", file=sys.stderr)

@@ -26,11 +26,29 @@ def test_every_group_is_measured_and_written(tmp_path):
     text = page.read_text(encoding="utf-8")
     for group in ("step", "decode", "startup", "methods"):
         assert f"(page/{group}.png)" in text and (tmp_path / "page" / f"{group}.png").stat().st_size
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
-    ]
-    measured = [row for row in rows if row[0] and row[0] != "---"]
-    assert measured and all(row[3] and not row[2] for row in measured)
+    rows = measured(text)
+    assert rows and all(row[3] and not row[2] for row in rows)
+
+
+def measured(text: str) -> list[list[str]]:
+    """The rows of a page's tables, without the headers."""
+    lines = [line.strip("|") for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    return [row for row in rows if row[0] and row[0] != "---"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it measures models of real size")
+def test_the_gpu_benchmark_runs_tiny_on_a_cpu_and_becomes_a_part_of_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Benchmarks\n\nof the CPU\n\n# Benchmarks on a GPU\n\nof old\n", encoding="utf-8")
+    some = "8B: (step, dropout 0.1, gradient checkpointing|decode, (batch 32, torch.compile|mixed batch))$"
+    done = run("gpu.py", "--smoke", "--no-reference", "--verbose", "--only", some, "--out", str(page))
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = page.read_text(encoding="utf-8")
+    assert "of the CPU" in text and "of old" not in text and text.count("# Benchmarks on a GPU\n") == 1
+    names = [row[0] for row in measured(text)]
+    assert len(names) == 8 and sum("kernels" in name for name in names) == 3
+    assert all(row[3] for row in measured(text))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no CUDA device")
