@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import types
+import typing
 import warnings
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cache
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from peft.errors import PeftWarning
@@ -36,6 +40,41 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     return value
+
+
+@cache
+def _field_types(config_class: type) -> dict[str, Any]:
+    """The types of a configuration's fields; what a class from elsewhere names and does not import may be anything."""
+    try:
+        return typing.get_type_hints(config_class)
+    except NameError:
+        return {}
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type, elements aside. An int is a float, and a tuple or set is a list."""
+    origin = typing.get_origin(kind) or kind
+    if kind is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(value, member) for member in typing.get_args(kind))
+    if origin is typing.Literal:
+        return any(_is_of(value, type(entry)) for entry in typing.get_args(kind))
+    if origin in (int, float):
+        return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
+    if origin in (list, tuple, set):
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+    if is_dataclass(origin) and isinstance(value, Mapping):  # as files have it
+        return True
+    if origin is dict:
+        return isinstance(value, Mapping)
+    if origin is str or (isinstance(origin, type) and issubclass(origin, Enum)):
+        return isinstance(value, (str, os.PathLike, origin))
+    return not isinstance(origin, type) or isinstance(value, origin)
+
+
+def _spelled(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
 
 
 def as_subconfig(name: str, value: Any, kind: type) -> Any:
@@ -72,11 +111,50 @@ class PeftConfigMixin:
     stores_embeddings: ClassVar[bool] = True
     #: fields that only matter in this process; never written
     runtime_fields: ClassVar[frozenset[str]] = frozenset()
+    #: fields whose numbers are more than zero (those of the classes below count too); None is allowed
+    positive_fields: ClassVar[tuple[str, ...]] = ()
+    #: fields whose numbers are zero or more
+    nonnegative_fields: ClassVar[tuple[str, ...]] = ()
+    #: fields whose numbers are fractions: zero or more, less than one
+    fraction_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        """Checks the fields, as far as each can be judged on its own.
+
+        Raises:
+            TypeError: a value is of another type than its field.
+            ValueError: a number is out of range, or there is no such task.
+        """
+        own_class: Any = type(self)
+        kinds = _field_types(own_class)
+        for field in fields(self):
+            value, kind = getattr(self, field.name), kinds.get(field.name, Any)
+            if value is not None and not _is_of(value, kind):
+                raise TypeError(
+                    f"{field.name} of {type(self).__name__} must be {_spelled(kind)}, got {value!r}"
+                    f" ({type(value).__name__})."
+                )
+        for name in self._all_of("positive_fields"):
+            value, kind = getattr(self, name), kinds.get(name, Any)
+            if value is not None and not value > 0:
+                raise ValueError(
+                    f"{name} must be {'positive' if _is_of(0.5, kind) else 'a positive integer'}, got {value}."
+                )
+        for name in self._all_of("nonnegative_fields"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")
+        for name in self._all_of("fraction_fields"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {value}.")
         _check_task_type(self.task_type)
         if self.peft_version is None:
             self.peft_version = __version__
+
+    @classmethod
+    def _all_of(cls, attribute: str) -> list[str]:
+        return [name for base in cls.__mro__ for name in base.__dict__.get(attribute, ())]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name; sub-configurations as dictionaries."""
@@ -307,10 +385,9 @@ class PromptLearningConfig(PeftConfig):
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_virtual_tokens is not None and self.num_virtual_tokens < 1:
-            raise ValueError(f"num_virtual_tokens must be a positive integer, got {self.num_virtual_tokens}.")
+    positive_fields: ClassVar[tuple[str, ...]] = (
+        "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
+    )  # fmt: skip
 
     @property
     def is_prompt_learning(self) -> bool:

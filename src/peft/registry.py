@@ -126,7 +126,10 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "LORA": Method(
-        "peft.tuners.lora", "LoraConfig", "LoraModel", "lora_",
+        "peft.tuners.lora",
+        "LoraConfig",
+        "LoraModel",
+        "lora_",
         aliases=(
             "ArrowConfig",
             "BdLoraConfig",

@@ -32,7 +32,7 @@ class ScaledConfig(LayerConfig):
     """
 
     r: int = 8
-    alpha: int = 8
+    alpha: float = 8
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     alpha_pattern: dict[str, int] | None = field(default_factory=dict)
     rank_dropout: float = 0.0
@@ -40,6 +40,9 @@ class ScaledConfig(LayerConfig):
     use_effective_conv2d: bool = False
     init_weights: bool | str = True
 
+    positive_fields = ("r",)
+    nonnegative_fields = ("alpha",)
+    fraction_fields = ("rank_dropout", "module_dropout")
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
 
     def __post_init__(self) -> None:
@@ -49,9 +52,6 @@ class ScaledConfig(LayerConfig):
         for pattern, r in {"r": self.r, **self.rank_pattern}.items():
             if r < 1:
                 raise ValueError(f"The rank must be a positive integer, got {r} for {pattern!r}.")
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}.")
 
 
 class ScaledLayer(AdapterLayer):

@@ -68,7 +68,7 @@ class AdaLoraConfig(LayerConfig):
     orth_reg_weight: float = 0.5
     total_step: int | None = None
     rank_pattern: dict[str, list[bool]] | None = None
-    lora_alpha: int = 8
+    lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True
@@ -96,6 +96,9 @@ class AdaLoraConfig(LayerConfig):
     arrow_config: Any = None
     kasa_config: Any = None
 
+    positive_fields = ("init_r", "deltaT")
+    nonnegative_fields = ("target_r", "tinit", "tfinal", "orth_reg_weight", "lora_alpha")
+    fraction_fields = ("beta1", "beta2", "lora_dropout")
     runtime_fields: ClassVar[frozenset[str]] = frozenset(("runtime_config",))
     pattern_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -111,12 +114,6 @@ class AdaLoraConfig(LayerConfig):
             raise ValueError(
                 f"The steps before and after the allocation (tinit={self.tinit}, tfinal={self.tfinal}) leave none of"
                 f" total_step={self.total_step} for it."
-            )
-        if self.init_r < 1 or self.target_r < 0 or self.deltaT < 1 or self.orth_reg_weight < 0:
-            raise ValueError(
-                "AdaLoRA needs init_r and deltaT of 1 or more, target_r and orth_reg_weight of 0 or more; got"
-                f" init_r={self.init_r}, deltaT={self.deltaT}, target_r={self.target_r},"
-                f" orth_reg_weight={self.orth_reg_weight}."
             )
         self.alpha_pattern = self.alpha_pattern or {}
         plain: dict[str, Any] = {f.name: {} if f.name == "alpha_pattern" else f.default for f in fields(self)}

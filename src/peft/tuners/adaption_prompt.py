@@ -49,13 +49,11 @@ class AdaptionPromptConfig(PeftConfig):
 
     beyond_reference: ClassVar[frozenset[str]] = frozenset()
 
+    positive_fields = ("adapter_len", "adapter_layers")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.ADAPTION_PROMPT
-        for name in ("adapter_len", "adapter_layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value}.")
 
     @property
     def is_adaption_prompt(self) -> bool:

@@ -48,6 +48,8 @@ class BOFTConfig(LayerConfig):
     fan_in_fan_out: bool = False
     init_weights: bool = True
 
+    positive_fields = ("boft_n_butterfly_factor",)
+    fraction_fields = ("boft_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "boft_all_factors"))
 
     def __post_init__(self) -> None:
@@ -59,12 +61,6 @@ class BOFTConfig(LayerConfig):
                 "Give a positive boft_block_size or a positive boft_block_num, and 0 for the other; got"
                 f" boft_block_size={size} and boft_block_num={number}."
             )
-        if self.boft_n_butterfly_factor < 1:
-            raise ValueError(f"boft_n_butterfly_factor must be a positive integer, got {self.boft_n_butterfly_factor}.")
-        if not 0 <= self.boft_dropout < 1:
-            raise ValueError(f"boft_dropout must be at least 0 and less than 1, got {self.boft_dropout}.")
-        if self.init_weights not in (True, False):
-            raise ValueError(f"Unknown init_weights={self.init_weights!r}; use True or False.")
 
     @property
     def factors(self) -> int:

@@ -47,6 +47,8 @@ class CPTConfig(PromptLearningConfig):
     opt_projection_format_epsilon: float = 0.1
     tokenizer_name_or_path: str | None = None
 
+    nonnegative_fields = ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.CPT
@@ -64,9 +66,6 @@ class CPTConfig(PromptLearningConfig):
             )
         if self.opt_weighted_loss_type not in (None, "none", "decay"):
             raise ValueError(f"opt_weighted_loss_type must be 'none' or 'decay', got {self.opt_weighted_loss_type!r}.")
-        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         self.num_virtual_tokens = len(ids)
         self.num_transformer_submodules = 1
 

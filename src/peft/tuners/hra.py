@@ -33,13 +33,12 @@ class HRAConfig(LayerConfig):
     apply_GS: bool = False
     init_weights: bool = True
 
+    positive_fields = ("r",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.HRA
-        if self.r < 1:
-            raise ValueError(f"r must be a positive integer, got {self.r}.")
 
 
 class HRALayer(AdapterLayer):

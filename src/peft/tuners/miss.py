@@ -38,13 +38,13 @@ class MissConfig(LayerConfig):
     mini_r: int = 1
     init_weights: bool | Literal["bat", "mini"] = True
 
+    positive_fields = ("r", "mini_r")
+    fraction_fields = ("miss_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MISS
-        if self.r < 1 or self.mini_r < 1:
-            raise ValueError(f"r and mini_r must be positive integers, got r={self.r} and mini_r={self.mini_r}.")
         if self.init_weights not in (True, False, "bat", "mini"):
             raise ValueError(f"init_weights must be True, False, 'bat' or 'mini', got {self.init_weights!r}.")
         if self.init_weights == "bat" and self.miss_dropout:

@@ -60,12 +60,12 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     starts: ClassVar[type[Enum]] = MultitaskPromptTuningInit
 
+    positive_fields = ("num_ranks", "num_tasks")
+    nonnegative_fields = ("prompt_tuning_init_task",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MULTITASK_PROMPT_TUNING
-        for name in ("num_ranks", "num_tasks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}.")
         start: Any = self.prompt_tuning_init
         if start in _FROM_SOURCE and not self.prompt_tuning_init_state_dict_path:
             raise ValueError(

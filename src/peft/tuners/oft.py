@@ -53,6 +53,8 @@ class OFTConfig(LayerConfig):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
 
+    positive_fields = ("eps", "num_cayley_neumann_terms")
+    fraction_fields = ("module_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
 
     def __post_init__(self) -> None:
@@ -61,12 +63,6 @@ class OFTConfig(LayerConfig):
         sizes = f"got r={self.r} and oft_block_size={self.oft_block_size}"
         if self.r < 0 or self.oft_block_size < 0 or (self.r == 0) == (self.oft_block_size == 0):
             raise ValueError(f"Give a positive r or a positive oft_block_size, and 0 for the other; {sizes}.")
-        if not 0 <= self.module_dropout < 1:
-            raise ValueError(f"module_dropout must be at least 0 and less than 1, got {self.module_dropout}.")
-        if self.use_cayley_neumann and self.num_cayley_neumann_terms < 1:
-            raise ValueError(f"num_cayley_neumann_terms must be positive, got {self.num_cayley_neumann_terms}.")
-        if self.init_weights not in (True, False):
-            raise ValueError(f"Unknown init_weights={self.init_weights!r}; use True or False.")
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -42,6 +42,9 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
 
+    positive_fields = ("encoder_hidden_size", "encoder_num_layers")
+    fraction_fields = ("encoder_dropout",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.P_TUNING
@@ -51,12 +54,6 @@ class PromptEncoderConfig(PromptLearningConfig):
             names = ", ".join(one.value for one in known)
             raise ValueError(f"encoder_reparameterization_type={network!r} is not known; use one of {names}.")
         self.encoder_reparameterization_type = network = PromptEncoderReparameterizationType(network)
-        for name in ("encoder_hidden_size", "encoder_num_layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value}.")
-        if not 0 <= self.encoder_dropout < 1:
-            raise ValueError(f"encoder_dropout is a probability below 1, got {self.encoder_dropout}.")
         if network == PromptEncoderReparameterizationType.MLP and self.encoder_num_layers != 2:
             warnings.warn("encoder_num_layers has no effect: it is for the LSTM; the network is an MLP.", PeftWarning)
 

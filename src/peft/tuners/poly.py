@@ -44,6 +44,7 @@ class PolyConfig(LayerConfig):
     n_skills: int = 4
     n_splits: int = 1
 
+    positive_fields = ("r", "n_tasks", "n_skills", "n_splits")
     beyond_reference: ClassVar[frozenset[str]] = frozenset(
         ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
     )
@@ -51,9 +52,6 @@ class PolyConfig(LayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.POLY
-        for name in ("r", "n_tasks", "n_skills", "n_splits"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}.")
         if self.poly_type != "poly":
             raise ValueError(f"poly_type={self.poly_type!r} is not known; use 'poly'.")
 

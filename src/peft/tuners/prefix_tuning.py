@@ -45,13 +45,13 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
 
+    positive_fields = ("encoder_hidden_size",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PREFIX_TUNING
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights={self.init_weights!r} is not known; use None (random) or 'zero'.")
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise ValueError(f"encoder_hidden_size must be a positive integer, got {self.encoder_hidden_size}.")
 
 
 class PrefixEncoder(VirtualTokens):

@@ -51,16 +51,17 @@ class RandLoraConfig(LayerConfig):
     very_sparse: bool = False
     randlora_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    randlora_alpha: int = 640
+    randlora_alpha: float = 640
     init_weights: bool = True
 
+    positive_fields = ("r",)
+    nonnegative_fields = ("randlora_alpha",)
+    fraction_fields = ("randlora_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.RANDLORA
-        if self.r < 1:
-            raise ValueError(f"r must be a positive integer, got {self.r}.")
 
 
 class RandLoraLayer(AdapterLayer):

@@ -47,6 +47,7 @@ class ShiraConfig(LayerConfig):
     fan_in_fan_out: bool = False
     init_weights: bool = True
 
+    positive_fields = ("r",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(
         ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
     )
@@ -55,8 +56,6 @@ class ShiraConfig(LayerConfig):
         super().__post_init__()
         self.peft_type = PeftType.SHIRA
         self.mask_fn: MaskFunction | None = None
-        if self.r < 1:
-            raise ValueError(f"r must be a positive integer, got {self.r}.")
         if self.mask_type != "random" and not self.inference_mode:
             warnings.warn(
                 f"mask_type={self.mask_type!r} is not known here; set config.mask_fn to a function of your own.",

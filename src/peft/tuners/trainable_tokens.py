@@ -39,7 +39,7 @@ class TrainableTokensConfig(LayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.TRAINABLE_TOKENS
-        if isinstance(self.token_indices, int) or any(not isinstance(index, int) for index in self.token_indices):
+        if any(not isinstance(index, int) for index in self.token_indices):
             raise TypeError(f"token_indices must be a list of integers, got {self.token_indices!r}.")
         self.token_indices = list(self.token_indices)
 
@@ -56,6 +56,10 @@ class TrainableTokensModel(BaseTuner):
         # Tied weights stay tied, without being asked to.
         config.ensure_weight_tying = bool(tied_embedding_modules(self.model))
         return config
+
+    def check_config(self, adapter_name: str, config: TrainableTokensConfig) -> None:
+        if not config.token_indices:
+            raise ValueError("token_indices is empty: name the tokens to train, by their ids.")
 
     def layer_settings(self, config: TrainableTokensConfig, key: str) -> dict[str, Any]:
         return {"token_indices": config.token_indices}

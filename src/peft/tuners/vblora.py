@@ -52,14 +52,14 @@ class VBLoRAConfig(LayerConfig):
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
 
+    positive_fields = ("r", "num_vectors", "vector_length", "topk")
+    nonnegative_fields = ("init_vector_bank_bound", "init_logits_std")
+    fraction_fields = ("vblora_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.VBLORA
-        for name in ("r", "num_vectors", "vector_length", "topk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}.")
         if self.topk > self.num_vectors:
             raise ValueError(f"topk={self.topk} is more than the vectors in the bank (num_vectors={self.num_vectors}).")
 

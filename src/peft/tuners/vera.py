@@ -44,13 +44,13 @@ class VeraConfig(LayerConfig):
     fan_in_fan_out: bool = False
     init_weights: bool = True
 
+    positive_fields = ("r",)
+    fraction_fields = ("vera_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.VERA
-        if self.r < 1:
-            raise ValueError(f"r must be a positive integer, got {self.r}.")
 
 
 class VeraLayer(AdapterLayer):

@@ -65,7 +65,7 @@ class LoraConfig(LayerConfig):
     """
 
     r: int = 8
-    lora_alpha: int = 8
+    lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     use_rslora: bool = False

@@ -106,9 +106,7 @@ class LoraLayer(AdapterLayer):
         self.add_adapter(adapter_name, config, r=r, lora_alpha=lora_alpha, key=kwargs.get("target_name", ""))
         self.settle(adapter_name)
 
-    def create(
-        self, name: str, config: LoraConfig, r: int = 0, lora_alpha: float | None = None, key: str = ""
-    ) -> None:
+    def create(self, name: str, config: LoraConfig, r: int = 0, lora_alpha: float | None = None, key: str = "") -> None:
         r = r or config.r
         if r < 1:
             raise ValueError(f"r must be a positive integer, got {r}.")

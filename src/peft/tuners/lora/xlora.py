@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -24,12 +24,8 @@ from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.variants import VARIANTS
 
-#: variants of LoRA whose change of an input is more than a product of two matrices
-NOT_MIXED = (
-    "use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config", "kasa_config",
-    "monteclora_config", "lora_bias",
-)  # fmt: skip
 _NO_ROUTES = "adapter_names (a mixed batch) cannot be used with X-LoRA, which weighs all experts itself."
 
 
@@ -76,19 +72,14 @@ class XLoraConfig(PeftConfig):
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
 
+    positive_fields = ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora", "softmax_temperature")
+    fraction_fields = ("xlora_dropout_p",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.XLORA
         self.adapters = dict(self.adapters or {})
         self._saved_in: tuple[str, dict[str, Any]] | None = None
-        for name in ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value}.")
-        if not 0 <= self.xlora_dropout_p < 1:
-            raise ValueError(f"xlora_dropout_p must be at least 0 and less than 1, got {self.xlora_dropout_p}.")
-        if not self.softmax_temperature > 0:
-            raise ValueError(f"softmax_temperature must be positive, got {self.softmax_temperature}.")
         self.check_top_k()
         if self.enable_softmax_topk and self.top_k_lora is None:
             warnings.warn("enable_softmax_topk without top_k_lora is a softmax over all experts.", PeftWarning)
@@ -252,6 +243,10 @@ class XLoraModel(LoraModel):
 
     internal_xlora_classifier: XLoraClassifier
 
+    @classmethod
+    def start_is_replaceable(cls, config: Any) -> bool:
+        return isinstance(config, XLoraConfig) or super().start_is_replaceable(config)
+
     def hold(self, model: nn.Module) -> None:
         self.lora_model = _Holder(model)
         self.mixture = Mixture()
@@ -323,7 +318,7 @@ class XLoraModel(LoraModel):
         if not isinstance(config, LoraConfig):
             raise ValueError(f"Expert {adapter_name!r} is a {config.peft_type} adapter; X-LoRA mixes LoRA adapters.")
         super().check_config(adapter_name, config)
-        for setting in NOT_MIXED:
+        for setting in (*VARIANTS, "lora_bias"):
             if getattr(config, setting):
                 raise ValueError(
                     f"Expert {adapter_name!r} has {setting}={getattr(config, setting)!r}; X-LoRA mixes plain LoRA"
@@ -425,10 +420,12 @@ class XLoraModel(LoraModel):
             if not torch.is_grad_enabled():  # gradient checkpointing runs layers again, in the backward pass
                 self.mixture.weights = None
 
-    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    @contextmanager
+    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
         if kwargs.setdefault("use_cache", False) and not self.disabled:
             raise ValueError("X-LoRA generates with use_cache=False only: weights change a token's keys and values.")
-        return self.around_forward(args, kwargs)
+        with self.around_forward(args, kwargs):
+            yield
 
     def _weigh(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs the first pass and sets the weights for the second."""
