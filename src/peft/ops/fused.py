@@ -1,6 +1,7 @@
 """The low-rank products of `ops/lora.py` by Triton kernels: when they are used, what they compute, their gradients.
 
 They are off until they are switched on: by PEFT_TRITON=1 in the environment, or by `peft.ops.fused.enabled = True`.
+They were tested with Triton 3.7, which PyTorch 2.13 brings along for CUDA.
 They have been shown to be right, and not yet to be faster: `benchmarks/gpu.py` measures a step with and without them.
 
 With dropout they save what plain torch needs a full-size tensor for: the mask is made in registers, in the forward pass
@@ -159,27 +160,18 @@ def lora_linear(
         kept: two tensors of which x is the product, if they are to be kept for the backward pass in its place.
     """
     if not torch.is_grad_enabled():
-        return _product(x, weight, bias, result, a, b, scaling, p, overwrite)[0]
+        base = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
+        return _product(x, base, a, b, scaling, p, overwrite or result is None)[0]
     return _FusedLoraLinear.apply(x, weight, bias, result, a, b, scaling, p, overwrite, *(kept or (x, None)))
 
 
 def _product(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    result: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-    p: float,
-    overwrite: bool,
+    x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: float, p: float, overwrite: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The result, what B is multiplied with, and the seed of the mask, if there is one."""
+    """base with the adapter's product added, what B is multiplied with, and the seed of the mask, if there is one."""
     # Drawn on the device from its own generator: nothing waits for it, and checkpointing draws it again.
     seed = torch.empty(1, dtype=torch.int64, device=x.device).random_() if p else None
-    base = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
-    own = overwrite or result is None
-    out = base if own else torch.empty_like(base, memory_format=torch.contiguous_format)
+    out = base if overwrite else torch.empty_like(base, memory_format=torch.contiguous_format)
     low = _kernels().down(_matrix(x), a, 1.0, p, seed)
     _kernels().add_up(_matrix(base), low, b, scaling, 0.0, None, out.view(-1, out.shape[-1]))
     return out, low, seed
@@ -203,7 +195,8 @@ class _FusedLoraLinear(torch.autograd.Function):
         u: Tensor,
         v: Tensor | None,
     ) -> Tensor:
-        out, low, seed = _product(x, weight, bias, result, a, b, scaling, p, overwrite)
+        base = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
+        out, low, seed = _product(x, base, a, b, scaling, p, overwrite or result is None)
         if overwrite and result is not None:
             ctx.mark_dirty(result)
         ctx.scaling, ctx.p, ctx.shape = scaling, p, x.shape
