@@ -119,6 +119,20 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         )
         for part in ("", ".classifier", ".config", ".layer", ".model")
     },
+    **{
+        f"peft.tuners.lora.{path}": _at("peft.tuners.lora.quantised", names)
+        for path, names in {
+            "aqlm": "AqlmLoraLinear dispatch_aqlm=dispatch",
+            "awq": "AwqLoraLinear dispatch_awq=dispatch",
+            "bnb": "Linear4bit Linear8bitLt dispatch_bnb_4bit=dispatch dispatch_bnb_8bit=dispatch",
+            "eetq": "EetqLoraLinear dispatch_eetq=dispatch",
+            "gptq": "GPTQLoraLinear dispatch_gptq=dispatch",
+            "hqq": "HqqLoraLinear dispatch_hqq=dispatch",
+            "inc": "IncLoraLinear dispatch_inc=dispatch",
+            "te": "TeLinear dispatch_transformer_engine=dispatch",
+            "torchao": "TorchaoLoraLinear dispatch_torchao=dispatch",
+        }.items()
+    },
     "peft.utils": {**_OTHER, **_STATE, **_TYPES, **_ERRORS, **_WARNING},
     "peft.utils.constants": _CONSTANTS,
     "peft.utils.error": _ERRORS,

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -35,12 +34,11 @@ class BaseOp:
     batch_dim = 0
 
     def __init__(self, module: nn.Module):
-        weight = getattr(module, self.weight_name)
-        self.out_features, self.in_features = self.features(module, weight)
+        self.out_features, self.in_features = self.features(module)
 
-    def features(self, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    def features(self, module: Any) -> tuple[int, int]:
         """(out_features, in_features)."""
-        out_features, in_features = self.matrix(weight).shape
+        out_features, in_features = self.matrix(getattr(module, self.weight_name)).shape
         return out_features, in_features
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -73,11 +71,11 @@ class LinearOp(BaseOp):
     kind = "Linear"
     linear = True
 
-    def features(self, module: Any, weight: Tensor) -> tuple[int, int]:
-        # The packed weight of a quantised layer has another shape, so the module is asked.
+    def features(self, module: Any) -> tuple[int, int]:
+        # The packed weight of a quantised layer has another shape or another name, so the module is asked.
         if hasattr(module, "out_features") and hasattr(module, "in_features"):
             return module.out_features, module.in_features
-        return super().features(module, weight)
+        return super().features(module)
 
     def run(self, module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         return F.linear(args[0], weight, bias)
@@ -118,6 +116,16 @@ class EmbeddingOp(BaseOp):
 
     kind = "Embedding"
     bias_name = None
+
+    def features(self, module: Any) -> tuple[int, int]:
+        if not module.weight.is_floating_point():  # packed
+            return module.embedding_dim, module.num_embeddings
+        return super().features(module)
+
+    def run(self, module: Any, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        if not module.weight.is_floating_point():  # its own forward unpacks
+            return F.embedding(args[0], weight, module.padding_idx)
+        return super().run(module, weight, bias, *args, **kwargs)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -255,8 +263,3 @@ def base_op(module: nn.Module, parameter_name: str | None = None) -> BaseOp | No
 def kernel_numel(module: nn.Module) -> int:
     """Positions in a convolution's kernel; 1 for other modules."""
     return math.prod(getattr(module, "kernel_size", ())) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
-
-
-def is_dense(weight: Any) -> bool:
-    """Whether a weight is a plain floating tensor that can be computed with as it is."""
-    return isinstance(weight, torch.Tensor) and weight.is_floating_point()

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
-from peft.core.base_op import BaseOp, NormOp, ParameterOp, base_op, is_dense
+from peft.core.base_op import BaseOp, NormOp, ParameterOp, base_op
 from peft.core.routing import BASE, Route
-from peft.core.storage import onloaded, place_of, storage_of
+from peft.core.storage import is_plain, onloaded, place_of, storage_of
 from peft.errors import PeftWarning
 from peft.ops.lora import compute_dtype
 
@@ -136,6 +136,12 @@ class AdapterLayer(nn.Module):
     def check_merge(self, name: str) -> None:
         """Raises NotImplementedError or ValueError where the adapter cannot become part of the weight."""
 
+    def check_mergeable(self, name: str) -> None:
+        """Raises NotImplementedError or ValueError where adapter `name` or the base weight does not allow merging."""
+        self.check_merge(name)
+        base = self.get_base_layer()
+        storage_of(base, self.op.weight_name).check_write(base, self.op.weight_name)
+
     @classmethod
     def check(cls, config: Any, key: str, module: nn.Module, op: BaseOp) -> None:
         """Raises ValueError where `config` cannot go on this module; asked before anything is changed."""
@@ -151,10 +157,12 @@ class AdapterLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base module's weight; the one in effect where the module around this one reads it rather than calls."""
+        """The base module's weight, packed as it may be; the one in effect where it is read rather than called."""
         if self.is_read and self._mode != _RUN_BASE:
             return self.effective()[0]
-        return getattr(self.get_base_layer(), self.op.weight_name)
+        base, name = self.get_base_layer(), self.op.weight_name
+        held = base._parameters.get(name)
+        return storage_of(base, name).held(base, name) if held is None else held
 
     @property
     def bias(self) -> Tensor | None:
@@ -421,6 +429,10 @@ class AdapterLayer(nn.Module):
                 while isinstance(layer, AdapterLayer):
                     path, layer = f"base_layer.{path}", layer.base_layer
                 return torch.func.functional_call(self.base_layer, {path: weight}, (x, *args), kwargs)
+            if x.is_floating_point() and weight.dtype != x.dtype and not is_plain(base, self.op.weight_name):
+                # Packed weights have no dtype of their own to compute in.
+                dtype = compute_dtype(x)
+                weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
             return self.op.run(base, weight, bias, x, *args, **kwargs)
 
     def can_run_with_weight(self, below: Callable[..., Any], x: Tensor) -> bool:
@@ -431,7 +443,7 @@ class AdapterLayer(nn.Module):
         weight = self.weight
         return (
             below is self.base_layer
-            and is_dense(weight)
+            and is_plain(self.get_base_layer(), self.op.weight_name)
             and weight.dtype.itemsize >= 4
             and compute_dtype(x) == weight.dtype
         )
@@ -577,7 +589,7 @@ class AdapterLayer(nn.Module):
             warnings.warn(f"Adapter {', '.join(merged)} is merged already.", PeftWarning, stacklevel=3)
         names = [name for name in names if name not in merged]
         for name in names:
-            self.check_merge(name)
+            self.check_mergeable(name)
         return names
 
     def merge(

@@ -16,6 +16,7 @@ from peft.config import LayerConfig
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.core.base_op import LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
+from peft.core.storage import storage_of
 from peft.core.target_tables import DEFAULT_TARGETS
 from peft.errors import NoMatchingPeftModuleError, PeftWarning
 
@@ -297,6 +298,10 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
             f" Supported are {supported}"
             + (", and parameters by name in target_parameters." if "Parameter" in layer_class.kinds else ".")
         )
+    try:
+        storage_of(module, op.weight_name)
+    except TypeError as error:
+        raise ValueError(f"Target module {target.key!r} is not supported. {error}") from None
     layer_class.check(config, target.key, module, op)
 
 

@@ -635,7 +635,7 @@ class BaseTuner(nn.Module):
         for layer in self.layers():
             for name in names:
                 if layer.has(name) and name not in layer.merged_adapters:
-                    layer.check_merge(name)
+                    layer.check_mergeable(name)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None

@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import (
     ParamWrapper,
 )
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.quantised import Linear4bit, Linear8bitLt
 from peft.tuners.lora.settings import (
     ArrowConfig,
     BdLoraConfig,
@@ -36,6 +37,8 @@ __all__ = [
     "EvaConfig",
     "KasaConfig",
     "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",

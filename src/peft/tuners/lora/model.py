@@ -16,6 +16,7 @@ from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LAYERS, Embedding, Linear, LoraLayer, TiedFactor, alpha_of, check_config, rank_of
 from peft.tuners.lora.merging import Combination, add_weighted_adapter
+from peft.tuners.lora.quantised import linear_class
 from peft.tuners.lora.starts import start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.alora import Watch
@@ -52,7 +53,8 @@ class LoraModel(BaseTuner):
         op = base_op(base, parameter_name)
         if op is None:
             raise ValueError(f"{key!r} is a {type(base).__name__}, which LoRA does not know.")
-        return LAYERS[op.kind](target, parameter_name=parameter_name, op=op)
+        made = linear_class(base) if op.kind == "Linear" else LAYERS[op.kind]
+        return made(target, parameter_name=parameter_name, op=op)
 
     # ---- adapters that are called for by tokens
 

@@ -164,4 +164,6 @@ def check_start(config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r:
             f" {min(op.out_features, op.in_features)} on {name!r} [{op.out_features}, {op.in_features}], got r={r}."
         )
     start.check(r, name)
-    storage_of(module, op.weight_name)
+    storage = storage_of(module, op.weight_name)
+    if start.changes_base:
+        storage.check_write(module, op.weight_name)

@@ -1,7 +1,7 @@
 """How base weights are held: the one place that reads them as plain tensors and writes them back.
 
 Kinds of storage are told apart by what the tensor or module is, never by flags on the model, and packages that are not
-loaded are not asked.
+loaded are not asked. `base` has what every kind does, `quantised` the packages that hold weights in few bits.
 """
 
 from __future__ import annotations
@@ -13,42 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-class Storage:
-    """Weights held as plain tensors in any floating dtype. Other kinds of storage override what differs."""
-
-    #: what status reports call it; None for plain tensors
-    backend: str | None = None
-
-    def read(self, module: nn.Module, name: str) -> Tensor:
-        """The weight as a floating tensor; the very tensor where it is one."""
-        return getattr(module, name)
-
-    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> Any:
-        """Puts `value` in, in the storage's own form; returns what `restore` needs to undo it exactly.
-
-        With `own`, the module gets a parameter of its own, so that modules tied to the old one keep theirs.
-        """
-        parameter = getattr(module, name)
-        value = value.detach().to(dtype=parameter.dtype, device=parameter.device).contiguous()
-        if own:
-            setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
-            return parameter
-        before = parameter.data
-        parameter.data = value
-        return before
-
-    def restore(self, module: nn.Module, name: str, before: Any) -> None:
-        """Puts back what `write` returned, bit for bit."""
-        if isinstance(before, nn.Parameter):
-            setattr(module, name, before)
-        else:
-            getattr(module, name).data = before
-
-    def nbytes(self, before: Any) -> int:
-        """Memory that `before` holds, in bytes."""
-        return before.numel() * before.element_size()
-
+from peft.core.storage.base import Storage
+from peft.core.storage.quantised import QUANTISED
 
 _PLAIN = Storage()
 
@@ -60,12 +26,35 @@ def storage_of(module: nn.Module, name: str) -> Storage:
         TypeError: the weight is held in a way that cannot be read.
     """
     weight = getattr(module, name, None)
-    if isinstance(weight, Tensor) and weight.is_floating_point():
+    if _is_usual(weight):
+        return _PLAIN
+    for storage in QUANTISED:
+        if storage.holds(module, name, weight):
+            return storage
+    if isinstance(weight, Tensor) and weight.is_floating_point() and not _is_packed(module, weight):
         return _PLAIN
     raise TypeError(
-        f"The weight {name!r} of {type(module).__name__} is held as {type(weight).__name__}"
+        f"{type(module).__module__}.{type(module).__name__} holds its weight {name!r} as"
+        f" {'nothing' if weight is None else type(weight).__name__}"
         f"{f' of {weight.dtype}' if isinstance(weight, Tensor) else ''}, which cannot be read as a plain tensor."
+        f" Known are floating tensors and the layers of {', '.join(dict.fromkeys(s.backend or '' for s in QUANTISED))}."
     )
+
+
+def _is_usual(weight: Any) -> bool:
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+
+
+def _is_packed(module: nn.Module, weight: Tensor) -> bool:
+    """Whether a weight that says it is floating means other values than those in it."""
+    if type(weight).dequantize is not Tensor.dequantize:
+        return True
+    return weight.itemsize == 1 and any("scale" in name for name in (*module._parameters, *module._buffers))
+
+
+def is_plain(module: nn.Module, name: str) -> bool:
+    """Whether a weight is a plain floating tensor, which can be computed with as it is."""
+    return _is_usual(getattr(module, name, None)) or storage_of(module, name) is _PLAIN
 
 
 @contextmanager

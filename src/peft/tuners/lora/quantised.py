@@ -1,0 +1,90 @@
+"""LoRA on quantised linear layers: classes by which other packages tell the kinds apart.
+
+What they do is `Linear`; how a weight is read and written is the business of `peft.core.storage`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peft.core.base_op import LinearOp, base_op
+from peft.core.layer import AdapterLayer
+from peft.core.storage import storage_of
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import Linear, alpha_of, rank_of
+
+
+class QuantisedLinear(Linear):
+    """LoRA on a linear layer whose weight is packed."""
+
+    @property
+    def type_name(self) -> str:
+        return f"lora.{type(self).__name__}"
+
+
+class Linear8bitLt(QuantisedLinear):
+    """LoRA on bitsandbytes' `Linear8bitLt`."""
+
+
+class Linear4bit(QuantisedLinear):
+    """LoRA on bitsandbytes' `Linear4bit` (QLoRA, arXiv:2305.14314)."""
+
+
+class TorchaoLoraLinear(QuantisedLinear):
+    """LoRA on linear layers with torchao's tensors."""
+
+
+class HqqLoraLinear(QuantisedLinear):
+    """LoRA on `HQQLinear`."""
+
+
+class GPTQLoraLinear(QuantisedLinear):
+    """LoRA on GPTQModel's layers."""
+
+
+class AwqLoraLinear(QuantisedLinear):
+    """LoRA on those of them that hold weights as AWQ does."""
+
+
+class EetqLoraLinear(QuantisedLinear):
+    """LoRA on EETQ's layers."""
+
+
+class AqlmLoraLinear(QuantisedLinear):
+    """LoRA on AQLM's `QuantizedLinear`."""
+
+
+class IncLoraLinear(QuantisedLinear):
+    """LoRA on Intel Neural Compressor's layers."""
+
+
+class TeLinear(QuantisedLinear):
+    """LoRA on Transformer Engine's `Linear` with 8-bit weights."""
+
+
+BY_BACKEND: dict[str | None, type[Linear]] = {
+    None: Linear, "bnb 8bit": Linear8bitLt, "bnb 4bit": Linear4bit, "torchao": TorchaoLoraLinear, "hqq": HqqLoraLinear,
+    "gptq": GPTQLoraLinear, "awq": AwqLoraLinear, "eetq": EetqLoraLinear, "aqlm": AqlmLoraLinear, "inc": IncLoraLinear,
+    "te": TeLinear,
+}  # fmt: skip
+
+
+def linear_class(module: Any) -> type[Linear]:
+    """The class of LoRA layer for a linear module, or for an adapter layer on one."""
+    base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+    return BY_BACKEND[storage_of(base, "weight").backend]
+
+
+def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> Linear | None:
+    """A LoRA layer with an adapter on a quantised linear layer; None for modules that are something else."""
+    base: Any = target.get_base_layer() if isinstance(target, AdapterLayer) else target
+    if not isinstance(base_op(base), LinearOp):
+        return None
+    made = linear_class(base)
+    if not issubclass(made, QuantisedLinear):
+        return None
+    key = kwargs.pop("target_name", "")
+    settings = {"r": rank_of(config, key), "lora_alpha": alpha_of(config, key), **kwargs}
+    return made(target, adapter_name, config, **settings)
