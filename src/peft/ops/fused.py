@@ -1,8 +1,8 @@
 """The low-rank products of `ops/lora.py` by Triton kernels: when they are used, what they compute, their gradients.
 
 They are off until they are switched on: by PEFT_TRITON=1 in the environment, or by `peft.ops.fused.enabled = True`.
-They were tested with Triton 3.7, which PyTorch 2.13 brings along for CUDA.
-They have been shown to be right, and not yet to be faster: `benchmarks/gpu.py` measures a step with and without them.
+They agree with plain torch in Triton's interpreter (3.7) and compile for a GPU; they were neither run nor timed on one.
+`benchmarks/gpu.py` measures a step with and without them.
 
 With dropout they save what plain torch needs a full-size tensor for: the mask is made in registers, in the forward pass
 and again in the backward pass from the same seed. Nothing is kept for it but that seed, 8 bytes.
