@@ -14,6 +14,7 @@ import peft
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
 from peft.registry import METHODS, Method
+from quantised_layers import QUANTISED, held_bytes
 
 torch.set_num_threads(1)
 
@@ -86,6 +87,9 @@ KINDS = {
     "Parameter stacked": Experts,
 }
 PARAMETERS = {"Parameter": ["target.scale"], "Parameter stacked": ["target.up", "target.down"]}
+#: how a linear layer may be held (see `quantised_layers`), and how far the nearest value that can be held may be,
+#: relative to the largest weight
+STORAGES = {"bnb 8bit": 0.005, "bnb 4bit": 0.17, "torchao int8": 0.005, "hqq": 0.1}
 NOT_DENSE = ("Conv2d groups", "MultiheadAttention", "MultiheadAttention sequence first", *PARAMETERS)
 NOT_LINEAR = (*NOT_DENSE, "Conv1d", "Conv2d", "Conv3d", "Embedding")
 #: (variant, kind) that it does not go on, though the method does
@@ -132,6 +136,12 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> Model:
     return Model(kind).to(dtype).eval()
 
 
+def build_quantised(storage: str) -> Model:
+    model = build("Linear")
+    model.target = QUANTISED[storage](model.target)
+    return model
+
+
 def row_of(method: str) -> Method:
     """The row of the table for a method, or for a variant of it."""
     return METHODS[method.split()[0]]
@@ -157,7 +167,8 @@ def randomise(model: nn.Module, name: str, seed: int = 5) -> None:
 
 
 def adapted(method: str, kind: str, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("default",)):
-    model = peft.get_peft_model(build(kind, dtype), config_for(method, kind), adapter_name=names[0])
+    base = build_quantised(kind) if kind in STORAGES else build(kind, dtype)
+    model = peft.get_peft_model(base, config_for(method, kind), adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config_for(method, kind, **FURTHER.get(method, {})))
     for seed, name in enumerate(names):
@@ -420,3 +431,82 @@ def test_two_methods_on_one_module(method):
     x = model.base_model.model.inputs(torch.Generator().manual_seed(7))
     together = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), together, rtol=1e-3, atol=1e-4)
+
+
+# ---- linear layers whose weights are quantised
+
+WITH_LINEAR = [method for method in LAYER_METHODS if (method, "Linear") in SUPPORTED]
+on_storages = over("method, storage", [(method, storage) for method in WITH_LINEAR for storage in STORAGES])
+
+
+def layer_of(model) -> AdapterLayer:
+    layer = model.get_base_model().target
+    assert isinstance(layer, AdapterLayer)
+    return layer
+
+
+@on_storages
+def test_quantised_forward_and_gradients(method, storage):
+    """The adapter acts on what the layer holds; switched off it leaves the layer alone; it alone gets gradients."""
+    model, base = adapted(method, storage), build_quantised(storage)
+    x = inputs_of(model)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    layer = layer_of(model)
+    wanted = torch.nn.functional.linear(base.other(x), *layer.effective())
+    close = 0.03 if storage == "bnb 8bit" else 1e-4  # its inputs are rounded to 8 bits too
+    torch.testing.assert_close(model(x), wanted, rtol=0, atol=close * wanted.abs().max().item())
+    model(x).square().sum().backward()
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@on_storages
+def test_quantised_weights_are_merged_to_the_nearest_and_unmerged_exactly(method, storage):
+    model = adapted(method, storage)
+    layer = layer_of(model)
+    before, bias = held_bytes(layer.get_base_layer()), layer.get_base_bias().clone()
+    wanted = layer.effective()[0].detach()
+    model.merge_adapter()
+    merged = layer.get_base_weight()
+    assert (merged - wanted).abs().max() <= STORAGES[storage] * wanted.abs().max()
+    assert type(layer.get_base_layer()) is type(QUANTISED[storage](nn.Linear(8, 12)))
+    assert not all(map(torch.equal, held_bytes(layer.get_base_layer()), before)) or not torch.equal(
+        layer.get_base_bias(), bias
+    )
+    assert model.merge_memory() > 0
+    merged_forward = model(inputs_of(model))
+    model.unmerge_adapter()
+    assert all(map(torch.equal, held_bytes(layer.get_base_layer()), before))
+    assert torch.equal(layer.get_base_bias(), bias)
+    torch.testing.assert_close(model.merge_and_unload()(inputs_of(model)), merged_forward)
+
+
+@on_storages
+def test_quantised_save_and_load(method, storage, tmp_path):
+    """An adapter has the same files whatever it was trained on, and works on a plain base too."""
+    model = adapted(method, storage)
+    x = inputs_of(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(build_quantised(storage), tmp_path)
+    torch.testing.assert_close(loaded(x), model(x))
+    plain = peft.PeftModel.from_pretrained(build("Linear"), tmp_path)
+    mine, theirs = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(plain)
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@on_storages
+def test_quantised_mixed_batch_is_each_alone(method, storage):
+    model = adapted(method, storage, names=("a", "b"))
+    x = inputs_of(model)
+    rows = ["a", "__base__", "b", "a"]
+    alone = {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        alone[name] = model(x)
+    with model.disable_adapter():
+        alone["__base__"] = model(x)
+    mixed = model(x, adapter_names=rows)
+    for row, name in enumerate(rows):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
