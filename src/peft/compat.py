@@ -111,6 +111,13 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         **_at("peft.core.plan", "check_target_module_exists"),
         **_at("peft.functional", "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
     },
+    "peft.tuners.lora.arrow": _at("peft.helpers", "create_arrow_model"),
+    "peft.tuners.lora.corda": _at("peft.tuners.lora.preprocess", "CordaEigens preprocess_corda"),
+    "peft.tuners.lora.dora": {
+        **_at("peft.tuners.lora.variants.dora", "DoraLinearLayer=Magnitude"),
+        **_at("peft.integrations.backends", "dequantize_module_weight"),
+    },
+    "peft.tuners.lora.loraga": _at("peft.tuners.lora.preprocess", "preprocess_loraga"),
     "peft.tuners.lora.conversion": _at("peft.checkpoint.convert", "convert_to_lora save_as_lora"),
     **{
         f"peft.tuners.xlora{part}": _at(

@@ -391,9 +391,8 @@ class PeftModel(PromptHost):
             tensors = get_peft_model_state_dict(self, gathered, name, save_embedding_layers=save_embedding_layers)
             content = {**config.to_json_dict(), "inference_mode": True, **self._facts(config)}
             if path_initial_model_for_weight_conversion is not None:
-                tensors, content = self.base_model.without_start(
-                    name, tensors, content, path_initial_model_for_weight_conversion
-                )
+                initial = load_peft_weights(path_initial_model_for_weight_conversion, "cpu")
+                tensors, content = self.base_model.without_start(name, tensors, content, initial)
             if is_main_process:
                 owner = self._tuner.owner(name) if self._tuner is not None else None
                 path = [part for part in (owner, name) if part not in (None, "default")]

@@ -406,9 +406,14 @@ class BaseTuner(nn.Module):
         return tensors
 
     def without_start(
-        self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: Any
+        self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """An adapter that works on the original base model, where its initialisation changed the base weights.
+
+        Args:
+            adapter_name: the adapter's name.
+            tensors, content: the adapter and its configuration, as they would be saved.
+            initial: the adapter's tensors before training.
 
         Raises:
             ValueError: the initialisation changes nothing, so there is nothing to convert.

@@ -1,6 +1,7 @@
 """LoRA: its configuration, its layer for each kind of module, and its model."""
 
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora.layer import (
     Conv1d,
     Conv2d,
@@ -12,6 +13,7 @@ from peft.tuners.lora.layer import (
     ParamWrapper,
 )
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.preprocess import preprocess_corda, preprocess_loraga
 from peft.tuners.lora.quantised import Linear4bit, Linear8bitLt
 from peft.tuners.lora.settings import (
     ArrowConfig,
@@ -49,4 +51,8 @@ __all__ = [
     "MultiheadAttention",
     "ParamWrapper",
     "VeloraConfig",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "preprocess_corda",
+    "preprocess_loraga",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
 
 from peft.config import LayerConfig, as_subconfig
+from peft.errors import PeftWarning
 from peft.registry import PeftType
 from peft.tuners.lora.settings import (
     ArrowConfig,
@@ -109,6 +111,13 @@ class LoraConfig(LayerConfig):
             raise ValueError(f"lora_bias=True needs init_lora_weights=True or False, got {self.init_lora_weights!r}.")
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             raise ValueError("init_lora_weights='loftq' needs loftq_config, such as LoftQConfig(loftq_bits=4).")
+        if self.init_lora_weights == "eva" and self.eva_config is None:
+            self.eva_config = EvaConfig()
+        if self.init_lora_weights == "lora_ga" and self.lora_ga_config is None:
+            self.lora_ga_config = LoraGAConfig()
+        for setting, start in (("eva_config", "eva"), ("corda_config", "corda"), ("lora_ga_config", "lora_ga")):
+            if getattr(self, setting) is not None and self.init_lora_weights != start:
+                warnings.warn(f"{setting} has no effect without init_lora_weights={start!r}.", PeftWarning)
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] = {}
 
     def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:

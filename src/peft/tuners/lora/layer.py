@@ -18,7 +18,7 @@ from peft.core.storage import onloaded, storage_of
 from peft.ops import fused
 from peft.ops.lora import compute_dtype, lora_linear, needs_plain
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.starts import Remainder, Start, check_start, start_of
+from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_start, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.base import Variant
 
@@ -161,6 +161,8 @@ class LoraLayer(AdapterLayer):
             weight = self.op.unmatrix(self.start_weight(name), self.get_base_weight())
             storage_of(base, self.op.weight_name).write(base, self.op.weight_name, weight)
         del self.__dict__["_remainders"][name]
+        for found in (CORDA, GRADIENT):  # what has served its purpose
+            base.__dict__.pop(found, None)
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         """Makes A and B, their values still open."""

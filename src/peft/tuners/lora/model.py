@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft.core.base_op import base_op
@@ -56,6 +57,33 @@ class LoraModel(BaseTuner):
         made = linear_class(base) if op.kind == "Linear" else LAYERS[op.kind]
         return made(target, parameter_name=parameter_name, op=op)
 
+    def without_start(
+        self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        start = content["init_lora_weights"]
+        row, variant = start_of(start), variant_of(self.peft_config[adapter_name])
+        if row is None or not row.takes_product or variant is not None:
+            return super().without_start(adapter_name, tensors, content, initial)
+        factors = {key: value for key, value in tensors.items() if ".lora_" in key}
+        other = [key for key, value in factors.items() if key not in initial or initial[key].shape != value.shape]
+        if other:
+            raise ValueError(
+                f"path_initial_model_for_weight_conversion must hold adapter {adapter_name!r} as it was before"
+                f" training, but what is there has no {other[0]!r} of shape {list(factors[other[0]].shape)}."
+            )
+        # W_0 + s B A = W + s (B A - B_0 A_0), so the ranks lie side by side; the scale stays what it is.
+        for key, value in factors.items():
+            before = initial[key].to(value)
+            is_a = "lora_A" in key or "lora_embedding_A" in key
+            tensors[key] = torch.cat((value, before)) if is_a else torch.cat((value, -before), dim=1)
+        wider = 2**0.5 if content["use_rslora"] else 2
+        content = {**content, "init_lora_weights": True, "r": 2 * content["r"]}
+        content |= {"corda_config": None, "lora_ga_config": None}
+        content["lora_alpha"] *= wider
+        content["rank_pattern"] = {key: 2 * r for key, r in (content["rank_pattern"] or {}).items()}
+        content["alpha_pattern"] = {key: wider * alpha for key, alpha in (content["alpha_pattern"] or {}).items()}
+        return tensors, content
+
     # ---- adapters that are called for by tokens
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -83,8 +111,11 @@ class LoraModel(BaseTuner):
             handle.remove()
             del self.__dict__["_watch"]
 
+    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        return self._generating(args, kwargs)
+
     @contextmanager
-    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+    def _generating(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         with super().around_generate(args, kwargs), ExitStack() as stack:
             for invocations in Watch(self.peft_config).invocations():

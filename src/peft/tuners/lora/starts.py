@@ -7,6 +7,7 @@ the model as a whole is unchanged: they return what is left of a weight, which i
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peft.config import as_subconfig
 from peft.core.base_op import BaseOp
 from peft.core.storage import onloaded, storage_of
+from peft.errors import PeftWarning
+from peft.ops.quantise import int8_rounded, nf4_rounded
+from peft.tuners.lora.settings import LoftQConfig, LoraGAConfig
 
 if TYPE_CHECKING:
     from peft.tuners.lora.config import LoraConfig
     from peft.tuners.lora.layer import LoraLayer
 
+#: where `preprocess` leaves what it found on a base module
+CORDA, GRADIENT = "eigens", "_peft_loraga_grad"
 #: what is left of a base weight [out, in] when an adapter has started
 Remainder = Callable[[Tensor], Tensor]
 
@@ -33,15 +40,17 @@ class Start:
         fill: gives A and B their values; returns the remainder if the base weight changes.
         kinds: kinds of base module it works on.
         changes_base: whether it changes the base weight.
+        takes_product: whether it takes scaling B A out of it, and no more.
         trains_b: whether B is trained.
-        check: raises ValueError for a rank that does not suit.
+        check: raises ValueError where it cannot be made: (configuration, module's name, module, rank).
     """
 
     fill: Callable[[LoraLayer, str, LoraConfig], Remainder | None]
     kinds: frozenset[str] = frozenset(("Linear", "Conv1D", "Embedding"))
     changes_base: bool = False
+    takes_product: bool = False
     trains_b: bool = True
-    check: Callable[[int, str], None] = lambda r, name: None
+    check: Callable[[LoraConfig, str, nn.Module, int], None] = lambda config, name, module, r: None
 
 
 def heavy(tensor: Tensor, config: Any) -> Tensor:
@@ -118,16 +127,122 @@ def _mica(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     fill_factors(layer, name, torch.zeros_like(layer.factors(name)[0]), u[:, -layer.r[name] :])
 
 
-def _check_even(r: int, name: str) -> None:
+def _plain(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+    """A at random, B zero."""
+    layer.reset_lora_parameters(name, True)
+
+
+def _corda(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
+    """Singular values and vectors of W C, C the covariance of the inputs, with C taken out again (arXiv:2406.05223)."""
+    base = layer.get_base_layer()
+    found = base.__dict__[CORDA]
+    fill_factors(layer, name, *_in_two(found.U_WC, found.S_WC, found.V_WC.T, layer.scaling[name]))
+    return without_product(layer, name)
+
+
+def _lora_ga(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
+    """Singular vectors of the gradient of W (arXiv:2407.05000)."""
+    setting: LoraGAConfig = config.lora_ga_config or LoraGAConfig()  # type: ignore[assignment]
+    base, r, scaling = layer.get_base_layer(), layer.r[name], layer.scaling[name]
+    if GRADIENT not in base.__dict__:
+        _plain(layer, name, config)
+        return None
+    gradient = heavy(layer.op.matrix(base.__dict__[GRADIENT]), config)
+    u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
+    of_a: Any
+    of_b: Any
+    if setting.direction == "random":
+        of_a = of_b = torch.randperm(min(2 * r, len(s)), device=s.device)[:r]
+    else:
+        of_a, of_b = {
+            "ArBr": (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
+            "A2rBr": (slice(r, 2 * r), slice(0, r)),
+            "ArB2r": (slice(0, r), slice(r, 2 * r)),
+        }[setting.direction]
+    a, b, lengths = v.T[of_a], u[:, of_b] * s[of_b], s[of_b]
+    if setting.scale == "stable":
+        b = b * (layer.out_features**0.25 / setting.stable_gamma**0.5)
+    elif setting.scale == "weight_svd" and lengths[0] > 0:
+        largest = torch.svd_lowrank(base_matrix(layer, config), q=r, niter=4)[1][0]
+        b = b * (largest / lengths[0])
+    elif setting.scale == "gd_scale":
+        a, b = a / scaling, b / scaling
+    fill_factors(layer, name, a, b)
+    return without_product(layer, name)
+
+
+def _loftq(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
+    """B A the nearest of rank r to what quantising W loses, by turns with quantising W - B A (arXiv:2310.08659)."""
+    setting = loftq_settings(config)
+    weight, r = base_matrix(layer, config), layer.r[name]
+    quantise = nf4_rounded if setting.loftq_bits == 4 else int8_rounded
+    change = torch.zeros_like(weight)
+    for _ in range(setting.loftq_iter):
+        before = change
+        u, s, vh = torch.linalg.svd(weight - quantise(weight - before), full_matrices=False)
+        change = (u[:, :r] * s[:r]) @ vh[:r]
+    fill_factors(layer, name, *_in_two(u[:, :r], s[:r], vh[:r], layer.scaling[name]))
+    return lambda base: quantise(base.float() - before.to(base.device)).to(base.dtype)
+
+
+def loftq_settings(config: LoraConfig) -> LoftQConfig:
+    """The settings of LoftQ.
+
+    Raises:
+        TypeError: they are neither settings nor a mapping of them.
+        ValueError: bits or steps that there are not.
+    """
+    setting = as_subconfig("loftq_config", config.loftq_config, LoftQConfig)
+    if setting.loftq_bits not in (4, 8) or setting.loftq_iter < 1:
+        raise ValueError(
+            f"LoftQ quantises to 4 bits (NF4) or 8, in one step or more; got loftq_bits={setting.loftq_bits},"
+            f" loftq_iter={setting.loftq_iter}."
+        )
+    return setting
+
+
+def _check_even(config: LoraConfig, name: str, module: nn.Module, r: int) -> None:
     if r % 2:
         raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, got r={r} for {name!r}.")
 
 
+def _check_corda(config: LoraConfig, name: str, module: nn.Module, r: int) -> None:
+    found = module.__dict__.get(CORDA)
+    if found is None:
+        raise ValueError(
+            "init_lora_weights='corda' needs preprocess_corda(model, config, run_model) first, and"
+            f" {name!r} was not part of it. To load an adapter that was started so, give it the file of the"
+            " decompositions (cache_file)."
+        )
+    if len(found.S_WC) != r:
+        raise ValueError(f"preprocess_corda found rank {len(found.S_WC)} for {name!r}, but r={r} is asked for now.")
+
+
+def _check_lora_ga(config: LoraConfig, name: str, module: nn.Module, r: int) -> None:
+    if GRADIENT not in module.__dict__:
+        warnings.warn(
+            "init_lora_weights='lora_ga' without preprocess_loraga(model, config, train_step): A and B start as they do"
+            " by default, and the base weights stay as they are. An adapter that was saved without"
+            " path_initial_model_for_weight_conversion needs the base weights that it was trained with.",
+            PeftWarning,
+        )
+
+
+def _check_loftq(config: LoraConfig, name: str, module: nn.Module, r: int) -> None:
+    loftq_settings(config)
+
+
+_LINEAR = frozenset(("Linear", "Conv1D"))
 STARTS: dict[str, Start] = {
-    "pissa": Start(_pissa, changes_base=True),
-    "olora": Start(_olora, changes_base=True),
+    "pissa": Start(_pissa, changes_base=True, takes_product=True),
+    "olora": Start(_olora, changes_base=True, takes_product=True),
     "orthogonal": Start(_orthogonal, check=_check_even),
     "mica": Start(_mica, trains_b=False),
+    "corda": Start(_corda, _LINEAR, changes_base=True, takes_product=True, check=_check_corda),
+    "lora_ga": Start(_lora_ga, _LINEAR, changes_base=True, takes_product=True, check=_check_lora_ga),
+    "loftq": Start(_loftq, changes_base=True, check=_check_loftq),
+    # until `initialize_lora_eva_weights` gives A its values
+    "eva": Start(_plain, kinds=frozenset(("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"))),
 }
 #: what `LoraLayer.reset_lora_parameters` does on its own
 _PLAIN = (True, False, "gaussian")
@@ -158,12 +273,12 @@ def check_start(config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r:
             f"init_lora_weights={config.init_lora_weights!r} does not work on {name!r}, a {op.kind}; it works on"
             f" {', '.join(sorted(start.kinds))}."
         )
-    if r > min(op.out_features, op.in_features):
+    if r > min(op.out_features, op.in_features) and start.fill is not _plain:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} needs a rank of at most"
             f" {min(op.out_features, op.in_features)} on {name!r} [{op.out_features}, {op.in_features}], got r={r}."
         )
-    start.check(r, name)
+    start.check(config, name, module, r)
     storage = storage_of(module, op.weight_name)
     if start.changes_base:
         storage.check_write(module, op.weight_name)

@@ -1,0 +1,50 @@
+"""Principal components of data that comes in batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class IncrementalPca:
+    """The first principal components of all rows seen so far (Ross et al. 2008, doi:10.1007/s11263-007-0075-7).
+
+    A batch is put below the components found before, each times its singular value, and a row for the shift of the
+    mean; the decomposition of that has the new components. It is a randomised one, with a seed of its own, so that the
+    outcome depends on the data alone.
+
+    Args:
+        count: how many components to keep.
+
+    Attributes:
+        components: unit vectors [count, features], the most important first; None before the first batch.
+        singular_values: [count].
+        shares: of the variance that each explains [count].
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self.components: Tensor | None = None
+        self.singular_values = torch.empty(0)
+        self.shares = torch.empty(0)
+        self._seen = 0
+        self._mean = self._scatter = torch.zeros(())
+
+    def update(self, rows: Tensor) -> None:
+        """Takes in a batch [rows, features] of at least `count` rows."""
+        rows = rows.float()
+        total, mean = self._seen + len(rows), rows.mean(0)
+        centred, shift = rows - mean, self._mean - mean
+        # The sum of squares about the mean of each feature, of old and new rows together.
+        between = shift.square() * (self._seen * len(rows) / total)
+        self._scatter = self._scatter + centred.square().sum(0) + between
+        if self.components is not None:
+            drift = shift * (self._seen * len(rows) / total) ** 0.5
+            centred = torch.cat((self.singular_values[:, None] * self.components, centred, drift[None]))
+        with torch.random.fork_rng([centred.device] if centred.is_cuda else []):
+            torch.manual_seed(42)
+            _, values, components = torch.svd_lowrank(centred, q=min(2 * self.count, *centred.shape), niter=4)
+        self.components, self.singular_values = components.T[: self.count], values[: self.count]
+        self.shares = self.singular_values.square() / self._scatter.sum().clamp(min=torch.finfo(rows.dtype).tiny)
+        self._mean = mean if self._seen == 0 else (self._mean * self._seen + mean * len(rows)) / total
+        self._seen = total

@@ -1,0 +1,399 @@
+"""EVA: A starts with the directions that explain most of a layer's inputs, and layers share out the ranks by that."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sized
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.functional import cosine_similarity
+
+from peft.core.layer import AdapterLayer
+from peft.core.tuner import get_submodules
+from peft.errors import PeftWarning
+from peft.ops.pca import IncrementalPca
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import Linear, LoraLayer, alpha_of, rank_of
+from peft.tuners.lora.preprocess import targeted
+from peft.tuners.lora.settings import EvaConfig
+
+#: passes over the data after which the components are taken as they are
+_MOST_PASSES = 100
+
+PrepareLayer = Callable[[Any, Any, str], Tensor]
+
+
+def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The model called with a batch that is a mapping of its arguments."""
+    return model(**inputs)
+
+
+def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor:
+    """Which positions of a batch count: those that neither attention mask nor labels mask, as indices [positions, 2].
+
+    Raises:
+        TypeError: the batch is no mapping.
+    """
+    if not isinstance(model_input, Mapping):
+        raise TypeError(f"A batch for language models is a mapping with input_ids, got {type(model_input).__name__}.")
+    mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
+    setting: EvaConfig = peft_config.eva_config or EvaConfig()  # type: ignore[assignment]
+    if setting.use_label_mask and "labels" in model_input:
+        mask = mask & (model_input["labels"] != setting.label_mask_value)
+    return mask.nonzero()
+
+
+def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+    """The inputs of a layer at the positions that count: [positions, features]."""
+    return _first_tensor(layer_input, layer_name)[model_input.T.unbind()]
+
+
+def _all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    return _first_tensor(layer_input, layer_name).flatten(0, -2)
+
+
+def _first_tensor(layer_input: Any, layer_name: str) -> Tensor:
+    found = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
+    if not isinstance(found, Tensor):
+        raise TypeError(f"The input of {layer_name!r} is a {type(found).__name__}: give it a prepare_layer_inputs_fn.")
+    return found
+
+
+class _Inputs:
+    """The inputs of one layer, taken in while it is watched.
+
+    Args:
+        name: the layer's name.
+        prepare: makes rows of what the layer is called with.
+        gather: join the rows of all processes.
+    """
+
+    def __init__(self, name: str, prepare: PrepareLayer | None, gather: bool):
+        self.name, self.prepare, self.gather = name, prepare or _all_rows, gather
+        self.pca: IncrementalPca | None = None
+        #: cosine of each component with what it was a batch before; empty as long as there is no such
+        self.similarity = torch.empty(0)
+        self.batch: Any = None
+        #: tells inputs of different layers apart that are one and the same tensor
+        self.stamp: Any = None
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rows = self.prepare(inputs, self.batch, self.name).detach()
+        if self.pca is None:
+            tensor = _first_tensor(inputs, self.name)
+            self.stamp = tensor.data_ptr(), tensor.shape, tensor.double().square().sum().item()
+            return
+        rows = _gathered(rows) if self.gather else rows
+        if len(rows) < self.pca.count:
+            return
+        before = self.pca.components
+        self.pca.update(rows)
+        if before is not None and self.pca.components is not None:
+            self.similarity = cosine_similarity(self.pca.components, before).abs()  # a direction has no sign
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    if not dist.is_initialized():
+        return rows
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows.cpu())
+    return torch.cat(parts).to(rows.device)
+
+
+@torch.no_grad()
+def get_eva_state_dict(
+    model: Any,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
+    prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: (
+        PrepareLayer | Mapping[str, PrepareLayer] | None
+    ) = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> dict[str, Tensor]:
+    """Directions that explain most of the inputs of each layer (arXiv:2410.07170), for `initialize_lora_eva_weights`.
+
+    The data is gone through, again and again if need be, until the directions stay as they are.
+
+    Args:
+        model: a base model, or one with an adapter.
+        dataloader: batches; can be gone through more than once.
+        peft_config: the configuration, where the model has no adapter.
+        forward_fn: calls the model with a batch.
+        prepare_model_inputs_fn: makes of a batch and the configuration what `prepare_layer_inputs_fn` needs of it; None
+            leaves it as it is.
+        prepare_layer_inputs_fn: makes rows [rows, features] of a layer's inputs, what is known of the batch, and the
+            layer's name; a mapping has one for each layer; None takes all positions.
+        adapter_name: the adapter, where the model has one.
+        gather_distributed_inputs: join what several processes see.
+        show_progress_bar: show one.
+
+    Returns:
+        For each layer by name, A [rank, in], where the ranks of all layers together are what the configuration has.
+
+    Raises:
+        ValueError: there is no data, no configuration, or no batch has as many rows as components are wanted.
+    """
+    is_adapted = hasattr(model, "peft_config")
+    config = peft_config or (model.peft_config[adapter_name] if is_adapted else None)
+    if config is None:
+        raise ValueError("peft_config is needed for a model without an adapter.")
+    if isinstance(dataloader, Sized) and len(dataloader) == 0:
+        raise ValueError("The dataloader is empty.")
+    layers = _layers(model, adapter_name) if is_adapted else targeted(model, config)
+    names = _Names(layers, model, config)
+    prepare = prepare_layer_inputs_fn
+    unknown = sorted(set(prepare) - set(layers)) if isinstance(prepare, Mapping) else []
+    if unknown:
+        raise ValueError(f"prepare_layer_inputs_fn names {', '.join(unknown)}, which are no layers of the adapter.")
+    watched = {
+        name: _Inputs(name, prepare.get(name) if isinstance(prepare, Mapping) else prepare, gather_distributed_inputs)
+        for name in layers
+    }
+
+    def run(batch: Any) -> None:
+        batch = _moved(batch, names.device)
+        known = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
+        for inputs in watched.values():
+            inputs.batch = known
+        forward_fn(model, batch)
+
+    training = model.training
+    model.eval()
+    handles = {name: layers[name].register_forward_pre_hook(inputs) for name, inputs in watched.items()}
+    try:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+            for batch in islice(dataloader, 1):
+                run(batch)
+            same = names.same_inputs(watched)
+            ranks = _until_found(names, watched, same, handles, dataloader, run, show_progress_bar)
+    finally:
+        for handle in handles.values():
+            handle.remove()
+        model.train(training)
+    setting: Any = config.eva_config or EvaConfig()
+    found = {}
+    for name in layers:
+        pca = watched[same[name]].pca
+        assert pca is not None and pca.components is not None
+        directions = pca.components[: ranks[name]]
+        found[name] = directions / pca.singular_values[: ranks[name], None].sqrt() if setting.whiten else directions
+    return found
+
+
+class _Names:
+    """The layers by name, and how many components of each are looked for."""
+
+    def __init__(self, layers: dict[str, nn.Module], model: nn.Module, config: LoraConfig):
+        setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
+        self.tau = setting.tau
+        self.ranks = {name: rank_of(config, name) for name in layers}
+        self.budget = sum(self.ranks.values())
+        self.most = {}
+        for name, layer in layers.items():
+            width = layer.get_base_layer() if isinstance(layer, AdapterLayer) else layer
+            self.most[name] = min(round(self.ranks[name] * setting.rho), getattr(width, "in_features", 2**31))
+        self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def same_inputs(self, watched: dict[str, _Inputs]) -> dict[str, str]:
+        """For each layer, the first one that has the same inputs; that one looks for as many as all need."""
+        first: dict[Any, str] = {}
+        same = {name: first.setdefault(inputs.stamp, name) for name, inputs in watched.items()}
+        for name, one in same.items():
+            self.most[one] = max(self.most[one], self.most[name])
+        for name, one in same.items():
+            self.most[name] = self.most[one]
+            watched[name].pca = IncrementalPca(self.most[one]) if name == one else None
+        return same
+
+    def share_out(self, watched: dict[str, _Inputs], same: dict[str, str]) -> dict[str, int]:
+        """The budget of ranks, given to the components that explain the largest shares of their layer's variance."""
+        owners, shares = [], []
+        for name, one in same.items():
+            pca = watched[one].pca
+            assert pca is not None
+            owners += [name] * len(pca.shares)
+            shares.append(pca.shares)
+        order = torch.cat(shares).argsort(descending=True, stable=True)[: self.budget]
+        counts = dict.fromkeys(same, 0)
+        for index in order.tolist():
+            counts[owners[index]] += 1
+        return counts
+
+
+def _until_found(
+    names: _Names,
+    watched: dict[str, _Inputs],
+    same: dict[str, str],
+    handles: dict[str, Any],
+    dataloader: Iterable[Any],
+    run: Callable[[Any], None],
+    show: bool,
+) -> dict[str, int]:
+    """Goes through the data until the components that count stay as they are; returns the ranks of the layers."""
+    sources = [name for name in watched if same[name] == name]
+    for name in watched:
+        if name not in sources:
+            handles[name].remove()
+    bar = _progress_bar(len(watched), show)
+    ranks = dict(names.most)
+    for _ in range(_MOST_PASSES):
+        for batch in dataloader:
+            run(batch)
+            if any(watched[name].pca.components is None for name in sources):  # type: ignore[union-attr]
+                continue
+            ranks = names.share_out(watched, same)
+            needed = {one: max(ranks[name] for name in same if same[name] == one) for one in sources}
+            stable = {one: _is_stable(watched[one].similarity, needed[one], names.tau) for one in sources}
+            done = [name for name, one in same.items() if stable[one]]
+            bar.n = len(done)
+            bar.refresh()
+            if len(done) == len(same):
+                bar.close()
+                return ranks
+        short = [name for name in sources if watched[name].pca.components is None]  # type: ignore[union-attr]
+        if short:
+            raise ValueError(
+                f"No batch has {names.most[short[0]]} positions for {short[0]!r}, as many as components are looked for:"
+                " use larger batches, a smaller rho or a smaller rank."
+            )
+    bar.close()
+    warnings.warn(f"EVA's directions still changed after {_MOST_PASSES} passes over the data.", PeftWarning)
+    return ranks
+
+
+def _is_stable(similarity: Tensor, count: int, tau: float) -> bool:
+    return len(similarity) > 0 and bool((similarity[:count] >= tau).all())
+
+
+def _progress_bar(total: int, show: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    return tqdm(total=total, desc="EVA: layers whose directions are found", disable=not (show and first), leave=False)
+
+
+def _layers(model: Any, adapter_name: str) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and module.has(adapter_name) and not module.is_read
+    }
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return type(batch)(_moved(value, device) for value in batch) if isinstance(batch, (tuple, list)) else batch
+
+
+@torch.no_grad()
+def initialize_lora_eva_weights(
+    model: Any,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: dict[str, Tensor] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
+    prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: (
+        PrepareLayer | Mapping[str, PrepareLayer] | None
+    ) = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> None:
+    """Starts an adapter made with `init_lora_weights="eva"` (arXiv:2410.07170): A, and how the layers share the ranks.
+
+    Layers that get no rank are left without the adapter. The configuration says afterwards which layers have which
+    ranks, so that the adapter can be saved and loaded.
+
+    Args:
+        model: a model with such an adapter.
+        dataloader: batches to find the directions in.
+        eva_state_dict: what `get_eva_state_dict` has found, in place of `dataloader`.
+        forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name, gather_distributed_inputs,
+            show_progress_bar: as for `get_eva_state_dict`.
+
+    Raises:
+        ValueError: the model has no such adapter, several are active, or there is neither data nor an outcome.
+    """
+    config: Any = getattr(model, "peft_config", {}).get(adapter_name)
+    if getattr(config, "init_lora_weights", None) != "eva":
+        raise ValueError(
+            f"initialize_lora_eva_weights needs an adapter made with init_lora_weights='eva'; {adapter_name!r} is"
+            f" {'not there' if config is None else f'made with {config.init_lora_weights!r}'}."
+        )
+    if len(model.active_adapters) > 1:
+        raise ValueError(f"One adapter may be active for EVA; {', '.join(model.active_adapters)} are.")
+    if eva_state_dict is None:
+        if dataloader is None:
+            raise ValueError("Either dataloader or eva_state_dict is needed.")
+        eva_state_dict = get_eva_state_dict(
+            model,
+            dataloader,
+            None,
+            forward_fn,
+            prepare_model_inputs_fn,
+            prepare_layer_inputs_fn,
+            adapter_name,
+            gather_distributed_inputs,
+            show_progress_bar,
+        )
+    _start(model, config, adapter_name, eva_state_dict)
+
+
+def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, Tensor]) -> None:
+    tuner: Any = model.base_model
+    plain = copy.copy(config)
+    plain.init_lora_weights, setting = True, config.eva_config or EvaConfig()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.has(adapter_name)}
+    prefix = next((name for name, module in model.named_modules() if module is tuner.model), "")
+    targets: list[str] = []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, layer in layers.items():
+        key = name[len(prefix) + 1 :] if prefix else name
+        rank, alpha = rank_of(config, key), alpha_of(config, key)
+        directions = found.get(name, found.get(key))
+        if directions is not None and len(directions) == 0:
+            _leave_out(tuner, layer, key, adapter_name)
+            continue
+        new = rank if directions is None else len(directions)
+        if new != rank and setting.adjust_scaling_factors:  # type: ignore[union-attr]
+            alpha = alpha * new / rank
+        if directions is None:
+            warnings.warn(f"EVA has found nothing for {key!r}, which starts as usual.", PeftWarning)
+        trained = next(layer.adapter_parameters(adapter_name)).requires_grad
+        dtype = layer.dtype_of(adapter_name)
+        if new != rank or layer.factors(adapter_name)[0].is_meta:
+            layer.update_layer(adapter_name, new, alpha, plain, target_name=key)
+            layer.move(adapter_name, dtype=dtype)
+            layer.set_requires_grad(adapter_name, trained)
+        if directions is not None:
+            layer.factors(adapter_name)[0].copy_(directions)
+        targets.append(key)
+        if new != config.r:
+            ranks[key] = new
+        if alpha != config.lora_alpha:
+            alphas[key] = alpha
+    config.target_modules, config.rank_pattern, config.alpha_pattern = set(targets), ranks, alphas  # type: ignore[assignment]
+
+
+def _leave_out(tuner: Any, layer: LoraLayer, key: str, adapter_name: str) -> None:
+    """Takes the adapter off one layer, and the layer off its module if that was all it was for."""
+    layer.delete_adapter(adapter_name)
+    if not layer.adapter_names():
+        parent, _, name = get_submodules(tuner.model, tuner._live_key(tuner.model, key))
+        setattr(parent, name, layer.base_layer)
+        tuner._parts = None
+        tuner.targeted_module_names.remove(key)

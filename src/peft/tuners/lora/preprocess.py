@@ -1,0 +1,222 @@
+"""What the starts CorDA and LoRA-GA have to see of the data before the adapter is made."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.base_op import LinearOp, TransposedOp, base_op, is_dense
+from peft.core.plan import ALL_LINEAR, all_linear, default_targets, make_plan
+from peft.core.tuner import model_config_of, with_progress
+from peft.registry import PeftType
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import LoraLayer, rank_of
+from peft.tuners.lora.settings import CordaConfig, LoraGAConfig
+from peft.tuners.lora.starts import CORDA, GRADIENT
+
+
+def targeted(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The linear layers that an adapter would go on, by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    plain: Any = copy.copy(config)
+    plain.init_lora_weights = True
+    if plain.target_modules is None:
+        model_type = model_config_of(model).get("model_type")
+        plain.target_modules = default_targets(PeftType.LORA, model_type, model)
+    if plain.target_modules == ALL_LINEAR:
+        plain.target_modules = all_linear(model, plain.modules_to_save or ())
+    plan = make_plan(model, plain, LoraLayer)
+    found = {t.key: t.module for t in plan.targets if isinstance(base_op(t.module), (LinearOp, TransposedOp))}
+    if not found:
+        raise ValueError(f"target_modules={plain.target_modules} matches no linear layer of {type(model).__name__}.")
+    return found
+
+
+@dataclass
+class CordaEigens:
+    """The decomposition of W C of one layer, cut down to the adapter's rank.
+
+    Attributes:
+        S_WC: singular values [r].
+        U_WC: left singular vectors [out, r].
+        V_WC: right ones with C taken out again, C^-1 V [in, r].
+    """
+
+    S_WC: Tensor
+    U_WC: Tensor
+    V_WC: Tensor
+
+
+@torch.no_grad()
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], Any] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Finds out what the start CorDA needs (arXiv:2406.05223), for `get_peft_model` with the same model next.
+
+    Args:
+        model: the base model.
+        lora_config: the configuration, with `corda_config`.
+        run_model: runs the model over sample data; not needed where a file of an earlier run is given and there.
+        hooked_model: the model that `run_model` runs, if it is another than `model`.
+
+    Raises:
+        ValueError: there is neither a file nor `run_model`, or inputs were not finite.
+    """
+    setting: CordaConfig = lora_config.corda_config or CordaConfig()  # type: ignore[assignment]
+    layers = targeted(model, lora_config)
+    kept = _read(setting.cache_file)
+    if kept is None:
+        covariances = _covariances(layers, lora_config, setting, run_model, hooked_model)
+        kept = {}
+        for name, layer in with_progress(list(layers.items()), setting.verbose, "CorDA"):
+            eigens = _decomposed(layer, covariances[name], rank_of(lora_config, name), setting.corda_method)
+            kept |= {f"{name}.eigens.{key}": value for key, value in vars(eigens).items()}
+            if not setting.prune_temporary_fields:
+                layer.covariance_matrix = covariances[name]
+        _write(setting.cache_file, kept)
+    for name, layer in layers.items():
+        values = (kept[f"{name}.eigens.{key}"] for key in CordaEigens.__dataclass_fields__)
+        layer.__dict__[CORDA] = CordaEigens(*values)
+
+
+def _covariances(
+    layers: dict[str, nn.Module],
+    config: LoraConfig,
+    setting: CordaConfig,
+    run_model: Callable[[], Any] | None,
+    hooked_model: nn.Module | None,
+) -> dict[str, Tensor]:
+    """The mean of X^T X over the calls of each layer, its inputs X scaled to at most 1: [in, in] by name."""
+    known = _read(setting.covariance_file)
+    if known is not None:
+        return known
+    if run_model is None:
+        raise ValueError("run_model is needed, unless corda_config names a file of an earlier run that exists.")
+    sums: dict[str, tuple[Tensor, int]] = {}
+
+    def add(name: str, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().flatten(0, -2)
+        x = x if setting.use_float16_for_covariance else x.float()
+        covariance = (x := x / x.max().abs()).T @ x
+        if not covariance.isfinite().all():
+            raise ValueError(f"The inputs of {name!r} are not finite, or all zero.")
+        total, count = sums.get(name, (torch.zeros_like(covariance), 0))
+        sums[name] = total + covariance, count + 1
+
+    seen = layers if hooked_model is None else targeted(hooked_model, config)
+    handles = [
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: add(name, inputs))
+        for name, layer in seen.items()
+    ]
+    try:
+        run_model()
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name in layers if name not in sums]
+    if missing:
+        raise ValueError(f"run_model did not reach {', '.join(missing[:4])}.")
+    found = {name: total / count for name, (total, count) in sums.items()}
+    _write(setting.covariance_file, found)
+    return found
+
+
+def _decomposed(layer: Any, covariance: Tensor, r: int, method: str) -> CordaEigens:
+    op = base_op(layer)
+    assert op is not None
+    weight = op.matrix(layer.weight).float()
+    c = covariance.float()
+    damping = torch.eye(len(c), device=c.device) * c.diag().mean() * 0.01
+    while torch.linalg.cholesky_ex(c + damping).info > 0:
+        damping = 2 * damping
+    c = c + damping
+    u, s, vh = torch.linalg.svd(weight @ c, full_matrices=False)
+    part = slice(None, r) if method == "ipm" else slice(len(s) - r, None)
+    v = torch.linalg.solve(c, vh[part].T)
+    return CordaEigens(s[part].clone(), u[:, part].clone(), v)
+
+
+def preprocess_loraga(
+    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: str | None = None
+) -> None:
+    """Finds out what the start LoRA-GA needs (arXiv:2407.05000), for `get_peft_model` with the same model next.
+
+    Args:
+        model: the base model, not quantised.
+        lora_config: the configuration, with `lora_ga_config`.
+        train_step: runs the model and `backward()` over sample data, once or several times.
+        cache_file: where the gradients are kept, to be found there the next time.
+
+    Raises:
+        ValueError: the configuration has no `lora_ga_config`, a layer is quantised, or `train_step` did not reach it.
+    """
+    if not isinstance(lora_config.lora_ga_config, LoraGAConfig):
+        raise ValueError("LoRA-GA needs init_lora_weights='lora_ga' and lora_ga_config=LoraGAConfig(...).")
+    layers = targeted(model, lora_config)
+    quantised = [name for name, layer in layers.items() if not is_dense(layer.weight)]
+    if quantised:
+        raise ValueError(f"LoRA-GA needs gradients of the weights, which {quantised[0]!r}, quantised, has not.")
+    kept = _read(cache_file)
+    if kept is None:
+        kept = {f"{name}.{GRADIENT}": grad for name, grad in _gradients(model, layers, train_step).items()}
+        _write(cache_file, kept)
+    for name, layer in layers.items():
+        layer.__dict__[GRADIENT] = kept[f"{name}.{GRADIENT}"]
+
+
+def _gradients(model: nn.Module, layers: dict[str, Any], train_step: Callable[[], Any]) -> dict[str, Tensor]:
+    """The mean gradient of each layer's weight over the backward passes."""
+    passes = dict.fromkeys(layers, 0)
+
+    def count(name: str) -> None:
+        passes[name] += 1
+
+    state = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    training = model.training
+    model.train()
+    for parameter, _, _ in state:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    weights: dict[str, Any] = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
+    handles = [
+        weight.register_post_accumulate_grad_hook(lambda _, name=name: count(name)) for name, weight in weights.items()
+    ]
+    try:
+        with torch.enable_grad():
+            train_step()
+        missing = [name for name, weight in weights.items() if weight.grad is None]
+        if missing:
+            raise ValueError(f"train_step gave no gradient to {', '.join(missing[:4])}; it has to call backward().")
+        return {name: weight.grad / passes[name] for name, weight in weights.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, requires_grad, grad in state:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        model.train(training)
+
+
+def _read(path: str | None) -> dict[str, Tensor] | None:
+    """The tensors in a file; None if there is none, or it is empty."""
+    if path is None or not os.path.exists(path) or not os.path.getsize(path):
+        return None
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _write(path: str | None, tensors: dict[str, Tensor]) -> None:
+    if path is not None:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        torch.save(tensors, path)
