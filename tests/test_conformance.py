@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from quantised_layers import QUANTISED, held_bytes
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,7 +15,6 @@ import peft
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
 from peft.registry import METHODS, Method
-from quantised_layers import QUANTISED, held_bytes
 
 torch.set_num_threads(1)
 
