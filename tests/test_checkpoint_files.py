@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -31,7 +32,7 @@ from peft import folder as folder_module
 from peft.checkpoint import load_peft_weights, model_card, read_adapter, write_adapter
 from peft.config import read_config_file
 from peft.errors import PeftWarning
-from peft.folder import COMMITTED, STAGED, find, replace_files
+from peft.folder import COMMITTED, STAGED, find, read_at_rest, replace_files
 
 CONFIG, WEIGHTS, PICKLE, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"
 
@@ -481,6 +482,8 @@ def test_readers_and_writers_at_the_same_time(tmp_path):
     try:
         while time.monotonic() < start + 1 or (not {2, 4, 6} <= set(seen) and time.monotonic() < start + 30):
             seen.append(mark_of(tmp_path))
+            assert read_config_file(tmp_path)["peft_type"] == "LORA"
+            assert len(load_peft_weights(tmp_path, "cpu")) == 3
     finally:
         stop.touch()
         ends = [os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) for writer in writers]
@@ -490,6 +493,34 @@ def test_readers_and_writers_at_the_same_time(tmp_path):
     assert mark_of(tmp_path) in (2, 4, 6)
     save(tmp_path, 7)
     assert names(tmp_path) == {CONFIG, WEIGHTS, CARD}
+
+
+def test_who_reads_slowly_is_given_the_time():
+    """Files that are replaced faster than they are read: writers wait for the reader in the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        stop = threading.Event()
+
+        def keep_saving():
+            for mark in itertools.count():
+                if stop.is_set():
+                    break
+                replace_files(folder, {"first": b"%d" % mark, "second": b"%d" % mark})
+
+        def read_slowly():
+            first = Path(find(folder, "first")).read_text()
+            time.sleep(0.1)
+            return first, Path(find(folder, "second")).read_text()
+
+        replace_files(folder, {"first": b"", "second": b""})
+        writer = threading.Thread(target=keep_saving)
+        writer.start()
+        try:
+            for _ in range(3):
+                first, second = read_at_rest(folder, "first", read_slowly)
+                assert first == second
+        finally:
+            stop.set()
+            writer.join()
 
 
 @pytest.mark.parametrize("looks", [1, 2, 3, 4])

@@ -15,7 +15,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from peft.errors import PeftWarning
-from peft.folder import replace_files
+from peft.folder import read_at_rest, replace_files
 from peft.hub import fetch, push, split_hub_arguments
 from peft.registry import PeftType, TaskType, method_of
 from peft.version import __version__
@@ -290,6 +290,13 @@ def read_config_file(source: str | os.PathLike, subfolder: str | None = None, **
     Raises:
         ValueError: there is none, or it is not a mapping with a `peft_type`.
     """
+    if os.path.isdir(source):
+        folder = os.path.join(source, subfolder or "")
+        return read_at_rest(folder, CONFIG_NAME, lambda: _read_config_file(source, subfolder, **hub))
+    return _read_config_file(source, subfolder, **hub)
+
+
+def _read_config_file(source: str | os.PathLike, subfolder: str | None, **hub: Any) -> dict[str, Any]:
     where = f"{os.fspath(source)!r}" + (f" (subfolder {subfolder!r})" if subfolder else "")
     try:
         path = fetch(source, CONFIG_NAME, subfolder=subfolder, **hub)

@@ -10,8 +10,10 @@ How a set of files is replaced, so that a process may be killed between any two 
 
 Whoever finds a ``.peft-saved`` settles it first, readers too; on a folder that cannot be written they read through it
 instead. No lock is needed for that: every step is a rename out of, or into, a folder whose name belongs to this one
-save, so it happens once, whoever does it. Only a program that does not know all this can see a set of files half
-replaced, if it reads during step 3 or after a process was killed there.
+save, so it happens once, whoever does it. Who reads several files reads them again if they were replaced meanwhile,
+and after some turns asks the writers to wait, by a lock that is a courtesy: nothing breaks without it. Only a program
+that does not know all this can see a set of files half replaced, if it reads during step 3 or after a process was
+killed there.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ import stat
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from peft.errors import PeftWarning
@@ -35,6 +37,10 @@ GONE = "-"
 
 #: how often files are read again that are replaced at the same time
 ATTEMPTS = 50
+#: after how many of these turns the reader asks writers to wait
+POLITE = 3
+#: seconds that one waits for the lock of another
+PATIENCE = 30.0
 
 T = TypeVar("T")
 
@@ -74,7 +80,8 @@ def replace_files(
             _write(os.path.join(inside, GONE + name), b"")
         _sync(inside)
         _sync(stage)
-        _commit(folder, stage)
+        with _held(folder):
+            _commit(folder, stage)
         _sync(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # where it was not committed
@@ -109,22 +116,23 @@ def read_at_rest(folder: str | os.PathLike, name: str, read: Callable[[], T]) ->
         OSError: the files were replaced again and again.
     """
     lost: FileNotFoundError | None = None
-    for _ in range(ATTEMPTS):
-        path = find(folder, name)
-        if path is None:
-            return read()
+    for turn in range(ATTEMPTS):
         try:
-            # Open until the end, so that no later file gets the number by which this one is known
-            with open(path, "rb") as held:
-                before = os.fstat(held.fileno())
-                try:
-                    content = read()
-                except Exception:
-                    if os.path.samestat(before, os.stat(find(folder, name) or "")):
-                        raise
-                else:
-                    if os.path.samestat(before, os.stat(find(folder, name) or "")):
-                        return content
+            with _held(folder, shared=True, ask=turn >= POLITE):
+                path = find(folder, name)
+                if path is None:
+                    return read()
+                # Open until the end, so that no later file gets the number by which this one is known
+                with open(path, "rb") as held:
+                    before = os.fstat(held.fileno())
+                    try:
+                        content = read()
+                    except Exception:
+                        if os.path.samestat(before, os.stat(find(folder, name) or "")):
+                            raise
+                    else:
+                        if os.path.samestat(before, os.stat(find(folder, name) or "")):
+                            return content
         except FileNotFoundError as error:  # moved to its place between finding and opening it
             lost = error
     raise OSError(f"Could not read {os.fspath(folder)!r}: {lost or 'its files are replaced all the time'}.") from lost
@@ -243,11 +251,11 @@ def _sweep(folder: str) -> None:
                 _unlock(lock)
 
 
-def _lock(path: str) -> int | None:
+def _lock(path: str | os.PathLike, shared: bool = False) -> int | None:
     """A descriptor that holds the lock of a folder until it is closed or its process ends, in whatever way.
 
     None where folders have no locks (Windows, some network file systems). Raises BlockingIOError where another
-    process holds it.
+    process holds it (with `shared`: alone).
     """
     try:
         import fcntl
@@ -255,13 +263,33 @@ def _lock(path: str) -> int | None:
         return None
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             raise
         return None
     return descriptor
+
+
+@contextmanager
+def _held(folder: str | os.PathLike, shared: bool = False, ask: bool = True) -> Iterator[None]:
+    """Holds the lock of `folder`, by which readers keep writers waiting; goes on without it where that takes long."""
+    deadline = time.monotonic() + PATIENCE
+    descriptor = None
+    while ask:
+        try:
+            with suppress(PermissionError):
+                descriptor = _lock(folder, shared)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.002)
+    try:
+        yield
+    finally:
+        _unlock(descriptor)
 
 
 def _unlock(descriptor: int | None) -> None:

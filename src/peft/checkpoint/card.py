@@ -6,9 +6,11 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from peft.errors import PeftWarning
+from peft.folder import find, read_at_rest
 from peft.hub import CARD_NAME
 from peft.version import __version__
 
@@ -75,13 +77,12 @@ def model_card(
     from huggingface_hub import ModelCard
 
     base_id = base_model if base_model and _is_hub_id(base_model) else None
-    path = os.path.join(folder, CARD_NAME) if folder is not None else ""
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+    text = None if folder is None else read_at_rest(folder, CARD_NAME, lambda: _text(find(folder, CARD_NAME)))
+    if text is not None:
         try:
             card = ModelCard(text)
         except Exception as error:
+            path = os.path.join(folder or "", CARD_NAME)
             warnings.warn(f"{path} is left as it is, its metadata cannot be read: {error}", PeftWarning)
             return text
     else:
@@ -96,6 +97,10 @@ def model_card(
         data["pipeline_tag"] = PIPELINE_TAGS[task_type]
     card.text = _with_version(_with_quantization(card.text, quantization))
     return str(card)
+
+
+def _text(path: str | None) -> str | None:
+    return None if path is None else Path(path).read_text("utf-8-sig")
 
 
 def _is_hub_id(name: str) -> bool:

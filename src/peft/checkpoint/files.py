@@ -166,9 +166,14 @@ def load_peft_weights(
     subfolder = hf_hub_download_kwargs.pop("subfolder", None)
     hub, unknown = split_hub_arguments(hf_hub_download_kwargs)
     _refuse(unknown, "load_peft_weights")
-    path = _weights_path(model_id, subfolder, hub)
     target = torch.device(infer_device() if device is None else device)
-    tensors = _load_safetensors(path, target) if path.endswith(".safetensors") else _load_pickle(path, target)
+
+    def read() -> dict[str, torch.Tensor]:
+        path = _weights_path(model_id, subfolder, hub)
+        return _load_safetensors(path, target) if path.endswith(".safetensors") else _load_pickle(path, target)
+
+    local = os.path.isdir(model_id)
+    tensors = read_at_rest(os.path.join(model_id, subfolder or ""), CONFIG_NAME, read) if local else read()
     return _renamed(tensors, key_mapping) if key_mapping else tensors
 
 
