@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from quantised_layers import QUANTISED, held_bytes
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +14,7 @@ import peft
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
 from peft.registry import METHODS, Method
+from quantised_layers import QUANTISED, held_bytes
 
 torch.set_num_threads(1)
 
