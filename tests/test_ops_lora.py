@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft
 from peft.ops.dropout import draw_mask, drop_probability, mask_factors
-from peft.ops.lora import lora_linear, lora_linear_plain
+from peft.ops.lora import add_low_rank, lora_linear, lora_linear_plain
 
 torch.set_num_threads(1)
 
@@ -299,3 +299,20 @@ def test_what_is_kept_for_backward():
 
     assert kept(0.0) == x.nbytes + n * r * 4
     assert kept(0.1) == x.nbytes + n * r * 4 + n * size // 8
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (700, 513), (1, 4), (4, 1)])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_low_rank_change_is_added_in_fp32_and_rounded_once(shape, layout, dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(*size, generator=generator) for size in (shape, (2, shape[1]), (shape[0], 2)))
+    weight = weight.to(dtype) if layout == "rows" else weight.to(dtype).T.contiguous().T
+    before = weight.clone()
+    outcome = add_low_rank(weight, a, b, 0.5)
+    tolerance = torch.finfo(dtype).eps / 2 + 1e-6
+    exact = weight.double() + 0.5 * b.double() @ a.double()
+    torch.testing.assert_close(outcome.double(), exact, rtol=tolerance, atol=1e-6)
+    assert outcome.dtype == dtype
+    assert outcome.stride() == weight.stride()
+    assert torch.equal(weight, before)

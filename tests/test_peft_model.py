@@ -172,6 +172,14 @@ def test_an_added_adapter_waits_until_it_is_set(model):
     assert torch.equal(logits(model), logits(tiny.fill_adapter(alone, "red", seed=1)))
 
 
+def test_an_adapter_of_a_model_without_memory_has_none_and_draws_no_values():
+    base = tiny.llama().to("meta")
+    state = torch.get_rng_state()
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_setting_an_adapter_changes_the_output_and_what_is_trained(model):
     red = logits(model)
     model.set_adapter("blue")

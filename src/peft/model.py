@@ -567,6 +567,8 @@ class PeftModel(PromptHost):
         """Loads the saved adapters that a new one is made of, if its method is of that kind; all of them, or none."""
         tuner, model = self.base_model, self.get_base_model()
         places = tuner.members(adapter_name, config)
+        if not places:
+            return
         sources = {name: _Source.read_first(name, candidates) for name, candidates in places.items()}
         for name, source in sources.items():
             source.fit(model)

@@ -281,7 +281,7 @@ class AdapterLayer(nn.Module):
             entries = getattr(self, slot)
             if name in entries:
                 entry = entries[name]
-                leaves = [f".{leaf}" for leaf in entry.state_dict()] if isinstance(entry, nn.Module) else [""]
+                leaves = [f".{leaf}" for leaf in _state_names(entry)] if isinstance(entry, nn.Module) else [""]
                 keys.update({f"{slot}{leaf}": f"{slot}.{name}{leaf}" for leaf in leaves})
         return keys
 
@@ -563,13 +563,17 @@ class AdapterLayer(nn.Module):
             ValueError: `safe`, and they would not be finite.
         """
         with torch.no_grad(), self._without_dropout():
-            weight, bias = self.effective(names, through=False)
+            weight, bias = self.merged_tensors(names)
         if safe and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise ValueError(
                 f"NaN or infinite values would be merged by adapter {', '.join(names)}; the weights are left"
                 " as they are."
             )
         return weight, bias
+
+    def merged_tensors(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """What `merged_weight` checks; for methods that need not make whole matrices on the way."""
+        return self.effective(names, through=False)
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
@@ -660,6 +664,13 @@ def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
     """`module.parameters()`, without a walk where there is nothing to walk through."""
     own = module._parameters.values() if not module._modules else module.parameters()
     return [parameter for parameter in own if parameter is not None]
+
+
+def _state_names(module: nn.Module) -> Iterable[str]:
+    """The keys of `module.state_dict()`, without making one where a plain linear layer has nothing else in it."""
+    if type(module) is nn.Linear and not module._state_dict_hooks and not module._modules and not module._buffers:
+        return [name for name, parameter in module._parameters.items() if parameter is not None]
+    return module.state_dict()
 
 
 def _is_at(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:

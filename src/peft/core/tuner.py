@@ -266,9 +266,7 @@ class BaseTuner(nn.Module):
                 layer.settle(adapter_name)
             undo.pop_all()
 
-    def _undo(
-        self, model: nn.Module, adapter_name: str, before: list[tuple[str, Part]], trained: set[int]
-    ) -> None:
+    def _undo(self, model: nn.Module, adapter_name: str, before: list[tuple[str, Part]], trained: set[int]) -> None:
         """Takes an adapter that could not be added back out."""
         old = {id(part) for _, part in before}
         self._parts = None

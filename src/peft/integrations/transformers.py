@@ -115,16 +115,25 @@ def _expert_rules(conversions: Iterable[Any]) -> list[ExpertRule]:
     return rules
 
 
-def _expert_stacks(model: nn.Module, conversions: Iterable[Any]) -> list[ExpertStack]:
-    """The fused parameters of a model, in its order."""
-    rules = {rule.parameter: rule for rule in _expert_rules(conversions)}
-    stacks = []
-    for key, module in model_modules(model) if rules else ():
-        base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
-        for name, parameter in base.named_parameters(recurse=False):
-            if name in rules and parameter.dim() == 3:
-                stacks.append(ExpertStack(key, parameter.shape[0], rules[name]))
-    return stacks
+def _expert_stacks(model: nn.Module, conversions: Iterable[Any] | None = None) -> list[ExpertStack]:
+    """The fused parameters of a model, in its order; by transformers' rules for it if `conversions` is None."""
+    # The parameters first: few models have any such, and looking up the rules takes longer than all the rest.
+    stacked = [
+        (key, name, parameter.shape[0])
+        for key, module in model_modules(model)
+        for name, parameter in _own_parameters(module)
+        if parameter is not None and parameter.dim() == 3
+    ]
+    if not stacked:
+        return []
+    found = _expert_rules(_conversions_of(model) if conversions is None else conversions)
+    rules = {rule.parameter: rule for rule in found}
+    return [ExpertStack(key, count, rules[name]) for key, name, count in stacked if name in rules]
+
+
+def _own_parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter | None]]:
+    base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+    return base._parameters.items()
 
 
 def convert_peft_config_for_transformers(
@@ -151,7 +160,7 @@ def convert_peft_config_for_transformers(
     config: Any = peft_config
     if config.peft_type != PeftType.LORA or not isinstance(peft_config, LayerConfig) or not config.target_modules:
         return
-    stacks = _expert_stacks(model, _conversions_of(model) if conversions is None else conversions)
+    stacks = _expert_stacks(model, conversions)
     if not stacks or not _means_experts(config, model, stacks, state_dict):
         return
     parameters: list[str] = []
@@ -271,7 +280,10 @@ def convert_peft_adapter_state_dict_for_transformers(
         adapter_state_dict: its tensors by name (`base_model.model.<layer>.lora_A.weight`).
         adapter_name: not needed.
     """
-    conversions = _conversions_of(model) if peft_config.peft_type == PeftType.LORA else []
+    layers = {key for key, _ in model_modules(model)}
+    places = {key: re.match(r"base_model\.model\.(.*)\.(lora_\w+.*)", key) for key in adapter_state_dict}
+    known = all(found is None or found[1].replace(".base_layer", "") in layers for found in places.values())
+    conversions = _conversions_of(model) if peft_config.peft_type == PeftType.LORA and not known else []
     if not conversions:
         return dict(adapter_state_dict)
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -279,11 +291,10 @@ def convert_peft_adapter_state_dict_for_transformers(
     renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
     stacks = {f"{stack.key}.{stack.rule.parameter}": stack for stack in _expert_stacks(model, conversions)}
-    layers = {key for key, _ in model_modules(model)}
     result: dict[str, Tensor] = {}
     experts: dict[tuple[str, str], dict[tuple[str, int], Tensor]] = {}
     for key, tensor in adapter_state_dict.items():
-        found = re.match(r"base_model\.model\.(.*)\.(lora_\w+.*)", key)
+        found = places[key]
         if found is None or found[1].replace(".base_layer", "") in layers:
             result[key] = tensor
             continue

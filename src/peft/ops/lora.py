@@ -25,6 +25,29 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+#: entries of a weight that `add_low_rank` works on at a time: few enough for a processor's cache
+_PIECE = 1 << 18
+
+
+def add_low_rank(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + scaling B A as a new tensor in the dtype of W, computed in that of the factors and rounded once.
+
+    A few rows at a time, so that nothing of the size of W is made in the larger dtype.
+
+    Args:
+        weight: W [out, in], in rows or in columns (a transposed view).
+        a: [r, in].
+        b: [out, r].
+    """
+    if weight.stride(0) < weight.stride(1):
+        return add_low_rank(weight.T, b.T, a.T, scaling).T
+    result = torch.empty_like(weight)
+    rows = max(1, _PIECE // weight.shape[1]) if weight.device.type == "cpu" else weight.shape[0]
+    for some, out, factor in zip(weight.split(rows), result.split(rows), b.split(rows), strict=True):
+        out.copy_(torch.addmm(some.to(b.dtype), factor, a, alpha=scaling))
+    return result
+
+
 def lora_linear_plain(
     x: Tensor,
     weight: Tensor | None,

@@ -16,7 +16,7 @@ from peft.core.plan import get_pattern_key
 from peft.core.routing import Route
 from peft.core.storage import onloaded, storage_of
 from peft.ops import fused
-from peft.ops.lora import compute_dtype, lora_linear, needs_plain
+from peft.ops.lora import add_low_rank, compute_dtype, lora_linear, needs_plain
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_start, start_of
 from peft.tuners.lora.variants import variant_of
@@ -365,6 +365,15 @@ class Linear(LoraLayer):
         # huggingface/peft applies the change of attention's output projection twice, once of them out of sight of the
         # gradient; adapters trained with it rely on that.
         return change + change.detach() if self.is_read else change
+
+    def merged_tensors(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        plain = len(names) == 1 and names[0] not in self.lora_variant and not self.is_read
+        if not plain or isinstance(self.scaling[names[0]], Tensor):
+            return super().merged_tensors(names)
+        native, (a, b) = self.get_base_weight(), self.factors(names[0])
+        weight = add_low_rank(self.op.matrix(native), a, b, self.scaling[names[0]])
+        bias = self.transform_bias(names[0], self.get_base_bias())
+        return self.op.unmatrix(weight, native), bias if bias is None else bias.to(native.dtype)
 
     def add_product(self, name: str, x: Tensor, result: Tensor, p: float | None = None) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
