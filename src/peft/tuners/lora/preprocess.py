@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.base_op import LinearOp, TransposedOp, base_op, is_dense
+from peft.core.base_op import LinearOp, TransposedOp, base_op
 from peft.core.plan import ALL_LINEAR, all_linear, default_targets, make_plan
+from peft.core.storage import storage_of
 from peft.core.tuner import model_config_of, with_progress
 from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
@@ -165,7 +166,7 @@ def preprocess_loraga(
     if not isinstance(lora_config.lora_ga_config, LoraGAConfig):
         raise ValueError("LoRA-GA needs init_lora_weights='lora_ga' and lora_ga_config=LoraGAConfig(...).")
     layers = targeted(model, lora_config)
-    quantised = [name for name, layer in layers.items() if not is_dense(layer.weight)]
+    quantised = [name for name, layer in layers.items() if storage_of(layer, "weight").backend is not None]
     if quantised:
         raise ValueError(f"LoRA-GA needs gradients of the weights, which {quantised[0]!r}, quantised, has not.")
     kept = _read(cache_file)
