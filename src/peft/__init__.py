@@ -31,9 +31,10 @@ _HOMES: dict[str, str] = {
             " PeftModelForTokenClassification"
         ),
         "peft.functional": "inject_adapter_in_model",
-        "peft.helpers": "create_arrow_model",
+        "peft.helpers": "create_arrow_model replace_lora_weights_loftq",
         "peft.core.status": "get_layer_status get_model_status",
         "peft.checkpoint.convert": "convert_to_lora save_as_lora",
+        "peft.checkpoint.extract": "extract_lora",
         "peft.checkpoint": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
         "peft.integrations.training": "cast_mixed_precision_params prepare_model_for_kbit_training",
         "peft.integrations.transformers": "shift_tokens_right",

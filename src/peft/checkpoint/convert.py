@@ -59,7 +59,7 @@ class ConvertedLora(tuple[LoraConfig, dict[str, Tensor]]):
 
 
 @dataclass
-class _Change:
+class LayerChange:
     """A layer's change, decomposed into u [blocks, out, k], s [blocks, k], vh [blocks, k, in]; that of its bias."""
 
     layer: AdapterLayer
@@ -115,18 +115,18 @@ def convert_to_lora(
         ValueError: the rank is too low or too high; adapters are merged; or biases change where a LoRA cannot have one.
         KeyError: there is no such adapter.
     """
-    _check_rank(rank)
+    check_rank(rank)
     modules = _layers_of(model, adapter_name)
     if isinstance(rank, int):
         _check_fit(modules, rank)
-    decompose = _decompose if compile_kwargs is None else torch.compile(_decompose, **compile_kwargs)
+    split = decompose if compile_kwargs is None else torch.compile(decompose, **compile_kwargs)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
     biases: dict[str, tuple[AdapterLayer, Tensor | None]] = {}
     for key, layers in with_progress(list(modules.items()), progressbar, "Converting"):
         # Layers of one module, as attention has them, share a rank.
-        changes = {path: _changed(layer, adapter_name, decompose) for path, layer in layers.items()}
+        changes = {path: _changed(layer, adapter_name, split) for path, layer in layers.items()}
         block = max(
             change.rank_for(rank) if isinstance(rank, float) else block_rank(change.layer, rank)
             for change in changes.values()
@@ -142,7 +142,7 @@ def convert_to_lora(
         config.lora_bias = True
         tensors.update(_bias_tensors(biases))
     tensors.update(_other_tensors(model, adapter_name, modules))
-    _report(errors)
+    report(errors)
     return ConvertedLora(config, tensors, errors)
 
 
@@ -167,7 +167,8 @@ def save_as_lora(
     write_adapter(path, config.to_json_dict(), tensors)
 
 
-def _check_rank(rank: Any) -> None:
+def check_rank(rank: Any) -> None:
+    """Raises TypeError or ValueError where `rank` is neither a rank nor a share of energy."""
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
         raise TypeError(f"rank must be an int (the rank) or a float (the share of energy to keep), got {rank!r}.")
     if isinstance(rank, int) and rank < 1:
@@ -222,20 +223,23 @@ def _check_fit(modules: Mapping[str, Mapping[str, AdapterLayer]], rank: int) -> 
                 )
 
 
-def _decompose(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decompose(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u [blocks, out, k], s [blocks, k] and vh [blocks, k, in] of a change [blocks, out, in]."""
     return torch.linalg.svd(change, full_matrices=False)
 
 
 @torch.no_grad()
-def _changed(layer: AdapterLayer, name: str, decompose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> _Change:
+def _changed(
+    layer: AdapterLayer, name: str, split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+) -> LayerChange:
     factors = change_factors(layer, name)
     if factors is None:
         change = change_blocks(layer, name)
-        parts = decompose(_full_precision(change))
+        parts = split(_full_precision(change))
     else:
         change, parts = factors[1], svd_of_product(*(_full_precision(factor) for factor in factors))
     u, s, vh = (part.to(change.dtype) for part in parts)
-    return _Change(layer, u, s, vh, bias_change(layer, name))
+    return LayerChange(layer, u, s, vh, bias_change(layer, name))
 
 
 def _full_precision(tensor: Tensor) -> Tensor:
@@ -312,7 +316,7 @@ def _other_tensors(
             yield key, tensor
 
 
-def _report(errors: Mapping[str, float]) -> None:
+def report(errors: Mapping[str, float]) -> None:
     """Warns where the LoRA is notably different from what it stands for."""
     notable = {key: error for key, error in errors.items() if error > NOTABLE_ERROR}
     if notable:

@@ -1,4 +1,4 @@
-"""The `peft` command: train, generate, merge, inspect, demo.
+"""The `peft` command: train, generate, merge, extract, convert, inspect, demo.
 
 Each command is a module of its name with a `run`, imported when it is called, so that `peft --help` answers without
 torch or transformers. The room uses the library by its public names, as a user's script would.

@@ -107,6 +107,27 @@ def _merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="for the merged model and its tokenizer")
 
 
+def _extract(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="the model before fine-tuning, folder or hub id")
+    parser.add_argument("tuned", metavar="TUNED", help="the model after it")
+    parser.add_argument("--output", required=True, metavar="DIR", help="for the adapter")
+    parser.add_argument("--rank", type=_count, default=16, metavar="R", help="rank of the LoRA [16]")
+    parser.add_argument("--energy", type=float, metavar="SHARE", help="share of a change to keep, in place of --rank")
+    parser.add_argument("--target-modules", metavar="NAMES", help="layers, divided by commas [all linear ones]")
+    parser.add_argument("--modules-to-save", metavar="NAMES", help="modules to take over whole, divided by commas")
+    parser.add_argument("--task-type", metavar="TASK", help="CAUSAL_LM, SEQ_CLS, ... [as the model is]")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 [as the models are stored]")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a LoRA file of kohya's or diffusers', or a saved adapter")
+    parser.add_argument("--output", required=True, metavar="PATH", help="folder of the adapter, or the file")
+    parser.add_argument("--to", choices=("kohya", "diffusers"), help="write an adapter for that program")
+    parser.add_argument("--part", metavar="NAME", help="part of a pipeline: unet, text_encoder, transformer, ...")
+    parser.add_argument("--model", metavar="DIR", help="folder of the base model, whose names kohya's files need")
+
+
 def _inspect(parser: argparse.ArgumentParser) -> None:
     _adapter(parser)
     parser.add_argument("--json", action="store_true", help="everything as JSON, down to the single tensor")
@@ -124,6 +145,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], tuple[
     "train": ("fine-tune a model and save the adapter", _train, ("transformers", "matplotlib", "rich")),
     "generate": ("write text with an adapter", _generate, ("transformers",)),
     "merge": ("write the base model with an adapter merged into it", _merge, ("transformers",)),
+    "extract": ("make a LoRA of a fine-tuned model and its base", _extract, ("transformers",)),
+    "convert": ("read or write LoRA files of kohya's scripts and diffusers", _convert, ()),
     "inspect": ("show what a saved adapter holds", _inspect, ("matplotlib", "rich")),
     "demo": ("train, save, load and merge a LoRA in two minutes", _demo, ("transformers", "matplotlib", "rich")),
 }

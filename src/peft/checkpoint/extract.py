@@ -1,0 +1,126 @@
+"""A LoRA out of what fine-tuning has done to all weights of a model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.checkpoint.convert import ConvertedLora, LayerChange, check_rank, decompose, report
+from peft.core.base_op import base_op
+from peft.core.plan import ALL_LINEAR, all_linear, default_targets, make_plan
+from peft.core.storage import storage_of
+from peft.core.tuner import model_config_of, with_progress
+from peft.errors import PeftWarning
+from peft.registry import PeftType
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.factors import adapter_rank, block_count, block_rank
+from peft.tuners.lora.layer import LAYERS, LoraLayer
+
+
+@torch.no_grad()
+def extract_lora(
+    base: nn.Module,
+    tuned: nn.Module,
+    rank: int | float,
+    *,
+    target_modules: Sequence[str] | str = ALL_LINEAR,
+    modules_to_save: Sequence[str] | None = None,
+    task_type: str | None = None,
+    progressbar: bool = False,
+) -> ConvertedLora:
+    """The LoRA that comes nearest to turning one model into another, fine-tuned one.
+
+    Each layer's difference is cut down to the rank by a truncated singular value decomposition. The LoRA's scale is
+    one.
+
+    Args:
+        base, tuned: models of the same structure; neither is changed.
+        rank: the LoRA's rank. A float is a threshold, above 0 and up to 1: each layer gets the smallest rank
+            that keeps that share of the squared singular values.
+        target_modules: which layers, as in a LoraConfig.
+        modules_to_save: modules to take over whole.
+        task_type: as in a LoraConfig.
+        progressbar: show one.
+
+    Returns:
+        The pair (LoraConfig, state dict), with an attribute `errors`: the relative error of each module. A warning
+        names what has changed in neither a target nor a saved module.
+
+    Raises:
+        ValueError: the models differ in structure, nothing matches, or the rank is too low or too high.
+    """
+    check_rank(rank)
+    config = LoraConfig(
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        modules_to_save=list(modules_to_save) if modules_to_save else None,
+        task_type=task_type,
+    )
+    ours, theirs = dict(base.named_parameters()), dict(tuned.named_parameters())
+    different = [n for n in {**ours, **theirs} if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape]
+    if different:
+        raise ValueError(
+            f"{type(base).__name__} and {type(tuned).__name__} differ in structure: {', '.join(different[:4])} is not"
+            " in both, or not of the same shape."
+        )
+    wanted: Any = copy.copy(config)
+    if wanted.target_modules is None:
+        wanted.target_modules = default_targets(PeftType.LORA, model_config_of(base).get("model_type"), base)
+    if wanted.target_modules == ALL_LINEAR:
+        wanted.target_modules = all_linear(base, wanted.modules_to_save or ())
+    plan = make_plan(base, wanted, LoraLayer)
+    config.target_modules = wanted.target_modules
+    config.base_model_name_or_path = base.__dict__.get("name_or_path")
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    errors: dict[str, float] = {}
+    covered: set[str] = set()
+    for target in with_progress(plan.targets, progressbar, "Extracting"):
+        change = _difference(target.module, tuned.get_submodule(target.key))
+        block = change.rank_for(rank) if isinstance(rank, float) else block_rank(change.layer, rank)
+        most = change.s.shape[1]
+        if block > most:
+            raise ValueError(f"rank={rank} is larger than the weight of {target.key!r} allows ({most}).")
+        ranks[target.key] = adapter_rank(change.layer, block)
+        place = f"base_model.model.{target.key}"
+        tensors.update({f"{place}.{name}": tensor for name, tensor in change.tensors(block).items()})
+        errors[target.key] = change.error(block)
+        covered.add(f"{target.key}.{change.layer.op.weight_name}")
+    for key in plan.save:
+        for name, value in tuned.get_submodule(key).state_dict().items():
+            tensors[f"base_model.model.{key}.{name}"] = value.clone()
+            covered.add(f"{key}.{name}")
+    if isinstance(rank, float):
+        config.r = config.lora_alpha = 1
+        config.rank_pattern, config.alpha_pattern = dict(ranks), dict(ranks)
+    else:
+        config.r = config.lora_alpha = rank
+    report(errors)
+    _report_rest(ours, theirs, covered)
+    return ConvertedLora(config, tensors, errors)
+
+
+def _difference(before: nn.Module, after: nn.Module) -> LayerChange:
+    op = base_op(before)
+    assert op is not None
+    layer = LAYERS[op.kind](before, op=op)
+    weights = (op.matrix(storage_of(module, op.weight_name).read(module, op.weight_name)) for module in (after, before))
+    tuned, base = (weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights)
+    blocks = (tuned - base).unflatten(0, (block_count(layer), -1))
+    return LayerChange(layer, *decompose(blocks), None)
+
+
+def _report_rest(ours: dict[str, Any], theirs: dict[str, Any], covered: set[str]) -> None:
+    """Warns of what has changed and is not in the LoRA."""
+    rest = [n for n, before in ours.items() if n not in covered and not torch.equal(before, theirs[n].to(before))]
+    if rest:
+        warnings.warn(
+            f"The LoRA leaves out {len(rest)} parameters that differ too ({', '.join(rest[:3])}"
+            f"{', ...' if len(rest) > 3 else ''}): add them to target_modules or modules_to_save.",
+            PeftWarning,
+            stacklevel=3,
+        )

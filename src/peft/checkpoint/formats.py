@@ -1,0 +1,221 @@
+"""LoRA files of other programs: those of kohya's scripts and of diffusers, in one file each, read and written.
+
+- kohya: `lora_unet_down_blocks_0_proj.lora_down.weight` [r, in], `.lora_up.weight` [out, r] and `.alpha`, a number. The
+  module's name has underscores for dots, so reading needs the names there are.
+- diffusers: `unet.down_blocks.0.proj.lora_A.weight` and `.lora_B.weight`; older files have `.lora.down.weight` and
+  `.lora.up.weight`. The model's part comes first; settings may stand in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peft.folder import replace_files
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import alpha_of, rank_of
+
+FORMATS = ("kohya", "diffusers")
+_ROOT = "base_model.model."
+_KOHYA = re.compile(r"^lora_(?P<part>[a-z0-9]+)_(?P<name>.+?)\.(?P<leaf>lora_\w+\.weight|alpha|dora_scale)$")
+_LEAVES = {
+    "lora_down.weight": "lora_A.weight",
+    "lora_up.weight": "lora_B.weight",
+    "dora_scale": "lora_magnitude_vector",
+    "lora.down.weight": "lora_A.weight",
+    "lora.up.weight": "lora_B.weight",
+    "lora_A.weight": "lora_A.weight",
+    "lora_B.weight": "lora_B.weight",
+    "lora_B.bias": "lora_B.bias",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "alpha": "alpha",
+}
+_OF_KOHYA = {
+    "lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"
+}  # fmt: skip
+#: kohya's names for the parts of a pipeline -> those of diffusers
+PARTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+_METADATA = "lora_adapter_metadata"
+
+
+def module_names(folder: str | os.PathLike) -> list[str]:
+    """The modules of a saved model that have weights, by the names of its tensors."""
+    files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    if not files:
+        raise ValueError(f"{os.fspath(folder)!r} holds no .safetensors file whose names could be read.")
+    names: set[str] = set()
+    for file in files:
+        with safe_open(os.path.join(folder, file), "pt") as tensors:
+            names |= {key.rpartition(".")[0] for key in tensors.keys()}  # noqa: SIM118
+    return sorted(names)
+
+
+def format_of(keys: Iterable[str]) -> str:
+    """Which program wrote a file with these names.
+
+    Raises:
+        ValueError: none that is known.
+    """
+    keys = list(keys)
+    if any(key.startswith("lora_") and (".lora_down." in key or ".lora_up." in key) for key in keys):
+        return "kohya"
+    if any(re.search(r"\.(lora_[AB]|lora\.(down|up))\.weight$", key) for key in keys):
+        return "diffusers"
+    raise ValueError(f"The names are neither kohya's nor diffusers': {', '.join(keys[:3])}.")
+
+
+def read_lora_file(
+    path: str | os.PathLike, *, part: str | None = None, names: Iterable[str] | None = None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A LoRA from a file of another program.
+
+    Args:
+        path: a .safetensors file.
+        part: the part of a pipeline whose LoRA is wanted (`unet`, `transformer`, `text_encoder`, ...); may be left out
+            where the file is for one.
+        names: the modules of the base model, for kohya's files.
+
+    Returns:
+        The configuration, and the tensors by the names that this library's files have for them.
+
+    Raises:
+        ValueError: the format is unknown, the part is missing or not the only one, a name is no module's, or a module
+            has no whole LoRA.
+    """
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    found = _kohya_modules(tensors, names) if format_of(tensors) == "kohya" else _diffusers_modules(tensors)
+    if part is None and len(found) > 1:
+        raise ValueError(f"{os.fspath(path)!r} holds LoRAs for {', '.join(sorted(found))}: say which part is wanted.")
+    part = part or next(iter(found))
+    if part not in found:
+        raise ValueError(f"{os.fspath(path)!r} holds nothing for {part!r}; it has {', '.join(sorted(found))}.")
+    modules = found[part]
+    for name, leaves in modules.items():
+        missing = {"lora_A.weight", "lora_B.weight"} - set(leaves)
+        if missing:
+            raise ValueError(f"{name!r} has no {' and no '.join(sorted(missing))}.")
+    config = _config(modules, _settings(metadata, part))
+    return config, {
+        f"{_ROOT}{name}.{leaf}": value.contiguous()
+        for name, leaves in modules.items()
+        for leaf, value in leaves.items()
+        if leaf != "alpha"
+    }
+
+
+Modules = dict[str, dict[str, dict[str, Tensor]]]
+
+
+def _kohya_modules(tensors: Mapping[str, Tensor], names: Iterable[str] | None) -> Modules:
+    if names is None:
+        raise ValueError("kohya's files have underscores for dots: the names of the base model's modules are needed.")
+    dotted = {name.replace(".", "_"): name for name in names}
+    found: Modules = {}
+    for key, value in tensors.items():
+        match = _KOHYA.match(key)
+        leaf = None if match is None else _LEAVES.get(match["leaf"])
+        if match is None or leaf is None:
+            raise ValueError(f"{key!r} is no part of a LoRA that can be converted.")
+        if match["name"] not in dotted:
+            raise ValueError(f"{key!r}: the base model has no module {match['name']!r} (dots as underscores).")
+        part = PARTS.get(match["part"], match["part"])
+        if leaf == "lora_magnitude_vector":  # [out, 1, ...] there; here [out], or [1, out, 1, ...] for convolutions
+            value = value.flatten() if value.dim() < 3 else value.transpose(0, 1)
+        found.setdefault(part, {}).setdefault(dotted[match["name"]], {})[leaf] = value
+    return found
+
+
+def _diffusers_modules(tensors: Mapping[str, Tensor]) -> Modules:
+    found: Modules = {}
+    for key, value in tensors.items():
+        leaf = next((old for old in sorted(_LEAVES, key=len, reverse=True) if key.endswith(f".{old}")), None)
+        part, _, name = key.partition(".")
+        if leaf is None or not name:
+            raise ValueError(f"{key!r} is no part of a LoRA that can be converted.")
+        found.setdefault(part, {}).setdefault(name.removesuffix(f".{leaf}"), {})[_LEAVES[leaf]] = value
+    return found
+
+
+def _settings(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
+    """What a file's metadata says of the configuration of a part; empty if nothing."""
+    prefix = f"{part}."
+    known = json.loads(metadata.get(_METADATA, "{}"))
+    fields = {key[len(prefix) :]: value for key, value in known.items() if key.startswith(prefix)}
+    return {key: value for key, value in fields.items() if key in set(LoraConfig.__dataclass_fields__) - {"peft_type"}}
+
+
+def _config(modules: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, Any]) -> LoraConfig:
+    if "lora_alpha" in settings:
+        return LoraConfig(**settings)
+    ranks = {name: leaves["lora_A.weight"].shape[0] for name, leaves in modules.items()}
+    alphas = {name: float(leaves.get("alpha", ranks[name])) for name, leaves in modules.items()}
+    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=r,
+        lora_alpha=_whole(alpha),  # type: ignore[arg-type]
+        target_modules=sorted(modules),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={name: _whole(value) for name, value in alphas.items() if value != alpha},  # type: ignore[misc]
+        use_dora=any("lora_magnitude_vector" in leaves for leaves in modules.values()),
+        lora_bias=any("lora_B.bias" in leaves for leaves in modules.values()),
+    )
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def write_lora_file(
+    path: str | os.PathLike, config: LoraConfig, tensors: Mapping[str, Tensor], format: str, part: str = "unet"
+) -> None:
+    """Writes a LoRA as another program reads it, in one file.
+
+    Args:
+        path: the .safetensors file; replaced whole, if it is there.
+        config: the configuration.
+        tensors: by the names that this library's files have for them.
+        format: `"kohya"` or `"diffusers"`.
+        part: the part of a pipeline that the LoRA is for.
+
+    Raises:
+        ValueError: an unknown format, or the adapter holds what the format has no place for.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"Unknown format {format!r}; there are {', '.join(FORMATS)}.")
+    if config.peft_type != "LORA":
+        raise ValueError(f"{format} files hold LoRA, not {config.peft_type}; convert_to_lora makes one of it first.")
+    short = {new: old for old, new in reversed(PARTS.items())}.get(part, part)
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        leaf = next((new for new in _LEAVES.values() if key.endswith(f".{new}")), None)
+        if leaf is None or (format == "kohya" and leaf not in _OF_KOHYA):
+            raise ValueError(f"{format} files have no place for {key!r}.")
+        name = key.removeprefix(_ROOT).removesuffix(f".{leaf}")
+        if format == "diffusers":
+            out[f"{part}.{name}.{leaf}"] = value.contiguous()
+            continue
+        place = f"lora_{short}_{name.replace('.', '_')}"
+        r = rank_of(config, name)
+        if leaf == "lora_magnitude_vector":
+            value = value[:, None] if value.dim() == 1 else value.transpose(0, 1)
+        out[f"{place}.{_OF_KOHYA[leaf]}"] = value.contiguous()
+        out[f"{place}.alpha"] = torch.tensor(alpha_of(config, name) * (math.sqrt(r) if config.use_rslora else 1.0))
+    metadata = {"format": "pt"}
+    if format == "diffusers":
+        settings = {f"{part}.{key}": value for key, value in config.to_json_dict().items()}
+        metadata[_METADATA] = json.dumps(settings, sort_keys=True)
+    folder, file = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    replace_files(folder, {file: lambda place: save_file(out, place, metadata)})
