@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft
 from peft.ops.dropout import draw_mask, drop_probability, mask_factors
-from peft.ops.lora import add_low_rank, lora_linear, lora_linear_plain
+from peft.ops.lora import add_low_rank, lora_linear, lora_linear_few, lora_linear_plain
 
 torch.set_num_threads(1)
 
@@ -316,3 +316,80 @@ def test_a_low_rank_change_is_added_in_fp32_and_rounded_once(shape, layout, dtyp
     assert outcome.dtype == dtype
     assert outcome.stride() == weight.stride()
     assert torch.equal(weight, before)
+
+
+# ---- few rows without gradients, as in decoding
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("rows", [(), (1,), (1, 1), (3, 1), (0, 4)])
+def test_few_rows_agree_with_the_formula(rows, dtype, tolerance):
+    x, weight, bias, a, b = (t.detach() for t in tensors(dtype, rows=rows, size=(16, 12), r=4))
+    factors = (a, b) if dtype == torch.float64 else (a.float(), b.float())  # adapters are kept in float32
+    got = lora_linear_few(x, weight, bias, *factors, 0.5)
+    if 0 in rows:
+        assert got is None
+        return
+    exact = lora_linear_plain(*(t.double() for t in (x, weight, bias)), None, a.double(), b.double(), 0.5, 0.0)
+    assert got.dtype == dtype and got.shape == (*rows, 12)
+    torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_more_rows_than_the_rank_and_what_is_traced_are_left_to_others():
+    x, weight, bias, a, b = (t.detach() for t in tensors(rows=(2,)))
+    assert lora_linear_few(x, weight, bias, a, b, 0.5) is None
+    found = []
+    torch.func.vmap(lambda row: found.append(lora_linear_few(row, weight, bias, a, b, 0.5)) or row)(x)
+    assert found == [None]
+
+
+def watch_base(model):
+    model.base_model.model.first.base_layer.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def watch_factor(model):
+    model.base_model.model.first.lora_A["default"].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+
+
+def change_in_place(model):
+    model.base_model.model.first.lora_B["default"].weight.data.mul_(3)
+
+
+def scale(model):
+    model.base_model.model.first.set_scale("default", 3.0)
+
+
+def switch_off(model):
+    model.base_model.model.first.enable_adapters(False)
+
+
+def merge(model):
+    model.base_model.model.first.merge()
+
+
+def train_with_dropout(model):
+    model.base_model.model.first.lora_dropout["default"] = nn.Dropout(1.0).train()
+
+
+@pytest.mark.parametrize(
+    "change", [watch_base, watch_factor, change_in_place, scale, switch_off, merge, train_with_dropout]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_sees_what_has_changed(change, dtype):
+    model, x = adapted(dtype=dtype).eval(), torch.randn(1, 6, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with torch.no_grad():
+        before = model(x)
+    change(model)
+    with torch.no_grad():
+        after = model(x)
+    with torch.enable_grad():
+        expected = model(x.clone().requires_grad_())
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(after, expected, rtol=tolerance, atol=tolerance)
+    assert change is merge or not torch.allclose(before, after, rtol=tolerance, atol=tolerance)
+
+
+def test_decoding_under_autocast_is_in_its_dtype():
+    model, x = adapted().eval(), torch.randn(1, 6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model.base_model.model.first(x).dtype == torch.bfloat16

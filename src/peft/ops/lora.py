@@ -114,7 +114,43 @@ def needs_plain(*tensors: Tensor | None) -> bool:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+    for tensor in tensors:  # a loop, as this runs in each layer for each token that is decoded
+        kind = type(tensor)
+        if kind is not Tensor and kind is not torch.nn.Parameter and tensor is not None:
+            return True
+    return False
+
+
+def lora_linear_few(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> Tensor | None:
+    """`lora_linear` without gradients, for fewer rows of x than A has; None where it does not serve.
+
+    x and the product are smaller than A and B then, so it is they that are cast; and one row asks for products with a
+    vector.
+
+    Args:
+        x, weight, bias, scaling: as in `lora_linear`.
+        a: [r, in], in any dtype.
+        b: [out, r], in the dtype of a.
+    """
+    width = x.shape[-1]
+    rows = x.numel() // width
+    if not 0 < rows < len(a) or x.is_cuda or needs_plain(x, weight, bias, a, b):
+        return None
+    result = F.linear(x, weight, bias)
+    same = x.dtype == a.dtype
+    if rows == 1:
+        x = x.reshape(width)
+        low = torch.mv(a, x if same else x.to(a.dtype))
+        flat = result.view(-1)
+        flat.addmv_(b, low, alpha=scaling) if same else flat.add_(torch.mv(b, low), alpha=scaling)
+    else:
+        x = x.reshape(rows, width)
+        low = torch.mm(x if same else x.to(a.dtype), a.t())
+        flat = result.view(rows, -1)
+        flat.addmm_(low, b.t(), alpha=scaling) if same else flat.add_(torch.mm(low, b.t()), alpha=scaling)
+    return result
 
 
 def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float, overwrite: bool) -> Tensor:

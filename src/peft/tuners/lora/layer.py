@@ -16,7 +16,7 @@ from peft.core.plan import get_pattern_key
 from peft.core.routing import Route
 from peft.core.storage import onloaded, storage_of
 from peft.ops import fused
-from peft.ops.lora import add_low_rank, compute_dtype, lora_linear, needs_plain
+from peft.ops.lora import add_low_rank, compute_dtype, lora_linear, lora_linear_few, needs_plain
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_start, start_of
 from peft.tuners.lora.variants import variant_of
@@ -356,9 +356,35 @@ class Linear(LoraLayer):
     """LoRA on linear layers, with their weight as [out, in] or transposed."""
 
     is_cheap = True
+    #: the adapter in effect, where it is a single one that is no variant
+    _only: str | None = None
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        live = self._live
+        plain = type(self) is Linear and len(live) == 1 and live[0] not in self.lora_variant
+        self.__dict__["_only"] = live[0] if plain and not self._disable_adapters else None
+        self.__dict__.pop("_stacks", None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(x, *args, **kwargs)
+        name = self._only
+        if name is None or self._route is not None or args or kwargs or torch.is_grad_enabled():
+            return super().forward(x, *args, **kwargs)
+        result = self._decoded(name, x)
+        return super().forward(x) if result is None else result
+
+    def _decoded(self, name: str, x: Tensor) -> Tensor | None:
+        """The output for a few tokens without gradients, or None: the shortest way, since a token leaves little time."""
+        modules = self._modules
+        base: Any = modules["base_layer"]
+        a: Any = modules["lora_A"]._modules[name]  # type: ignore[union-attr]
+        b: Any = modules["lora_B"]._modules[name]  # type: ignore[union-attr]
+        if x.numel() >= self.r[name] * self.in_features or not (_is_plain(base) and _is_plain(a) and _is_plain(b)):
+            return None
+        base, a, b = base._parameters, a._parameters, b._parameters
+        if b["bias"] is not None or self.dropout_of(name) or torch.is_autocast_enabled(x.device.type):
+            return None
+        return lora_linear_few(x, base["weight"], base["bias"], a["weight"], b["weight"], self.scaling[name])
 
     def product(self, name: str) -> Tensor:
         change = super().product(name)
@@ -455,10 +481,6 @@ class Linear(LoraLayer):
         route.prepared[place] = known[1]
         return known[1]
 
-    def _refresh(self) -> None:
-        super()._refresh()
-        self.__dict__.pop("_stacks", None)
-
     def _stacked(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of each of `names`, [names, r, in] and [names, out, r]; the scale is in the second."""
         here = [name for name in dict.fromkeys(names) if self.has(name)]
@@ -505,8 +527,9 @@ def _row_blocks(route: Route, names: Sequence[str], like: Tensor) -> tuple[Tenso
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether hooks on a module see what goes in and out, so that it has to be called."""
+    own = module.__dict__
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
 
 
