@@ -321,8 +321,10 @@ def test_a_low_rank_change_is_added_in_fp32_and_rounded_once(shape, layout, dtyp
 # ---- few rows without gradients, as in decoding
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("rows", [(), (1,), (1, 1), (3, 1), (0, 4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
 def test_few_rows_agree_with_the_formula(rows, dtype, tolerance):
     x, weight, bias, a, b = (t.detach() for t in tensors(dtype, rows=rows, size=(16, 12), r=4))
     factors = (a, b) if dtype == torch.float64 else (a.float(), b.float())  # adapters are kept in float32
