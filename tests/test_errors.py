@@ -27,6 +27,7 @@ CASES = json.loads((Path(__file__).parent / "data" / "errors.json").read_text(en
 
 #: what huggingface/peft refuses and this library does
 WORKS_HERE = {
+    "adapter-names-dora",
     "adapter-names-mha",
     "adapter-names-parameters",
     "ia3-unsupported",

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft
+import tiny_models as tiny
 
 IDS = torch.tensor([[1, 5, 9, 3], [2, 7, 4, 8]])
 
@@ -97,3 +98,44 @@ def test_tying_a_model_that_ties_nothing_says_so():
         peft.get_peft_model(
             LlamaForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True)
         )
+
+
+def test_merging_adapters_that_are_the_same_keeps_the_weight_one_tensor():
+    config = peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2, ensure_weight_tying=True)
+    model = randomised(peft.get_peft_model(tied_llama(), config))
+    expected = model(IDS).logits
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_decoder_has_one_adapter_on_all_its_embeddings(tmp_path):
+    def base():
+        return tiny.t5(tie_word_embeddings=True)
+
+    config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["shared"], ensure_weight_tying=True)
+    model = tiny.fill_adapter(peft.get_peft_model(base(), config)).eval()
+    plain, given = base(), dict(input_ids=IDS, decoder_input_ids=IDS)
+    expected = model(**given).logits
+    assert not torch.allclose(expected, plain(**given).logits, atol=1e-3)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2, "A and B of `shared`; the other modules have no parameters of their own"
+
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path, is_trainable=True).eval()
+    torch.testing.assert_close(loaded(**given).logits, expected)
+    assert [name for name, parameter in loaded.named_parameters() if parameter.requires_grad] == trained
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**given).logits, expected, rtol=1e-4, atol=1e-4)
+    assert merged.lm_head.weight is merged.shared.weight
+
+
+def test_tokens_of_the_output_layer_alone_leave_the_embedding():
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"lm_head": [3]}, r=2)
+    model = peft.get_peft_model(tied_llama(), config)
+    assert type(model.base_model.model.model.embed_tokens) is torch.nn.Embedding
+    before = model(IDS).logits
+    with torch.no_grad():
+        model.base_model.model.lm_head.token_adapter.trainable_tokens_delta["default"].add_(1.0)
+    changed = (model(IDS).logits != before).flatten(0, 1).any(0)
+    assert changed.nonzero().flatten().tolist() == [3]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from peft.checkpoint import get_peft_model_state_dict as get_peft_model_state_dict
 from peft.checkpoint import set_peft_model_state_dict as set_peft_model_state_dict
 from peft.config import PeftConfig
+from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
-from peft.core.tuner import UPCAST_DTYPES, BaseTuner, Part, parts_of
+from peft.core.tuner import UPCAST_DTYPES, BaseTuner, Part, check_active, parts_of
 from peft.integrations.transformers import convert_peft_config_for_transformers
 from peft.registry import method_of
 
@@ -79,6 +80,7 @@ def set_adapter(
     if tuner is not None:
         tuner.set_adapter(names, inference_mode)
         return
+    check_active(parts, names)
     for part in parts:
         part.set_adapter(names, inference_mode)
 
@@ -120,12 +122,18 @@ def delete_adapter(
         return tuner.active_adapters or None
     for part in parts:
         part.delete_adapter(adapter_name)
-    active = [part.active_adapters for part in parts if part.adapter_names()]
-    return max(active, key=len, default=None) or None
+    left = [part for part in parts if part.adapter_names()]
+    active: list[str] = max((part.active_adapters for part in left), key=len, default=[])
+    for part in left:
+        if part.active_adapters != active:
+            part.set_adapter(active)
+    return active or None
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Brings an adapter that is in half precision or 8-bit floats to float32, so that it can be trained.
+
+    Modules that are trained in full stay in the dtype of the base model, which feeds them.
 
     Args:
         model: a model with adapters.
@@ -135,7 +143,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     if not autocast_adapter_dtype:
         return
     for _, part in parts_of(model):
-        if part.has(adapter_name):
+        if part.has(adapter_name) and not isinstance(part, ModulesToSaveWrapper):
             for parameter in part.adapter_parameters(adapter_name):
                 if parameter.dtype in UPCAST_DTYPES:
                     parameter.data = parameter.data.float()

@@ -25,10 +25,11 @@ from peft.core import status
 from peft.core.auxiliary import save_modules, unsave_modules
 from peft.core.plan import modules_named
 from peft.core.prompt import PromptHost
-from peft.core.tuner import BaseTuner, check_adapter_name, parts_of
+from peft.core.tuner import BaseTuner, all_or_nothing, check_adapter_name, parts_of, undone_on_error
 from peft.errors import PeftWarning
 from peft.folder import replace_files
 from peft.hub import CARD_NAME, push, split_hub_arguments
+from peft.integrations.training import let_gradients_through_inputs
 from peft.integrations.transformers import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -206,19 +207,24 @@ class PeftModel(PromptHost):
             raise ValueError("A prompt learning adapter that is loaded cannot be trainable; what made it is not saved.")
 
     def _add_prompt(self, name: str, config: PeftConfig) -> None:
-        self.peft_config[name] = config
-        keys: list[str] = []
-        try:
+        trained = [(parameter, parameter.requires_grad) for parameter in self.base_model.parameters()]
+        active = self._active_prompt
+
+        def take_back() -> None:
+            self.peft_config.pop(name, None)
+            self._delete_prompt_encoder(name)
+            unsave_modules(self.base_model, name)
+            self._active_prompt = active
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+
+        with undone_on_error(take_back):
+            self.peft_config[name] = config
             self._setup_prompt_encoder(name)
             keys = modules_named(self.base_model, getattr(config, "modules_to_save", None) or ())
             save_modules(self.base_model, keys, name)
             if self._active_prompt is None:
                 self.set_adapter(name, config.inference_mode)
-        except BaseException:
-            del self.peft_config[name]
-            self._delete_prompt_encoder(name)
-            unsave_modules(self.base_model, name)
-            raise
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes an adapter (or several) the active one; trainable unless `inference_mode`, all others not.
@@ -229,9 +235,13 @@ class PeftModel(PromptHost):
         if self._tuner is not None:
             self._tuner.set_adapter(adapter_name, inference_mode)
             return
-        name = adapter_name if isinstance(adapter_name, str) else adapter_name[0]
-        if name not in self.peft_config:
-            raise ValueError(f"Adapter {name} not found; there are {', '.join(self.peft_config)}.")
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        missing = [name for name in names if name not in self.peft_config]
+        if missing:
+            raise ValueError(f"Adapter {', '.join(missing)} not found; there are {', '.join(self.peft_config)}.")
+        if len(names) != 1:
+            raise ValueError(f"One soft prompt at a time can be active, not {len(names)} ({', '.join(names)}).")
+        name = names[0]
         self._active_prompt = name
         for other, encoder in self.prompt_encoder.items():
             encoder.requires_grad_(other == name and not inference_mode and not self.peft_config[other].inference_mode)
@@ -337,12 +347,8 @@ class PeftModel(PromptHost):
         new = "is_activation_checkpointing"
         if not getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing", False):
             return
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(
-                lambda module, inputs, output: output.requires_grad_(True)
-            )
+        if getattr(model, "_require_grads_hook", None) is None:  # else transformers has seen to it
+            let_gradients_through_inputs(model)
 
     # ---- files
 
@@ -489,21 +495,15 @@ class PeftModel(PromptHost):
             cls = TASK_CLASSES[source.config.task_type]
         if source.config.is_prompt_learning and is_trainable:
             raise ValueError("A prompt learning adapter that is loaded cannot be trainable; what made it is not saved.")
-        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        peft_model = cls(
-            model,
-            source.config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
-        )
-        try:
+        with all_or_nothing():
+            peft_model = cls(
+                model,
+                source.config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
+            )
             peft_model._load_tensors(adapter_name, source, kwargs)
-        except BaseException:
-            peft_model._take_apart()
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
-            raise
         if not is_trainable:
             peft_model.eval()
         return peft_model
@@ -545,20 +545,16 @@ class PeftModel(PromptHost):
         kwargs["torch_device"] = torch_device
         source = _Source.read(model_id, key_mapping, kwargs, config, is_trainable, ephemeral_gpu_offload)
         source.fit(self.get_base_model())
-        if new:
-            self._check_new_adapter_config(source.config, is_trainable)
-            self.add_adapter(
-                adapter_name,
-                source.config,
-                low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-            )
-        try:
-            result = self._load_tensors(adapter_name, source, kwargs)
-        except BaseException:
+        with all_or_nothing():
             if new:
-                self.delete_adapter(adapter_name)
-            raise
+                self._check_new_adapter_config(source.config, is_trainable)
+                self.add_adapter(
+                    adapter_name,
+                    source.config,
+                    low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                )
+            result = self._load_tensors(adapter_name, source, kwargs)
         if not is_trainable:
             self.eval()
         return result
@@ -602,14 +598,6 @@ class PeftModel(PromptHost):
                 listed = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
                 warnings.warn(f"Adapter {adapter_name!r}: {source.name} {what} {listed}.", PeftWarning, stacklevel=4)
         return result
-
-    def _take_apart(self) -> None:
-        """Leaves the base model as it was before it was wrapped."""
-        if self._tuner is not None:
-            self._tuner.unload()
-            return
-        for name in list(self.peft_config):
-            unsave_modules(self.base_model, name)
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
         return type(self.base_model if is_prompt_tuning else self.get_base_model())

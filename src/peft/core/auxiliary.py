@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import base_op
-from peft.core.layer import AdapterLayer
-from peft.core.routing import BASE, Route
+from peft.core.layer import AdapterLayer, without
+from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.errors import PeftWarning
 
 
@@ -57,6 +57,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def adapter_names(self) -> list[str]:
         """The adapters that have something here."""
         return list(dict.fromkeys(name for slot in self.adapter_layer_names for name in getattr(self, slot)))
+
+    def has_any(self) -> bool:
+        """Whether some adapter has something here."""
+        return bool(self.adapter_names())
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """What adapter `name` trains here."""
@@ -114,8 +118,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Makes what these adapters have here trainable or not."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for parameter in self.adapter_parameters(name) if self.has(name) else ():
+            parameters = self.adapter_parameters(name) if self.has(name) else []
+            for parameter in parameters:
                 parameter.requires_grad_(requires_grad)
+            self._trained_before_disable = without(self._trained_before_disable, parameters)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches between the adapters' version and the original; what was trainable before is so again after."""
@@ -141,22 +147,25 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """Sets which adapter each sample of the next forward passes gets; None ends it."""
         self._route = route
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if "adapter_names" in kwargs:
             names = kwargs.pop("adapter_names")
             if names is not None:
-                return self._forward_routed(Route(names), x, *args, **kwargs)
+                return self._forward_routed(Route(names), *args, **kwargs)
         if self._route is not None:
-            return self._forward_routed(self._route, x, *args, **kwargs)
-        return self.current_module()(x, *args, **kwargs)
+            return self._forward_routed(self._route, *args, **kwargs)
+        return self.current_module()(*args, **kwargs)
 
-    def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        groups = [(self.version(name), index) for name, index in route.groups(x.shape[0], x.device)]
-        parts = [(index, module(x.index_select(0, index), *args, **kwargs)) for module, index in groups]
-        joined = parts[0][1].new_empty(x.shape[0], *parts[0][1].shape[1:])
-        for index, part in parts:
-            joined.index_copy_(0, index, part.to(joined.dtype))
-        return joined
+    def _forward_routed(self, route: Route, *args: Any, **kwargs: Any) -> Any:
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if first is None:
+            raise ValueError("adapter_names (a mixed batch) needs modules whose inputs are tensors, a row per sample.")
+        rows = first.shape[0]
+        parts = []
+        for name, index in route.groups(rows, first.device):
+            some_args, some_kwargs = select_rows(index, rows, args, kwargs)
+            parts.append((index, self.version(name)(*some_args, **some_kwargs)))
+        return join_rows(parts, 0, rows)
 
     def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
         """The module to leave in the model: with what the adapters trained if `merge`, else the original."""
@@ -429,7 +438,8 @@ def save_modules(model: nn.Module, keys: Sequence[str], adapter_name: str, tied:
         if isinstance(module, ModulesToSaveWrapper):
             module.update(adapter_name, shared if key in tied else None)
         else:
-            module = ModulesToSaveWrapper(module, adapter_name, shared if key in tied else None)
+            wrapper = ModulesToSaveWrapper(module, adapter_name, shared if key in tied else None)
+            module = wrapper.train(module.training)
             setattr(owner, name, module)
         if key in tied:
             shared = shared or module.modules_to_save[adapter_name]

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from peft.core.routing import rows_of, select_rows
+
 
 class BaseOp:
     """A module seen as a matrix [out_features, in_features] and a way to apply it.
@@ -58,11 +60,7 @@ class BaseOp:
 
     def select(self, index: Tensor, rows: int, args: tuple, kwargs: dict[str, Any]) -> tuple[list, dict[str, Any]]:
         """The arguments of a call for some samples of the batch: what has a row per sample, cut down to `index`."""
-        return [self._rows(a, index, rows) for a in args], {k: self._rows(v, index, rows) for k, v in kwargs.items()}
-
-    def _rows(self, value: Any, index: Tensor, rows: int, dim: int = 0) -> Any:
-        has_rows = isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == rows
-        return value.index_select(dim, index) if has_rows else value
+        return select_rows(index, rows, args, kwargs)
 
 
 class LinearOp(BaseOp):
@@ -156,7 +154,7 @@ class AttentionOp(BaseOp):
         named = {**dict(zip(self.ARGUMENTS, args, strict=False)), **kwargs}
         for name in ("query", "key", "value"):
             named[name] = named[name].index_select(self.batch_dim, index)
-        named["key_padding_mask"] = self._rows(named.get("key_padding_mask"), index, rows)
+        named["key_padding_mask"] = rows_of(named.get("key_padding_mask"), index, rows)
         mask = named.get("attn_mask")
         if mask is not None and mask.dim() == 3:
             named["attn_mask"] = mask.unflatten(0, (rows, self.heads)).index_select(0, index).flatten(0, 1)

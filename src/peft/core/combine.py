@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.plan import matching_entry, model_modules, target_name
-from peft.core.tuner import BaseTuner, check_adapter_name
+from peft.core.tuner import BaseTuner, all_or_nothing, check_adapter_name
 from peft.errors import PeftWarning
 
 
@@ -123,19 +123,14 @@ def add_combined(
     What one of the adapters `names` trains beside the layers, it takes over.
     """
     owners = _owners(tuner, names)
-    active = tuner.active_adapters
-    tuner.inject_adapter(tuner.model, adapter_name, config=config)
-    try:
+    with all_or_nothing():
+        tuner.inject_adapter(tuner.model, adapter_name, config=config)
         for layer, values in tensors.items():
             layer.move(adapter_name, dtype=next(layer.dtype_of(name) for name in names if layer.has(name)))
             fill(layer, {live: values[key] for key, live in layer.key_map(adapter_name).items()})
         for part, owner in owners:
             state, before = part.state_dict(), part.key_map(owner)
             fill(part, {live: state[before[key]] for key, live in part.key_map(adapter_name).items()})
-    except BaseException:
-        tuner.delete_adapter(adapter_name)
-        tuner.set_adapter(active)
-        raise
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peft.config import PeftConfig
 from peft.core.base_op import BaseOp, NormOp, ParameterOp, base_op
-from peft.core.routing import BASE, Route
+from peft.core.routing import BASE, Route, join_rows
 from peft.core.storage import is_plain, onloaded, place_of, storage_of
 from peft.errors import PeftWarning
 from peft.ops.lora import compute_dtype
@@ -224,8 +224,18 @@ class AdapterLayer(nn.Module):
             return weight.device, weight.dtype
         return place_of(base)
 
-    def settle(self, name: str) -> None:
-        """Changes the base weight, if the start of adapter `name` asks for it; when nothing else can fail any more."""
+    def settle(self, name: str) -> Any:
+        """Changes the base weight, if the start of adapter `name` asks for it; when the adapter is complete.
+
+        Returns what the storage needs to undo it; None where nothing was changed.
+        """
+        return None
+
+    def unsettle(self, before: Any) -> None:
+        """Gives the base weight back that `settle` changed."""
+        base = self.get_base_layer()
+        with onloaded(base):
+            storage_of(base, self.op.weight_name).restore(base, self.op.weight_name, before)
 
     def move(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Moves the tensors of an adapter; those on the meta device become empty ones elsewhere."""
@@ -321,8 +331,11 @@ class AdapterLayer(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Makes adapters trainable or not, active or not."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for parameter in self.trainable_parameters(name):
+            parameters = list(self.trainable_parameters(name))
+            for parameter in parameters:
                 parameter.requires_grad_(requires_grad)
+            if self._trained_before_disable:  # what is said while they are disabled counts afterwards
+                self._trained_before_disable = without(self._trained_before_disable, parameters)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches all adapters of the layer on or off; what was trainable before is so again after."""
@@ -333,12 +346,13 @@ class AdapterLayer(nn.Module):
                 parameter.requires_grad_(True)
             self._trained_before_disable = []
             if self._merged_before_disable:
-                self.merge(adapter_names=self._merged_before_disable, own=self._merged_own)
-                self._merged_before_disable = []
+                merged, self._merged_before_disable = self._merged_before_disable, []
+                self.merge(adapter_names=merged, own=self._merged_own)
         else:
             if self.merged:
-                self._merged_before_disable = list(self.merged_adapters)
+                merged = list(self.merged_adapters)
                 self.unmerge()
+                self._merged_before_disable = merged
             self._trained_before_disable = [
                 p for name in self.adapter_names() for p in self.adapter_parameters(name) if p.requires_grad
             ]
@@ -356,7 +370,8 @@ class AdapterLayer(nn.Module):
             others = [name for name in self.merged_adapters if name != adapter_name]
             self.unmerge()
             if others:
-                self.merge(adapter_names=others)
+                self.merge(adapter_names=others, own=self._merged_own)
+        self._merged_before_disable = [name for name in self._merged_before_disable if name != adapter_name]
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             entries = getattr(self, attribute)
             if adapter_name in entries:
@@ -495,7 +510,7 @@ class AdapterLayer(nn.Module):
         for name, index in groups:
             some_args, some_kwargs = self.op.select(index, rows, (x, *args), kwargs)
             parts.append((index, self._run(name, *some_args, **some_kwargs)))
-        return _join(parts, dim, rows)
+        return join_rows(parts, dim, rows)
 
     def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
         """`result` with each sample's adapter added, for additive methods; `groups` are adapters and their samples."""
@@ -633,9 +648,10 @@ class AdapterLayer(nn.Module):
 
     def unmerge(self) -> None:
         """Gives the base weight back as it was before merging, bit for bit."""
-        if not self.merged:
+        if not self.merged and not self._merged_before_disable:
             warnings.warn("Already unmerged: nothing to do.", PeftWarning, stacklevel=2)
             return
+        self._merged_before_disable = []
         base = self.get_base_layer()
         with onloaded(base):
             for name, before in self._before_merge.items():
@@ -673,6 +689,12 @@ def _state_names(module: nn.Module) -> Iterable[str]:
     return module.state_dict()
 
 
+def without(parameters: Iterable[nn.Parameter], those: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """`parameters` without `those`; by identity, for tensors compare by value."""
+    left_out = {id(parameter) for parameter in those}
+    return [parameter for parameter in parameters if id(parameter) not in left_out]
+
+
 def _is_at(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:
     return (device is None or tensor.device == device) and (dtype is None or tensor.dtype == dtype)
 
@@ -682,22 +704,3 @@ def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | Non
     if tensor.is_meta and device is not None and device.type != "meta":
         return torch.empty_like(tensor, device=device, dtype=dtype)
     return tensor.to(device=device, dtype=dtype)
-
-
-def _join(parts: Iterable[tuple[Tensor, Any]], dim: int, rows: int) -> Any:
-    """Outputs of groups of samples put together in the order of the samples; tuples entry by entry."""
-    parts = list(parts)
-    sample = parts[0][1]
-    if isinstance(sample, tuple):
-        # What a module returns beside its first output may count samples first even if that does not.
-        return tuple(
-            _join([(index, part[i]) for index, part in parts], dim if i == 0 else 0, rows) for i in range(len(sample))
-        )
-    if not isinstance(sample, Tensor):
-        return sample
-    shape = list(sample.shape)
-    shape[dim] = rows
-    joined = sample.new_empty(shape)
-    for index, part in parts:
-        joined.index_copy_(dim, index, part.to(joined.dtype))
-    return joined

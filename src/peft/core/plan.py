@@ -243,6 +243,7 @@ def make_plan(
             continue
         entry = ends_with(key, saved)
         if entry is not None:
+            _check_saved(key, module)
             plan.save.append(key)
             used.add(entry)
             inside_saved = f"{key}."
@@ -267,6 +268,14 @@ def make_plan(
     for target in plan.targets:
         _check_target(target, config, layer_class)
     return plan
+
+
+def _check_saved(key: str, module: nn.Module) -> None:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+        raise TypeError(
+            f"modules_to_save cannot be applied to {key!r}, a {type(module).__name__}, which is no module that is"
+            " called; name what is in it."
+        )
 
 
 def _parameter_targets(place: Target, wanted: set[str], config: LayerConfig, used: set[str]) -> list[Target]:
@@ -348,6 +357,10 @@ def _check_matches(
         missing = sorted(set([wanted] if isinstance(wanted, int) else wanted) - indices)
         if missing:
             unmatched.append(f"layers_to_transform index {', '.join(map(str, missing))}")
+        patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or ()
+        for pattern in patterns:
+            if all(layer_index(name, pattern) is None for name in names):
+                unmatched.append(f"layers_pattern {pattern!r}")
     if unmatched:
         warnings.warn(
             f"In {where}, nothing matches the " + "; nor the ".join(unmatched) + ".", PeftWarning, stacklevel=2
@@ -368,10 +381,11 @@ def _nothing_matches(
             f" {plan.left_out[0]!r}) are left out by exclude_modules={config.exclude_modules}. Nothing is"
             " left to adapt."
         )
-    if plan.save and any(matching_entry(config.target_modules, key) for key in plan.save):
+    inside = [n for n in names if matching_entry(config.target_modules, n) and any(_is_in(n, key) for key in plan.save)]
+    if inside:
         return (
-            f"target_modules={asked} and modules_to_save={config.modules_to_save} name the same modules; nothing is"
-            " left to adapt."
+            f"All modules that target_modules={asked} matches in {where} ({len(inside)}, such as {inside[0]!r}) are"
+            f" trained in full by modules_to_save={config.modules_to_save}. Nothing is left to adapt."
         )
     if config.layers_to_transform is not None:
         return (
@@ -386,6 +400,11 @@ def _nothing_matches(
     linear = len(linear_modules(model))
     first = asked if isinstance(asked, str) else next(iter(asked), "")
     return f"Target modules {asked} not found in {where} ({linear} linear layers)." + _did_you_mean(first, names)
+
+
+def _is_in(name: str, key: str) -> bool:
+    """Whether the module `name` is the module `key` or inside it."""
+    return name == key or name.startswith(f"{key}.")
 
 
 def _did_you_mean(entry: str, names: Iterable[str]) -> str:

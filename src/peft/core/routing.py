@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,44 @@ class Route:
         for i, name in enumerate(self.names):
             indices.setdefault(name, []).extend(range(i * repeats, (i + 1) * repeats))
         return indices
+
+
+def rows_of(value: Any, index: Tensor, rows: int) -> Any:
+    """`value` for some samples of a batch of `rows`: their rows of a tensor that has one per sample."""
+    return value.index_select(0, index) if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+
+
+def select_rows(
+    index: Tensor, rows: int, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call for some samples; tuples (cosines and sines of positions, say) entry by entry."""
+
+    def select(value: Any) -> Any:
+        if type(value) is tuple:
+            return tuple(select(entry) for entry in value)
+        return rows_of(value, index, rows)
+
+    return [select(value) for value in args], {key: select(value) for key, value in kwargs.items()}
+
+
+def join_rows(parts: Iterable[tuple[Tensor, Any]], dim: int, rows: int) -> Any:
+    """Outputs of groups of samples put together in the order of the samples; tuples entry by entry."""
+    parts = list(parts)
+    sample = parts[0][1]
+    if isinstance(sample, tuple):
+        # What a module returns beside its first output may count samples first even if that does not.
+        return tuple(
+            join_rows([(index, part[i]) for index, part in parts], dim if i == 0 else 0, rows)
+            for i in range(len(sample))
+        )
+    if not isinstance(sample, Tensor):
+        return sample
+    shape = list(sample.shape)
+    shape[dim] = rows
+    joined = sample.new_empty(shape)
+    for index, part in parts:
+        joined.index_copy_(dim, index, part.to(joined.dtype))
+    return joined
 
 
 def check_task_ids(task_ids: Tensor | None, num_tasks: int, rows: int) -> Tensor:

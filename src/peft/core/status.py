@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from peft.core.auxiliary import TrainableTokensWrapper
+from peft.core.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.storage import backend_of
 from peft.core.tuner import BaseTuner, Part, parts_of
@@ -89,6 +89,21 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _agreed(values: list[Any]) -> Any:
     """The value that all have; "irregular" where they differ."""
     return values[0] if all(value == values[0] for value in values) else "irregular"
+
+
+def _active(layers: list[TunerLayerStatus]) -> Any:
+    """The adapters active on all layers that have any; "irregular" where layers differ."""
+    return _agreed([layer.active_adapters for layer in layers if layer.available_adapters] or [[]])
+
+
+def _merged(layers: list[TunerLayerStatus]) -> Any:
+    """The adapters that are merged on all layers that have them; "irregular" where they are merged on some only."""
+    merged = list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
+    for layer in layers:
+        here = [name for name in merged if name in layer.available_adapters]
+        if layer.module_type != ModulesToSaveWrapper.__name__ and set(here) != set(layer.merged_adapters):
+            return "irregular"
+    return merged
 
 
 def _plain_base(model: nn.Module) -> nn.Module:
@@ -176,8 +191,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_agreed([layer.enabled for layer in layers]),
-        active_adapters=_agreed([layer.active_adapters for layer in layers]),
-        merged_adapters=_agreed([layer.merged_adapters for layer in layers]),
+        active_adapters=_active(layers),
+        merged_adapters=_merged(layers),
         requires_grad={
             name: _agreed([layer.requires_grad[name] for layer in layers if name in layer.requires_grad])
             for name in names

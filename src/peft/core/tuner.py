@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +38,38 @@ from peft.errors import PeftWarning
 Part = AdapterLayer | AuxiliaryTrainingWrapper
 #: dtypes that adapters are not trained in
 UPCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+#: while adapters are added and then filled: what takes those added back out
+_UNDO: ContextVar[ExitStack | None] = ContextVar("_UNDO", default=None)
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[None]:
+    """Takes the adapters that are added while it lasts back out if it ends by an error."""
+    with ExitStack() as undo:
+        token = _UNDO.set(undo)
+        try:
+            yield
+        finally:
+            _UNDO.reset(token)
+        undo.pop_all()
+
+
+@contextmanager
+def undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
+    """Calls `undo` if it ends by an error, or if [`all_or_nothing`] around it does."""
+    with ExitStack() as stack:
+        stack.callback(undo)
+        yield
+        hand_over(stack)
+
+
+def hand_over(undo: ExitStack) -> None:
+    """What `undo` would have done is not needed any more, unless [`all_or_nothing`] around it ends by an error."""
+    kept, later = undo.pop_all(), _UNDO.get()
+    if later is not None:
+        later.push(kept)
 
 
 def parts_of(model: nn.Module) -> list[tuple[str, Part]]:
@@ -77,6 +110,13 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{path}.{name}", parameter
+
+
+def check_active(parts: Iterable[Part], names: Sequence[str]) -> None:
+    """Raises ValueError where these adapters cannot be active together."""
+    for part in parts:
+        if isinstance(part, AuxiliaryTrainingWrapper):
+            part.check_active(names)
 
 
 def model_config_of(model: nn.Module) -> dict[str, Any]:
@@ -224,12 +264,13 @@ class BaseTuner(nn.Module):
         """
         config = config or self.peft_config[adapter_name]
         check_adapter_name(adapter_name)
-        config = self._prepare_adapter_config(config, model_config_of(model))
-        self._check_new_adapter_config(config, adapter_name)
-        if config.target_modules == ALL_LINEAR:
-            config.target_modules = all_linear(model, config.modules_to_save or ())
-        low_cpu_mem_usage = low_cpu_mem_usage and self.start_is_replaceable(config)
         with _no_garbage_collection(), ExitStack() as undo:
+            undo.callback(_put_back, config, dict(config.__dict__))
+            config = self._prepare_adapter_config(config, model_config_of(model))
+            self._check_new_adapter_config(config, adapter_name)
+            if config.target_modules == ALL_LINEAR:
+                config.target_modules = all_linear(model, config.modules_to_save or ())
+            low_cpu_mem_usage = low_cpu_mem_usage and self.start_is_replaceable(config)
             restructured = self._prepare_model(config, model)
             if restructured is not None:
                 undo.callback(restructured)
@@ -238,8 +279,8 @@ class BaseTuner(nn.Module):
             plan = make_plan(model, config, self.layer_class, only=only, also_target=also_target, also_save=also_save)
             tokens = token_rows(config, model)
             warn_of_tied_targets(plan.module_names, config, model)
-            trained = {id(p) for _, p in base_parameters(model) if p.requires_grad}
-            undo.callback(self._undo, model, adapter_name, self.parts(), trained)
+            before, disabled = Before(self, model), self.disabled
+            undo.callback(self._undo, model, adapter_name, before)
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 self.prepare(plan, config, adapter_name)
                 for target in plan.targets:
@@ -251,24 +292,30 @@ class BaseTuner(nn.Module):
                     )
                 tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
                 save_modules(model, plan.save, adapter_name, tied)
-                self._tie_layers(model, [key for key in tied if key in plan.module_names], adapter_name)
                 train_tokens(model, adapter_name, tokens)
             self._parts = None
             self.targeted_module_names = list(dict.fromkeys(self.targeted_module_names + plan.module_names))
             self.targeted_parameter_names = list(dict.fromkeys(self.targeted_parameter_names + plan.parameter_names))
             self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            self._tie_layers(model, tied, adapter_name)
             self.peft_config[adapter_name] = config
-            active = self.active_adapters or [adapter_name]
             self._mark_only_adapters_as_trainable(model)
-            self.set_adapter(active, inference_mode=all(self.peft_config[name].inference_mode for name in active))
+            if not self.active_adapters:
+                self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+            old = {id(part) for _, part in before.parts}
+            for part in (part for _, part in self.parts() if id(part) not in old):
+                part.set_adapter(self.active_adapters, config.inference_mode)
+                part.enable_adapters(not disabled)
             model.peft_config = self.peft_config  # type: ignore[assignment]
             for layer in self.layers():
-                layer.settle(adapter_name)
-            undo.pop_all()
+                changed = layer.settle(adapter_name)
+                if changed is not None:
+                    undo.callback(layer.unsettle, changed)
+            hand_over(undo)
 
-    def _undo(self, model: nn.Module, adapter_name: str, before: list[tuple[str, Part]], trained: set[int]) -> None:
+    def _undo(self, model: nn.Module, adapter_name: str, before: Before) -> None:
         """Takes an adapter that could not be added back out."""
-        old = {id(part) for _, part in before}
+        old = {id(part) for _, part in before.parts}
         self._parts = None
         for key, part in reversed(self.parts()):
             if id(part) in old:
@@ -281,8 +328,7 @@ class BaseTuner(nn.Module):
                 del getattr(self, container)[adapter_name]
         self._parts = None
         self.peft_config.pop(adapter_name, None)
-        for _, parameter in base_parameters(model):
-            parameter.requires_grad_(id(parameter) in trained)
+        before.restore(self, model)
 
     def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:
         """Fills in the defaults for the model type."""
@@ -373,10 +419,10 @@ class BaseTuner(nn.Module):
         setattr(parent, child_name, new_module)
 
     def _tie_layers(self, model: nn.Module, keys: Sequence[str], adapter_name: str) -> None:
-        layers = [self._find_layer(get_submodules(model, self._live_key(model, key))[1], None) for key in keys]
-        for layer in layers[1:]:
-            if layer is not None and layers[0] is not None:
-                self.tie(layer, layers[0], adapter_name)
+        layers = [self._find_layer(model.get_submodule(self._live_key(model, key)), None) for key in keys]
+        here = [layer for layer in layers if layer is not None and layer.has(adapter_name)]
+        for layer in here[1:]:
+            self.tie(layer, here[0], adapter_name)
 
     def fill_in(self, adapter_name: str) -> None:
         """Gives tensors of an adapter that are still without memory the values of a fresh adapter."""
@@ -386,6 +432,8 @@ class BaseTuner(nn.Module):
             if any(parameter.is_meta for parameter in part.adapter_parameters(adapter_name)):
                 config = self.peft_config[adapter_name]
                 part.fill_in(adapter_name, config, self.layer_settings(config, target_name(key, part)))
+        if getattr(self.peft_config[adapter_name], "ensure_weight_tying", False):
+            self._tie_layers(self.model, tied_embedding_modules(self.model), adapter_name)
 
     @classmethod
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -431,10 +479,6 @@ class BaseTuner(nn.Module):
                     dtype = torch.float32
                 if dtype is not None and part.dtype_of(adapter_name) != dtype:
                     part.move(adapter_name, dtype=dtype)
-            elif isinstance(part, ModulesToSaveWrapper) and part.has(adapter_name) and autocast_adapter_dtype:
-                for parameter in part.adapter_parameters(adapter_name):
-                    if parameter.dtype in UPCAST_DTYPES:
-                        parameter.data = parameter.data.float()
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freezes the base model; trains the biases that the configurations ask for."""
@@ -495,10 +539,9 @@ class BaseTuner(nn.Module):
             ValueError: an adapter does not exist, or two of them train the same module in full.
         """
         names = self.check_names(adapter_name)
-        for _, part in self.parts():
-            if isinstance(part, AuxiliaryTrainingWrapper):
-                part.check_active(names)
-        for _, part in self.parts():
+        parts = [part for _, part in self.parts()]
+        check_active(parts, names)
+        for part in parts:
             part.set_adapter(names, inference_mode)
         self._active = names
 
@@ -534,14 +577,16 @@ class BaseTuner(nn.Module):
                 f"Adapter {adapter_name!r} does not exist; there are {', '.join(self.peft_config) or 'none'}."
             )
         del self.peft_config[adapter_name]
-        left = [name for name in self.active_adapters if name != adapter_name]
-        if not left and self.peft_config:
+        active = self.active_adapters
+        left = [name for name in active if name != adapter_name]
+        gone = not left
+        if gone and self.peft_config:
             left = [next(iter(self.peft_config))]
-            if self.active_adapters:
+            if active:
                 warnings.warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now.", PeftWarning, stacklevel=2)
         for _, part in self.parts():
             part.delete_adapter(adapter_name)
-            if isinstance(part, AdapterLayer) and part.has_any() and part.active_adapters != left:
+            if gone and part.has_any():
                 part.set_adapter(left)
         for container in self.shared_names:
             if adapter_name in getattr(self, container):
@@ -585,23 +630,33 @@ class BaseTuner(nn.Module):
             NotImplementedError: some adapter cannot be merged.
         """
         self._check_merge(adapter_names)
-        done: list[AdapterLayer] = []
+        if self.disabled:
+            warnings.warn(
+                "The adapters are disabled, and merged all the same: until they are unmerged, the model does not act as"
+                " its base model.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        done: list[tuple[AdapterLayer, list[str]]] = []
         shared = self._shared_weights()
         try:
             # Inner layers first: what they make of the weight is what the outer ones change.
             for layer in reversed(list(self.layers())):
-                before = len(layer.merged_adapters)
-                layer.merge(safe_merge, adapter_names, own=self._is_shared(layer, shared))
-                if len(layer.merged_adapters) > before == 0:
-                    done.append(layer)
+                before = list(layer.merged_adapters)
+                layer.merge(safe_merge, adapter_names, own=layer._merged_own or self._is_shared(layer, shared))
+                if layer.merged_adapters != before:
+                    done.append((layer, before))
         except Exception:
-            for layer in reversed(done):
+            for layer, before in reversed(done):
+                own = layer._merged_own
                 layer.unmerge()
+                if before:
+                    layer.merge(adapter_names=before, own=own)
             raise
 
     def unmerge_adapter(self) -> None:
         """Gives the base weights back as they were before merging, bit for bit."""
-        merged = [layer for layer in self.layers() if layer.merged]
+        merged = [layer for layer in self.layers() if layer.merged or layer._merged_before_disable]
         if not merged:
             warnings.warn("No adapter is merged: nothing to do.", PeftWarning, stacklevel=2)
         for layer in merged:
@@ -678,6 +733,7 @@ class BaseTuner(nn.Module):
     ) -> nn.Module:
         parts = list(reversed(self.parts()))
         shared = self._shared_weights() if merge else set()
+        tied = self._tied_alike(self.active_adapters if adapter_names is None else adapter_names) if merge else []
         for key, part in with_progress(parts, progressbar, "Merging" if merge else "Unloading"):
             if isinstance(part, AdapterLayer):
                 if merge:
@@ -697,10 +753,20 @@ class BaseTuner(nn.Module):
                 continue
             parent, _, name = get_submodules(self.model, key)
             setattr(parent, name, plain)
+        for key in tied[1:]:
+            self.model.get_submodule(key).weight = self.model.get_submodule(tied[0]).weight
         self._parts = None
         if "peft_config" in self.model.__dict__:
             del self.model.peft_config
         return self.model
+
+    def _tied_alike(self, names: Sequence[str]) -> list[str]:
+        """The modules tied to the input embedding, if these adapters change them and keep them the same."""
+        tied = tied_embedding_modules(self.model)
+        there = [self._find_layer(self.model.get_submodule(self._live_key(self.model, key)), None) for key in tied]
+        here = {name for layer in there if layer is not None for name in names if layer.has(name)}
+        alike = all(getattr(self.peft_config[name], "ensure_weight_tying", False) for name in here)
+        return tied if here and alike else []
 
     # ---- being the model
 
@@ -727,6 +793,35 @@ class BaseTuner(nn.Module):
     def key_map(self, adapter_name: str) -> dict[str, str]:
         """Names of tensors that all layers of an adapter share: as files have them -> as this object has them."""
         return {slot: f"{slot}.{adapter_name}" for slot in self.shared_names if adapter_name in getattr(self, slot)}
+
+
+class Before:
+    """What an adapter that cannot be added must leave as it was, beside the modules themselves."""
+
+    def __init__(self, tuner: BaseTuner, model: nn.Module):
+        self.parts = tuner.parts()
+        self._states = [(part, part.active_adapters) for _, part in self.parts]
+        self._active = tuner.active_adapters
+        self._targets = list(tuner.targeted_module_names), list(tuner.targeted_parameter_names)
+        self._trained = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
+        self._has_record = "peft_config" in model.__dict__
+
+    def restore(self, tuner: BaseTuner, model: nn.Module) -> None:
+        for part, active in self._states:
+            if part.active_adapters != active:
+                part.set_adapter(active)
+        tuner._active = self._active
+        tuner.targeted_module_names, tuner.targeted_parameter_names = self._targets
+        for parameter, requires_grad in self._trained:
+            parameter.requires_grad_(requires_grad)
+        if not self._has_record and "peft_config" in model.__dict__:
+            del model.peft_config
+
+
+def _put_back(thing: Any, attributes: dict[str, Any]) -> None:
+    """Gives an object the attributes that it had."""
+    thing.__dict__.clear()
+    thing.__dict__.update(attributes)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def let_gradients_through_inputs(model: Any) -> None:
     """Makes the embeddings' output require gradients, which re-entrant checkpointing of frozen layers needs."""
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    else:
+    elif hasattr(model, "get_input_embeddings"):
         model.get_input_embeddings().register_forward_hook(_require_grad)
 
 

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from peft.config import PeftConfig
 from peft.core.plan import ends_with, model_modules
 from peft.core.storage import place_of
-from peft.core.tuner import UPCAST_DTYPES, BaseTuner, check_adapter_name, get_submodules, model_config_of
+from peft.core.tuner import (
+    UPCAST_DTYPES,
+    BaseTuner,
+    Before,
+    check_adapter_name,
+    get_submodules,
+    model_config_of,
+    undone_on_error,
+)
 from peft.registry import PeftType
 
 #: model type -> name of its attention modules
@@ -193,18 +201,32 @@ class AdaptionPromptModel(BaseTuner):
                 f"adapter_layers={config.adapter_layers}, but the model has only {len(keys)} layers with {target!r}."
             )
         config.target_modules = target
-        if not self.peft_config:
-            model.requires_grad_(False)
-        for key in keys[-config.adapter_layers :]:
-            parent, module, name = get_submodules(model, key)
-            if not isinstance(module, AdaptedAttention):
-                self._replace_module(parent, name, module := AdaptedAttention(module), module)
-            module.add(adapter_name, config.adapter_len, autocast_adapter_dtype)
-            self.targeted_module_names = list(dict.fromkeys((*self.targeted_module_names, key)))
-        self.peft_config[adapter_name] = config
-        active = self.active_adapters or [adapter_name]
-        self.set_adapter(active, self.peft_config[active[0]].inference_mode)
-        model.peft_config = self.peft_config  # type: ignore[assignment]
+        before = Before(self, model)
+        with undone_on_error(lambda: self._take_back(model, adapter_name, before)):
+            if not self.peft_config:
+                model.requires_grad_(False)
+            for key in keys[-config.adapter_layers :]:
+                parent, module, name = get_submodules(model, key)
+                if not isinstance(module, AdaptedAttention):
+                    self._replace_module(parent, name, module := AdaptedAttention(module), module)
+                module.add(adapter_name, config.adapter_len, autocast_adapter_dtype)
+                self.targeted_module_names = list(dict.fromkeys((*self.targeted_module_names, key)))
+            self.peft_config[adapter_name] = config
+            active = self.active_adapters or [adapter_name]
+            self.set_adapter(active, self.peft_config[active[0]].inference_mode)
+            model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    def _take_back(self, model: nn.Module, adapter_name: str, before: Before) -> None:
+        self.peft_config.pop(adapter_name, None)
+        for key, attention in list(self.attentions()):
+            if attention.active == adapter_name:
+                attention.select(None)
+            if attention.has(adapter_name):
+                del attention.kept[adapter_name]
+            if attention.active is None and not len(attention.kept):
+                parent, _, name = get_submodules(model, key)
+                setattr(parent, name, attention.model)
+        before.restore(self, model)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes an adapter the active one; trainable unless `inference_mode`, the others not.

@@ -153,16 +153,21 @@ class LoraLayer(AdapterLayer):
         remainder: Remainder | None = self.__dict__.get("_remainders", {}).get(name)
         return weight if remainder is None else remainder(weight)
 
-    def settle(self, name: str) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.__dict__.get("_remainders", {}).pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def settle(self, name: str) -> Any:
         if name not in self.__dict__.get("_remainders", ()):
-            return
+            return None
         base = self.get_base_layer()
         with onloaded(base), torch.no_grad():
             weight = self.op.unmatrix(self.start_weight(name), self.get_base_weight())
-            storage_of(base, self.op.weight_name).write(base, self.op.weight_name, weight)
+            before = storage_of(base, self.op.weight_name).write(base, self.op.weight_name, weight)
         del self.__dict__["_remainders"][name]
         for found in (CORDA, GRADIENT):  # what has served its purpose
             base.__dict__.pop(found, None)
+        return before
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         """Makes A and B, their values still open."""

@@ -45,6 +45,12 @@ class LoraModel(BaseTuner):
                     f"KaSA (kasa_config) changes the base weights, so either all adapters use it or none: {one!r} does,"
                     f" {no!r} does not."
                 )
+        for name, other in self.peft_config.items():
+            if config.layer_replication and name != adapter_name and not _same(config, other):
+                raise ValueError(
+                    f"layer_replication={config.layer_replication} changes the layers that adapter {name!r} is on"
+                    f" (its layer_replication is {other.layer_replication}); all adapters need the same."
+                )
 
     def layer_settings(self, config: LoraConfig, key: str) -> dict[str, Any]:
         return {"r": rank_of(config, key), "lora_alpha": alpha_of(config, key), "key": key}
@@ -156,15 +162,23 @@ class LoraModel(BaseTuner):
                     yield layer, name, variant
 
     def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
-        if not isinstance(layer, Linear) or not isinstance(to, Embedding):
+        if not isinstance(to, Embedding):
             return super().tie(layer, to, adapter_name)
-        layer.lora_A[adapter_name] = TiedFactor(to.lora_embedding_B, adapter_name)
-        layer.lora_B[adapter_name] = TiedFactor(to.lora_embedding_A, adapter_name)
+        if isinstance(layer, Embedding):
+            layer.lora_embedding_A[adapter_name] = to.lora_embedding_A[adapter_name]
+            layer.lora_embedding_B[adapter_name] = to.lora_embedding_B[adapter_name]
+        elif isinstance(layer, Linear):
+            layer.lora_A[adapter_name] = TiedFactor(to.lora_embedding_B, adapter_name)
+            layer.lora_B[adapter_name] = TiedFactor(to.lora_embedding_A, adapter_name)
+        else:
+            return super().tie(layer, to, adapter_name)
         for setting in ("r", "lora_alpha", "scaling"):
             getattr(layer, setting)[adapter_name] = getattr(to, setting)[adapter_name]
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> Callable[[], None] | None:
-        return replicate_layers(model, peft_config.layer_replication) if peft_config.layer_replication else None
+        if not peft_config.layer_replication or any(_same(peft_config, other) for other in self.peft_config.values()):
+            return None  # nothing to do, or done for another adapter
+        return replicate_layers(model, peft_config.layer_replication)
 
     def add_weighted_adapter(
         self,
@@ -208,6 +222,12 @@ class LoraModel(BaseTuner):
         add_weighted_adapter(self, adapters, weights, adapter_name, how)
 
 
+def _same(config: LoraConfig, other: LoraConfig) -> bool:
+    """Whether two adapters are on the same stack of layers."""
+    ranges, others = config.layer_replication or (), getattr(other, "layer_replication", None) or ()
+    return [tuple(entry) for entry in ranges] == [tuple(entry) for entry in others]
+
+
 def replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], None]:
     """Builds a model's stack of layers anew from ranges [start, end) of it; repeated layers share their weights.
 
@@ -233,7 +253,7 @@ def replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> Callabl
             f"layer_replication={ranges} asks for layers that {type(model).__name__} does not have"
             f" ({len(layers)} layers)."
         )
-    replicated = nn.ModuleList()
+    replicated = nn.ModuleList().train(layers.training)
     for index in order:
         replicated.append(_sharing_copy(layers[index]) if layers[index] in list(replicated) else layers[index])
     _number_layers(replicated)
