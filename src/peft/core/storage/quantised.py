@@ -296,7 +296,7 @@ class CallOnly(Quantised):
         path, classes: where the layers are, and what they are called.
     """
 
-    def __init__(self, backend: str, path: str, *classes: str):
+    def __init__(self, backend: str, path: str = "", *classes: str):
         self.backend, self.path, self.classes = backend, path, classes
 
     def holds(self, module: nn.Module, name: str, weight: Any) -> bool:
@@ -318,10 +318,17 @@ class CallOnly(Quantised):
 
     def check_write(self, module: nn.Module, name: str) -> None:
         raise NotImplementedError(
-            f"{type(module).__name__} of {self.path.partition('.')[0]} cannot be given another weight, so nothing can"
+            f"{type(module).__name__} of {type(module).__module__.partition('.')[0]} cannot be given another weight, so nothing can"
             " be merged into it. Merge into a base model that is not quantised, and quantise the outcome; or leave the"
             " adapter as it is."
         )
+
+
+class PackedByGroup(CallOnly):
+    """Layers of any package that hold what GPTQ and AWQ make, by the name that it has in files."""
+
+    def holds(self, module: nn.Module, name: str, weight: Any) -> bool:
+        return name == "weight" and ("qweight" in module._buffers or "qweight" in module._parameters)
 
 
 #: first match wins
@@ -339,4 +346,5 @@ QUANTISED: list[Quantised] = [
     CallOnly("inc", "neural_compressor.torch.algorithms.weight_only.modules", "WeightOnlyLinear"),
     CallOnly("inc", "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules", "PatchedLinearBase"),
     CallOnly("te", "transformer_engine.pytorch", "Linear"),
+    PackedByGroup("gptq"),
 ]
