@@ -13,13 +13,14 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 setup: $(READY)
 
+# DISABLE_CUDA keeps hqq from trying to compile kernels, which the tests do not need.
 # Where Python comes without ensurepip (Debian's python3 package), its own pip serves the new environment.
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed to work on the library (make PYTHON=...)."; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) 2>/dev/null || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
 	$(BIN)/pip install $(TORCH)
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	DISABLE_CUDA=1 $(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
 # One thread per worker: the models of the tests are tiny, and the workers use all cores.
