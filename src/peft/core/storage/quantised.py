@@ -318,9 +318,9 @@ class CallOnly(Quantised):
 
     def check_write(self, module: nn.Module, name: str) -> None:
         raise NotImplementedError(
-            f"{type(module).__name__} of {type(module).__module__.partition('.')[0]} cannot be given another weight, so nothing can"
-            " be merged into it. Merge into a base model that is not quantised, and quantise the outcome; or leave the"
-            " adapter as it is."
+            f"{type(module).__name__} of {type(module).__module__.partition('.')[0]} cannot be given another weight, so"
+            " nothing can be merged into it. Merge into a base model that is not quantised, and quantise the outcome;"
+            " or leave the adapter as it is."
         )
 
 
