@@ -808,6 +808,39 @@ def test_a_failed_from_pretrained_leaves_the_base_as_it_was(tmp_path):
     assert not hasattr(plain, "peft_config")
 
 
+def test_arguments_that_saving_and_loading_do_not_know_are_warned_of(model, tmp_path):
+    with pytest.warns(peft.errors.PeftWarning, match="save_pretrained does not know the argument 'safe_serialisation'"):
+        model.save_pretrained(tmp_path, safe_serialisation=False)
+    with pytest.warns(peft.errors.PeftWarning, match="does not know the argument 'sub_folder'"):
+        PeftModel.from_pretrained(tiny.llama(), tmp_path / "red", sub_folder="blue")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "holds a list, not a mapping"), ("{", "not valid JSON"), ('{"r": 8}', "names no method")],
+)
+def test_a_configuration_that_is_none_is_refused(model, tmp_path, content, message):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "red" / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(tiny.llama(), tmp_path / "red")
+
+
+def test_a_conversion_that_fails_for_one_adapter_writes_none(model, tmp_path):
+    model.save_pretrained(tmp_path / "before")
+    with pytest.raises(ValueError, match="initialisations that change the base weights"):
+        model.save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=tmp_path / "before" / "red")
+    prompt = get_peft_model(tiny.llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="is a soft prompt"):
+        prompt.save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=tmp_path / "before" / "red")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_str_of_targets_is_explained_where_it_matches_nothing():
+    with pytest.raises(ValueError, match=r"regular expression for the whole name; a list, \['q_proj'\], matches"):
+        get_peft_model(tiny.llama(), causal(target_modules="q_proj"))
+
+
 def test_task_types_are_checked_before_the_model_is_touched():
     with pytest.raises(ValueError, match="SEQ_CLS"):
         LoraConfig(task_type="SEQ_CLASS")

@@ -254,6 +254,8 @@ class PeftConfigMixin:
         """The content of a configuration file, as a dictionary."""
         with open(path_json_file, encoding="utf-8") as file:
             content = json.load(file)
+        if not isinstance(content, dict):
+            raise ValueError(f"{os.fspath(path_json_file)} holds a {type(content).__name__}, not a mapping of fields.")
         # Files that carry the settings of a run-time only optimisation of other tools
         content.pop("runtime_config", None)
         return {**content, **kwargs}

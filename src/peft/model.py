@@ -39,6 +39,11 @@ from peft.registry import method_of
 #: task type -> the class for it; filled by `peft.tasks`
 TASK_CLASSES: dict[str, type[PeftModel]] = {}
 
+#: keyword arguments of `save_pretrained` and `push_to_hub` that go to the hub
+FOR_HUB = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+#: those of loading that are not the hub's; the last ones speak of the base model, and other packages pass them along
+FOR_LOADING = {"subfolder", "torch_device", "ignore_mismatched_sizes", "trust_remote_code", "torch_dtype", "dtype"}
+
 
 class PeftModel(PromptHost):
     """A base model with adapters, each under a name of its own.
@@ -391,23 +396,35 @@ class PeftModel(PromptHost):
                 f" {', '.join(self.peft_config)}."
             )
         gathered = kwargs.pop("state_dict", None)
+        to_hub = kwargs.pop("push_to_hub", False)
+        if not to_hub:
+            _warn_of_unknown(set(kwargs) - {"repo_id", *FOR_HUB}, "save_pretrained")
         card = self._card(save_directory)
+        saves = []
         for name in names:
             config = self.peft_config[name]
             tensors = get_peft_model_state_dict(self, gathered, name, save_embedding_layers=save_embedding_layers)
             content = {**config.to_json_dict(), "inference_mode": True, **self._facts(config)}
             if path_initial_model_for_weight_conversion is not None:
+                if self._tuner is None:
+                    raise ValueError(
+                        "path_initial_model_for_weight_conversion is for initialisations that change the base weights;"
+                        f" adapter {name!r} is a soft prompt. Save without it."
+                    )
                 initial = load_peft_weights(path_initial_model_for_weight_conversion, "cpu")
-                tensors, content = self.base_model.without_start(name, tensors, content, initial)
-            if is_main_process:
-                owner = self._tuner.owner(name) if self._tuner is not None else None
-                path = [part for part in (owner, name) if part not in (None, "default")]
-                folder = os.path.join(save_directory, *path)
-                own_card = card if name == "default" else None
-                write_adapter(folder, content, tensors, card=own_card, safe_serialization=safe_serialization)
-        if is_main_process and "default" not in names:
+                tensors, content = self._tuner.without_start(name, tensors, content, initial)
+            saves.append((name, tensors, content))
+        if not is_main_process:
+            return
+        for name, tensors, content in saves:
+            owner = self._tuner.owner(name) if self._tuner is not None else None
+            path = [part for part in (owner, name) if part not in (None, "default")]
+            folder = os.path.join(save_directory, *path)
+            own_card = card if name == "default" else None
+            write_adapter(folder, content, tensors, card=own_card, safe_serialization=safe_serialization)
+        if "default" not in names:
             self.create_or_update_model_card(save_directory)
-        if is_main_process and kwargs.pop("push_to_hub", False):
+        if to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
 
     def _facts(self, config: PeftConfig) -> dict[str, Any]:
@@ -451,8 +468,7 @@ class PeftModel(PromptHost):
         Returns:
             huggingface_hub's `CommitInfo`.
         """
-        for_hub = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-        hub = {key: kwargs.pop(key) for key in for_hub if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in FOR_HUB if key in kwargs}
         return push(lambda folder: self.save_pretrained(folder, **kwargs), repo_id, **hub)
 
     @classmethod
@@ -620,11 +636,14 @@ class _Source:
         ephemeral_gpu_offload: bool,
     ) -> _Source:
         """Reads configuration (unless given) and tensors, both of the same save."""
-        hub, _ = split_hub_arguments(options)
+        hub, rest = split_hub_arguments(options)
+        _warn_of_unknown(set(rest) - FOR_LOADING, "Loading")
         subfolder = options.get("subfolder")
         device = options.get("torch_device") or "cpu"
         if config is None:
             content, tensors = read_adapter(model_id, subfolder, device=device, key_mapping=key_mapping, **hub)
+            if not content.get("peft_type"):
+                raise ValueError(f"The adapter_config.json of {os.fspath(model_id)!r} names no method (peft_type).")
             config = PeftConfig.from_peft_type(**content)
             config.inference_mode = not is_trainable
         else:
@@ -666,6 +685,12 @@ class _Source:
         """Names layers as the base model has them now: transformers fuses experts that older files have one by one."""
         convert_peft_config_for_transformers(self.config, model, state_dict=self.tensors)
         self.tensors = convert_peft_adapter_state_dict_for_transformers(model, self.config, self.tensors)
+
+
+def _warn_of_unknown(names: set[str], function: str) -> None:
+    if names:
+        listed = ", ".join(map(repr, sorted(names)))
+        warnings.warn(f"{function} does not know the argument {listed}; ignored.", PeftWarning, stacklevel=4)
 
 
 def _value(member: Any) -> Any:

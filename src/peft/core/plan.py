@@ -399,7 +399,10 @@ def _nothing_matches(
         )
     linear = len(linear_modules(model))
     first = asked if isinstance(asked, str) else next(iter(asked), "")
-    return f"Target modules {asked} not found in {where} ({linear} linear layers)." + _did_you_mean(first, names)
+    hint = _did_you_mean(first, names)
+    if hint and isinstance(asked, str):
+        hint = f" A str is a regular expression for the whole name; a list, [{asked!r}], matches last parts.{hint}"
+    return f"Target modules {asked} not found in {where} ({linear} linear layers).{hint}"
 
 
 def _is_in(name: str, key: str) -> bool:
