@@ -585,17 +585,11 @@ class PeftModel(PromptHost):
         for name, source in sources.items():
             source.fit(model)
             tuner.check_config(name, source.config)
-        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
+        with all_or_nothing():
             for name, source in sources.items():
                 empty = source.needs_no_start
                 tuner.inject_adapter(model, name, low_cpu_mem_usage=empty, config=source.config)
                 self._load_tensors(name, source, {})
-        except BaseException:
-            self._take_apart()
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
-            raise
 
     def _load_tensors(self, adapter_name: str, source: _Source, options: dict[str, Any]) -> IncompatibleKeys:
         result = set_peft_model_state_dict(

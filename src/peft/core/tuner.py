@@ -53,7 +53,7 @@ def all_or_nothing() -> Iterator[None]:
             yield
         finally:
             _UNDO.reset(token)
-        undo.pop_all()
+        hand_over(undo)
 
 
 @contextmanager
