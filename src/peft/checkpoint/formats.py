@@ -164,16 +164,16 @@ def _config(modules: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, 
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return LoraConfig(
         r=r,
-        lora_alpha=_whole(alpha),  # type: ignore[arg-type]
+        lora_alpha=_whole(alpha),
         target_modules=sorted(modules),
         rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={name: _whole(value) for name, value in alphas.items() if value != alpha},  # type: ignore[misc]
+        alpha_pattern={name: _whole(value) for name, value in alphas.items() if value != alpha},
         use_dora=any("lora_magnitude_vector" in leaves for leaves in modules.values()),
         lora_bias=any("lora_B.bias" in leaves for leaves in modules.values()),
     )
 
 
-def _whole(value: float) -> float | int:
+def _whole(value: float) -> Any:
     return int(value) if float(value).is_integer() else value
 
 

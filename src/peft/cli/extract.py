@@ -16,8 +16,10 @@ def run(args: Namespace) -> int:
     task = args.task_type or task_of(args.tuned)
     if task not in AUTO_CLASSES:
         raise ValueError(f"--task-type takes {', '.join(AUTO_CLASSES)}, got {task!r}")
-    place = {"dtype": dtype_of(args.dtype), "device": device_of(args.device)}
-    base, tuned = (load_base(model, AUTO_CLASSES[task], **place) for model in (args.base, args.tuned))
+    dtype, device = dtype_of(args.dtype), device_of(args.device)
+    base, tuned = (
+        load_base(model, AUTO_CLASSES[task], dtype=dtype, device=device) for model in (args.base, args.tuned)
+    )
     config, tensors = found = extract_lora(
         base,
         tuned,

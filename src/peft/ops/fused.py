@@ -110,7 +110,7 @@ def keep_mask(seed: Tensor, rows: int, size: int, p: float) -> Tensor:
 
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    return x if seed is None else x * keep_mask(seed, *x.shape, p) / (1 - p)
+    return x if seed is None else x * keep_mask(seed, x.shape[0], x.shape[1], p) / (1 - p)
 
 
 def down_plain(x: Tensor, a: Tensor, scale: float, p: float, seed: Tensor | None) -> Tensor:

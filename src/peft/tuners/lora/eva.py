@@ -373,7 +373,7 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
             alpha = alpha * new / rank
         if directions is None:
             warnings.warn(f"EVA has found nothing for {key!r}, which starts as usual.", PeftWarning)
-        trained = next(layer.adapter_parameters(adapter_name)).requires_grad
+        trained = any(parameter.requires_grad for parameter in layer.adapter_parameters(adapter_name))
         dtype = layer.dtype_of(adapter_name)
         if new != rank or layer.factors(adapter_name)[0].is_meta:
             layer.update_layer(adapter_name, new, alpha, plain, target_name=key)
