@@ -27,7 +27,7 @@ import report
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "peft==0.21.2"
-GROUPS = ("step", "decode", "memory", "startup", "methods")
+GROUPS = ("step", "decode", "memory", "lora", "startup", "methods")
 
 
 class Failed(Exception):
