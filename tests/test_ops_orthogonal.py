@@ -119,3 +119,13 @@ def test_gradients():
     assert torch.autograd.gradcheck(
         lambda x, b: add_rotated(x, butterfly(cayley((b - b.mT).flatten(0, 1)).view_as(b))), (x, blocks)
     )
+
+
+@pytest.mark.parametrize("count, size", [(3, 40), (4, 2)])
+def test_derivatives_of_the_product_with_blocks(count, size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, count * size, generator=generator, dtype=torch.float64, requires_grad=True)
+    change = 0.1 * torch.randn(count, size, size, generator=generator, dtype=torch.float64)
+    change.requires_grad_()
+    assert torch.autograd.gradcheck(add_rotated, (x, change), fast_mode=True)
+    assert torch.autograd.gradgradcheck(add_rotated, (x, change), fast_mode=True)

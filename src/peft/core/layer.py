@@ -20,7 +20,7 @@ from peft.core.base_op import BaseOp, NormOp, ParameterOp, base_op
 from peft.core.routing import BASE, Route, join_rows
 from peft.core.storage import is_plain, onloaded, place_of, storage_of
 from peft.errors import PeftWarning
-from peft.ops.lora import compute_dtype
+from peft.ops.lora import compute_dtype, lora_linear
 
 #: ways a layer can run, decided when its state changes
 _RUN_BASE, _RUN_CHAIN, _RUN_WEIGHT = range(3)
@@ -132,6 +132,44 @@ class AdapterLayer(nn.Module):
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's output with this adapter on top of `below`, the module with what comes before it."""
         return self.add(name, x, below(x, *args, **kwargs))
+
+    def frozen_linear(self, below: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight [out, in] and bias of the base module in the dtype that a product with `x` is computed in.
+
+        None where the module is more than that product, is trained, or is not `below`: then that has to be called.
+        """
+        base: Any = self.base_layer
+        if below is not base or not _is_frozen_dense(base):
+            return None
+        dtype, weight, bias = compute_dtype(x), self.op.matrix(base.weight), base.bias
+        if weight.dtype != dtype:
+            if dtype == x.dtype:  # no autocast: the base itself says what it thinks of the mixture
+                return None
+            weight = weight.to(dtype)
+        return weight, bias if bias is None else bias.to(dtype)
+
+    def run_low_rank(
+        self, a: Tensor, b: Tensor, p: float, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The output of `below` plus (drop(x) A^T) B^T, in one with the base module's own product where that may be.
+
+        Args:
+            a: [r, in].
+            b: [out, r].
+            p: probability of dropout on the adapter's input.
+            below: the module with what comes before this adapter; called with the rest.
+        """
+        frozen, dtype = self.frozen_linear(below, x), compute_dtype(x)
+        if frozen is None:
+            return self.add_low_rank(a, b, p, x, below(x, *args, **kwargs))
+        return lora_linear(x.to(dtype), *frozen, None, a.to(dtype), b.to(dtype), 1.0, p)
+
+    def add_low_rank(self, a: Tensor, b: Tensor, p: float, x: Tensor, result: Tensor) -> Tensor:
+        """`result` [..., out] plus (drop(x) A^T) B^T; it may be written to."""
+        dtype = compute_dtype(x)
+        result = result.to(dtype)
+        overwrite = result.is_contiguous() and not is_watched(self.base_layer)
+        return lora_linear(x.to(dtype), None, None, result, a.to(dtype), b.to(dtype), 1.0, p, overwrite=overwrite)
 
     def check_merge(self, name: str) -> None:
         """Raises NotImplementedError or ValueError where the adapter cannot become part of the weight."""
@@ -693,6 +731,23 @@ def without(parameters: Iterable[nn.Parameter], those: Iterable[nn.Parameter]) -
     """`parameters` without `those`; by identity, for tensors compare by value."""
     left_out = {id(parameter) for parameter in those}
     return [parameter for parameter in parameters if id(parameter) not in left_out]
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks on a module see what goes in and out, so that it has to be called."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
+def _is_frozen_dense(module: Any) -> bool:
+    """Whether a base module is a linear layer that may be computed here rather than called."""
+    if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
+        return False
+    if is_watched(module) or "forward" in module.__dict__ or module.weight.requires_grad:
+        return False
+    return type(module.weight) is nn.Parameter and (module.bias is None or not module.bias.requires_grad)
 
 
 def _is_at(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:

@@ -18,14 +18,24 @@ def reflect(rows: Tensor, u: Tensor, orthogonal: bool = False) -> Tensor:
         u: [n, r]; its columns are normalised here.
         orthogonal: make the columns orthonormal first, by Gram-Schmidt in their order.
     """
+    left, right = reflection_factors(u, orthogonal)
+    return rows + (rows @ left) @ right.T
+
+
+def reflection_factors(u: Tensor, orthogonal: bool = False) -> tuple[Tensor, Tensor]:
+    """-U T and U, both [n, r], so that left @ right^T is what the reflections add to the identity.
+
+    Args:
+        u: [n, r]; its columns are normalised here.
+        orthogonal: make the columns orthonormal first, by Gram-Schmidt in their order.
+    """
     u = torch.nn.functional.normalize(u, dim=0)
     if orthogonal:
         u = gram_schmidt(u)
-        return rows - 2 * (rows @ u) @ u.T
+        return -2 * u, u
     inverse = torch.triu(u.T @ u, diagonal=1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-    # rows @ U @ T: T is found by solving rather than inverting, for accuracy.
-    projected = _solve_right(inverse, rows @ u)
-    return rows - projected @ u.T
+    # T is found by solving rather than inverting, for accuracy.
+    return -_solve_right(inverse, u), u
 
 
 def _solve_right(upper: Tensor, rows: Tensor) -> Tensor:

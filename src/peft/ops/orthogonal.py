@@ -7,9 +7,12 @@ the product with the change takes the place of a copy.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from peft.ops.lora import needs_plain
 
 #: smaller blocks are put together up to this size: processors multiply a few larger matrices faster than many tiny ones
 PACKED = 32
@@ -72,10 +75,36 @@ def add_rotated(x: Tensor, change: Tensor) -> Tensor:
     """
     change = _packed(change, x.shape[-1])
     count, size = change.shape[0], change.shape[-1]
+    rows = x.reshape(-1, size) if count == 1 else x.reshape(-1, count, size)
     if count == 1:
-        return (x.reshape(-1, size) + x.reshape(-1, size) @ change[0]).view(x.shape)
-    rows = x.reshape(-1, count, size)
-    return (rows + torch.bmm(rows.transpose(0, 1), change).transpose(0, 1)).reshape(x.shape)
+        rotated = torch.addmm(rows, rows, change[0])
+    elif needs_plain(x, change) or not torch.is_grad_enabled() or not (x.requires_grad or change.requires_grad):
+        rotated = _rotated(rows, change)
+    else:
+        rotated = _AddRotated.apply(rows, change)
+    return rotated.view(x.shape)
+
+
+def _rotated(rows: Tensor, change: Tensor) -> Tensor:
+    """rows [t, count, size] with the product of each block of them with its one of `change` added."""
+    out = rows.clone(memory_format=torch.contiguous_format)
+    # Into the place where it belongs: `bmm` alone would leave its blocks apart, to be copied once more.
+    out.transpose(0, 1).baddbmm_(rows.transpose(0, 1), change)
+    return out
+
+
+class _AddRotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, change: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, change)
+        return _rotated(rows, change)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, change = ctx.saved_tensors
+        grad_rows = _rotated(grad, change.mT) if ctx.needs_input_grad[0] else None
+        grad_change = torch.bmm(rows.permute(1, 2, 0), grad.transpose(0, 1)) if ctx.needs_input_grad[1] else None
+        return grad_rows, grad_change
 
 
 def _packed(blocks: Tensor, total: int) -> Tensor:

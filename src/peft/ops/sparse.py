@@ -13,7 +13,7 @@ from peft.ops.lora import needs_plain
 from peft.ops.memo import remember
 
 #: tokens of work that a sampled product takes per entry, relative to a token of the dense one (on a CPU)
-SAMPLED_COST = 4
+SAMPLED_COST = 8
 
 
 def random_positions(rows: int, columns: int, count: int, seed: int | None = None) -> Tensor:
@@ -80,7 +80,7 @@ class _SparseLinear(torch.autograd.Function):
 def sampled_product(a: Tensor, b: Tensor, positions: Tensor) -> Tensor:
     """Entries of a b, for a [m, t] and b [t, n], at `positions` [2, k], which are in the order of rows: [k]."""
     total, count = a.shape[0] * b.shape[1], positions.shape[1]
-    dense = a.device.type != "cpu" or not torch.backends.mkl.is_available() or count * SAMPLED_COST > total
+    dense = a.device.type != "cpu" or not torch.backends.mkl.is_available() or count * SAMPLED_COST >= total
     if dense or torch.is_grad_enabled():
         return (a @ b).reshape(-1).index_select(0, flat_index(positions, b.shape[1]))
     starts = remember(positions, ("starts", a.shape[0]), lambda: _row_starts(positions[0], a.shape[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -17,7 +17,6 @@ from peft.core.layer import AdapterLayer
 from peft.core.storage import place_of
 from peft.core.tuner import BaseTuner, parts_of
 from peft.errors import PeftWarning
-from peft.ops.lora import compute_dtype, lora_linear
 from peft.ops.rank_budget import budget_at, kept_ranks, orthogonality_gap, track_sensitivity, triplet_scores
 from peft.registry import PeftType
 
@@ -189,6 +188,16 @@ class AdaLoraLayer(AdapterLayer):
         dropped = isinstance(self.lora_dropout[name], nn.Dropout)
         return self.op.linear or self.op.kind == "Embedding" or (dropped and isinstance(self.op, ConvOp))
 
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.op.linear:
+            return super().adapt(name, below, x, *args, **kwargs)
+        return self.run_low_rank(*self.factors(name), self.dropout_of(name), below, x, *args, **kwargs)
+
+    def dropout_of(self, name: str) -> float:
+        """Probability of dropout on the adapter's input at present."""
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
     def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         base, dropout = self.get_base_layer(), self.lora_dropout[name]
         if isinstance(self.op, ConvOp):
@@ -199,9 +208,7 @@ class AdaLoraLayer(AdapterLayer):
             change = F.linear(F.embedding(x, a.T), b)
             # Some models' embeddings multiply what they give.
             return result + (change * getattr(base, "embed_scale", 1.0)).to(result.dtype)
-        dtype = compute_dtype(x)
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return lora_linear(x.to(dtype), None, None, result.to(dtype), a.to(dtype), b.to(dtype), 1.0, p)
+        return self.add_low_rank(a, b, self.dropout_of(name), x, result)
 
     @classmethod
     def check(cls, config: AdaLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 
 from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledTuner
 from peft.ops.hadamard import expand_core, face_splitting
-from peft.ops.lora import lora_linear
 from peft.registry import PeftType
 
 
@@ -78,15 +79,29 @@ class LoHaLayer(ScaledLayer):
         thin = 3 * self.r[name] ** 2 * (self.in_features + self.out_features)
         return self.op.kind == "Embedding" or (self.op.linear and thin < self.in_features * self.out_features)
 
-    def add_product(self, name: str, x: Tensor, result: Tensor, kept: Tensor | None) -> Tensor:
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.op.linear:
+            return super().adapt(name, below, x, *args, **kwargs)
+        if self.skips(name):
+            return below(x, *args, **kwargs)
+        return self.run_low_rank(*self.thin_factors(name, self.kept_rows(name)), 0.0, below, x, *args, **kwargs)
+
+    def thin_factors(self, name: str, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The change as a product of thin matrices, [r^2, in] and [out, r^2]; its rows times `kept` [out]."""
         a1, b1, a2, b2 = self.factors(name)
-        a2 = a2 * self.scaling[name] if kept is None else a2 * (self.scaling[name] * kept.to(a2))[:, None]
+        return face_splitting(b1.T, b2.T).T, face_splitting(a1, self.scaled(name, a2, kept))
+
+    def scaled(self, name: str, a2: Tensor, kept: Tensor | None) -> Tensor:
+        """w2_a times the scale, its rows times `kept`."""
+        return a2 * self.scaling[name] if kept is None else a2 * (self.scaling[name] * kept.to(a2))[:, None]
+
+    def add_product(self, name: str, x: Tensor, result: Tensor, kept: Tensor | None) -> Tensor:
         if self.op.kind == "Embedding":
+            a1, b1, a2, b2 = self.factors(name)
+            a2 = self.scaled(name, a2, kept)
             change = F.linear(F.embedding(x, b1.T), a1) * F.linear(F.embedding(x, b2.T), a2)
             return result + change.to(result.dtype)
-        thin_in, thin_out = face_splitting(b1.T, b2.T), face_splitting(a1, a2)
-        dtype = result.dtype
-        return lora_linear(x.to(dtype), None, None, result, thin_in.T.to(dtype), thin_out.to(dtype), 1.0)
+        return self.add_low_rank(*self.thin_factors(name, kept), 0.0, x, result)
 
 
 def _expanded(own: tuple[Tensor, Tensor], a: Tensor, other: tuple[Tensor, Tensor]) -> Tensor:

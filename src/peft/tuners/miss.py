@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from peft.core.base_op import BaseOp
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
-from peft.ops.shards import shard_sums, tile_columns, transform_shards
+from peft.ops.shards import shard_linear, shard_sums, tile_columns, transform_shards
 from peft.registry import PeftType
 
 
@@ -93,6 +93,14 @@ class MissLayer(AdapterLayer):
 
     def cheap(self, name: str) -> bool:
         return self.miss_form[name] != "bat" and (self.op.linear or self.op.kind == "Embedding")
+
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        drops = self.training and isinstance(self.miss_dropout[name], nn.Dropout)
+        frozen = None if drops or x.numel() < self.in_features * self.in_features else self.frozen_linear(below, x)
+        # In half precision, a change that is small beside the weight would be rounded away.
+        if frozen is None or frozen[0].dtype.itemsize < 4:
+            return super().adapt(name, below, x, *args, **kwargs)
+        return shard_linear(x.to(frozen[0].dtype), *frozen, self.block(name).to(frozen[0].dtype))
 
     def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         block = self.block(name).to(result.dtype)

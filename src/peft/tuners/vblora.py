@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,6 @@ from peft.core.base_op import BaseOp
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
 from peft.core.tuner import BaseTuner, parts_of
-from peft.ops.lora import compute_dtype, lora_linear
 from peft.ops.vector_bank import mix_vectors, pack_logits, unpack_logits
 from peft.registry import PeftType
 
@@ -122,11 +121,15 @@ class VBLoRALayer(AdapterLayer):
     def cheap(self, name: str) -> bool:
         return self.op.linear
 
+    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.run_low_rank(*self.factors(name), self.dropout_of(name), below, x, *args, **kwargs)
+
     def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
-        a, b = (factor.to(dtype) for factor in self.factors(name))
-        p = self.vblora_dropout[name] if self.training else 0.0
-        return lora_linear(x.to(dtype), None, None, result.to(dtype), a, b, 1.0, p)
+        return self.add_low_rank(*self.factors(name), self.dropout_of(name), x, result)
+
+    def dropout_of(self, name: str) -> float:
+        """Probability of dropout on the adapter's input at present."""
+        return self.vblora_dropout[name] if self.training else 0.0
 
     @classmethod
     def check(cls, config: VBLoRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:

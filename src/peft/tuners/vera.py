@@ -90,7 +90,7 @@ class VeraLayer(AdapterLayer):
     def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         a, b = self.projections(name, x)
         low = F.linear(self.vera_dropout[name](x), a) * self.vera_lambda_d[name].to(x.dtype)
-        return result + F.linear(low, b) * self.vera_lambda_b[name].to(x.dtype)
+        return torch.addcmul(result, F.linear(low, b), self.vera_lambda_b[name].to(x.dtype))
 
     @classmethod
     def check(cls, config: VeraConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp, ConvOp, ParameterOp
-from peft.core.layer import AdapterLayer
+from peft.core.layer import AdapterLayer, is_watched
 from peft.core.plan import get_pattern_key
 from peft.core.routing import Route
 from peft.core.storage import onloaded, storage_of
@@ -415,36 +415,22 @@ class Linear(LoraLayer):
             low, high = self.live_factors(name)
             return lora_linear(
                 x, None, None, result, low.to(dtype), high.to(dtype), self.scaling[name], p,
-                overwrite=result.is_contiguous() and not _is_watched(self.base_layer),
+                overwrite=result.is_contiguous() and not is_watched(self.base_layer),
             )  # fmt: skip
         return result + b(a(F.dropout(x.to(a.weight.dtype), p))).to(dtype) * self.scaling[name]
 
     def adapt_product(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        base: Any = self.base_layer
         a, b = self.lora_A[name], self.lora_B[name]
-        if (
-            below is not self.base_layer
-            or not _is_frozen_dense(base)
-            or not _is_plain(a)
-            or not _is_plain(b)
-            or b.bias is not None
-        ):
+        frozen = self.frozen_linear(below, x)
+        if frozen is None or not _is_plain(a) or not _is_plain(b) or b.bias is not None:
             return self.add_product(name, x, below(x, *args, **kwargs))
-        dtype = compute_dtype(x)
-        weight = base.weight.T if self.op.kind == "Conv1D" else base.weight
-        if weight.dtype != dtype:
-            if dtype == x.dtype:  # no autocast: the base itself says what it thinks of the mixture
-                return self.add_product(name, x, below(x))
-            weight = weight.to(dtype)
-        bias = base.bias if base.bias is None else base.bias.to(dtype)
         low, high = self.live_factors(name)
-        return lora_linear(
-            x.to(dtype), weight, bias, None, low.to(dtype), high.to(dtype), self.scaling[name], self.dropout_of(name)
-        )
+        dtype, p = compute_dtype(x), self.dropout_of(name)
+        return lora_linear(x.to(dtype), *frozen, None, low.to(dtype), high.to(dtype), self.scaling[name], p)
 
     def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
         names = [name for name, _ in groups]
-        watched = torch.is_grad_enabled() or _is_watched(self.base_layer)
+        watched = torch.is_grad_enabled() or is_watched(self.base_layer)
         rank = max(self.r[name] for name in names)
         by_kernels = fused.wanted(result, rank, few=True) and not (watched or needs_plain(x, result))
         stacks = self._stacks_for(route, groups, names if by_kernels else route.names, result)
@@ -529,26 +515,9 @@ def _row_blocks(route: Route, names: Sequence[str], like: Tensor) -> tuple[Tenso
     return route.prepared[key]
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks on a module see what goes in and out, so that it has to be called."""
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
-
-
 def _is_plain(module: nn.Module) -> bool:
     """Whether a factor is the linear layer that it seems, with nobody watching."""
-    return type(module) is nn.Linear and not _is_watched(module) and "forward" not in module.__dict__
-
-
-def _is_frozen_dense(module: Any) -> bool:
-    """Whether a base module is a linear layer that may be computed here rather than called."""
-    if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
-        return False
-    if _is_watched(module) or "forward" in module.__dict__ or module.weight.requires_grad:
-        return False
-    return type(module.weight) is nn.Parameter and (module.bias is None or not module.bias.requires_grad)
+    return type(module) is nn.Linear and not is_watched(module) and "forward" not in module.__dict__
 
 
 class TiedFactor(nn.Module):
