@@ -8,15 +8,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from case import LINEAR, Case, Prepared, Row, Scale, fill, gradients, llama, sample, twin
-from step import batch, timed, train
+from case import LINEAR, Case, Part, Prepared, Row, Scale, fill, gradients, llama, sample, twin
+from step import batch, kept, timed, train
 
 import peft
 
 TITLE = "Training step of every method"
 TEXT = """\
 As the training step above, in fp32, for every method with the defaults of its configuration, on all seven linear
-projections where it has targets to choose. Divided by the frozen model."""
+projections where it has targets to choose. Divided by the frozen model. The bytes are those kept for backward, as
+above."""
 
 #: what a method cannot do without
 _NEEDED: dict[str, dict[str, Any]] = {
@@ -26,6 +27,7 @@ _NEEDED: dict[str, dict[str, Any]] = {
     "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": 1, "target_modules": None},
     "MULTITASK_PROMPT_TUNING": {"num_tasks": 3},
     "CPT": {"cpt_token_ids": [1] * 6, "cpt_mask": [1] * 6, "cpt_tokens_type_mask": [1, 2, 2, 3, 4, 4]},
+    "VBLORA": {"vector_length": 32},  # a width of 1376 is no multiple of the default 256
     "FROD": {"progressbar": False},
 }
 _VIRTUAL_TOKENS = 20
@@ -34,7 +36,16 @@ _SMALLER = {"n_frequency": 64, "theta_d_length": 64, "vector_length": 16}
 
 def cases(scale: Scale) -> list[Case]:
     names = sorted(method.value for method in peft.PEFT_TYPE_TO_CONFIG_MAPPING)
-    return [Case(name, lambda n=name: _prepare(scale, n), [Row(name, "adapter", "floor", 2.0)], 5) for name in names]
+    return [
+        Case(
+            name,
+            lambda n=name: _prepare(scale, n),
+            [Row(name, "adapter", "floor", 2.0), Row(f"{name}, bytes kept", "adapter kept", "floor kept", unit="B")],
+            runs=3,
+            warm_up=False,  # preparing is one
+        )
+        for name in names
+    ]
 
 
 def _prepare(scale: Scale, method: str) -> Prepared:
@@ -59,7 +70,11 @@ def _prepare(scale: Scale, method: str) -> Prepared:
     train(adapted, own)
     outcome["gradients"] = gradients(adapted)
     adapted.train()
-    return Prepared({"floor": timed(floor, inputs), "adapter": timed(adapted, own)}, outcome)
+    train(floor, inputs)
+    bytes_kept = {"floor kept": kept(floor, inputs), "adapter kept": kept(adapted, own)}
+    parts: dict[str, Part] = {"floor": timed(floor, inputs), "adapter": timed(adapted, own)}
+    parts |= {name: lambda clock, value=value: value for name, value in bytes_kept.items()}
+    return Prepared(parts, outcome)
 
 
 def _config(method: str, scale: Scale, folder: str) -> Any:
