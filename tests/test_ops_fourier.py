@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,3 +48,13 @@ def test_gradients():
     values.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, values: transform_product(x, values, places, 5), (x, values))
     assert torch.autograd.gradcheck(lambda values: inverse_transform(values, places, 5, 6), (values,))
+
+
+@pytest.mark.parametrize("out_features, in_features", [(5, 6), (6, 5), (1, 4), (8, 8)])
+def test_second_derivatives(out_features, in_features):
+    values, _, places = spectrum_of(out_features, in_features, 0.6, 1)
+    x = torch.randn(3, in_features, dtype=torch.float64, requires_grad=True)
+    values.requires_grad_()
+    product = lambda x, values: transform_product(x, values, places, out_features)
+    assert torch.autograd.gradcheck(product, (x, values))
+    assert torch.autograd.gradgradcheck(product, (x, values))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+T = TypeVar("T")
+
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def remember(parameter: Tensor, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+def remember(parameter: Tensor, key: Hashable, compute: Callable[[], T]) -> T:
     """What `compute` makes of `parameter`; of a frozen one, once, until it is written to or moved.
 
     Parameters that are trained are left out: optimisers may write to them in ways that leave no trace.

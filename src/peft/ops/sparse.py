@@ -83,14 +83,22 @@ def sampled_product(a: Tensor, b: Tensor, positions: Tensor) -> Tensor:
     dense = a.device.type != "cpu" or not torch.backends.mkl.is_available() or count * SAMPLED_COST >= total
     if dense or torch.is_grad_enabled():
         return (a @ b).reshape(-1).index_select(0, flat_index(positions, b.shape[1]))
-    starts = remember(positions, ("starts", a.shape[0]), lambda: _row_starts(positions[0], a.shape[0]))
     dtype = torch.promote_types(a.dtype, torch.float32)
+    entries = _csr(positions, a.new_zeros(count, dtype=dtype), (a.shape[0], b.shape[1]))
+    return torch.sparse.sampled_addmm(entries, a.to(dtype).contiguous(), b.to(dtype), beta=0).values()
+
+
+def sparse_product(positions: Tensor, values: Tensor, shape: tuple[int, int], b: Tensor) -> Tensor:
+    """S b for a sparse S of `shape` with `values` at `positions`, which are in the order of rows; no gradients."""
+    return _csr(positions, values, shape) @ b
+
+
+def _csr(positions: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The sparse matrix with `values` [k] at `positions` [2, k], which are in the order of rows."""
+    starts = remember(positions, ("starts", shape[0]), lambda: _row_starts(positions[0], shape[0]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sparse tensors are called a beta feature
-        entries = torch.sparse_csr_tensor(
-            starts, positions[1], a.new_zeros(count, dtype=dtype), (a.shape[0], b.shape[1]), check_invariants=False
-        )
-        return torch.sparse.sampled_addmm(entries, a.to(dtype).contiguous(), b.to(dtype), beta=0).values()
+        return torch.sparse_csr_tensor(starts, positions[1], values, shape, check_invariants=False)
 
 
 def _row_starts(rows: Tensor, count: int) -> Tensor:

@@ -99,14 +99,17 @@ class FourierFTLayer(AdapterLayer):
     def prefers_matrix(self, name: str, rows: int, products: int) -> bool:
         """Whether `rows` vectors are faster multiplied by a matrix, which has to be made first, than by waves.
 
-        Making it takes as long as a product with some 1200 vectors, a wave times a vector, which is memory traffic, as
-        long as some 1600 multiplications in a product of matrices.
+        Making it, or its gradient, takes as long as a product with some 400 vectors. Transforms of a vector take as
+        long as some 300 multiplications in a product of matrices for each of its entries, a frequency as long as 20;
+        with gradients, two and a half times that.
 
         Args:
             products: products of the matrix with the vectors, forward and backward.
         """
-        waves = 1600 * self.fourierft_n_frequency[name] * rows
-        return waves > self.in_features * self.out_features * (1200 + rows * products)
+        training = torch.is_grad_enabled()
+        waves = 300 * (self.in_features + self.out_features) + 20 * self.fourierft_n_frequency[name]
+        matrix = self.in_features * self.out_features * ((2 if training else 1) * 400 + rows * products)
+        return (2.5 if training else 1) * waves * rows > matrix
 
     def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         if self.op.kind == "Embedding":
@@ -116,7 +119,7 @@ class FourierFTLayer(AdapterLayer):
         elif self.prefers_matrix(name, x.numel() // self.in_features, 3 if torch.is_grad_enabled() else 1):
             change = F.linear(x, self.delta(name).to(x.dtype))
         else:
-            change = transform_product(x.float(), *self.values(name), self.out_features)
+            change = transform_product(x, *self.values(name), self.out_features)
         return result + change.to(result.dtype)
 
     @classmethod
