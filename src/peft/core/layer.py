@@ -139,7 +139,7 @@ class AdapterLayer(nn.Module):
         None where the module is more than that product, is trained, or is not `below`: then that has to be called.
         """
         base: Any = self.base_layer
-        if below is not base or not _is_frozen_dense(base):
+        if below is not self.base_layer or not _is_frozen_dense(base):
             return None
         dtype, weight, bias = compute_dtype(x), self.op.matrix(base.weight), base.bias
         if weight.dtype != dtype:
