@@ -156,6 +156,12 @@ def test_a_copy_and_a_pickle_are_independent_and_equal(model):
     assert torch.equal(logits(model), expected)
 
 
+def test_dropout_is_for_training_only():
+    model = get_peft_model(tiny.llama(), causal(lora_dropout=0.5, init_lora_weights=False))
+    assert not logits(model.train()).equal(logits(model))
+    assert logits(model.eval()).equal(logits(model))
+
+
 def test_moving_to_another_dtype_moves_the_adapter_too(model):
     expected = logits(model).double()
     model.to(torch.float64)

@@ -89,6 +89,7 @@ class LoraLayer(AdapterLayer):
         **kwargs: Any,
     ):
         super().__init__(base_layer, parameter_name, op)
+        del self.__dict__["lora_dropout"]  # it would hide the modules, which train() and eval() switch
         self._modules["lora_dropout"] = nn.ModuleDict()
         absent: dict[str, Any] = {name: {} for name in _CONTAINERS if name not in self.adapter_layer_names}
         self.__dict__.update(absent, fan_in_fan_out=self.op.kind == "Conv1D")
