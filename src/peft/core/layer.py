@@ -475,7 +475,7 @@ class AdapterLayer(nn.Module):
         """The base module run with the weight that the adapters make of its own."""
         base = self.get_base_layer()
         with onloaded(base):
-            weight, bias = self.effective(names)
+            weight, bias = self.weight_to_run(names)
             if isinstance(self.op, ParameterOp) and self.base_layer is not base:
                 # Another parameter of the module has an adapter too, so the layers below must run as well.
                 path, layer = self.op.weight_name, self.base_layer
@@ -487,6 +487,10 @@ class AdapterLayer(nn.Module):
                 dtype = compute_dtype(x)
                 weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
             return self.op.run(base, weight, bias, x, *args, **kwargs)
+
+    def weight_to_run(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that the base module is to be run with: `effective`, or what stands for it."""
+        return self.effective(names)
 
     def can_run_with_weight(self, below: Callable[..., Any], x: Tensor) -> bool:
         """Whether an adapter in place `below` may run as changed weight: nothing comes before it, and nothing is lost.

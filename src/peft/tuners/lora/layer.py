@@ -16,6 +16,7 @@ from peft.core.plan import get_pattern_key
 from peft.core.routing import Route
 from peft.core.storage import onloaded, storage_of
 from peft.ops import fused
+from peft.ops.factored import FactoredWeight
 from peft.ops.lora import add_low_rank, compute_dtype, lora_linear, lora_linear_few, needs_plain
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_start, start_of
@@ -659,12 +660,28 @@ class ParamWrapper(LoraLayer):
         self.lora_A[name] = _empty_linear(self.in_features, r * experts)
         self.lora_B[name] = _empty_linear(r * experts, self.op.expert_out_features)
 
-    def product(self, name: str) -> Tensor:
+    def stacks(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B by expert: [experts, r, in] and [experts, out, r]."""
         a, b = self.factors(name)
         experts, r = self.op.num_experts, self.r[name]
-        a = a.view(experts, r, -1)
-        b = b.view(b.shape[0], r, experts).permute(2, 0, 1)
+        return a.view(experts, r, -1), b.view(b.shape[0], r, experts).permute(2, 0, 1)
+
+    def product(self, name: str) -> Tensor:
+        a, b = self.stacks(name)
         return (self.scaling[name] * torch.bmm(b, a)).flatten(0, 1)
+
+    def weight_to_run(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        base, stacks = self.get_base_weight(), [self.stacks(name) for name in names]
+        if needs_plain(base, *(factor for pair in stacks for factor in pair)):
+            return super().weight_to_run(names)
+        # Adapters act together as one of all their ranks.
+        right = torch.cat([a for a, _ in stacks], dim=1)
+        left = torch.cat([b * self.scaling[name] for name, (_, b) in zip(names, stacks, strict=True)], dim=2)
+        if self.op.transposed:
+            left, right = right.mT, left.mT
+        if base.dim() == 2:
+            left, right = left[0], right[0]
+        return FactoredWeight.of(base, left, right), None
 
     @property
     def num_experts(self) -> int:
