@@ -27,6 +27,7 @@ class BaseOp:
         linear: whether the module maps the last dimension of its input by the matrix, so that a method may act on
             the input or the output instead of the matrix.
         batch_dim: the dimension of the input that counts samples.
+        rounds: how often it counts all of them, one after the other; None where samples are mingled.
     """
 
     kind = "Module"
@@ -34,6 +35,7 @@ class BaseOp:
     bias_name: str | None = "bias"
     linear = False
     batch_dim = 0
+    rounds: int | None = 1
 
     def __init__(self, module: nn.Module):
         self.out_features, self.in_features = self.features(module)
@@ -192,6 +194,7 @@ class ParameterOp(BaseOp):
             )
         self.num_experts = weight.shape[0] if weight.dim() == 3 else 1
         self.transposed = weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
+        self.rounds = _rounds_of_experts(module, self.num_experts)
         super().__init__(module)
         #: of one expert
         self.expert_out_features = self.out_features // self.num_experts
@@ -206,6 +209,15 @@ class ParameterOp(BaseOp):
 
     def _inner(self, weight: Tensor) -> int:
         return weight.shape[-2] if self.transposed else weight.shape[-1]
+
+
+def _rounds_of_experts(module: nn.Module, num_experts: int) -> int | None:
+    """`BaseOp.rounds` of modules of experts; a module does not say it, so those of other packages go by their name."""
+    name = type(module).__name__
+    if name == "Llama4TextExperts":  # all tokens for the first expert, then all for the second
+        return num_experts
+    # JetMoe and its like: the tokens of the first expert, then those of the second.
+    return None if name.endswith("ParallelExperts") else 1
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -539,7 +539,7 @@ class AdapterLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)
         dim = self.op.batch_dim
         rows = x.shape[dim]
-        groups = route.groups(rows, x.device)
+        groups = route.groups(rows, x.device, self.op.rounds)
         here = [(name, index) for name, index in groups if name != BASE and self.has(name)]
         if not here:
             return self.base_layer(x, *args, **kwargs)

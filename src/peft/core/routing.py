@@ -23,36 +23,49 @@ class Route:
         self.names = list(names)
         #: what layers have worked out for these names, by layer; as short-lived as the route
         self.prepared: dict[object, Any] = {}
-        self._groups: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
+        self._groups: dict[tuple[int, torch.device, int | None], list[tuple[str, Tensor]]] = {}
 
-    def groups(self, rows: int, device: torch.device) -> list[tuple[str, Tensor]]:
+    def groups(self, rows: int, device: torch.device, rounds: int | None = 1) -> list[tuple[str, Tensor]]:
         """(adapter, indices of its rows) for a tensor of `rows` rows.
 
         A layer may see several rows per sample, next to each other: beams, or tokens where a model flattens batch and
         sequence (OPT does).
 
+        Args:
+            rows: how many there are.
+            device: where the indices are needed.
+            rounds: how often all samples come, one after the other; None where rows have lost their samples.
+
         Raises:
             ValueError: the rows cannot be shared out among the samples.
         """
-        key = (rows, device)
+        key = (rows, device, rounds)
         if key not in self._groups:
-            self._groups[key] = [(name, torch.tensor(i, device=device)) for name, i in self.indices(rows).items()]
+            indices = self.indices(rows, rounds)
+            self._groups[key] = [(name, torch.tensor(i, device=device)) for name, i in indices.items()]
         return self._groups[key]
 
-    def indices(self, rows: int) -> dict[str, list[int]]:
+    def indices(self, rows: int, rounds: int | None = 1) -> dict[str, list[int]]:
         """What `groups` says, as numbers.
 
         Raises:
             ValueError: the rows cannot be shared out among the samples.
         """
-        if not self.names or rows % len(self.names):
+        if rounds is None:
+            if len(set(self.names)) == 1:
+                return {self.names[0]: list(range(rows))}
+            raise ValueError(
+                "Mixed batches (adapter_names) do not work here: a layer gets its rows sorted by expert, and cannot"
+                " tell which sample each of them is from."
+            )
+        if not self.names or rows % (rounds * len(self.names)):
             raise ValueError(
                 f"The length of adapter_names ({len(self.names)}) does not fit a layer that sees {rows} rows: one"
                 " name per sample is needed."
             )
-        repeats = rows // len(self.names)
+        repeats = rows // (rounds * len(self.names))
         indices: dict[str, list[int]] = {}
-        for i, name in enumerate(self.names):
+        for i, name in enumerate(self.names * rounds):
             indices.setdefault(name, []).extend(range(i * repeats, (i + 1) * repeats))
         return indices
 

@@ -68,7 +68,7 @@ class FactoredWeight(Tensor):
         return result
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # What comes here has passed by Python; autograd knows the stand-in as `_StandIn` made it.
@@ -82,7 +82,7 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, left: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(left, right)
-        made: Tensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Tensor = Tensor._make_wrapper_subclass(
             FactoredWeight, base.shape, base.stride(), dtype=base.dtype, device=base.device
         )
         return made
@@ -186,8 +186,11 @@ def _by_part(func: Any, weight: Any, *args: Any, **settings: Any) -> Tensor:
 
 #: what a stand-in says about itself
 _METADATA: frozenset[Any] = frozenset(
-    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda")]
-    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride]
+    [
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda")
+    ]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point]
 )
 #: functions that need no sum
 _WAYS: dict[Any, Callable[..., Any]] = {
@@ -196,7 +199,8 @@ _WAYS: dict[Any, Callable[..., Any]] = {
         (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__), _matmul
     ),
     **dict.fromkeys(
-        [getattr(at, name) for at, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(at, name)], _grouped_mm
+        [getattr(at, name) for at, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(at, name)],
+        _grouped_mm,
     ),
     Tensor.__getitem__: _select,
     **dict.fromkeys(
