@@ -396,6 +396,18 @@ def test_records_without_the_fields_are_refused(tmp_path):
         read_documents([str(path)], text="text", prompt="prompt", completion="completion")
 
 
+def test_texts_may_part_where_two_tokens_are_equally_likely():
+    from peft.cli.demo import _compared
+
+    model = llama().eval()
+    with torch.no_grad():
+        first, second = model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].topk(2).indices.tolist()
+        assert _compared(model, [5, 6, first], [5, 6, first]) == "yes"
+        assert _compared(model, [5, 6, first], [5, 6, second]) == "NO"
+        model.lm_head.weight[second] = model.lm_head.weight[first] + 1e-7
+        assert _compared(model, [5, 6, first], [5, 6, second]).startswith("yes, to a tie of two")
+
+
 def test_the_demo_runs_and_proves_the_merge(tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "demo"), "--base-steps", "2", "--steps", "2"]) == 0
     printed = capsys.readouterr().out
