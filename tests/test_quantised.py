@@ -1,0 +1,191 @@
+"""Base models whose weights are quantised; what every method does with such layers is in test_conformance.py."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peft
+from peft import LoraConfig, PeftModel, get_peft_model
+from quantised_layers import FURTHER, QUANTISED, held_bytes
+from tiny_models import fill_adapter, llama, saved_base, tokens
+
+ALL = {**QUANTISED, **FURTHER}
+X = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+over_kinds = pytest.mark.parametrize("kind", QUANTISED)
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def plain() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp().eval().requires_grad_(False)
+
+
+def quantised(kind: str) -> Mlp:
+    model = plain()
+    model.up, model.down = ALL[kind](model.up), ALL[kind](model.down)
+    return model
+
+
+def adapted(model: nn.Module, **settings) -> PeftModel:
+    torch.manual_seed(1)
+    config = LoraConfig(**{"r": 4, "target_modules": ["up", "down"], **settings})
+    return fill_adapter(get_peft_model(model, config)).eval()
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_further_settings_merge_to_the_nearest_and_come_back_bit_for_bit(kind):
+    model = adapted(quantised(kind))
+    layers = [model.base_model.model.up, model.base_model.model.down]
+    before = [held_bytes(layer.base_layer) for layer in layers]
+    wanted = [layer.get_base_weight() + layer.get_delta_weight("default") for layer in layers]
+    model.merge_adapter()
+    for layer, weight in zip(layers, wanted, strict=True):
+        step = 0.25 * weight.abs().max()  # the coarsest have 8 steps
+        assert (layer.get_base_weight() - weight).abs().max() < step
+        assert (layer.get_base_weight() - weight).norm() < 0.5 * layer.get_delta_weight("default").norm()
+    model.unmerge_adapter()
+    for layer, tensors in zip(layers, before, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(held_bytes(layer.base_layer), tensors, strict=True))
+
+
+@over_kinds
+def test_an_adapter_does_not_know_what_it_was_trained_on(kind, tmp_path):
+    model = adapted(quantised(kind))
+    model.save_pretrained(tmp_path)
+    whole = PeftModel.from_pretrained(plain(), tmp_path)
+    assert (whole(X) - model(X)).norm() < 0.3 * whole(X).norm()
+    back = PeftModel.from_pretrained(quantised(kind), tmp_path, low_cpu_mem_usage=True)
+    torch.testing.assert_close(back(X), model(X))
+
+
+@over_kinds
+def test_all_linear_finds_quantised_layers(kind):
+    model = get_peft_model(quantised(kind), LoraConfig(r=2, target_modules="all-linear"))
+    assert model.targeted_module_names == ["up", "down"]
+    assert len(peft.get_layer_status(model)) == 2
+
+
+@over_kinds
+def test_dora_on_a_quantised_layer(kind):
+    model = adapted(quantised(kind), use_dora=True)
+    layer = model.base_model.model.up
+    weight = layer.get_base_weight() + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    m = layer.lora_magnitude_vector["default"].weight
+    expected = X @ (m[:, None] * weight / weight.norm(dim=1, keepdim=True)).T + plain().up.bias
+    torch.testing.assert_close(layer(X), expected, rtol=5e-2, atol=5e-2)
+
+
+@over_kinds
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_take_from_the_weight(kind, start):
+    """What is left of the weight is quantised anew, so that the sum is as near to it as a quantisation step."""
+    before = quantised(kind)(X)
+    model = get_peft_model(quantised(kind), LoraConfig(r=4, target_modules=["up"], init_lora_weights=start)).eval()
+    assert (model(X) - before).norm() < 0.15 * before.norm()
+
+
+class Packed(nn.Module):
+    """A layer that can be called but not written, as GPTQ's."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", (linear.weight * 64).round().to(torch.int32))
+        self.register_buffer("scales", torch.full((1,), 1 / 64))
+        self.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x @ (self.qweight.float() * self.scales).T
+        return out if self.bias is None else out + self.bias
+
+
+def test_a_layer_that_is_called_and_no_more():
+    base = plain()
+    weight = (base.up.weight * 64).round() / 64
+    base.up = Packed(base.up)
+    model = adapted(base, target_modules=["up"])
+    layer = model.base_model.model.up
+    torch.testing.assert_close(layer.get_base_weight(), weight)
+    changed = weight + layer.get_delta_weight("default")
+    torch.testing.assert_close(layer(X), nn.functional.linear(X, changed, plain().up.bias))
+    expected = model(X)
+    with pytest.raises(NotImplementedError, match="Packed"):
+        model.merge_adapter()
+    with pytest.raises(NotImplementedError, match="merged"):
+        model.merge_and_unload()
+    assert torch.equal(model(X), expected)
+    with pytest.raises(NotImplementedError, match="Packed"):
+        get_peft_model(model.unload(), LoraConfig(target_modules=["up"], init_lora_weights="pissa"))
+
+
+class Strange(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 16, 24
+        self.register_buffer("weight", torch.zeros(24, 16, dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.float().T
+
+
+def test_an_unknown_kind_is_refused_by_name():
+    base = plain()
+    base.up = Strange()
+    with pytest.raises((TypeError, ValueError), match="Strange"):
+        get_peft_model(base, peft.IA3Config(target_modules=["up"], feedforward_modules=[]))
+    assert isinstance(base.up, Strange)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_transformers_has_quantised(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    saved_base(llama(), tmp_path)
+    setting = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=setting, device_map="cpu")
+    base = peft.prepare_model_for_kbit_training(base)
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+    assert base.model.norm.weight.dtype == torch.float32
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).train()
+    model(tokens(), labels=tokens()).loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    fill_adapter(model).eval()
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        model.merge_adapter()
+        assert (model(tokens()).logits - expected).norm() < 0.2 * expected.norm()
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(tokens()).logits, expected)
+
+
+def test_the_qlora_example(capsys):
+    pytest.importorskip("bitsandbytes")
+    path = Path(__file__).parents[1] / "examples" / "qlora_cpu.py"
+    spec = importlib.util.spec_from_file_location("qlora_cpu", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    before, after = example.main()
+    assert after < 0.75 * before
+    assert "full precision" in capsys.readouterr().out
+
+
+def test_old_import_paths_of_quantised_layers():
+    from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+
+    for kind, name in (("bnb 4bit", Linear4bit), ("bnb 8bit", Linear8bitLt)):
+        assert isinstance(adapted(quantised(kind)).base_model.model.up, name)
+        assert not isinstance(adapted(plain()).base_model.model.up, name)
