@@ -204,10 +204,10 @@ def train_step(model, run=lambda model, x: model(x), dtype=torch.float32):
     return output.detach(), x.grad, gradients(model)
 
 
-def assert_same_step(got, expected, tolerance=1e-5):
+def assert_same_step(got, expected, tolerance=1e-5, factors=4):
     torch.testing.assert_close(got[0], expected[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(got[1], expected[1], rtol=tolerance, atol=tolerance)
-    assert list(got[2]) == list(expected[2]) and len(got[2]) == 4
+    assert list(got[2]) == list(expected[2]) and len(got[2]) == factors
     for name in got[2]:
         torch.testing.assert_close(got[2][name], expected[2][name], rtol=tolerance, atol=tolerance)
 
@@ -226,6 +226,24 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
         expected = train_step(adapted(dropout).train())
         torch.manual_seed(9)
         assert_same_step(train_step(adapted(dropout).train(), run), expected)
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_checkpointing_with_a_frozen_factor_drops_the_same(frozen):
+    """The first pass runs without gradients, the second with: both must draw the same mask."""
+    steps = []
+    for reentrant in (None, True, False):
+        model = adapted(dropout=0.3).train()
+        for name, parameter in model.named_parameters():
+            if frozen in name:
+                parameter.requires_grad_(False)
+        torch.manual_seed(3)
+        run = (lambda model, x: model(x)) if reentrant is None else (
+            lambda model, x, reentrant=reentrant: checkpoint(model, x, use_reentrant=reentrant)
+        )  # fmt: skip
+        steps.append(train_step(model, run))
+    assert_same_step(steps[1], steps[0], factors=2)
+    assert_same_step(steps[2], steps[0], factors=2)
 
 
 def test_autocast_on_cpu_agrees_within_the_rounding_of_bfloat16():

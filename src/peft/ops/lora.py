@@ -93,8 +93,10 @@ def lora_linear(
     by_kernels = fused.wanted(x, len(a), a, b, weight, result)
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
         if not (a.requires_grad and b.requires_grad and x.dim() > 1):
-            # With a frozen factor there is less to keep than `_LoraLinear` does.
-            return lora_linear_plain(x, weight, bias, result, a, b, scaling, p)
+            # With a frozen factor there is less to keep than `_LoraLinear` does. The mask is of the same kind as without
+            # gradients, for checkpointing runs once with and once without.
+            out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
+            return out + F.linear(F.linear(_dropped(x, p)[0], a), b) * scaling
         # Writing into a view would tell autograd of the whole that it shows.
         overwrite = overwrite and result is not None and not result._is_view()
         if by_kernels:
