@@ -93,8 +93,8 @@ def lora_linear(
     by_kernels = fused.wanted(x, len(a), a, b, weight, result)
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
         if not (a.requires_grad and b.requires_grad and x.dim() > 1):
-            # With a frozen factor there is less to keep than `_LoraLinear` does. The mask is of the same kind as without
-            # gradients, for checkpointing runs once with and once without.
+            # With a frozen factor there is less to keep than `_LoraLinear` does. The mask is the same as without
+            # gradients: checkpointing runs once with and once without.
             out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
             return out + F.linear(F.linear(_dropped(x, p)[0], a), b) * scaling
         # Writing into a view would tell autograd of the whole that it shows.
