@@ -85,10 +85,13 @@ def kept(model: Any, inputs: dict[str, Tensor]) -> float:
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, Any] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(saved: Tensor) -> Tensor:
+        tensor = saved
+        if tensor.layout != torch.strided:  # sparse: what it holds is in its values
+            tensor = tensor.detach().coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage  # held, so that no other takes its address
-        return tensor
+        return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**inputs).loss

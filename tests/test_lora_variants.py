@@ -105,6 +105,19 @@ def test_dora_factors_are_kept_and_follow_the_weights(dtype):
         torch.testing.assert_close(model(x), first)
 
 
+def test_what_is_kept_of_the_weights_does_not_outlive_training():
+    """Writing through `.data`, as some optimizers do, leaves no trace on the parameter."""
+    mixed = lora()
+    mixed.add_adapter("other", LoraConfig(r=4, target_modules=["up", "down"]))
+    names = ["default", "other", "default", "other", "default"]
+    for model, options in ((lora(use_dora=True), {}), (mixed, {"adapter_names": names})):
+        with torch.no_grad(), DoraCaching():
+            before = model.eval()(X, **options)
+            model.train()
+            model.base_model.model.up.lora_B["default"].weight.data.mul_(3)
+            assert not torch.allclose(model.eval()(X, **options), before)
+
+
 def test_dora_with_pissa_starts_as_the_base_model():
     model = lora(effect=False, use_dora=True, init_lora_weights="pissa")
     torch.testing.assert_close(model(X), mlp()(X), rtol=1e-4, atol=1e-5)

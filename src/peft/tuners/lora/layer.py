@@ -253,6 +253,13 @@ class LoraLayer(AdapterLayer):
         fixed = self.factors(name)[1] if start is not None and not start.trains_b and self.has(name) else None
         yield from (parameter for parameter in super().trainable_parameters(name) if parameter is not fixed)
 
+    def train(self, mode: bool = True) -> LoraLayer:
+        # Training may write to weights in ways that leave no trace, so nothing that was made of them is kept.
+        self.__dict__.pop("_stacks", None)
+        for variant in self.lora_variant.values():
+            variant.forget()
+        return super().train(mode)
+
     def dropout_of(self, name: str) -> float:
         """Probability of dropout on the adapter's input at present."""
         dropout = self.lora_dropout[name]

@@ -46,6 +46,9 @@ class Arrow(Variant):
         super().__init__(setting, key)
         self._known: tuple[Any, Experts] | None = None
 
+    def forget(self) -> None:
+        self._known = None
+
     def check_merge(self, layer: LoraLayer, name: str) -> None:
         raise NotImplementedError(
             f"Arrow adapter {name!r} cannot be merged: it chooses experts for each token; a weight is the same for all."

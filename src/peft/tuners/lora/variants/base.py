@@ -88,5 +88,8 @@ class Variant:
         """The module's output with the adapter on top of `below`."""
         return self.add(layer, name, x, below(x, *args, **kwargs))
 
+    def forget(self) -> None:
+        """Lets go of what it has kept of the weights."""
+
     def check_merge(self, layer: LoraLayer, name: str) -> None:
         """Raises NotImplementedError where the adapter cannot become part of the weight."""

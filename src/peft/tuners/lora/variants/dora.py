@@ -53,6 +53,9 @@ class Dora(Variant):
         super().__init__(setting, key)
         self._kept: tuple[Any, Tensor] | None = None
 
+    def forget(self) -> None:
+        self._kept = None
+
     @classmethod
     def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
         if isinstance(op, ConvOp) and getattr(module, "groups", 1) > 1:
