@@ -119,7 +119,16 @@ class Case:
 
 def llama(scale: Scale, dtype: torch.dtype = torch.float32, device: str = "cpu", **fields: Any) -> Any:
     """A frozen Llama with random weights, the same in every process."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return _frozen("Llama", scale, dtype, device, **fields)
+
+
+def mixtral(scale: Scale, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    """The same for a Mixtral of eight experts, each as wide as the Llama's MLP."""
+    return _frozen("Mixtral", scale, dtype, "cpu", num_local_experts=8, **fields)
+
+
+def _frozen(name: str, scale: Scale, dtype: torch.dtype, device: str, **fields: Any) -> Any:
+    import transformers
 
     sizes = dict(
         hidden_size=scale.hidden, intermediate_size=scale.intermediate, num_hidden_layers=scale.layers,
@@ -127,7 +136,8 @@ def llama(scale: Scale, dtype: torch.dtype = torch.float32, device: str = "cpu",
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **fields}))
+        config = getattr(transformers, f"{name}Config")(**{**sizes, **fields})
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
     return model.to(dtype).requires_grad_(False).eval()
 
 

@@ -13,25 +13,26 @@ from case import DTYPES, Case, Part, Prepared, Row, Scale
 TITLE = "Peak memory"
 TEXT = """\
 The largest resident size of a process that builds the model of the training step and trains it for three steps, from
-start to end; the process of the floor imports torch and transformers but no adapter library."""
+start to end (experts: the Mixtral); the process of the floor imports torch and transformers but no adapter library."""
 
 
 def cases(scale: Scale) -> list[Case]:
     wanted = [(dtype, dropout) for dtype in DTYPES for dropout in (0.0, 0.1)]
     if scale.hidden < 128:
         wanted = wanted[:1]
-    return [_case(scale, dtype, dropout) for dtype, dropout in wanted]
+    return [*(_case(scale, dtype, dropout) for dtype, dropout in wanted), _case(scale, "fp32", 0.0, "experts")]
 
 
-def _case(scale: Scale, dtype: str, dropout: float) -> Case:
-    name = dtype if dropout == 0 else f"{dtype}, dropout {dropout}"
-    parts = {kind: _child(scale, kind, dtype, dropout) for kind in ("floor", "adapter")}
+def _case(scale: Scale, dtype: str, dropout: float, name: str = "") -> Case:
+    experts = name == "experts"
+    name = name or (dtype if dropout == 0 else f"{dtype}, dropout {dropout}")
+    parts = {kind: _child(scale, kind, dtype, dropout, experts) for kind in ("floor", "adapter")}
     rows = [Row(f"peak, {name}", "adapter", "floor", unit="B")]
     return Case(name, lambda: Prepared(parts), rows, runs=3, warm_up=False)
 
 
-def _child(scale: Scale, kind: str, dtype: str, dropout: float) -> Part:
-    arguments = [kind, dtype, str(dropout), repr(asdict(scale))]
+def _child(scale: Scale, kind: str, dtype: str, dropout: float, experts: bool) -> Part:
+    arguments = [kind, dtype, str(dropout), str(int(experts)), repr(asdict(scale))]
 
     def part(clock: object) -> float:
         child = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
@@ -40,18 +41,18 @@ def _child(scale: Scale, kind: str, dtype: str, dropout: float) -> Part:
     return part
 
 
-def _main(kind: str, dtype: str, dropout: str, sizes: str) -> None:
+def _main(kind: str, dtype: str, dropout: str, experts: str, sizes: str) -> None:
     import ast
 
-    from case import llama
+    from case import llama, mixtral
 
     scale = Scale(**ast.literal_eval(sizes))
     if kind == "floor":
-        model = llama(scale, DTYPES[dtype], use_cache=False).train()
+        model = (mixtral if int(experts) else llama)(scale, DTYPES[dtype], use_cache=False).train()
     else:
         from step import models
 
-        model = models(scale, dtype, float(dropout))[1]
+        model = models(scale, dtype, float(dropout), bool(int(experts)))[1]
     _train(model, scale)
     print(_peak())
 

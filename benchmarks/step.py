@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from case import DTYPES, LINEAR, Case, Clock, Part, Prepared, Row, Scale, fill, gradients, llama, sample, twin
+from case import DTYPES, LINEAR, Case, Clock, Part, Prepared, Row, Scale, fill, gradients, llama, mixtral, sample, twin
 from torch import Tensor
 
 import peft
@@ -15,11 +15,19 @@ TEXT = """\
 Forward and backward of a Llama ({s.layers} layers, hidden size {s.hidden}, intermediate size {s.intermediate}) with
 LoRA of rank 16 on all seven linear projections, on a batch of {s.batch} x {s.length} tokens. The floor is the same
 model frozen; in both, gradients flow to the input embeddings. The bytes kept for backward are those of all distinct
-storages that autograd saves, parameters left out."""
+storages that autograd saves, parameters left out. The rows of experts are of a Mixtral with LoRA on both parameters of
+its experts."""
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def cases(scale: Scale) -> list[Case]:
-    return [_case(scale, dtype, dropout) for dtype in DTYPES for dropout in (0.0, 0.1)]
+    linear = [_case(scale, dtype, dropout) for dtype in DTYPES for dropout in (0.0, 0.1)]
+    rows = [
+        Row("step, experts", "adapter", "floor"),
+        Row("bytes kept, experts", "adapter kept", "floor kept", unit="B"),
+    ]
+    return [*linear, Case("experts", lambda: _prepare(scale, "fp32", 0.0, experts=True), rows)]
 
 
 def _case(scale: Scale, dtype: str, dropout: float) -> Case:
@@ -32,8 +40,8 @@ def _case(scale: Scale, dtype: str, dropout: float) -> Case:
     return Case(name, lambda: _prepare(scale, dtype, dropout), rows)
 
 
-def _prepare(scale: Scale, dtype: str, dropout: float) -> Prepared:
-    floor, adapted = models(scale, dtype, dropout)
+def _prepare(scale: Scale, dtype: str, dropout: float, experts: bool = False) -> Prepared:
+    floor, adapted = models(scale, dtype, dropout, experts)
     inputs = batch(floor, scale)
     adapted.eval()
     train(adapted, inputs)
@@ -48,10 +56,11 @@ def _prepare(scale: Scale, dtype: str, dropout: float) -> Prepared:
     return Prepared(parts, outcome, tolerance=1e-3 if dtype == "fp32" else 5e-2)
 
 
-def models(scale: Scale, dtype: str, dropout: float) -> tuple[Any, Any]:
+def models(scale: Scale, dtype: str, dropout: float, experts: bool = False) -> tuple[Any, Any]:
     """The frozen model and one with LoRA, on the same weights."""
-    floor = llama(scale, DTYPES[dtype], use_cache=False).train()
-    config = peft.LoraConfig(r=16, lora_dropout=dropout, target_modules=LINEAR, task_type="CAUSAL_LM")
+    floor = (mixtral if experts else llama)(scale, DTYPES[dtype], use_cache=False).train()
+    targets = {"target_parameters": EXPERTS} if experts else {"target_modules": LINEAR}
+    config = peft.LoraConfig(r=16, lora_dropout=dropout, task_type="CAUSAL_LM", **targets)
     adapted = peft.get_peft_model(twin(floor), config).train()
     fill(adapted)
     return floor, adapted

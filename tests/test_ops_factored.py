@@ -76,6 +76,16 @@ def test_values_and_gradients_are_those_of_the_sum(use):
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-3)
 
 
+def test_groups_of_rows_with_factors_that_lie_in_memory_in_any_order():
+    base, left, right = (part.detach() for part in parts(EXPERTS))
+    left, right = left[..., :1].repeat(1, 1, 4), right[:, :1].repeat(1, 4, 1)  # of a rank that needs no padding
+    scattered = left.permute(1, 2, 0).contiguous().permute(2, 0, 1), right.mT.contiguous().mT
+    x = inputs(ROWS, IN)
+    want = F.grouped_mm(x, (base + left @ right).mT, offs=OFFSETS)
+    got = F.grouped_mm(x, FactoredWeight.of(base, *scattered).mT, offs=OFFSETS)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_it_looks_like_the_weight():
     base, left, right = parts(EXPERTS, dtype=torch.bfloat16)
     weight = FactoredWeight.of(base, left, right)

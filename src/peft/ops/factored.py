@@ -142,10 +142,10 @@ def _grouped_mm(func: Any, x: Tensor, weight: Tensor, offs: Tensor | None = None
     if not isinstance(weight, FactoredWeight) or isinstance(x, FactoredWeight) or weight.dim() != 3 or x.dim() != 2:
         return NotImplemented
     base, left, right = weight.parts
-    # The rank is a row's length here, and rows have to be multiples of 16 bytes.
+    # The rank is a row's length here, and rows have to lie together and be multiples of 16 bytes.
     missing = -left.shape[-1] % (16 // x.itemsize)
-    left = F.pad(left.mT.to(x.dtype), (0, 0, 0, missing)).mT
-    right = F.pad(right.mT.to(x.dtype), (0, missing)).mT
+    left = F.pad(left.mT.to(x.dtype), (0, 0, 0, missing)).contiguous().mT
+    right = F.pad(right.mT.to(x.dtype), (0, missing)).contiguous().mT
     result = func(x, base, offs=offs, **settings)
     return result.add_(func(func(x, left, offs=offs), right, offs=offs))
 

@@ -681,9 +681,10 @@ class ParamWrapper(LoraLayer):
         base, stacks = self.get_base_weight(), [self.stacks(name) for name in names]
         if needs_plain(base, *(factor for pair in stacks for factor in pair)):
             return super().weight_to_run(names)
-        # Adapters act together as one of all their ranks.
-        right = torch.cat([a for a, _ in stacks], dim=1)
-        left = torch.cat([b * self.scaling[name] for name, (_, b) in zip(names, stacks, strict=True)], dim=2)
+        lefts = [(b * self.scaling[name]).contiguous() for name, (_, b) in zip(names, stacks, strict=True)]
+        rights = [a for a, _ in stacks]
+        # Several adapters act together as one of all their ranks.
+        left, right = (lefts[0], rights[0]) if len(names) == 1 else (torch.cat(lefts, dim=2), torch.cat(rights, dim=1))
         if self.op.transposed:
             left, right = right.mT, left.mT
         if base.dim() == 2:
