@@ -42,7 +42,9 @@ TASK_CLASSES: dict[str, type[PeftModel]] = {}
 #: keyword arguments of `save_pretrained` and `push_to_hub` that go to the hub
 FOR_HUB = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 #: those of loading that are not the hub's; the last ones speak of the base model, and other packages pass them along
-FOR_LOADING = {"subfolder", "torch_device", "ignore_mismatched_sizes", "trust_remote_code", "torch_dtype", "dtype"}
+FOR_LOADING = {
+    "subfolder", "torch_device", "ignore_mismatched_sizes", "trust_remote_code", "torch_dtype", "dtype", "adapters"
+}  # fmt: skip
 
 
 class PeftModel(PromptHost):
