@@ -583,10 +583,14 @@ class BaseTuner(nn.Module):
         if gone and self.peft_config:
             left = [next(iter(self.peft_config))]
             if active:
-                warnings.warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now.", PeftWarning, stacklevel=2)
+                whole = any(isinstance(part, AuxiliaryTrainingWrapper) and part.has(left[0]) for _, part in self.parts())
+                more = f" What it trains in full is not: call set_adapter({left[0]!r})." if whole else ""
+                warnings.warn(
+                    f"Adapter {adapter_name!r} was active; {left[0]!r} is now.{more}", PeftWarning, stacklevel=2
+                )
         for _, part in self.parts():
             part.delete_adapter(adapter_name)
-            if gone and part.has_any():
+            if gone and isinstance(part, AdapterLayer) and part.has_any():
                 part.set_adapter(left)
         for container in self.shared_names:
             if adapter_name in getattr(self, container):
