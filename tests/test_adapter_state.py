@@ -130,6 +130,7 @@ def test_status_asks_only_layers_that_have_an_adapter():
     model.unmerge_adapter()
     with pytest.warns(peft.PeftWarning):
         model.delete_adapter("red")
+    model.set_adapter("blue")
     assert get_model_status(model).active_adapters == ["blue"], "q_proj has no adapter any more"
 
 

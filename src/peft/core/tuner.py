@@ -583,8 +583,9 @@ class BaseTuner(nn.Module):
         if gone and self.peft_config:
             left = [next(iter(self.peft_config))]
             if active:
-                whole = any(isinstance(part, AuxiliaryTrainingWrapper) and part.has(left[0]) for _, part in self.parts())
-                more = f" What it trains in full is not: call set_adapter({left[0]!r})." if whole else ""
+                saved = (part for _, part in self.parts() if isinstance(part, AuxiliaryTrainingWrapper))
+                in_full = any(part.has(left[0]) for part in saved)
+                more = f" What it trains in full is not: call set_adapter({left[0]!r})." if in_full else ""
                 warnings.warn(
                     f"Adapter {adapter_name!r} was active; {left[0]!r} is now.{more}", PeftWarning, stacklevel=2
                 )
