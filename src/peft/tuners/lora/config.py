@@ -49,7 +49,13 @@ class LoraConfig(LayerConfig):
         fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).
         init_lora_weights: True starts A at random and B at zero, without effect; `"gaussian"` draws A from a normal
-            distribution of deviation 1 / r; False starts both at random, with an effect.
+            distribution of deviation 1 / r; False starts both at random, with an effect. `"orthogonal"` makes neither
+            zero, but their product. `"pissa"` (or `"pissa_niter_N"`, by a randomised decomposition of N steps),
+            `"olora"`, `"corda"` and `"lora_ga"` start with a part of the base weight, which that loses: save with
+            `path_initial_model_for_weight_conversion` to have an adapter for the original base. `"loftq"` quantises
+            the base weight and makes up for the loss. `"mica"` fixes B to the least singular vectors. `"eva"` waits
+            for `initialize_lora_eva_weights`, `"corda"` and `"lora_ga"` need `preprocess_corda` and
+            `preprocess_loraga` first.
         rank_pattern: ranks of single modules: name or regular expression for its end -> rank.
         alpha_pattern: the same for lora_alpha.
         trainable_token_indices: rows of the embedding to train as well: a list for the input embedding, or module
@@ -59,11 +65,21 @@ class LoraConfig(LayerConfig):
         lora_bias: give B a bias.
         ensure_weight_tying: keep what is trained of tied modules (embedding and output layer) the same.
         runtime_config: see [`LoraRuntimeConfig`].
-        megatron_config: transformer configuration of Megatron's parallel layers.
-        megatron_core: import name of Megatron's core package.
-        loftq_config, eva_config, corda_config, lora_ga_config: settings of those initialisations.
-        use_dora, use_qalora, qalora_group_size, alora_invocation_tokens, arrow_config, use_bdlora, velora_config,
-            kasa_config, monteclora_config: settings of those variants.
+        megatron_config, megatron_core: for Megatron's parallel layers, which this version does not support.
+        loftq_config: settings of the start `"loftq"`, see [`LoftQConfig`].
+        eva_config: settings of the start `"eva"`, see [`EvaConfig`].
+        corda_config: settings of the start `"corda"`, see [`CordaConfig`].
+        lora_ga_config: settings of the start `"lora_ga"`, see [`LoraGAConfig`].
+        use_dora: learn the length of each row of the weight beside the change of its direction (DoRA,
+            arXiv:2402.09353).
+        use_qalora: on layers that GPTQ has quantised, see the input in groups (QA-LoRA, arXiv:2309.14717).
+        qalora_group_size: features in such a group.
+        alora_invocation_tokens: act from the last occurrence of these tokens on (aLoRA, arXiv:2504.12397).
+        arrow_config: choose among other adapters for each token, see [`ArrowConfig`] and `create_arrow_model`.
+        use_bdlora: make A or B block-diagonal, see [`BdLoraConfig`].
+        velora_config: keep less of the input for the gradient of A, see [`VeloraConfig`].
+        kasa_config: replace the least singular parts of the weight, see [`KasaConfig`].
+        monteclora_config: perturb A by samples of a learned distribution, see [`MontecloraConfig`].
     """
 
     r: int = 8
