@@ -85,6 +85,34 @@ TRIED: dict[str, tuple[str, Callable[[str, str], None]]] = {
 }
 
 
+#: the same for linear layers whose weights are quantised, by the tests of that
+TRIED_QUANTISED: dict[str, tuple[str, Callable[[str, str], None]]] = {
+    "T": ("the adapter has its effect, and alone gets gradients", cells.test_quantised_forward_and_gradients),
+    "M": (
+        "merged to the nearest that the storage can hold, and the old bytes put back",
+        cells.test_quantised_weights_are_merged_to_the_nearest_and_unmerged_exactly,
+    ),
+    "B": ("mixed batches", cells.test_quantised_mixed_batch_is_each_alone),
+}
+
+
+def _quantised_table() -> list[str]:
+    lines = [
+        "## Quantised linear layers",
+        "",
+        "Tried in the same way; [quantisation.md](quantisation.md) has more on it.",
+        "",
+        *(f"- **{letter}**: {words}" for letter, (words, _) in TRIED_QUANTISED.items()),
+        "",
+        "| method | " + " | ".join(cells.STORAGES) + " |",
+        "|---|" + "---|" * len(cells.STORAGES),
+    ]
+    for method in cells.WITH_LINEAR:
+        row = [_letters(TRIED_QUANTISED, method, storage)[0] for storage in cells.STORAGES]
+        lines.append(f"| {method} | " + " | ".join(" ".join(letters) or "no" for letters in row) + " |")
+    return [*lines, ""]
+
+
 def support_page() -> str:
     kinds = [kind for kind in cells.KINDS if kind not in ("Linear no bias", "MultiheadAttention sequence first")]
     notes: dict[str, int] = {}
@@ -93,6 +121,7 @@ def support_page() -> str:
         warnings.simplefilter("ignore")
         for method in cells.LAYER_METHODS:
             lines.append(f"| {method} | " + " | ".join(_cell(method, kind, notes) for kind in kinds) + " |")
+        quantised = _quantised_table()
     return "\n".join(
         [
             BY_HAND,
@@ -110,7 +139,8 @@ def support_page() -> str:
             "",
             *(f"{number}. {note}" for note, number in notes.items()),
             "",
-            "Methods that do not change a weight:",
+            *quantised,
+            "## Methods that do not change a weight",
             "",
             "| method | merge, mixed batch, conversion |",
             "|---|---|",
@@ -134,15 +164,21 @@ def _elsewhere() -> Iterator[tuple[str, str]]:
 def _cell(method: str, kind: str, notes: dict[str, int]) -> str:
     if (method, kind) not in cells.SUPPORTED:
         return _note(_why_not(method, kind), notes)
+    letters, reasons = _letters(TRIED, method, kind)
+    return " ".join([*letters, *(_note(reason, notes) for reason in reasons)])
+
+
+def _letters(tried: dict[str, tuple[str, Callable[[str, str], None]]], method: str, kind: str) -> tuple[str, list[str]]:
+    """What works, and why the rest does not."""
     letters, reasons = "", []
-    for letter, (_, attempt) in TRIED.items():
+    for letter, (_, attempt) in tried.items():
         try:
             attempt(method, kind)
         except (NotImplementedError, ValueError, TypeError, AssertionError) as error:
             reasons.append(f"{letter}: {_first_sentence(str(error)) or 'another outcome'}")
         else:
             letters += letter
-    return " ".join([*letters, *(_note(reason, notes) for reason in reasons)])
+    return letters, reasons
 
 
 def _why_not(method: str, kind: str) -> str:
