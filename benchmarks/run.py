@@ -27,7 +27,7 @@ import report
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "peft==0.21.2"
-GROUPS = ("step", "decode", "memory", "lora", "startup", "methods")
+GROUPS = ("step", "decode", "lora", "methods", "startup", "memory")
 
 
 class Failed(Exception):
@@ -220,6 +220,9 @@ def main(
 ) -> int:
     """Runs what the arguments ask for; 1 if ours failed somewhere or computed something else than the reference."""
     options = parse(arguments)
+    out = options.out
+    if out is None and options.scale == "full" and not options.only and not options.no_reference:
+        out = HERE.parent / "docs" / "benchmarks.md"
     common = [options.scale, str(int(options.cpu_time)), str(options.threads)]
     workers = {"ours": Worker(sys.executable, common, options.verbose)}
     if not options.no_reference:
@@ -241,15 +244,11 @@ def main(
             if lines:
                 results.append({"name": group, "title": found["title"], "text": found["text"], "lines": lines})
                 print(f"\n{found['title']}\n\n{report.table(lines)}\n", flush=True)
+                if out:  # after each group, so that a run that is broken off leaves what it has
+                    report.write(out, results, heading, known)
     finally:
         for worker in workers.values():
             worker.close()
-    out = options.out
-    if out is None and options.scale == "full" and not options.only and not options.no_reference:
-        out = HERE.parent / "docs" / "benchmarks.md"
-    if out:
-        report.write(out, results, heading, known)
-        print(f"Written: {out}", file=sys.stderr)
     return status
 
 
