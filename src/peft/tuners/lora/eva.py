@@ -355,7 +355,8 @@ def initialize_lora_eva_weights(
 def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, Tensor]) -> None:
     tuner: Any = model.base_model
     plain = copy.copy(config)
-    plain.init_lora_weights, setting = True, config.eva_config or EvaConfig()
+    plain.init_lora_weights = True
+    setting = config.eva_config or EvaConfig()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.has(adapter_name)}
     prefix = next((name for name, module in model.named_modules() if module is tuner.model), "")
     targets: list[str] = []

@@ -136,7 +136,6 @@ class Alora(Variant):
     """
 
     label = "aLoRA (alora_invocation_tokens)"
-    kinds = frozenset(("Linear", "Conv1D"))
     is_product = False
     calls: Invocations
 

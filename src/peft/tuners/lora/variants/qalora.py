@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp
+from peft.core.storage import storage_of
 from peft.errors import PeftWarning
 from peft.tuners.lora.variants.base import Variant
 
@@ -54,4 +55,4 @@ class Qalora(Variant):
 
 def by_groups(module: nn.Module) -> bool:
     """Whether a module holds its weight as GPTQ does: packed, with zero points by group."""
-    return hasattr(module, "qweight") and hasattr(module, "qzeros") and "weight" not in module._parameters
+    return storage_of(module, "weight").backend == "gptq"
