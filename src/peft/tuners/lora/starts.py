@@ -57,8 +57,9 @@ def heavy(tensor: Tensor, config: Any) -> Tensor:
     """`tensor` in float32 where a decomposition of it is made: on the accelerator, if it may go there for that."""
     device = tensor.device
     if config.runtime_config.ephemeral_gpu_offload and device.type == "cpu":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = accelerator or device
+        accelerators = getattr(torch, "accelerator", None)  # from torch 2.6 on
+        if accelerators is not None and accelerators.is_available():
+            device = accelerators.current_accelerator()
     return tensor.to(device=device, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
