@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import DoraCaching, MontecloraTrainerMixin, create_arrow_model
-from tiny_models import llama
+from tiny_models import gpt2, llama
 
 
 class Mlp(nn.Module):
@@ -90,6 +90,23 @@ def test_dora_with_dropout_scales_what_the_adapter_sees():
     torch.manual_seed(0)
     mean = torch.stack([layer(X) for _ in range(4000)]).mean(0)
     torch.testing.assert_close(mean, expected, rtol=0.1, atol=0.15)
+
+
+def test_dora_on_a_convolution_with_groups():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, groups=2)
+    x = torch.randn(2, 4, 5, 5)
+    expected = conv(x)
+    model = get_peft_model(nn.Sequential(conv), LoraConfig(r=4, target_modules=["0"], use_dora=True))
+    torch.testing.assert_close(model(x), expected)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight.mul_(3)
+    bias = conv.bias[:, None, None]
+    torch.testing.assert_close(model(x), 3 * (expected - bias) + bias)
+    give_effect(model, "default", 1)
+    model(x).sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -187,6 +204,16 @@ def test_bdlora_names_the_module_that_is_in_neither_list():
     assert not hasattr(base, "peft_config")
 
 
+def test_bdlora_on_gpt2_s_transposed_layers():
+    model = gpt2()
+    setting = {"nblocks": 2, "target_modules_bd_b": ["c_fc"], "match_strict": False}
+    targets = ["c_fc", "c_attn"]
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, use_bdlora=setting, task_type="CAUSAL_LM"))
+    block = model.base_model.model.transformer.h[0]
+    assert block.mlp.c_fc.lora_B["default"].weight.shape == (128, 2)
+    assert block.attn.c_attn.lora_B["default"].weight.shape == (96, 4)
+
+
 # ---- VeLoRA
 
 
@@ -211,6 +238,13 @@ def test_velora_s_gradient_of_a_is_exact_where_all_groups_lie_along_one_line():
         layer(x).square().sum().backward()
         gradients.append(layer.lora_A["default"].weight.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_velora_on_a_single_sample_without_a_batch():
+    model = lora(velora_config=peft.VeloraConfig(num_groups=4)).train()
+    torch.testing.assert_close(model(X[0]), model(X[:1])[0])
+    model(X[0]).sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 def test_velora_finds_its_direction_once_or_in_every_batch():
@@ -324,6 +358,10 @@ def test_qalora_on_other_layers_is_plain_and_says_so():
     with pytest.warns(peft.PeftWarning, match="plain LoRA"):
         model = lora(use_qalora=True)
     assert torch.equal(model(X), lora()(X))
+    others = nn.Sequential(nn.Conv1d(8, 8, 3), nn.MultiheadAttention(8, 2), nn.Embedding(4, 8))
+    with pytest.warns(peft.PeftWarning, match="plain LoRA"):
+        model = get_peft_model(others, LoraConfig(target_modules=["0", "1", "2"], use_qalora=True))
+    assert sum("lora_" in name for name, _ in model.named_parameters()) == 8
 
 
 # ---- aLoRA
@@ -408,6 +446,27 @@ def test_alora_trains_where_it_acts_and_nowhere_else():
     assert all(p.grad.any() for p in weights)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_alora_under_gradient_checkpointing_keeps_forward_passes_apart(reentrant):
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model = alora().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        losses = [model(ids, labels=ids).loss for ids in (PROMPTS[:1], PROMPTS[2:])]  # calls at other positions
+        sum(losses).backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
+def test_alora_is_not_active_where_there_are_no_tokens():
+    model = lora(alora_invocation_tokens=CALL)
+    with pytest.warns(peft.PeftWarning, match="input_ids"):
+        changed = model(X)
+    assert torch.equal(changed, model.unload()(X))
+
+
 def test_alora_cannot_be_merged_and_leaves_nothing_on_the_base_model():
     model = alora()
     with pytest.raises(NotImplementedError, match="aLoRA"):
@@ -416,7 +475,7 @@ def test_alora_cannot_be_merged_and_leaves_nothing_on_the_base_model():
     with torch.no_grad():
         assert torch.equal(twin(PROMPTS).logits, model(PROMPTS).logits)
     base = model.unload()
-    assert not base._forward_pre_hooks
+    assert not base._forward_pre_hooks and not base._forward_hooks
     with pytest.warns(peft.PeftWarning, match="input_ids"), torch.no_grad():
         twin(inputs_embeds=torch.randn(1, 4, base.config.hidden_size))
 

@@ -257,6 +257,15 @@ def test_autocast_on_cpu_agrees_within_the_rounding_of_bfloat16():
     assert all(gradient.dtype == torch.float32 for gradient in fused[2].values())
 
 
+def test_autocast_leaves_float64_alone():
+    layer = nn.Sequential(nn.Linear(8, 8, dtype=torch.float64))
+    model = peft.get_peft_model(layer, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    torch.testing.assert_close(found, model(x))
+
+
 def test_hooks_on_the_base_module_see_its_own_output():
     model = adapted()
     seen = []

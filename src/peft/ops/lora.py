@@ -20,7 +20,7 @@ from peft.ops.dropout import draw_mask, mask_factors
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

@@ -41,7 +41,7 @@ class _Compressed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lengths, a, direction = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
+        flat = grad.reshape(-1, grad.shape[-1])
         rebuilt = (lengths[..., None] * direction).flatten(1)[:, : ctx.shape[-1]]
         grad_x = (flat @ a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return grad_x, flat.T @ rebuilt * ctx.scale, None, None, None

@@ -107,14 +107,15 @@ class LoraModel(BaseTuner):
 
     def _watch_calls(self, wanted: bool = True) -> None:
         """Sees to it that the base model's calls are watched as long as some adapter needs that."""
-        watch, handle = self.__dict__.get("_watch", (None, None))
+        handles = self.__dict__.get("_watch", ())
         wanted = wanted and bool(Watch(self.peft_config).invocations())
-        if wanted and handle is None:
+        if wanted and not handles:
             watch = Watch(self.peft_config)
-            handle = self.model.register_forward_pre_hook(watch, with_kwargs=True)
-            self.__dict__["_watch"] = watch, handle
-        elif not wanted and handle is not None:
-            handle.remove()
+            before = self.model.register_forward_pre_hook(watch, with_kwargs=True)
+            self.__dict__["_watch"] = before, self.model.register_forward_hook(watch.after)
+        elif not wanted and handles:
+            for handle in handles:
+                handle.remove()
             del self.__dict__["_watch"]
 
     def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:

@@ -52,10 +52,11 @@ class Invocations:
 
     def watch(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Finds the invocations in what the model is called with."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        inputs = ids if ids is not None else kwargs.get("inputs_embeds")
+        given = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs.get("inputs_embeds") if given is None else given
+        ids = given if isinstance(given, Tensor) and given.dim() == 2 and not given.is_floating_point() else None
         self.past = cached_tokens(kwargs.get("past_key_values"))
-        self.rows = 0 if inputs is None else len(inputs)
+        self.rows = len(inputs) if isinstance(inputs, Tensor) else 0
         if self._of_prompt:
             return  # generation goes on from a prompt that was looked at
         if ids is None:
@@ -63,6 +64,14 @@ class Invocations:
             self.starts = None
         elif self.past == 0 or self.starts is None or self.rows % len(self.starts):
             self.starts = self.find(ids) + self.past
+
+    def positions(self) -> tuple[Tensor | None, int, int]:
+        """What is known of the present call."""
+        return self.starts, self.past, self.rows
+
+    def recall(self, positions: tuple[Tensor | None, int, int]) -> None:
+        """Goes back to an earlier call."""
+        self.starts, self.past, self.rows = positions
 
     @contextmanager
     def generating(self, prompt: Tensor | None) -> Iterator[None]:
@@ -101,7 +110,7 @@ class Invocations:
 
 
 class Watch:
-    """Stands before the forward passes of a base model; tells the adapters' invocations what it is called with.
+    """Stands around the forward passes of a base model; tells the adapters' invocations what it is called with.
 
     Args:
         configs: configurations by adapter name, as the model holds them.
@@ -117,6 +126,22 @@ class Watch:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for invocations in self.invocations():
             invocations.watch(args, kwargs)
+
+    def after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """Sees to it that the backward pass finds the invocations of this call, if others have come since.
+
+        Gradient checkpointing runs the layers again then.
+        """
+        known = [(invocations, invocations.positions()) for invocations in self.invocations()]
+
+        def recall(grad: Tensor) -> None:
+            for invocations, positions in known:
+                invocations.recall(positions)
+
+        outputs = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+        for tensor in outputs:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(recall)
 
 
 def cached_tokens(cache: Any) -> int:

@@ -24,7 +24,6 @@ class BdLora(Variant):
     """
 
     label = "BD-LoRA (use_bdlora)"
-    kinds = frozenset(("Linear",))
 
     @classmethod
     def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:

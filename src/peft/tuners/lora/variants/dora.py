@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core.base_op import BaseOp, ConvOp
+from peft.core.base_op import ConvOp
 from peft.core.storage import onloaded
 from peft.ops.memo import remember
 from peft.ops.norms import changed_row_norms, row_squares
@@ -56,25 +56,14 @@ class Dora(Variant):
     def forget(self) -> None:
         self._kept = None
 
-    @classmethod
-    def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
-        if isinstance(op, ConvOp) and getattr(module, "groups", 1) > 1:
-            raise ValueError(
-                f"DoRA is not supported on convolutions with groups ({name!r}): its lengths are those of the"
-                " changed weight's rows, and LoRA's A sees the channels of all groups."
-            )
-
     def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
-        a, b = layer.factors(name)
+        a, _ = layer.factors(name)
         if a.is_meta:
             lengths = torch.empty(layer.out_features, device=a.device)
         else:
             with onloaded(layer.get_base_layer()), torch.no_grad():
                 weight = heavy(layer.start_weight(name), config)
-                a, b = layer.flat_factors(a, b)
-                lengths = changed_row_norms(
-                    weight, row_squares(weight), a.to(weight.device), b.to(weight.device), layer.scaling[name]
-                ).to(layer.get_base_weight().device)
+                lengths = _lengths(layer, name, weight, row_squares(weight)).to(layer.get_base_weight().device)
         if isinstance(layer.op, ConvOp):
             lengths = lengths.view(1, -1, *(1 for _ in layer.get_base_layer().kernel_size))
         layer.lora_magnitude_vector[name] = Magnitude(lengths)
@@ -145,7 +134,24 @@ class Dora(Variant):
         with onloaded(layer.get_base_layer()):
             weight = layer.op.matrix(layer.get_base_weight())
         squares = remember(layer.weight, "row squares", lambda: row_squares(weight))
-        return changed_row_norms(weight, squares, *layer.flat_factors(*layer.factors(name)), layer.scaling[name])
+        return _lengths(layer, name, weight, squares)
+
+
+def _lengths(layer: LoraLayer, name: str, weight: Tensor, squares: Tensor) -> Tensor:
+    """||(W + s B A)_i||: [out].
+
+    Args:
+        layer, name: where s, B and A are.
+        weight: W [out, in].
+        squares: ||W_i||^2: [out].
+    """
+    a, b = (factor.to(weight.device) for factor in layer.flat_factors(*layer.factors(name)))
+    if a.shape[1] == weight.shape[1]:
+        return changed_row_norms(weight, squares, a, b, layer.scaling[name])
+    # A convolution with groups: A sees the channels of all of them, W those of one. huggingface/peft takes B and A for
+    # matrices that fit, and adapters trained with it have magnitudes for these lengths.
+    change = (b.reshape(-1, len(a)) @ a).view(weight.shape)
+    return row_squares(weight + layer.scaling[name] * change).sqrt()
 
 
 @contextmanager

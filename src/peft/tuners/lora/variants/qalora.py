@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp
+from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
 from peft.errors import PeftWarning
 from peft.tuners.lora.variants.base import Variant
@@ -25,10 +26,11 @@ class Qalora(Variant):
     """
 
     label = "QA-LoRA (use_qalora)"
+    kinds = AdapterLayer.kinds
 
     @classmethod
     def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
-        if not by_groups(module):
+        if not by_groups(module, op):
             warnings.warn(
                 "use_qalora is for layers that GPTQ has quantised; those that are none get a plain LoRA.", PeftWarning
             )
@@ -39,7 +41,7 @@ class Qalora(Variant):
             )
 
     def applies(self, layer: LoraLayer) -> bool:
-        return by_groups(layer.get_base_layer())
+        return by_groups(layer.get_base_layer(), layer.op)
 
     def make_factors(self, layer: LoraLayer, name: str, r: int, config: LoraConfig) -> None:
         layer.make_factors(name, r, config)
@@ -53,6 +55,6 @@ class Qalora(Variant):
         return (a * (a.shape[1] / self.width)).repeat_interleave(self.width, dim=1), b
 
 
-def by_groups(module: nn.Module) -> bool:
+def by_groups(module: nn.Module, op: BaseOp) -> bool:
     """Whether a module holds its weight as GPTQ does: packed, with zero points by group."""
-    return storage_of(module, "weight").backend == "gptq"
+    return storage_of(module, op.weight_name).backend == "gptq"
