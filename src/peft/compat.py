@@ -140,6 +140,7 @@ OLD_PATHS: dict[str, dict[str, str]] = {
             "torchao": "TorchaoLoraLinear dispatch_torchao=dispatch",
         }.items()
     },
+    "peft.tuners.lora.tp_layer": _at("peft.tuners.lora.parallel", "LoraParallelLinear"),
     "peft.utils": {**_OTHER, **_STATE, **_TYPES, **_ERRORS, **_WARNING},
     "peft.utils.constants": _CONSTANTS,
     "peft.utils.error": _ERRORS,

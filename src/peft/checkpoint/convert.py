@@ -196,7 +196,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, dict[str, Adapt
         where = f" to {', '.join(other)} layers" if other else ""
         raise TypeError(
             f"Adapter {adapter_name!r} ({getattr(config.peft_type, 'value', config.peft_type)}) does not support"
-            f" conversion to LoRA: what it does{where} is no change of a weight matrix."
+            f" conversion to LoRA: what it does{where} is no change of a whole weight matrix."
         )
     if any(layer.merged for layer in layers.values()):
         raise ValueError(

@@ -163,6 +163,35 @@ class AttentionOp(BaseOp):
         return [named.pop("query")], named
 
 
+class ParallelLinearOp(BaseOp):
+    """Megatron's `ColumnParallelLinear` and `RowParallelLinear`: each process holds a part of the weight.
+
+    The part [out / processes, in] or [out, in / processes] is what is seen as matrix; `in_features` and `out_features`
+    are those of the whole. Inputs are [sequence, batch, in], and what comes out is a pair: the output, and the bias
+    where adding it is left to the caller.
+
+    Attributes:
+        shares_input: whether the processes share the columns (`RowParallelLinear`) rather than the rows.
+        processes: how many of them share the weight.
+    """
+
+    kind = "ParallelLinear"
+    batch_dim = 1
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.shares_input = hasattr(module, "input_size_per_partition")
+        if self.shares_input:
+            self.processes = module.input_size // module.input_size_per_partition
+        else:
+            self.processes = module.output_size // module.output_size_per_partition
+        if getattr(module, "is_expert", False):  # it sees tokens sorted by expert
+            self.rounds = None
+
+    def features(self, module: Any) -> tuple[int, int]:
+        return module.output_size, module.input_size
+
+
 class NormOp(BaseOp):
     """`nn.LayerNorm`, `nn.GroupNorm` and the RMS norms: weight [dim], the matrix [dim, 1]."""
 
@@ -234,6 +263,14 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
+def _is_parallel_linear(module: nn.Module) -> bool:
+    # By name: asking must not import Megatron, which has been in more than one place of its package.
+    return "megatron" in sys.modules and any(
+        kind.__name__ in ("ColumnParallelLinear", "RowParallelLinear") and kind.__module__.startswith("megatron.")
+        for kind in type(module).__mro__
+    )
+
+
 def _is_linear_like(module: nn.Module) -> bool:
     """Quantised and sharded linear layers of other packages are no `nn.Linear`, but say what they map."""
     return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
@@ -247,6 +284,7 @@ _KINDS: list[tuple[Callable[[nn.Module], bool], type[BaseOp]]] = [
     (lambda module: isinstance(module, nn.MultiheadAttention), AttentionOp),
     (lambda module: isinstance(module, nn.Linear), LinearOp),
     (_is_norm, NormOp),
+    (_is_parallel_linear, ParallelLinearOp),
     (_is_linear_like, LinearOp),
 ]
 

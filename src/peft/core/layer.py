@@ -728,7 +728,7 @@ def _state_names(module: nn.Module) -> Iterable[str]:
     """The keys of `module.state_dict()`, without making one where a plain linear layer has nothing else in it."""
     if type(module) is nn.Linear and not module._state_dict_hooks and not module._modules and not module._buffers:
         return [name for name, parameter in module._parameters.items() if parameter is not None]
-    return module.state_dict()
+    return [name for name, value in module.state_dict().items() if isinstance(value, Tensor)]
 
 
 def without(parameters: Iterable[nn.Parameter], those: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -65,7 +65,9 @@ class LoraConfig(LayerConfig):
         lora_bias: give B a bias.
         ensure_weight_tying: keep what is trained of tied modules (embedding and output layer) the same.
         runtime_config: see [`LoraRuntimeConfig`].
-        megatron_config, megatron_core: for Megatron's parallel layers, which this version does not support.
+        megatron_config: for Megatron's `ColumnParallelLinear` and `RowParallelLinear` among the targets: the settings
+            of its `TransformerConfig`. A and B are shared out among the processes as those are.
+        megatron_core: where to import Megatron's layers from.
         loftq_config: settings of the start `"loftq"`, see [`LoftQConfig`].
         eva_config: settings of the start `"eva"`, see [`EvaConfig`].
         corda_config: settings of the start `"corda"`, see [`CordaConfig`].

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from peft.core.base_op import ConvOp, EmbeddingOp, ParameterOp, kernel_numel
+from peft.core.base_op import ConvOp, EmbeddingOp, ParallelLinearOp, ParameterOp, kernel_numel
 from peft.core.layer import AdapterLayer
 from peft.core.storage import onloaded
 from peft.tuners.lora.layer import LoraLayer
@@ -121,6 +121,15 @@ def check_plain(layer: Any, name: str) -> None:
         )
 
 
+def check_own(layer: AdapterLayer) -> None:
+    """Raises ValueError where a layer's weight is shared out among processes: none can tell what is large in it."""
+    if isinstance(layer.op, ParallelLinearOp):
+        raise ValueError(
+            f"{type(layer.get_base_layer()).__name__} of Megatron holds a part of a weight, and this needs the whole."
+            " Of LoRAs on it, add_weighted_adapter makes 'linear' and 'cat' combinations."
+        )
+
+
 def _beside_factors(layer: Any, name: str) -> set[str]:
     variant = layer.lora_variant.get(name)
     more = set(layer.key_map(name)) - {*FACTOR_KEYS, "lora_B.bias"}
@@ -138,9 +147,10 @@ def product(layer: Any, name: str) -> Tensor:
     """The scaled product of an adapter's factors: [blocks, out, in].
 
     Raises:
-        ValueError: the adapter's change is more than that product.
+        ValueError: the adapter's change is more than that product, or this process has a part of it only.
     """
     check_plain(layer, name)
+    check_own(layer)
     a, b = load(layer, name)
     return torch.bmm(b, a) * layer.scaling[name]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core.base_op import BaseOp, ConvOp, ParameterOp
+from peft.core.base_op import BaseOp, ConvOp, ParallelLinearOp, ParameterOp
 from peft.core.layer import AdapterLayer, is_watched
 from peft.core.plan import get_pattern_key
 from peft.core.routing import Route
@@ -19,12 +19,13 @@ from peft.ops import fused
 from peft.ops.factored import FactoredWeight
 from peft.ops.lora import add_low_rank, compute_dtype, lora_linear, lora_linear_few, needs_plain
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.megatron import check_megatron, check_parallel
 from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_start, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.base import Variant
 
 
-def _empty_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
+def empty_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
     """A linear layer whose values are still open: `nn.Linear` would draw some, which takes most of its time."""
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
@@ -62,6 +63,7 @@ class LoraLayer(AdapterLayer):
         "lora_start",
     )  # fmt: skip
     label = "lora"
+    kinds = AdapterLayer.kinds | {ParallelLinearOp.kind}
     #: whether there is a forward that does not compute the changed weight
     is_cheap: ClassVar[bool] = False
 
@@ -170,8 +172,8 @@ class LoraLayer(AdapterLayer):
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         """Makes A and B, their values still open."""
-        self.lora_A[name] = _empty_linear(self.in_features, r)
-        self.lora_B[name] = _empty_linear(r, self.out_features, bias=config.lora_bias)
+        self.lora_A[name] = empty_linear(self.in_features, r)
+        self.lora_B[name] = empty_linear(r, self.out_features, bias=config.lora_bias)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
         """Gives an adapter its start values."""
@@ -179,14 +181,7 @@ class LoraLayer(AdapterLayer):
         if a.is_meta:
             return
         with torch.no_grad():
-            if init_lora_weights == "gaussian":
-                a.normal_(std=1 / self.r[adapter_name])
-            else:
-                _kaiming_uniform_(a)
-            if init_lora_weights is False:
-                _kaiming_uniform_(b)
-            else:
-                b.zero_()
+            draw_factors_(a, b, self.r[adapter_name], init_lora_weights)
             if self.lora_bias[adapter_name]:
                 bias = self.lora_B[adapter_name].bias
                 nn.init.zeros_(bias) if init_lora_weights is not False else nn.init.normal_(bias, std=0.02)
@@ -326,6 +321,8 @@ class LoraLayer(AdapterLayer):
             raise ValueError(f"lora_bias=True is not supported for embeddings ({key!r}).")
         elif isinstance(op, ConvOp) and r % module.groups:
             raise ValueError(f"r={r} must be a multiple of the groups of {key!r} ({module.groups}).")
+        elif isinstance(op, ParallelLinearOp):
+            check_parallel(config, key, module, op)
         check_start(config, name, module, op, r)
         variant = variant_of(config, name)
         if variant is not None:
@@ -342,8 +339,7 @@ def check_config(config: LoraConfig) -> None:
     """Raises ValueError where a configuration asks for what there is no code for."""
     start_of(config.init_lora_weights)
     variant_of(config)
-    if config.megatron_config is not None:
-        raise ValueError(f"megatron_config={config.megatron_config!r} is not supported by this version.")
+    check_megatron(config)
 
 
 def _check_parameter(config: LoraConfig, name: str) -> None:
@@ -492,6 +488,18 @@ class Linear(LoraLayer):
         if nothing in index:
             a, b = _padded(a, 0, nothing + 1), _padded(b, 0, nothing + 1)
         return a[index], b[index]
+
+
+def draw_factors_(a: Tensor, b: Tensor, r: int, init_lora_weights: bool | str) -> None:
+    """Gives A and B of rank `r` random start values."""
+    if init_lora_weights == "gaussian":
+        a.normal_(std=1 / r)
+    else:
+        _kaiming_uniform_(a)
+    if init_lora_weights is False:
+        _kaiming_uniform_(b)
+    else:
+        b.zero_()
 
 
 def _kaiming_uniform_(factor: Tensor) -> None:
@@ -660,8 +668,8 @@ class ParamWrapper(LoraLayer):
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         experts = self.op.num_experts
-        self.lora_A[name] = _empty_linear(self.in_features, r * experts)
-        self.lora_B[name] = _empty_linear(r * experts, self.op.expert_out_features)
+        self.lora_A[name] = empty_linear(self.in_features, r * experts)
+        self.lora_B[name] = empty_linear(r * experts, self.op.expert_out_features)
 
     def stacks(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B by expert: [experts, r, in] and [experts, out, r]."""

@@ -21,7 +21,7 @@ from peft.ops.merging import (
     svd_of_product,
     truncated_svd,
 )
-from peft.tuners.lora.factors import adapter_rank, block_rank, check_plain, load, product, store
+from peft.tuners.lora.factors import adapter_rank, block_rank, check_own, check_plain, load, product, store
 
 _ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 #: "cat" puts the factors side by side; those on the product decompose it again
@@ -103,6 +103,8 @@ def _check_factors(adapters: Sequence[str], layers: Mapping[Any, str], how: Comb
         ranks = {name: layer.r[name] for name in adapters if layer.has(name)}
         for name in ranks:
             check_plain(layer, name)
+        if how.name not in ("linear", "cat"):
+            check_own(layer)
         if not how.on_product and how.method != "cat" and len(set(ranks.values())) > 1:
             listed = ", ".join(f"{name}: r={r}" for name, r in ranks.items())
             raise ValueError(

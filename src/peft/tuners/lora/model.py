@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.base_op import base_op
+from peft.core.base_op import ParallelLinearOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LAYERS, Embedding, Linear, LoraLayer, TiedFactor, alpha_of, check_config, rank_of
 from peft.tuners.lora.merging import Combination, add_weighted_adapter
+from peft.tuners.lora.parallel import LoraParallelLinear
 from peft.tuners.lora.quantised import linear_class
 from peft.tuners.lora.starts import start_of
 from peft.tuners.lora.variants import variant_of
@@ -60,7 +61,10 @@ class LoraModel(BaseTuner):
         op = base_op(base, parameter_name)
         if op is None:
             raise ValueError(f"{key!r} is a {type(base).__name__}, which LoRA does not know.")
-        made = linear_class(base) if op.kind == "Linear" else LAYERS[op.kind]
+        if isinstance(op, ParallelLinearOp):
+            made: type[LoraLayer] = LoraParallelLinear
+        else:
+            made = linear_class(base) if op.kind == "Linear" else LAYERS[op.kind]
         return made(target, parameter_name=parameter_name, op=op)
 
     def without_start(

@@ -1,0 +1,88 @@
+"""LoRA on Megatron's parallel linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from peft.core.base_op import ParallelLinearOp
+from peft.core.routing import Route
+from peft.ops.lora import compute_dtype
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import LoraLayer, draw_factors_, empty_linear
+from peft.tuners.lora.megatron import mark_whole, own_part, parallel_factor
+
+
+class LoraParallelLinear(LoraLayer):
+    """LoRA on Megatron's `ColumnParallelLinear` or `RowParallelLinear` (arXiv:1909.08053).
+
+    What goes in and out is that of the base: x [sequence, batch, in] to a pair of the output and the bias, each as it
+    is shared out there. With p processes, `lora_A[name].weight` is [r, in] and `lora_B[name].weight` [out / p, r] on a
+    `ColumnParallelLinear`, [r, in / p] and [out, r] on a `RowParallelLinear`.
+
+    The processes must draw the same random numbers when an adapter is added, as they must for Megatron's own layers;
+    then it starts as it would on the whole weight. With sequence parallelism the factor that is whole on each process
+    carries Megatron's mark for that, and Megatron's training sums up its gradients.
+    """
+
+    is_cheap = True
+    op: ParallelLinearOp
+
+    def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
+        base = self.get_base_layer()
+        if self.op.shares_input:
+            self.lora_A[name] = parallel_factor(config, base, self.in_features, r)
+            self.lora_B[name] = mark_whole(empty_linear(r, self.out_features), base)
+        else:
+            self.lora_A[name] = mark_whole(empty_linear(self.in_features, r), base)
+            self.lora_B[name] = parallel_factor(config, base, r, self.out_features)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
+        a, b = self.factors(adapter_name)
+        if a.is_meta:
+            return
+        r, base = self.r[adapter_name], self.get_base_layer()
+        whole_a, whole_b = torch.empty(r, self.in_features), torch.empty(self.out_features, r)
+        draw_factors_(whole_a, whole_b, r, init_lora_weights)
+        with torch.no_grad():
+            a.copy_(own_part(whole_a, base, self.op) if self.op.shares_input else whole_a)
+            b.copy_(whole_b if self.op.shares_input else own_part(whole_b, base, self.op))
+
+    def add_product(self, name: str, x: Tensor, result: Tensor, p: float | None = None) -> Tensor:
+        a, b, dtype = self.lora_A[name], self.lora_B[name], compute_dtype(x)
+        x, p = x.to(dtype), self.dropout_of(name) if p is None else p
+        x = F.dropout(x, p) if p else x
+        if self.op.shares_input:
+            low = self.scaling[name] * _call(a, x)
+            return result + F.linear(low, b.weight.to(dtype)).to(result.dtype)
+        low = self.scaling[name] * F.linear(x, a.weight.to(dtype))
+        gathered = result.shape[-1] > b.weight.shape[0]  # a call may ask for it, whatever the layer was made for
+        asked = {"runtime_gather_output": gathered} if self.op.processes > 1 and gathered != b.gather_output else {}
+        return result + _call(b, low, **asked).to(result.dtype)
+
+    def adapt_product(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, bias = below(x, *args, **kwargs)
+        return self.add_product(name, x, output), bias
+
+    def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Any) -> Any:
+        output, bias = result
+        return super().add_routed(route, groups, x, output), bias
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # decomposing a part of a matrix says nothing of the whole
+
+    @property
+    def type_name(self) -> str:
+        return f"lora.{type(self).__name__}"
+
+
+def _call(factor: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    """The output of a parallel layer, with its weight in the dtype of `x`."""
+    if factor.weight.dtype == x.dtype:
+        return factor(x, **kwargs)[0]
+    return functional_call(factor, {"weight": factor.weight.to(x.dtype)}, (x,), kwargs)[0]
