@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,12 +38,22 @@ def draw_mask(numel: int, p: float, device: torch.device) -> Tensor:
         p: probability of "drop", rounded to `DIGITS` binary digits.
         device: where; its default generator is drawn from.
     """
-    digits = rounded(p)[1:]
-    word = torch.empty(-(-numel // 64), dtype=torch.int64, device=device)
-    dropped = torch.empty_like(word).random_(-(2**63), None)  # the last digit is 1: a fair word
-    for digit in digits:
-        word.random_(-(2**63), None)
-        dropped = dropped.bitwise_or_(word) if digit else dropped.bitwise_and_(word)
+    if device.type == "cpu":
+        # torch draws word by word here, from the Mersenne Twister; this generator takes a fifth of that time.
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+        source = np.random.SFC64(seed)
+
+        def fair() -> Tensor:
+            return torch.from_numpy(source.random_raw(words).view(np.int64))
+    else:
+
+        def fair() -> Tensor:
+            return torch.empty(words, dtype=torch.int64, device=device).random_(-(2**63), None)
+
+    words = -(-numel // 64)
+    dropped = fair()  # the last digit is 1
+    for digit in rounded(p)[1:]:
+        dropped = dropped.bitwise_or_(fair()) if digit else dropped.bitwise_and_(fair())
     return dropped.bitwise_not_().view(torch.uint8)
 
 
@@ -57,3 +69,16 @@ def mask_factors(mask: Tensor, p: float, like: Tensor) -> Tensor:
     table = _factors(p, like.dtype, like.device)
     flat = torch.nn.functional.embedding(mask.int(), table).view(-1)
     return flat[: like.numel()].view(like.shape)
+
+
+#: entries of a matrix that `pieces` takes at a time on a CPU: few enough for its cache
+_PIECE = 1 << 17
+
+
+def pieces(mask: Tensor, p: float, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """`mask_factors` for some rows of a matrix at a time, with the place of these rows; they may be overwritten."""
+    count, width = like.shape
+    rows = max(8, _PIECE // width & -8) if like.device.type == "cpu" else count  # whole bytes of the mask
+    for first in range(0, count, rows):
+        some = slice(first, min(first + rows, count))
+        yield some, mask_factors(mask[first * width // 8 :][: -(-rows * width // 8)], p, like[some])

@@ -358,38 +358,61 @@ def alpha_of(config: LoraConfig, key: str) -> float:
     return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
 
 
+class _Shortest:
+    """A layer's output for a few tokens without gradients, by the shortest way there is.
+
+    One token leaves little time: to look a module up as an attribute takes as long as a small product. So what does not
+    change unless the layer's state does is looked up when that changes.
+    """
+
+    def __init__(self, layer: Linear, name: str):
+        self.name = name
+        self.numel = layer.r[name] * layer.in_features  # from here on, x is more than A
+        self.modules = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+        self.hooks = [module.__dict__[kind] for module in self.modules for kind in hooks]
+        self.serves = all(type(module) is nn.Linear for module in self.modules[:3])
+
+    def __call__(self, layer: Linear, x: Tensor) -> Tensor | None:
+        """The output, or None where this way does not serve."""
+        base, a, b, dropout = self.modules
+        modules: Any = layer._modules
+        if (
+            not self.serves or any(self.hooks) or x.numel() >= self.numel
+            or modules["base_layer"] is not base or "forward" in base.__dict__
+            or modules["lora_A"]._modules[self.name] is not a or "forward" in a.__dict__
+            or modules["lora_B"]._modules[self.name] is not b or "forward" in b.__dict__
+            or modules["lora_dropout"]._modules[self.name] is not dropout
+            or (dropout is not _NO_DROPOUT and dropout.training)
+            or torch.is_autocast_enabled(x.device.type)
+        ):  # fmt: skip
+            return None
+        base, a, b = base._parameters, a._parameters, b._parameters
+        if b["bias"] is not None:
+            return None
+        return lora_linear_few(x, base["weight"], base["bias"], a["weight"], b["weight"], layer.scaling[self.name])
+
+
 class Linear(LoraLayer):
     """LoRA on linear layers, with their weight as [out, in] or transposed."""
 
     is_cheap = True
-    #: the adapter in effect, where it is a single one that is no variant
-    _only: str | None = None
+    #: how to run for a few tokens, where a single adapter that is no variant is in effect
+    _shortest: _Shortest | None = None
 
     def _refresh(self) -> None:
         super()._refresh()
         live = self._live
         plain = type(self) is Linear and len(live) == 1 and live[0] not in self.lora_variant
-        self.__dict__["_only"] = live[0] if plain and not self._disable_adapters else None
+        self.__dict__["_shortest"] = _Shortest(self, live[0]) if plain and not self._disable_adapters else None
         self.__dict__.pop("_stacks", None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        name = self._only
-        if name is None or self._route is not None or args or kwargs or torch.is_grad_enabled():
+        shortest = self._shortest
+        if shortest is None or self._route is not None or args or kwargs or torch.is_grad_enabled():
             return super().forward(x, *args, **kwargs)
-        result = self._decoded(name, x)
+        result = shortest(self, x)
         return super().forward(x) if result is None else result
-
-    def _decoded(self, name: str, x: Tensor) -> Tensor | None:
-        """The output for a few tokens without gradients, by the shortest way; None if it does not serve."""
-        # One token leaves little time: looking a module up as an attribute takes as long as a small product.
-        modules: dict[str, Any] = self._modules
-        base, a, b = modules["base_layer"], modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        if x.numel() >= self.r[name] * self.in_features or not (_is_plain(base) and _is_plain(a) and _is_plain(b)):
-            return None
-        base, a, b = base._parameters, a._parameters, b._parameters
-        if b["bias"] is not None or self.dropout_of(name) or torch.is_autocast_enabled(x.device.type):
-            return None
-        return lora_linear_few(x, base["weight"], base["bias"], a["weight"], b["weight"], self.scaling[name])
 
     def product(self, name: str) -> Tensor:
         change = super().product(name)
