@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import DoraCaching, MontecloraTrainerMixin, create_arrow_model
-from tiny_models import gpt2, llama
+from tiny_models import gpt2, llama, t5
 
 
 class Mlp(nn.Module):
@@ -460,6 +460,11 @@ def test_alora_under_gradient_checkpointing_keeps_forward_passes_apart(reentrant
     torch.testing.assert_close(gradients(True), gradients(False))
 
 
+def test_alora_does_not_work_on_two_sequences():
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        get_peft_model(t5(), LoraConfig(target_modules=["q"], alora_invocation_tokens=CALL))
+
+
 def test_alora_is_not_active_where_there_are_no_tokens():
     model = lora(alora_invocation_tokens=CALL)
     with pytest.warns(peft.PeftWarning, match="input_ids"):
@@ -543,6 +548,29 @@ def test_arrow_refuses_experts_that_do_not_fit(experts, tmp_path):
 
 
 # ---- together
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"kasa_config": {}},
+        {"velora_config": {"num_groups": 2}},
+        {"monteclora_config": {}},
+        {"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["up", "down"]}},
+    ],
+    ids=lambda variant: next(iter(variant)),
+)
+def test_a_bias_beside_the_factors_acts_and_is_trained(variant):
+    model = lora(lora_bias=True, **variant)
+    biases = [p for name, p in model.named_parameters() if name.endswith("lora_B.default.bias")]
+    with torch.no_grad():
+        for bias in biases:
+            bias.normal_()
+    before = model(X)
+    model.train()(X).sum().backward()
+    assert len(biases) == 2 and all(bias.grad.any() for bias in biases)
+    model.eval().merge_adapter()
+    torch.testing.assert_close(model(X), before)
 
 
 def test_one_variant_at_a_time():

@@ -437,10 +437,11 @@ class Linear(LoraLayer):
         x, result = x.to(dtype), result.to(dtype)
         if name in self.lora_variant or (_is_plain(a) and _is_plain(b) and b.bias is None):
             low, high = self.live_factors(name)
-            return lora_linear(
+            result = lora_linear(
                 x, None, None, result, low.to(dtype), high.to(dtype), self.scaling[name], p,
                 overwrite=result.is_contiguous() and not is_watched(self.base_layer),
             )  # fmt: skip
+            return result if b.bias is None else result + (b.bias * self.scaling[name]).to(dtype)
         return result + b(a(F.dropout(x.to(a.weight.dtype), p))).to(dtype) * self.scaling[name]
 
     def adapt_product(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -39,6 +39,11 @@ class LoraModel(BaseTuner):
 
     def check_config(self, adapter_name: str, config: LoraConfig) -> None:
         check_config(config)
+        if config.alora_invocation_tokens and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"aLoRA (alora_invocation_tokens) does not work on {type(self.model).__name__}, an encoder-decoder: its"
+                " layers see two sequences, and what calls for the adapter is looked for in one."
+            )
         for other, theirs in self.peft_config.items():
             if other != adapter_name and bool(getattr(theirs, "kasa_config", None)) != bool(config.kasa_config):
                 one, no = (adapter_name, other) if config.kasa_config else (other, adapter_name)

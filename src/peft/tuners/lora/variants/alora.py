@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.base_op import BaseOp
 from peft.errors import PeftWarning
 from peft.tuners.lora.starts import Remainder
 from peft.tuners.lora.variants.base import Variant
@@ -163,11 +162,6 @@ class Alora(Variant):
     label = "aLoRA (alora_invocation_tokens)"
     is_product = False
     calls: Invocations
-
-    @classmethod
-    def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
-        if config.task_type not in (None, "CAUSAL_LM"):
-            raise ValueError(f"aLoRA (alora_invocation_tokens) needs task_type='CAUSAL_LM', got {config.task_type!r}.")
 
     def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
         self.calls = invocations_of(config)

@@ -52,4 +52,5 @@ class Velora(Variant):
             self._found = True
         a, b = (factor.to(dtype) for factor in layer.factors(name))
         low = compressed_linear(x, a, layer.lora_velora_embed[name], self.setting.num_groups, self.setting.scale)
-        return result + F.linear(low, b) * layer.scaling[name]
+        bias = layer.lora_B[name].bias
+        return result + F.linear(low, b, bias if bias is None else bias.to(dtype)) * layer.scaling[name]
