@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft
+from peft.core.running import can_run_with_weight
 
 torch.set_num_threads(1)
 
@@ -94,7 +95,7 @@ def test_a_change_small_beside_the_weight_shows_in_half_precision(method, monkey
     assert 0 < delta.abs().max() < 1e-3
     added = layer.add("default", x, zero)
     torch.testing.assert_close(added.float(), x.float() @ delta.T, rtol=0.05, atol=0.02 * delta.abs().max().item())
-    assert not layer.can_run_with_weight(layer.base_layer, x)
+    assert not can_run_with_weight(layer, layer.base_layer, x)
 
 
 def test_fourierft_keeps_its_places_out_of_the_state_dict():

@@ -64,7 +64,7 @@ _OTHER = {
     **_TRAINING,
     **_at("peft.checkpoint", "infer_device"),
     **_at("peft.core.plan", "get_pattern_key"),
-    **_at("peft.core.tuner", "_get_submodules=get_submodules"),
+    **_at("peft.core.walk", "_get_submodules=get_submodules"),
     **_at("peft.integrations.backends", "get_quantization_config id_tensor_storage"),
     **_at("peft.integrations.transformers", "fsdp_auto_wrap_policy shift_tokens_right"),
 }

@@ -12,7 +12,9 @@ from peft.checkpoint import set_peft_model_state_dict as set_peft_model_state_di
 from peft.config import PeftConfig
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
-from peft.core.tuner import UPCAST_DTYPES, BaseTuner, Part, check_active, parts_of
+from peft.core.part import Part, as_names
+from peft.core.tuner import UPCAST_DTYPES, BaseTuner
+from peft.core.walk import parts_of
 from peft.integrations.transformers import convert_peft_config_for_transformers
 from peft.registry import method_of
 
@@ -74,13 +76,14 @@ def set_adapter(
     Raises:
         ValueError: no layer of the model has such an adapter.
     """
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    names = as_names(adapter_name)
     parts = _parts_with(model, names, layer_cls)
     tuner = _tuner_of(model)
     if tuner is not None:
         tuner.set_adapter(names, inference_mode)
         return
-    check_active(parts, names)
+    for part in parts:
+        part.check_active(names)
     for part in parts:
         part.set_adapter(names, inference_mode)
 
@@ -91,7 +94,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     Raises:
         ValueError: no layer of the model has such an adapter.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    names = as_names(adapter_names)
     for part in _parts_with(model, names):
         part.set_requires_grad(names, requires_grad)
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from peft.checkpoint.state import IncompatibleKeys, adapter_slots
 from peft.config import PeftConfig
+from peft.core.injection import check_adapter_name
 from peft.core.plan import Plan
-from peft.core.tuner import BaseTuner, check_adapter_name
+from peft.core.tuner import BaseTuner
 from peft.model import PeftModel
 from peft.registry import METHODS, method_of
 

@@ -23,9 +23,12 @@ from peft.checkpoint.state import IncompatibleKeys
 from peft.config import PeftConfig
 from peft.core import status
 from peft.core.auxiliary import save_modules, unsave_modules
+from peft.core.injection import check_adapter_name
 from peft.core.plan import modules_named
 from peft.core.prompt import PromptHost
-from peft.core.tuner import BaseTuner, all_or_nothing, check_adapter_name, parts_of, undone_on_error
+from peft.core.tuner import BaseTuner
+from peft.core.undo import all_or_nothing, undone_on_error
+from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.folder import replace_files
 from peft.hub import CARD_NAME, push, split_hub_arguments

@@ -15,7 +15,7 @@ from peft.checkpoint.state import Slot, adapter_slots, base_slot, config_of
 from peft.config import PeftConfig
 from peft.core.combine import fill
 from peft.core.plan import ends_with, target_name
-from peft.core.tuner import parts_of
+from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig

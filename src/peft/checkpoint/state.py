@@ -13,7 +13,8 @@ from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.plan import ends_with
 from peft.core.prompt import PromptHost
-from peft.core.tuner import BaseTuner, parts_of
+from peft.core.tuner import BaseTuner
+from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.registry import method_of
 

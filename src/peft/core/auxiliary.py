@@ -12,26 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import base_op
-from peft.core.layer import AdapterLayer, without
+from peft.core.layer import AdapterLayer
+from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.errors import PeftWarning
 
 
-class AuxiliaryTrainingWrapper(nn.Module):
-    """A module of the model with something trained in its place: one version of it per adapter.
-
-    Takes part in the same states as adapter layers: active, disabled, merged, routed.
-    """
-
-    adapter_layer_names: tuple[str, ...] = ()
-    other_param_names: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._active: list[str] = []
-        self._disable_adapters = False
-        self._trained_before_disable: list[nn.Parameter] = []
-        self._route: Route | None = None
+class AuxiliaryTrainingWrapper(Part):
+    """A module of the model with something trained in its place: one version of it per adapter."""
 
     # Attributes the wrapper lacks are those of the module it stands for.
     def __getattr__(self, name: str) -> Any:
@@ -42,32 +30,16 @@ class AuxiliaryTrainingWrapper(nn.Module):
                 raise
             return getattr(self.current_module(), name)
 
+    @property
+    def wrapped(self) -> nn.Module:
+        return self.original_module
+
     def current_module(self) -> nn.Module:
         """The module that the next forward pass runs."""
         raise NotImplementedError
 
     def version(self, name: str) -> nn.Module:
         """The module with what adapter `name` trained; the original if the adapter has nothing here."""
-        raise NotImplementedError
-
-    def has(self, name: str) -> bool:
-        """Whether adapter `name` has something here."""
-        raise NotImplementedError
-
-    def adapter_names(self) -> list[str]:
-        """The adapters that have something here."""
-        return list(dict.fromkeys(name for slot in self.adapter_layer_names for name in getattr(self, slot)))
-
-    def has_any(self) -> bool:
-        """Whether some adapter has something here."""
-        return bool(self.adapter_names())
-
-    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        """What adapter `name` trains here."""
-        raise NotImplementedError
-
-    def key_map(self, name: str) -> dict[str, str]:
-        """Names of an adapter's tensors below this module: as files have them -> as the live module has them."""
         raise NotImplementedError
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
@@ -79,81 +51,14 @@ class AuxiliaryTrainingWrapper(nn.Module):
         return {key: state_dict[live] for key, live in self.key_map(adapter_name).items() if live in state_dict}
 
     @property
-    def active_adapters(self) -> list[str]:
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self._active[0] if len(self._active) == 1 else list(self._active)
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
-
-    @property
     def merged_adapters(self) -> list[str]:
         return []
 
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes the version of this adapter the one that runs; the original where the adapter has none here.
-
-        Raises:
-            ValueError: several of the adapters have a version of this module.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check_active(names)
-        for name in self.adapter_names():
-            if name in self._active or name in names:
-                self.set_requires_grad(name, name in names and not inference_mode)
-        self._active = [name for name in names if self.has(name)]
-
-    def check_active(self, names: Sequence[str]) -> None:
-        """Raises ValueError where these adapters cannot be active here together."""
-        here = [name for name in names if self.has(name)]
-        if len(here) > 1:
-            raise ValueError(
-                f"Only one adapter at a time can have its own version of a module; {', '.join(here)} all have one."
-            )
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Makes what these adapters have here trainable or not."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            parameters = self.adapter_parameters(name) if self.has(name) else []
-            for parameter in parameters:
-                parameter.requires_grad_(requires_grad)
-            self._trained_before_disable = without(self._trained_before_disable, parameters)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switches between the adapters' version and the original; what was trainable before is so again after."""
-        if enabled == (not self._disable_adapters):
-            return
-        if enabled:
-            changed, self._trained_before_disable = self._trained_before_disable, []
-        else:
-            changed = [p for name in self.adapter_names() for p in self.adapter_parameters(name) if p.requires_grad]
-            self._trained_before_disable = changed
-        for parameter in changed:
-            parameter.requires_grad_(enabled)
-        self._disable_adapters = not enabled
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter."""
-        for slot in self.adapter_layer_names:
-            if adapter_name in getattr(self, slot):
-                del getattr(self, slot)[adapter_name]
-        self._active = [name for name in self._active if name != adapter_name]
-
-    def route(self, route: Route | None) -> None:
-        """Sets which adapter each sample of the next forward passes gets; None ends it."""
-        self._route = route
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if "adapter_names" in kwargs:
-            names = kwargs.pop("adapter_names")
-            if names is not None:
-                return self._forward_routed(Route(names), *args, **kwargs)
-        if self._route is not None:
-            return self._forward_routed(self._route, *args, **kwargs)
+        names = kwargs.pop("adapter_names", None) if kwargs else None
+        route = self._route if names is None else Route(names)
+        if route is not None:
+            return self._forward_routed(route, *args, **kwargs)
         return self.current_module()(*args, **kwargs)
 
     def _forward_routed(self, route: Route, *args: Any, **kwargs: Any) -> Any:
@@ -166,10 +71,6 @@ class AuxiliaryTrainingWrapper(nn.Module):
             some_args, some_kwargs = select_rows(index, rows, args, kwargs)
             parts.append((index, self.version(name)(*some_args, **some_kwargs)))
         return join_rows(parts, 0, rows)
-
-    def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
-        """The module to leave in the model: with what the adapters trained if `merge`, else the original."""
-        raise NotImplementedError
 
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
@@ -203,8 +104,20 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             add_hook_to_module(copied, copy.copy(self.original_module._hf_hook))
         self.modules_to_save[adapter_name] = copied
 
-    def has(self, name: str) -> bool:
-        return name in self.modules_to_save
+    def check_active(self, names: Sequence[str]) -> None:
+        here = [name for name in names if self.has(name)]
+        if len(here) > 1:
+            raise ValueError(
+                f"Only one adapter at a time can have its own version of a module; {', '.join(here)} all have one."
+            )
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes the version of this adapter the one that runs; the original where the adapter has none here.
+
+        Raises:
+            ValueError: several of the adapters have a version of this module.
+        """
+        super().set_adapter([name for name in as_names(adapter_names) if self.has(name)], inference_mode)
 
     def version(self, name: str) -> nn.Module:
         return self.modules_to_save[name] if name != BASE and self.has(name) else self.original_module
@@ -217,7 +130,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         )
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        return [p for p in self.modules_to_save[name].parameters() if p.is_floating_point()]
+        return [parameter for parameter in super().adapter_parameters(name) if parameter.is_floating_point()]
 
     @property
     def weight(self) -> Any:
@@ -386,9 +299,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def current_module(self) -> nn.Module:
         return self.token_adapter
 
-    def check_active(self, names: Sequence[str]) -> None:
-        """Several adapters may train rows of one embedding."""
-
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         self.token_adapter.set_adapter(adapter_names, inference_mode)
         self._active = self.token_adapter.active_adapters
@@ -417,9 +327,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return {
             f"token_adapter.{key}": f"token_adapter.{live}" for key, live in self.token_adapter.key_map(name).items()
         }
-
-    def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
-        return self.original_module  # the tuner has merged the layer inside
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(x, *args, **kwargs)

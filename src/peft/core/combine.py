@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
 from peft.core.plan import matching_entry, model_modules, target_name
-from peft.core.tuner import BaseTuner, all_or_nothing, check_adapter_name
+from peft.core.tuner import BaseTuner
+from peft.core.undo import all_or_nothing
 from peft.errors import PeftWarning
 
 

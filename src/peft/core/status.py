@@ -9,8 +9,10 @@ from torch import nn
 
 from peft.core.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.core.layer import AdapterLayer
+from peft.core.part import Part
 from peft.core.storage import backend_of
-from peft.core.tuner import BaseTuner, Part, parts_of
+from peft.core.tuner import BaseTuner
+from peft.core.walk import parts_of
 
 
 @dataclass

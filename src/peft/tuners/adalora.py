@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp, ConvOp
 from peft.core.layer import AdapterLayer
+from peft.core.products import add_low_rank, run_low_rank
 from peft.core.storage import place_of
-from peft.core.tuner import BaseTuner, parts_of
+from peft.core.tuner import BaseTuner
+from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.ops.rank_budget import budget_at, kept_ranks, orthogonality_gap, track_sensitivity, triplet_scores
 from peft.registry import PeftType
@@ -191,7 +193,7 @@ class AdaLoraLayer(AdapterLayer):
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.op.linear:
             return super().adapt(name, below, x, *args, **kwargs)
-        return self.run_low_rank(*self.factors(name), self.dropout_of(name), below, x, *args, **kwargs)
+        return run_low_rank(self, *self.factors(name), self.dropout_of(name), below, x, *args, **kwargs)
 
     def dropout_of(self, name: str) -> float:
         """Probability of dropout on the adapter's input at present."""
@@ -208,7 +210,7 @@ class AdaLoraLayer(AdapterLayer):
             change = F.linear(F.embedding(x, a.T), b)
             # Some models' embeddings multiply what they give.
             return result + (change * getattr(base, "embed_scale", 1.0)).to(result.dtype)
-        return self.add_low_rank(a, b, self.dropout_of(name), x, result)
+        return add_low_rank(self, a, b, self.dropout_of(name), x, result)
 
     @classmethod
     def check(cls, config: AdaLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -11,17 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
+from peft.core.injection import Before, check_adapter_name
 from peft.core.plan import ends_with, model_modules
 from peft.core.storage import place_of
-from peft.core.tuner import (
-    UPCAST_DTYPES,
-    BaseTuner,
-    Before,
-    check_adapter_name,
-    get_submodules,
-    model_config_of,
-    undone_on_error,
-)
+from peft.core.tuner import UPCAST_DTYPES, BaseTuner
+from peft.core.undo import undone_on_error
+from peft.core.walk import get_submodules, model_config_of, put_back
 from peft.registry import PeftType
 
 #: model type -> name of its attention modules
@@ -224,8 +219,7 @@ class AdaptionPromptModel(BaseTuner):
             if attention.has(adapter_name):
                 del attention.kept[adapter_name]
             if attention.active is None and not len(attention.kept):
-                parent, _, name = get_submodules(model, key)
-                setattr(parent, name, attention.model)
+                put_back(model, key, attention.model)
         before.restore(self, model)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -277,8 +271,7 @@ class AdaptionPromptModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         for key, attention in list(self.attentions()):
-            parent, _, name = get_submodules(self.model, key)
-            setattr(parent, name, attention.model)
+            put_back(self.model, key, attention.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def key_map(self, adapter_name: str) -> dict[str, str]:

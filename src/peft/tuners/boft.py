@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp, ConvOp
 from peft.core.layer import AdapterLayer
-from peft.core.tuner import BaseTuner, parts_of
+from peft.core.tuner import BaseTuner
+from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.ops.memo import remember
 from peft.ops.orthogonal import add_rotated, butterfly, cayley, drop_blocks

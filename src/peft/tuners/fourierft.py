@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.layer import AdapterLayer
+from peft.core.running import can_run_with_weight, run_with_weight
 from peft.core.scaled import pattern_value
 from peft.core.shared import SharedTensors
 from peft.core.storage import place_of
@@ -92,8 +93,8 @@ class FourierFTLayer(AdapterLayer):
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # The changed weight takes the base weight's place, so only its gradient is a further product.
         rows, products = x.numel() // self.in_features, 1 if torch.is_grad_enabled() else 0
-        if self.op.linear and self.prefers_matrix(name, rows, products) and self.can_run_with_weight(below, x):
-            return self._run_with_weight([name], x, *args, **kwargs)
+        if self.op.linear and self.prefers_matrix(name, rows, products) and can_run_with_weight(self, below, x):
+            return run_with_weight(self, [name], x, *args, **kwargs)
         return self.add(name, x, below(x, *args, **kwargs))
 
     def prefers_matrix(self, name: str, rows: int, products: int) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.layer import AdapterLayer
+from peft.core.products import frozen_linear, run_low_rank
 from peft.core.tuner import BaseTuner
 from peft.ops.householder import reflect, reflection_factors
 from peft.registry import PeftType
@@ -72,14 +73,14 @@ class HRALayer(AdapterLayer):
 
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         u, orthogonal = self.hra_u[name], self.hra_apply_GS[name]
-        frozen = self.frozen_linear(below, x)
+        frozen = frozen_linear(self, below, x)
         if frozen is None or 4 * x.numel() < frozen[0].numel():
             # W R x: reflecting a few activations costs less than the weight. R x = (x^T R^T)^T, so in reverse order.
             return below(reflect(x, u.to(x.dtype).flip(1), orthogonal=orthogonal), *args, **kwargs)
         # W R = W + (W L) A, of rank r: no copy of x is made.
         left, right = reflection_factors(u, orthogonal)
         b = F.linear(left.T.to(frozen[0].dtype), frozen[0]).T
-        return self.run_low_rank(right.T, b, 0.0, below, x, *args, **kwargs)
+        return run_low_rank(self, right.T, b, 0.0, below, x, *args, **kwargs)
 
     @classmethod
     def check(cls, config: HRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -54,7 +54,7 @@ class LNTuningLayer(AdapterLayer):
     def change(self, name: str, key: str) -> Tensor:
         """By how much the trained copy of a weight or bias differs from the original."""
         copies: Any = self.ln_tuning_layers[name]
-        original: Any = self._before_merge.get(key)
+        original: Any = self._merged.originals.get(key)
         if original is None:
             original = self.get_base_weight() if key == self.op.weight_name else self.get_base_bias()
         return copies[key] - original.detach()

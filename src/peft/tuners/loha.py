@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft.core.products import add_low_rank, run_low_rank
 from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledTuner
 from peft.ops.hadamard import expand_core, face_splitting
 from peft.registry import PeftType
@@ -84,7 +85,7 @@ class LoHaLayer(ScaledLayer):
             return super().adapt(name, below, x, *args, **kwargs)
         if self.skips(name):
             return below(x, *args, **kwargs)
-        return self.run_low_rank(*self.thin_factors(name, self.kept_rows(name)), 0.0, below, x, *args, **kwargs)
+        return run_low_rank(self, *self.thin_factors(name, self.kept_rows(name)), 0.0, below, x, *args, **kwargs)
 
     def thin_factors(self, name: str, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """The change as a product of thin matrices, [r^2, in] and [out, r^2]; its rows times `kept` [out]."""
@@ -101,7 +102,7 @@ class LoHaLayer(ScaledLayer):
             a2 = self.scaled(name, a2, kept)
             change = F.linear(F.embedding(x, b1.T), a1) * F.linear(F.embedding(x, b2.T), a2)
             return result + change.to(result.dtype)
-        return self.add_low_rank(*self.thin_factors(name, kept), 0.0, x, result)
+        return add_low_rank(self, *self.thin_factors(name, kept), 0.0, x, result)
 
 
 def _expanded(own: tuple[Tensor, Tensor], a: Tensor, other: tuple[Tensor, Tensor]) -> Tensor:

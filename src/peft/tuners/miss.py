@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.layer import AdapterLayer
+from peft.core.products import frozen_linear
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.ops.shards import shard_linear, shard_sums, tile_columns, transform_shards
@@ -96,7 +97,7 @@ class MissLayer(AdapterLayer):
 
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         drops = self.training and isinstance(self.miss_dropout[name], nn.Dropout)
-        frozen = None if drops or x.numel() < self.in_features * self.in_features else self.frozen_linear(below, x)
+        frozen = None if drops or x.numel() < self.in_features * self.in_features else frozen_linear(self, below, x)
         # In half precision, a change that is small beside the weight would be rounded away.
         if frozen is None or frozen[0].dtype.itemsize < 4:
             return super().adapt(name, below, x, *args, **kwargs)

@@ -15,6 +15,7 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
+from peft.core.running import can_run_with_weight, run_with_weight
 from peft.core.shared import SharedTensors
 from peft.core.storage import place_of
 from peft.core.tuner import BaseTuner
@@ -116,8 +117,8 @@ class RandLoraLayer(AdapterLayer):
 
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = x.numel() // self.in_features
-        if self.prefers_weight(name, rows) and self.can_run_with_weight(below, x):
-            return self._run_with_weight([name], x, *args, **kwargs)
+        if self.prefers_weight(name, rows) and can_run_with_weight(self, below, x):
+            return run_with_weight(self, [name], x, *args, **kwargs)
         return self.add(name, x, below(x, *args, **kwargs))
 
     def prefers_weight(self, name: str, rows: int) -> bool:

@@ -13,7 +13,9 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
-from peft.core.tuner import BaseTuner, parts_of
+from peft.core.products import add_low_rank, run_low_rank
+from peft.core.tuner import BaseTuner
+from peft.core.walk import parts_of
 from peft.ops.vector_bank import mix_vectors, pack_logits, unpack_logits
 from peft.registry import PeftType
 
@@ -122,10 +124,10 @@ class VBLoRALayer(AdapterLayer):
         return self.op.linear
 
     def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.run_low_rank(*self.factors(name), self.dropout_of(name), below, x, *args, **kwargs)
+        return run_low_rank(self, *self.factors(name), self.dropout_of(name), below, x, *args, **kwargs)
 
     def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        return self.add_low_rank(*self.factors(name), self.dropout_of(name), x, result)
+        return add_low_rank(self, *self.factors(name), self.dropout_of(name), x, result)
 
     def dropout_of(self, name: str) -> float:
         """Probability of dropout on the adapter's input at present."""

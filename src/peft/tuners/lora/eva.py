@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.nn.functional import cosine_similarity
 
 from peft.core.layer import AdapterLayer
-from peft.core.tuner import get_submodules
+from peft.core.walk import live_key, put_back
 from peft.errors import PeftWarning
 from peft.ops.pca import IncrementalPca
 from peft.tuners.lora.config import LoraConfig
@@ -394,7 +394,6 @@ def _leave_out(tuner: Any, layer: LoraLayer, key: str, adapter_name: str) -> Non
     """Takes the adapter off one layer, and the layer off its module if that was all it was for."""
     layer.delete_adapter(adapter_name)
     if not layer.adapter_names():
-        parent, _, name = get_submodules(tuner.model, tuner._live_key(tuner.model, key))
-        setattr(parent, name, layer.base_layer)
+        put_back(tuner.model, live_key(tuner.model, key), layer.base_layer)
         tuner._parts = None
         tuner.targeted_module_names.remove(key)

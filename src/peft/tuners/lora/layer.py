@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp, ConvOp, ParallelLinearOp, ParameterOp
-from peft.core.layer import AdapterLayer, is_watched
+from peft.core.layer import AdapterLayer
 from peft.core.plan import get_pattern_key
+from peft.core.products import frozen_linear, is_watched
 from peft.core.routing import Route
 from peft.core.storage import onloaded, storage_of
 from peft.ops import fused
@@ -446,7 +447,7 @@ class Linear(LoraLayer):
 
     def adapt_product(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         a, b = self.lora_A[name], self.lora_B[name]
-        frozen = self.frozen_linear(below, x)
+        frozen = frozen_linear(self, below, x)
         if frozen is None or not _is_plain(a) or not _is_plain(b) or b.bias is not None:
             return self.add_product(name, x, below(x, *args, **kwargs))
         low, high = self.live_factors(name)

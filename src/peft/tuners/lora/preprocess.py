@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft.core.base_op import LinearOp, TransposedOp, base_op
 from peft.core.plan import ALL_LINEAR, all_linear, default_targets, make_plan
 from peft.core.storage import storage_of
-from peft.core.tuner import model_config_of, with_progress
+from peft.core.walk import model_config_of, with_progress
 from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, rank_of

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
+from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
 from peft.core.routing import Route
-from peft.core.tuner import UPCAST_DTYPES, check_adapter_name
+from peft.core.tuner import UPCAST_DTYPES
 from peft.errors import PeftWarning
 from peft.ops.lora import compute_dtype
 from peft.registry import PeftType

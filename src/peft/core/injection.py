@@ -1,0 +1,202 @@
+"""An adapter put on a model: planned and checked first, then applied, and taken back out if that fails."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.auxiliary import ModulesToSaveWrapper, save_modules
+from peft.core.plan import ALL_LINEAR, Plan, all_linear, make_plan, state_dict_targets
+from peft.core.routing import BASE
+from peft.core.tokens import token_rows, train_tokens
+from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
+from peft.core.undo import hand_over
+from peft.core.walk import base_parameters, live_key, model_config_of, put_back
+
+if TYPE_CHECKING:
+    from peft.core.tuner import BaseTuner
+
+
+def inject(
+    tuner: BaseTuner,
+    model: nn.Module,
+    adapter_name: str,
+    config: Any,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Adds an adapter; what `BaseTuner.inject_adapter` does. A call that raises leaves model and `config` as before."""
+    check_adapter_name(adapter_name)
+    with _no_garbage_collection(), ExitStack() as undo:
+        undo.callback(_put_back, config, dict(config.__dict__))
+        config = tuner._prepare_adapter_config(config, model_config_of(model))
+        _check_bias(tuner, adapter_name, config)
+        tuner.check_config(adapter_name, config)
+        if config.target_modules == ALL_LINEAR:
+            config.target_modules = all_linear(model, config.modules_to_save or ())
+        restructured = tuner._prepare_model(config, model)
+        if restructured is not None:
+            undo.callback(restructured)
+        also_target, also_save = tie_configuration(config, model)
+        only = state_dict_targets(state_dict, tuner.prefix) if state_dict is not None else None
+        plan = make_plan(model, config, tuner.layer_class, only=only, also_target=also_target, also_save=also_save)
+        tokens = token_rows(config, model)
+        warn_of_tied_targets(plan.module_names, config, model)
+
+        before = Before(tuner, model)
+        undo.callback(_take_out, tuner, model, adapter_name, before)
+        tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
+        without_memory = low_cpu_mem_usage and tuner.start_is_replaceable(config)
+        with torch.device("meta") if without_memory else nullcontext():
+            tuner.prepare(plan, config, adapter_name)
+            _apply(tuner, plan, config, adapter_name)
+            save_modules(model, plan.save, adapter_name, tied)
+            train_tokens(model, adapter_name, tokens)
+        tuner._parts = None
+        tuner.targeted_module_names = list(dict.fromkeys(tuner.targeted_module_names + plan.module_names))
+        tuner.targeted_parameter_names = list(dict.fromkeys(tuner.targeted_parameter_names + plan.parameter_names))
+        tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        tie_layers(tuner, model, tied, adapter_name)
+        tuner.peft_config[adapter_name] = config
+        _freeze_base(tuner, model)
+        _join_in(tuner, before, adapter_name)
+        model.peft_config = tuner.peft_config  # type: ignore[assignment]
+        for layer in tuner.layers():
+            changed = layer.settle(adapter_name)
+            if changed is not None:
+                undo.callback(layer.unsettle, changed)
+        hand_over(undo)
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises ValueError where a string cannot name an adapter."""
+    if not isinstance(name, str) or not name or "." in name or name == BASE:
+        raise ValueError(f"{name!r} cannot name an adapter: a name is a string without dots, and not {BASE!r}.")
+
+
+def tie_layers(tuner: BaseTuner, model: nn.Module, keys: Sequence[str], adapter_name: str) -> None:
+    """Makes an adapter on tied modules the same on all of them."""
+    layers = [tuner._find_layer(model.get_submodule(live_key(model, key)), None) for key in keys]
+    here = [layer for layer in layers if layer is not None and layer.has(adapter_name)]
+    for layer in here[1:]:
+        tuner.tie(layer, here[0], adapter_name)
+
+
+class Before:
+    """What an adapter that cannot be added must leave as it was, beside the modules themselves."""
+
+    def __init__(self, tuner: BaseTuner, model: nn.Module):
+        self.parts = tuner.parts()
+        self.disabled = tuner.disabled
+        self._states = [(part, part.active_adapters) for _, part in self.parts]
+        self._active = tuner.active_adapters
+        self._targets = list(tuner.targeted_module_names), list(tuner.targeted_parameter_names)
+        self._trained = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
+        self._has_record = "peft_config" in model.__dict__
+
+    def restore(self, tuner: BaseTuner, model: nn.Module) -> None:
+        for part, active in self._states:
+            if part.active_adapters != active:
+                part.set_adapter(active)
+        tuner._active = self._active
+        tuner.targeted_module_names, tuner.targeted_parameter_names = self._targets
+        for parameter, requires_grad in self._trained:
+            parameter.requires_grad_(requires_grad)
+        if not self._has_record and "peft_config" in model.__dict__:
+            del model.peft_config
+
+
+def _check_bias(tuner: BaseTuner, adapter_name: str, config: Any) -> None:
+    """Raises where an adapter asks to train biases in a way that is unknown, or beside another adapter."""
+    kind, bias = type(tuner).__name__, getattr(config, "bias", "none")
+    own = f"{tuner.prefix.rstrip('_').split('_')[0]}_only"
+    if bias not in ("none", "all", own):
+        raise NotImplementedError(f"bias={bias!r} is not known; use 'none', 'all' or {own!r}.")
+    others = [name for name in tuner.peft_config if name != adapter_name]
+    if bias != "none" and others:
+        raise ValueError(
+            f"{kind} supports only 1 adapter with bias; {', '.join(others)} is there already. Set bias to 'none' for"
+            " all adapters."
+        )
+    for name in others:
+        if getattr(tuner.peft_config[name], "bias", "none") != "none":
+            raise ValueError(f"{kind} supports only 1 adapter with bias, and {name!r} trains biases already.")
+
+
+def _apply(tuner: BaseTuner, plan: Plan, config: Any, adapter_name: str) -> None:
+    for target in plan.targets:
+        # By now it may be a layer, if another parameter of the module came before.
+        module = getattr(target.parent, target.child) if target.child else target.parent
+        extra = {} if target.parameter_name is None else {"parameter_name": target.parameter_name}
+        tuner._create_and_replace(
+            config, adapter_name, module, target.child, target.parent, current_key=target.key, **extra
+        )
+
+
+def _freeze_base(tuner: BaseTuner, model: nn.Module) -> None:
+    """Freezes the base model, but for the biases that the configurations ask to be trained."""
+    for _, parameter in base_parameters(model):
+        parameter.requires_grad = False
+    for config in tuner.peft_config.values():
+        bias = getattr(config, "bias", "none")
+        if bias == "all":
+            saved = [part for _, part in tuner.parts() if isinstance(part, ModulesToSaveWrapper)]
+            originals = {id(p) for part in saved for p in part.original_module.parameters()}
+            for name, parameter in base_parameters(model):
+                if name.endswith("bias") and id(parameter) not in originals:
+                    parameter.requires_grad = True
+        elif bias != "none":
+            for _, part in tuner.parts():
+                if isinstance(part, tuner.layer_class) and part.bias is not None:
+                    part.bias.requires_grad = True
+
+
+def _join_in(tuner: BaseTuner, before: Before, adapter_name: str) -> None:
+    """Makes the adapter active if it is the first, and brings its new parts into the state of the others."""
+    inference_mode = tuner.peft_config[adapter_name].inference_mode
+    if not tuner.active_adapters:
+        tuner.set_adapter(adapter_name, inference_mode=inference_mode)
+    old = {id(part) for _, part in before.parts}
+    for _, part in tuner.parts():
+        if id(part) not in old:
+            part.set_adapter(tuner.active_adapters, inference_mode)
+            part.enable_adapters(not before.disabled)
+
+
+def _take_out(tuner: BaseTuner, model: nn.Module, adapter_name: str, before: Before) -> None:
+    """Takes an adapter that could not be added back out."""
+    old = {id(part) for _, part in before.parts}
+    tuner._parts = None
+    for key, part in reversed(tuner.parts()):
+        if id(part) in old:
+            part.delete_adapter(adapter_name)
+        else:
+            put_back(model, key, part.wrapped)
+    tuner.forget_shared(adapter_name)
+    tuner._parts = None
+    tuner.peft_config.pop(adapter_name, None)
+    before.restore(tuner, model)
+
+
+def _put_back(thing: Any, attributes: dict[str, Any]) -> None:
+    """Gives an object the attributes that it had."""
+    thing.__dict__.clear()
+    thing.__dict__.update(attributes)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """While it lasts, cyclic garbage is left: tens of thousands of new modules make Python look for it all the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,240 @@
+"""A place in a model where adapters are: what each of them has there, and which of them act."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.routing import Route
+
+
+class Part(nn.Module):
+    """A module of the model with something of each adapter on it, or in place of it.
+
+    What adapter `name` has here is `getattr(self, slot)[name]` for each slot. All parts of a model take part in the
+    same states: adapters are active, switched off, trained, routed, merged.
+    """
+
+    #: per-adapter containers of tensors or modules that are trained and saved
+    adapter_layer_names: tuple[str, ...] = ()
+    #: per-adapter plain dictionaries of settings
+    other_param_names: tuple[str, ...] = ()
+
+    if TYPE_CHECKING:
+        # torch says of every attribute of a module that it is a tensor or a module.
+        def __getattr__(self, name: str) -> Any: ...
+
+    _active: list[str]
+    _disable_adapters: bool
+    _trained_before_disable: list[nn.Parameter]
+    _route: Route | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Straight into __dict__, here and in what derives from it: a large model has tens of thousands of parts, and
+        # assigning to a module is slow.
+        self.__dict__.update(_active=[], _disable_adapters=False, _trained_before_disable=[], _route=None)
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The module of the model that this one is in place of."""
+        raise NotImplementedError
+
+    def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        """The module to leave in the model: with what the adapters trained in its place if `merge`, else as it was."""
+        return self.wrapped
+
+    # ---- what adapters have here
+
+    def containers(self) -> list[Any]:
+        """What holds the tensors of the adapters by name, one container per slot."""
+        modules = self._modules  # past `__getattr__`, which takes longer than all the rest of most callers
+        return [modules[slot] for slot in self.adapter_layer_names]
+
+    def adapter_names(self) -> list[str]:
+        """The adapters that are here, in the order they came."""
+        return list(dict.fromkeys(name for entries in self.containers() for name in entries))
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.adapter_names())
+
+    def has(self, name: str) -> bool:
+        """Whether adapter `name` has something here."""
+        for entries in self.containers():  # noqa: SIM110 - asked of every layer in every change of state
+            if name in entries:
+                return True
+        return False
+
+    def has_any(self) -> bool:
+        """Whether some adapter has something here."""
+        return any(len(entries) > 0 for entries in self.containers())
+
+    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        """The parameters that adapter `name` has here."""
+        parameters: list[nn.Parameter] = []
+        for entries in self.containers():
+            if name in entries:
+                entry = entries[name]
+                if isinstance(entry, nn.Module):
+                    parameters += _parameters_of(entry)
+                elif isinstance(entry, nn.Parameter):
+                    parameters.append(entry)
+        return parameters
+
+    def trainable_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        """Those of them that training changes; all unless the method says otherwise."""
+        return self.adapter_parameters(name)
+
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """The dtype that an adapter is kept in, if its parameters have one."""
+        return next((parameter.dtype for parameter in self.adapter_parameters(name)), None)
+
+    def key_map(self, name: str) -> dict[str, str]:
+        """Names of an adapter's tensors below this module: as files have them -> as the live module has them."""
+        keys = {}
+        for slot in self.adapter_layer_names:
+            entries = getattr(self, slot)
+            if name in entries:
+                entry = entries[name]
+                leaves = [f".{leaf}" for leaf in _state_names(entry)] if isinstance(entry, nn.Module) else [""]
+                keys.update({f"{slot}{leaf}": f"{slot}.{name}{leaf}" for leaf in leaves})
+        return keys
+
+    def move(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Moves the tensors of an adapter; those on the meta device become empty ones elsewhere."""
+        for entries in self.containers():
+            if name not in entries:
+                continue
+            entry = entries[name]
+            if isinstance(entry, nn.Module):
+                _move_module(entry, device, dtype)
+                continue
+            moved = _moved(entry.data, device, dtype)
+            if moved is not entry.data:
+                is_parameter = isinstance(entry, nn.Parameter)
+                entries[name] = type(entry)(moved, requires_grad=entry.requires_grad) if is_parameter else moved
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter."""
+        for slot in (*self.adapter_layer_names, *self.other_param_names):
+            entries = getattr(self, slot)
+            if adapter_name in entries:
+                del entries[adapter_name]
+        self.__dict__["_active"] = [name for name in self._active if name != adapter_name]
+        self._refresh()
+
+    # ---- which of them act
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in the order they act."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter; a list if there are several or none."""
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    _active_adapter = active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the module acts as it would without adapters."""
+        return self._disable_adapters
+
+    def check_active(self, names: Sequence[str]) -> None:
+        """Raises ValueError where these adapters cannot be active here together."""
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes these adapters the active ones, in this order; trainable unless `inference_mode`, the others not.
+
+        Raises:
+            ValueError: they cannot be active here together.
+        """
+        names = as_names(adapter_names)
+        self.check_active(names)
+        for name in self._active:
+            if name not in names:
+                self.set_requires_grad(name, False)
+        for name in names:
+            self.set_requires_grad(name, not inference_mode)
+        self.__dict__["_active"] = names
+        self._refresh()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Makes adapters trainable or not, active or not."""
+        for name in as_names(adapter_names):
+            parameters = list(self.trainable_parameters(name))
+            for parameter in parameters:
+                parameter.requires_grad_(requires_grad)
+            if self._trained_before_disable:  # what is said while they are switched off counts afterwards
+                self._trained_before_disable = without(self._trained_before_disable, parameters)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches the adapters on or off; what was trainable before is so again after."""
+        if enabled == (not self._disable_adapters):
+            return
+        if enabled:
+            changed, self._trained_before_disable = self._trained_before_disable, []
+        else:
+            changed = [p for name in self.adapter_names() for p in self.adapter_parameters(name) if p.requires_grad]
+            self._trained_before_disable = changed
+        for parameter in changed:
+            parameter.requires_grad_(enabled)
+        self._disable_adapters = not enabled
+        self._refresh()
+
+    def route(self, route: Route | None) -> None:
+        """Sets which adapter each sample of the next forward passes gets; None ends it."""
+        self._route = route
+
+    def _refresh(self) -> None:
+        """Decides what the next forward passes do; called whenever the state changes."""
+
+
+def as_names(names: str | Iterable[str]) -> list[str]:
+    """One name or several, as a list."""
+    return [names] if isinstance(names, str) else list(names)
+
+
+def without(parameters: Iterable[nn.Parameter], those: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """`parameters` without `those`; by identity, for tensors compare by value."""
+    left_out = {id(parameter) for parameter in those}
+    return [parameter for parameter in parameters if id(parameter) not in left_out]
+
+
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """`module.parameters()`, without a walk where there is nothing to walk through."""
+    own = module._parameters.values() if not module._modules else module.parameters()
+    return [parameter for parameter in own if parameter is not None]
+
+
+def _state_names(module: nn.Module) -> Iterable[str]:
+    """The keys of `module.state_dict()`, without making one where a plain linear layer has nothing else in it."""
+    if type(module) is nn.Linear and not module._state_dict_hooks and not module._modules and not module._buffers:
+        return [name for name, parameter in module._parameters.items() if parameter is not None]
+    return [name for name, value in module.state_dict().items() if isinstance(value, Tensor)]
+
+
+def _move_module(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    parameters = _parameters_of(module)
+    if all(_is_at(parameter, device, dtype) for parameter in parameters):
+        return
+    if device is not None and device.type != "meta" and any(parameter.is_meta for parameter in parameters):
+        module.to_empty(device=device)
+    else:
+        module.to(device=device, dtype=dtype)
+
+
+def _is_at(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+    return (device is None or tensor.device == device) and (dtype is None or tensor.dtype == dtype)
+
+
+def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    dtype = dtype if tensor.is_floating_point() else None  # indices stay what they are
+    if tensor.is_meta and device is not None and device.type != "meta":
+        return torch.empty_like(tensor, device=device, dtype=dtype)
+    return tensor.to(device=device, dtype=dtype)

@@ -1,0 +1,123 @@
+"""Adapters merged into all layers of a model, and adapter layers taken off it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from peft.core import merging
+from peft.core.auxiliary import TrainableTokensLayer
+from peft.core.layer import AdapterLayer
+from peft.core.tying import tied_embedding_modules
+from peft.core.walk import live_key, put_back, with_progress
+from peft.errors import PeftWarning
+
+if TYPE_CHECKING:
+    from peft.core.tuner import BaseTuner
+
+
+def check_merge(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
+    """Warns of names that do not exist; raises NotImplementedError where some layer cannot merge an adapter."""
+    names = tuner.active_adapters if adapter_names is None else adapter_names
+    unknown = [name for name in names if name not in tuner.peft_config]
+    if unknown:
+        warnings.warn(f"Adapter {', '.join(unknown)} does not exist and is not merged.", PeftWarning, stacklevel=4)
+    for layer in tuner.layers():
+        for name in names:
+            if layer.has(name) and name not in layer.merged_adapters:
+                layer.check_mergeable(name)
+
+
+def check_finite(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
+    """Raises ValueError where merging would write what is not finite."""
+    for layer in tuner.layers():
+        names = tuner.active_adapters if adapter_names is None else adapter_names
+        here = [name for name in names if layer.has(name)]
+        if here:
+            merging.merged_weight(layer, [name for name in here if name not in layer.merged_adapters], safe=True)
+
+
+def merge_all(tuner: BaseTuner, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
+    """Merges adapters in all layers, or in none if one of them raises."""
+    done: list[tuple[AdapterLayer, list[str]]] = []
+    shared = _shared_weights(tuner.model)
+    try:
+        # Inner layers first: what they make of the weight is what the outer ones change.
+        for layer in reversed(list(tuner.layers())):
+            before = list(layer.merged_adapters)
+            layer.merge(safe_merge, adapter_names, own=layer._merged.own or _is_shared(layer, shared))
+            if layer.merged_adapters != before:
+                done.append((layer, before))
+    except Exception:
+        for layer, before in reversed(done):
+            own = layer._merged.own
+            layer.unmerge()
+            if before:
+                layer.merge(adapter_names=before, own=own)
+        raise
+
+
+def unmerge_all(tuner: BaseTuner) -> None:
+    """Takes out of all layers what is merged, or would be again when the adapters are switched on."""
+    merged = [layer for layer in tuner.layers() if layer.merged or layer._merged.paused]
+    if not merged:
+        warnings.warn("No adapter is merged: nothing to do.", PeftWarning, stacklevel=3)
+    for layer in merged:
+        layer.unmerge()
+
+
+def unload(
+    tuner: BaseTuner, merge: bool, progressbar: bool, safe_merge: bool, adapter_names: Sequence[str] | None
+) -> nn.Module:
+    """Takes all parts off the model, after merging for good if `merge`, and returns it."""
+    model: nn.Module = tuner.model
+    parts = list(reversed(tuner.parts()))
+    shared = _shared_weights(model) if merge else set()
+    tied = _tied_alike(tuner, tuner.active_adapters if adapter_names is None else adapter_names) if merge else []
+    for key, part in with_progress(parts, progressbar, "Merging" if merge else "Unloading"):
+        if isinstance(part, AdapterLayer):
+            if merge:
+                part.merge(safe_merge, adapter_names, keep=False, own=_is_shared(part, shared))
+        elif merge and not tuner.unwraps_saved:
+            warnings.warn(
+                f"{type(tuner).__name__} leaves {key!r} in its {type(part).__name__}, with what was trained in effect;"
+                " its `current_module()` is the plain module.",
+                PeftWarning,
+                stacklevel=5,
+            )
+            continue
+        put_back(model, key, part.unload(merge, adapter_names))
+    for key in tied[1:]:
+        model.get_submodule(key).weight = model.get_submodule(tied[0]).weight
+    tuner._parts = None
+    if "peft_config" in model.__dict__:
+        del model.peft_config
+    return model
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Parameters that several modules hold (tied embeddings, replicated layers)."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared
+
+
+def _is_shared(layer: AdapterLayer, shared: set[int]) -> bool:
+    # Tied modules with trained tokens share those as well, so they stay tied.
+    return id(layer.weight) in shared and not isinstance(layer, TrainableTokensLayer)
+
+
+def _tied_alike(tuner: BaseTuner, names: Sequence[str]) -> list[str]:
+    """The modules tied to the input embedding, if these adapters change them and keep them the same."""
+    model: nn.Module = tuner.model
+    tied = tied_embedding_modules(model)
+    there = [tuner._find_layer(model.get_submodule(live_key(model, key)), None) for key in tied]
+    here = {name for layer in there if layer is not None for name in names if layer.has(name)}
+    alike = all(getattr(tuner.peft_config[name], "ensure_weight_tying", False) for name in here)
+    return tied if here and alike else []

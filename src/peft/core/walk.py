@@ -1,0 +1,90 @@
+"""Walks through a model with adapters: its parts, and what of it is the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from peft.core.auxiliary import ModulesToSaveWrapper
+from peft.core.layer import AdapterLayer
+from peft.core.part import Part
+
+
+def parts_of(model: nn.Module) -> list[tuple[str, Part]]:
+    """All adapter layers and trained modules in a model by name, outer ones before what they wrap."""
+    return [(name, module) for name, module in live_modules(model) if isinstance(module, Part)]
+
+
+def live_modules(model: nn.Module, copies: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules()` without what adapters are made of; without `copies`, also without modules trained in full.
+
+    So the walk takes as long with a hundred adapters as with none.
+    """
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        children = module._modules
+        if isinstance(module, AdapterLayer):
+            children = {"base_layer": module.base_layer}
+        elif isinstance(module, ModulesToSaveWrapper) and not copies:
+            children = {"original_module": module.original_module}
+        if children:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of the base model by name; those that several modules hold come several times."""
+    for path, module in live_modules(model, copies=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}", parameter
+
+
+def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """(parent, module, its name in the parent) of the module called `key`."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def put_back(model: nn.Module, key: str, module: nn.Module) -> None:
+    """Puts `module` in place of the part called `key`; what holds a token adapter stands for both, and is put back."""
+    parent, _, name = key.rpartition(".")
+    if name != "token_adapter":
+        setattr(model.get_submodule(parent), name, module)
+
+
+def live_key(model: nn.Module, key: str) -> str:
+    """The name that the module `key` of the plain model has now, adapter layers on its way counted in."""
+    module, path = model, []
+    for name in key.split(".") if key else ():
+        while isinstance(module, AdapterLayer):
+            module = module.base_layer
+            path.append("base_layer")
+        module = getattr(module, name)
+        path.append(name)
+    return ".".join(path)
+
+
+def model_config_of(model: nn.Module) -> dict[str, Any]:
+    """The model's configuration as a dictionary; empty where it has none."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config) if isinstance(config, dict) else {}
+
+
+def with_progress(items: list[Any], show: bool, label: str) -> Any:
+    """`items`, with a progress bar while they are walked through if `show`."""
+    if not show:
+        return items
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=label)
