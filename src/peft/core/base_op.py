@@ -73,9 +73,10 @@ class LinearOp(BaseOp):
 
     def features(self, module: Any) -> tuple[int, int]:
         # The packed weight of a quantised layer has another shape or another name, so the module is asked.
-        if hasattr(module, "out_features") and hasattr(module, "in_features"):
+        try:
             return module.out_features, module.in_features
-        return super().features(module)
+        except AttributeError:
+            return super().features(module)
 
     def run(self, module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         return F.linear(args[0], weight, bias)
@@ -278,11 +279,11 @@ def _is_linear_like(module: nn.Module) -> bool:
 
 #: first match wins
 _KINDS: list[tuple[Callable[[nn.Module], bool], type[BaseOp]]] = [
+    (lambda module: isinstance(module, nn.Linear), LinearOp),  # by far the most frequent
     (_is_conv1d, TransposedOp),
     (lambda module: isinstance(module, nn.Embedding), EmbeddingOp),
     (lambda module: isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), ConvOp),
     (lambda module: isinstance(module, nn.MultiheadAttention), AttentionOp),
-    (lambda module: isinstance(module, nn.Linear), LinearOp),
     (_is_norm, NormOp),
     (_is_parallel_linear, ParallelLinearOp),
     (_is_linear_like, LinearOp),

@@ -64,7 +64,7 @@ def inject(
         tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         tie_layers(tuner, model, tied, adapter_name)
         tuner.peft_config[adapter_name] = config
-        _freeze_base(tuner, model)
+        _freeze_base(tuner, model, before)
         _join_in(tuner, before, adapter_name)
         model.peft_config = tuner.peft_config  # type: ignore[assignment]
         for layer in tuner.layers():
@@ -97,7 +97,7 @@ class Before:
         self._states = [(part, part.active_adapters) for _, part in self.parts]
         self._active = tuner.active_adapters
         self._targets = list(tuner.targeted_module_names), list(tuner.targeted_parameter_names)
-        self._trained = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
+        self.trained = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
         self._has_record = "peft_config" in model.__dict__
 
     def restore(self, tuner: BaseTuner, model: nn.Module) -> None:
@@ -106,7 +106,7 @@ class Before:
                 part.set_adapter(active)
         tuner._active = self._active
         tuner.targeted_module_names, tuner.targeted_parameter_names = self._targets
-        for parameter, requires_grad in self._trained:
+        for parameter, requires_grad in self.trained:
             parameter.requires_grad_(requires_grad)
         if not self._has_record and "peft_config" in model.__dict__:
             del model.peft_config
@@ -132,16 +132,16 @@ def _check_bias(tuner: BaseTuner, adapter_name: str, config: Any) -> None:
 def _apply(tuner: BaseTuner, plan: Plan, config: Any, adapter_name: str) -> None:
     for target in plan.targets:
         # By now it may be a layer, if another parameter of the module came before.
-        module = getattr(target.parent, target.child) if target.child else target.parent
+        module: Any = target.parent._modules[target.child] if target.child else target.parent
         extra = {} if target.parameter_name is None else {"parameter_name": target.parameter_name}
         tuner._create_and_replace(
             config, adapter_name, module, target.child, target.parent, current_key=target.key, **extra
         )
 
 
-def _freeze_base(tuner: BaseTuner, model: nn.Module) -> None:
+def _freeze_base(tuner: BaseTuner, model: nn.Module, before: Before) -> None:
     """Freezes the base model, but for the biases that the configurations ask to be trained."""
-    for _, parameter in base_parameters(model):
+    for parameter, _ in before.trained:
         parameter.requires_grad = False
     for config in tuner.peft_config.values():
         bias = getattr(config, "bias", "none")
@@ -160,12 +160,14 @@ def _freeze_base(tuner: BaseTuner, model: nn.Module) -> None:
 def _join_in(tuner: BaseTuner, before: Before, adapter_name: str) -> None:
     """Makes the adapter active if it is the first, and brings its new parts into the state of the others."""
     inference_mode = tuner.peft_config[adapter_name].inference_mode
-    if not tuner.active_adapters:
+    is_first = not tuner.active_adapters
+    if is_first:
         tuner.set_adapter(adapter_name, inference_mode=inference_mode)
-    old = {id(part) for _, part in before.parts}
+    old, active = {id(part) for _, part in before.parts}, tuner.active_adapters
     for _, part in tuner.parts():
         if id(part) not in old:
-            part.set_adapter(tuner.active_adapters, inference_mode)
+            if not is_first:
+                part.set_adapter(active, inference_mode)
             part.enable_adapters(not before.disabled)
 
 
@@ -192,11 +194,17 @@ def _put_back(thing: Any, attributes: dict[str, Any]) -> None:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """While it lasts, cyclic garbage is left: tens of thousands of new modules make Python look for it all the time."""
+    """While it lasts, cyclic garbage is left: tens of thousands of new modules make Python look for it all the time.
+
+    What there is at the end counts as old, so that the next look need not go through all that is new.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():  # else somebody keeps things out of its sight, and wants them to stay there
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()

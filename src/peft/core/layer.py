@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -186,7 +185,10 @@ class AdapterLayer(Part):
         """Makes adapter `name` and puts it where the base weight is; it is not active yet."""
         device = self.place()[0]
         # Beside a weight without memory, tensors would lose their values at once: they are made without as well.
-        with device if device is not None and device.type == "meta" else nullcontext():
+        if device is not None and device.type == "meta":
+            with device:
+                self.create(name, config, **settings)
+        else:
             self.create(name, config, **settings)
         parameters = list(self.adapter_parameters(name))
         for parameter in parameters:

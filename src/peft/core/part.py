@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peft.core.blank import initialise
 from peft.core.routing import Route
 
 
@@ -33,7 +34,7 @@ class Part(nn.Module):
     _route: Route | None
 
     def __init__(self) -> None:
-        super().__init__()
+        initialise(self)
         # Straight into __dict__, here and in what derives from it: a large model has tens of thousands of parts, and
         # assigning to a module is slow.
         self.__dict__.update(_active=[], _disable_adapters=False, _trained_before_disable=[], _route=None)
@@ -76,12 +77,11 @@ class Part(nn.Module):
         """The parameters that adapter `name` has here."""
         parameters: list[nn.Parameter] = []
         for entries in self.containers():
-            if name in entries:
-                entry = entries[name]
-                if isinstance(entry, nn.Module):
-                    parameters += _parameters_of(entry)
-                elif isinstance(entry, nn.Parameter):
-                    parameters.append(entry)
+            entry = entries._modules.get(name)  # looked for here first: asked of every layer in every change of state
+            if entry is not None:
+                parameters += _parameters_of(entry)
+            elif name in entries and isinstance(entries[name], nn.Parameter):
+                parameters.append(entries[name])
         return parameters
 
     def trainable_parameters(self, name: str) -> Iterable[nn.Parameter]:
@@ -208,7 +208,7 @@ def without(parameters: Iterable[nn.Parameter], those: Iterable[nn.Parameter]) -
 
 def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
     """`module.parameters()`, without a walk where there is nothing to walk through."""
-    own = module._parameters.values() if not module._modules else module.parameters()
+    own = module.parameters() if module._modules else module._parameters.values()
     return [parameter for parameter in own if parameter is not None]
 
 

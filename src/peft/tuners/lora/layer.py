@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp, ConvOp, ParallelLinearOp, ParameterOp
+from peft.core.blank import blank
 from peft.core.layer import AdapterLayer
+from peft.core.part import without
 from peft.core.plan import get_pattern_key
 from peft.core.products import frozen_linear, is_watched
 from peft.core.routing import Route
@@ -28,8 +30,7 @@ from peft.tuners.lora.variants.base import Variant
 
 def empty_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
     """A linear layer whose values are still open: `nn.Linear` would draw some, which takes most of its time."""
-    linear = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(linear)
+    linear = blank(nn.Linear)
     # Past `__setattr__`, for the same reason.
     linear.__dict__.update(in_features=in_features, out_features=out_features)
     linear._parameters["weight"] = nn.Parameter(torch.empty(out_features, in_features))
@@ -91,7 +92,7 @@ class LoraLayer(AdapterLayer):
     ):
         super().__init__(base_layer, parameter_name, op)
         del self.__dict__["lora_dropout"]  # it would hide the modules, which train() and eval() switch
-        self._modules["lora_dropout"] = nn.ModuleDict()
+        self._modules["lora_dropout"] = blank(nn.ModuleDict)
         absent: dict[str, Any] = {name: {} for name in _CONTAINERS if name not in self.adapter_layer_names}
         self.__dict__.update(absent, fan_in_fan_out=self.op.kind == "Conv1D")
         if adapter_name is not None:
@@ -101,7 +102,7 @@ class LoraLayer(AdapterLayer):
             self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def container(self, slot: str) -> nn.Module:
-        return nn.ModuleDict()
+        return blank(nn.ModuleDict)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Makes an adapter, or makes it anew."""
@@ -117,7 +118,9 @@ class LoraLayer(AdapterLayer):
         self.use_rslora[name], self.lora_bias[name] = config.use_rslora, config.lora_bias
         self.use_dora[name] = config.use_dora
         self.scaling[name] = self.lora_alpha[name] / (math.sqrt(r) if config.use_rslora else r)
-        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else _NO_DROPOUT
+        # Past `ModuleDict.__setitem__`, here and below: the name was checked before.
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else _NO_DROPOUT
+        self._modules["lora_dropout"]._modules[name] = dropout
         variant = variant_of(config, key)
         if variant is None or not variant.applies(self):
             self.make_factors(name, r, config)
@@ -173,23 +176,24 @@ class LoraLayer(AdapterLayer):
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         """Makes A and B, their values still open."""
-        self.lora_A[name] = empty_linear(self.in_features, r)
-        self.lora_B[name] = empty_linear(r, self.out_features, bias=config.lora_bias)
+        modules: Any = self._modules
+        modules["lora_A"]._modules[name] = empty_linear(self.in_features, r)
+        modules["lora_B"]._modules[name] = empty_linear(r, self.out_features, bias=config.lora_bias)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
         """Gives an adapter its start values."""
         a, b = self.factors(adapter_name)
         if a.is_meta:
             return
-        with torch.no_grad():
-            draw_factors_(a, b, self.r[adapter_name], init_lora_weights)
-            if self.lora_bias[adapter_name]:
-                bias = self.lora_B[adapter_name].bias
-                nn.init.zeros_(bias) if init_lora_weights is not False else nn.init.normal_(bias, std=0.02)
+        draw_factors_(a.data, b.data, self.r[adapter_name], init_lora_weights)
+        if self.lora_bias[adapter_name]:
+            bias = self.lora_B[adapter_name].bias
+            nn.init.zeros_(bias) if init_lora_weights is not False else nn.init.normal_(bias, std=0.02)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B as they are stored."""
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        modules: Any = self._modules  # past `__getattr__`, which takes longer than the rest
+        return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
 
     def live_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B as they are multiplied."""
@@ -241,10 +245,11 @@ class LoraLayer(AdapterLayer):
         changed = (start is not None and start.changes_base) or (variant is not None and variant.changes_base)
         return not changed and super().supports_lora_conversion(adapter_name)
 
-    def trainable_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        start = self.lora_start.get(name)
-        fixed = self.factors(name)[1] if start is not None and not start.trains_b and self.has(name) else None
-        yield from (parameter for parameter in super().trainable_parameters(name) if parameter is not fixed)
+    def trainable_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        start, parameters = self.lora_start.get(name), super().trainable_parameters(name)
+        if start is None or start.trains_b or not self.has(name):
+            return parameters
+        return without(parameters, self.factors(name)[1:])
 
     def train(self, mode: bool = True) -> LoraLayer:
         # Training may write to weights in ways that leave no trace, so nothing that was made of them is kept.
@@ -363,11 +368,15 @@ class _Shortest:
     """A layer's output for a few tokens without gradients, by the shortest way there is.
 
     One token leaves little time: to look a module up as an attribute takes as long as a small product. So what does not
-    change unless the layer's state does is looked up when that changes.
+    change unless the layer's state does is looked up in the first call after that changed.
     """
 
-    def __init__(self, layer: Linear, name: str):
+    def __init__(self, name: str):
         self.name = name
+        self.modules: Any = None
+
+    def look_up(self, layer: Linear) -> None:
+        name = self.name
         self.numel = layer.r[name] * layer.in_features  # from here on, x is more than A
         self.modules = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -376,6 +385,8 @@ class _Shortest:
 
     def __call__(self, layer: Linear, x: Tensor) -> Tensor | None:
         """The output, or None where this way does not serve."""
+        if self.modules is None:
+            self.look_up(layer)
         base, a, b, dropout = self.modules
         modules: Any = layer._modules
         if (
@@ -405,7 +416,7 @@ class Linear(LoraLayer):
         super()._refresh()
         live = self._live
         plain = type(self) is Linear and len(live) == 1 and live[0] not in self.lora_variant
-        self.__dict__["_shortest"] = _Shortest(self, live[0]) if plain and not self._disable_adapters else None
+        self.__dict__["_shortest"] = _Shortest(live[0]) if plain and not self._disable_adapters else None
         self.__dict__.pop("_stacks", None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
