@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft import LoraConfig, get_peft_model
@@ -210,6 +211,66 @@ def test_rows_that_are_sorted_by_expert_are_not_guessed_to_be_of_some_sample():
     model = get_peft_model(base, config, "one")
     model.add_adapter("two", config)
     model.eval()
-    with pytest.raises(ValueError, match="sorted by expert"):
+    with pytest.raises(ValueError, match="cannot tell which sample"):
         model(IDS, adapter_names=["one", "two", "one"])
     torch.testing.assert_close(model(IDS, adapter_names=["one"] * 3).logits, model(IDS).logits)
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(HIDDEN, WIDTH), nn.Linear(WIDTH, HIDDEN)
+
+    def forward(self, x):
+        return self.w2(torch.relu(self.w1(x)))
+
+
+class Mixture(nn.Module):
+    """Experts that are modules by themselves; each gets the tokens that are sent to it, as transformers 4 had it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.gate = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, EXPERTS)
+        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+
+    def forward(self, x):
+        flat = self.inner(x).view(-1, HIDDEN)
+        weights, chosen = self.gate(flat).softmax(-1).topk(2)
+        result = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, place = (chosen == number).nonzero(as_tuple=True)
+            result.index_add_(0, token, expert(flat[token]) * weights[token, place, None])
+        return result.view(x.shape)
+
+
+def test_experts_that_get_some_tokens_only_take_no_mixed_batch():
+    model = get_peft_model(Mixture(), LoraConfig(target_modules=["w1", "w2"]), "experts")
+    model.add_adapter("rest", LoraConfig(target_modules=["inner", "gate"], init_lora_weights=False))
+    model.eval()
+    x = torch.randn(3, 4, HIDDEN)
+    with pytest.raises(ValueError, match="cannot tell which sample"):
+        model(x, adapter_names=["experts", "rest", "__base__"])
+    torch.testing.assert_close(model(x, adapter_names=["experts"] * 3), model(x))
+    mixed = model(x, adapter_names=["rest", "__base__", "rest"])
+    with model.disable_adapter():
+        torch.testing.assert_close(mixed[1], model(x)[1])
+    model.set_adapter("rest")
+    torch.testing.assert_close(mixed[::2], model(x)[::2])
+
+
+class DenseMixture(Mixture):
+    """The same with all tokens for each expert."""
+
+    def forward(self, x):
+        weights = self.gate(self.inner(x)).softmax(-1)
+        return sum(expert(x) * weights[..., number, None] for number, expert in enumerate(self.experts))
+
+
+def test_experts_that_get_whole_samples_take_a_mixed_batch():
+    model = get_peft_model(DenseMixture(), LoraConfig(target_modules=["w1"], init_lora_weights=False)).eval()
+    x = torch.randn(2, 4, HIDDEN)
+    mixed = model(x, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(mixed[0], model(x)[0])
+    with model.disable_adapter():
+        torch.testing.assert_close(mixed[1], model(x)[1])

@@ -139,3 +139,25 @@ def test_tokens_of_the_output_layer_alone_leave_the_embedding():
         model.base_model.model.lm_head.token_adapter.trainable_tokens_delta["default"].add_(1.0)
     changed = (model(IDS).logits != before).flatten(0, 1).any(0)
     assert changed.nonzero().flatten().tolist() == [3]
+
+
+def test_tokens_of_their_own_on_both_tied_modules_merge_into_weights_of_their_own():
+    rows = {"embed_tokens": [0, 2], "lm_head": [3, 4]}
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows)
+    model = randomised(peft.get_peft_model(tied_llama(), config))
+    with torch.no_grad():
+        want = model(IDS).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(IDS).logits, want)
+        torch.testing.assert_close(model.merge_and_unload()(IDS).logits, want)
+
+
+def test_an_output_layer_trained_in_full_has_no_trained_tokens_beside(tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4], modules_to_save=["lm_head"])
+    model = randomised(peft.get_peft_model(tied_llama(), config))
+    model.save_pretrained(tmp_path)
+    other = peft.get_peft_model(tied_llama(), config)
+    other.load_adapter(tmp_path, "other")
+    other.set_adapter("other")
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(IDS).logits, model(IDS).logits)

@@ -343,6 +343,16 @@ def test_experts_that_cannot_be_had_leave_the_model_as_it_was(experts, tmp_path)
         assert list(model.state_dict()) == list(state) and all(p.requires_grad for p in model.parameters())
 
 
+def test_a_mixture_that_cannot_be_made_leaves_no_experts_behind(experts):
+    model = plain()
+    config = XLoraConfig(task_type="CAUSAL_LM", adapters=experts(), xlora_depth=2, xlora_size=10**15)  # no such memory
+    before = list(model.state_dict())
+    with pytest.raises((RuntimeError, MemoryError)):
+        get_peft_model(model, config)
+    assert list(model.state_dict()) == before and not hasattr(model, "peft_config")
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_old_paths():
     from peft.tuners.xlora import XLoraClassifier, XLoraModel
     from peft.tuners.xlora.config import XLoraConfig as by_old_path

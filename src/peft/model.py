@@ -88,10 +88,7 @@ class PeftModel(PromptHost):
             tuner_class = method_of(peft_config.peft_type or "").model_class
             convert_peft_config_for_transformers(peft_config, model)
             self.base_model = tuner_class(model, {}, adapter_name)
-            self._load_members(adapter_name, peft_config)
-            self.base_model.inject_adapter(
-                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
-            )
+            self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
         self._prepare_for_gradient_checkpointing(model)
         base_config: Any = getattr(self.get_base_model(), "config", None)
         if getattr(base_config, "pretraining_tp", 1) != 1:
@@ -197,9 +194,14 @@ class PeftModel(PromptHost):
             self._add_prompt(adapter_name, peft_config)
         else:
             convert_peft_config_for_transformers(peft_config, self.get_base_model())
-            self._load_members(adapter_name, peft_config)
+            self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def _inject(self, name: str, config: PeftConfig, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
+        """Adds an adapter with the saved ones that it is made of; all of them, or none."""
+        with all_or_nothing():
+            self._load_members(name, config)
             self.base_model.inject_adapter(
-                self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
+                self.get_base_model(), name, autocast_adapter_dtype, low_cpu_mem_usage, config=config
             )
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
@@ -581,7 +583,7 @@ class PeftModel(PromptHost):
         return result
 
     def _load_members(self, adapter_name: str, config: PeftConfig) -> None:
-        """Loads the saved adapters that a new one is made of, if its method is of that kind; all of them, or none."""
+        """Loads the saved adapters that a new one is made of, if its method is of that kind."""
         tuner, model = self.base_model, self.get_base_model()
         places = tuner.members(adapter_name, config)
         if not places:
@@ -590,11 +592,9 @@ class PeftModel(PromptHost):
         for name, source in sources.items():
             source.fit(model)
             tuner.check_config(name, source.config)
-        with all_or_nothing():
-            for name, source in sources.items():
-                empty = source.needs_no_start
-                tuner.inject_adapter(model, name, low_cpu_mem_usage=empty, config=source.config)
-                self._load_tensors(name, source, {})
+        for name, source in sources.items():
+            tuner.inject_adapter(model, name, low_cpu_mem_usage=source.needs_no_start, config=source.config)
+            self._load_tensors(name, source, {})
 
     def _load_tensors(self, adapter_name: str, source: _Source, options: dict[str, Any]) -> IncompatibleKeys:
         result = set_peft_model_state_dict(

@@ -105,7 +105,7 @@ def get_peft_model_state_dict(
     else:
         tensors = {}
         if _wants_embeddings(model, config, save_embedding_layers):
-            slots.update(_embedding_slots(model))
+            slots.update(_embedding_slots(model, config))
     for key, slot in slots.items():
         tensors[key] = slot.tensor.detach() if state_dict is None else state_dict[slot.live_name]
     write_tensors = getattr(method_of(config.peft_type).model_class, "write_tensors", None)
@@ -179,9 +179,9 @@ def _vocabulary_changed(model: nn.Module, config: Any) -> bool:
     return before is not None and before != now
 
 
-def _embedding_slots(model: nn.Module) -> dict[str, Slot]:
-    """The base weights of the embedding and the output layer."""
-    slots = {}
+def _embedding_slots(model: nn.Module, config: Any) -> dict[str, Slot]:
+    """The base weights of the embedding and the output layer: of those that have adapters, if one has."""
+    slots, adapted = {}, {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         layer: Any = getattr(model, getter)() if hasattr(model, getter) else None
         path = (
@@ -196,8 +196,8 @@ def _embedding_slots(model: nn.Module) -> dict[str, Slot]:
         base, depth = (layer.get_base_layer(), _depth(layer)) if isinstance(layer, AdapterLayer) else (layer, 0)
         for name, _ in base.named_parameters(recurse=False):
             live = f"{path}{'.base_layer' * depth}.{name}"
-            slots[_in_files(model, live)] = Slot(live, base, name)
-    return slots
+            (adapted if depth else slots)[_in_files(model, live)] = Slot(live, base, name)
+    return adapted if adapted and not _vocabulary_changed(model, config) else slots | adapted
 
 
 def set_peft_model_state_dict(

@@ -177,6 +177,8 @@ class TrainableTokensLayer(AdapterLayer):
     def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None):
         super().__init__(base_layer)
         self._is_tied = False
+        #: whether the rows are those of another layer too
+        self.has_twin = False
         #: whether files hold its rows too: not where they are known to be the embedding's
         self._is_stored = tied is None
         if tied is not None:
@@ -187,7 +189,7 @@ class TrainableTokensLayer(AdapterLayer):
         # The same containers: what is trained, moved or deleted there is so here.
         self.trainable_tokens_delta = tied.trainable_tokens_delta
         self.token_indices = tied.token_indices
-        self._is_tied = True
+        self._is_tied = self.has_twin = tied.has_twin = True
         self._refresh()
 
     def create(self, name: str, config: Any, token_indices: Sequence[int] = ()) -> None:

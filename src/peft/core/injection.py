@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.auxiliary import ModulesToSaveWrapper, save_modules
-from peft.core.plan import ALL_LINEAR, Plan, all_linear, make_plan, state_dict_targets
+from peft.core.base_op import base_op
+from peft.core.plan import (
+    ALL_LINEAR,
+    CLASSIFIER_NAMES,
+    Plan,
+    all_linear,
+    base_of,
+    make_plan,
+    shortened,
+    state_dict_targets,
+)
 from peft.core.routing import BASE
 from peft.core.tokens import token_rows, train_tokens
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
 from peft.core.undo import hand_over
 from peft.core.walk import base_parameters, live_key, model_config_of, put_back
+from peft.errors import PeftWarning
 
 if TYPE_CHECKING:
     from peft.core.tuner import BaseTuner
@@ -39,7 +51,9 @@ def inject(
         _check_bias(tuner, adapter_name, config)
         tuner.check_config(adapter_name, config)
         if config.target_modules == ALL_LINEAR:
-            config.target_modules = all_linear(model, config.modules_to_save or ())
+            heads = CLASSIFIER_NAMES if config.task_type == "SEQ_CLS" else ()
+            config.target_modules = all_linear(model, {*(config.modules_to_save or ()), *heads})
+        config.target_modules = shortened(config.target_modules, model)
         restructured = tuner._prepare_model(config, model)
         if restructured is not None:
             undo.callback(restructured)
@@ -48,6 +62,7 @@ def inject(
         plan = make_plan(model, config, tuner.layer_class, only=only, also_target=also_target, also_save=also_save)
         tokens = token_rows(config, model)
         warn_of_tied_targets(plan.module_names, config, model)
+        _note_layout(config, plan)
 
         before = Before(tuner, model)
         undo.callback(_take_out, tuner, model, adapter_name, before)
@@ -126,7 +141,20 @@ def _check_bias(tuner: BaseTuner, adapter_name: str, config: Any) -> None:
         )
     for name in others:
         if getattr(tuner.peft_config[name], "bias", "none") != "none":
-            raise ValueError(f"{kind} supports only 1 adapter with bias, and {name!r} trains biases already.")
+            warnings.warn(
+                f"Adapter {name!r} trains biases of the base model, which act with adapter {adapter_name!r} too.",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+
+def _note_layout(config: Any, plan: Plan) -> None:
+    """Lets `fan_in_fan_out` say how the layers hold their weight, for those who read the configuration's file."""
+    if hasattr(config, "fan_in_fan_out"):
+        ops = (base_op(base_of(target.module)) for target in reversed(plan.targets) if not target.parameter_name)
+        last = next((op for op in ops if op is not None and op.linear), None)
+        if last is not None:
+            config.fan_in_fan_out = last.kind == "Conv1D"
 
 
 def _apply(tuner: BaseTuner, plan: Plan, config: Any, adapter_name: str) -> None:

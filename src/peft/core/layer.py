@@ -49,6 +49,7 @@ class AdapterLayer(Part):
     parameter_name: str | None
     #: whether the module around reads `weight` and `bias` instead of calling (attention's output projection)
     is_read: bool
+    in_expert: bool
     _merged: merging.Merged
     _live: list[str]
     _mode: int
@@ -63,8 +64,9 @@ class AdapterLayer(Part):
             self._modules[slot] = self.container(slot)
         self.__dict__.update({setting: {} for setting in self.other_param_names}, op=found)
         self.__dict__.update(
-            parameter_name=parameter_name, is_read=False, _merged=merging.Merged(), _live=[], _mode=RUN_BASE
-        )
+            parameter_name=parameter_name, is_read=False, in_expert=False, _merged=merging.Merged(), _live=[],
+            _mode=RUN_BASE,
+        )  # fmt: skip
 
     # ---- what a method writes
 

@@ -24,7 +24,10 @@ from peft.errors import NoMatchingPeftModuleError, PeftWarning
 DUMMY_TARGET_MODULES = "dummy-target-modules"
 ALL_LINEAR = "all-linear"
 #: heads that the task classes add to `modules_to_save` without knowing which of them a model has
-HEAD_NAMES = frozenset(("classifier", "score", "qa_outputs"))
+CLASSIFIER_NAMES = frozenset(("classifier", "score"))
+HEAD_NAMES = CLASSIFIER_NAMES | {"qa_outputs"}
+#: from as many names on, a list of whole names is written shorter
+_MANY = 20
 
 
 @dataclass
@@ -79,7 +82,7 @@ def model_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, 
         yield place
         if isinstance(module, AuxiliaryTrainingWrapper):
             continue
-        base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+        base = base_of(module)
         if base._modules:
             prefix = f"{key}." if key else ""
             waiting += [(prefix + name, child, base, name) for name, child in reversed(list(base.named_children()))]
@@ -117,6 +120,11 @@ def modules_named(model: nn.Module, names: Iterable[str]) -> list[str]:
     return found
 
 
+def base_of(module: nn.Module) -> Any:
+    """A module without the adapter layers around it."""
+    return module.get_base_layer() if isinstance(module, AdapterLayer) else module
+
+
 def matching_entry(wanted: str | Iterable[str] | None, key: str) -> str | None:
     """The entry of `target_modules` or `exclude_modules` that means `key`, if any."""
     if wanted is None:
@@ -137,10 +145,10 @@ def _name_end(pattern: str) -> re.Pattern[str]:
 
 
 def layer_index(key: str, layers_pattern: str | Iterable[str] | None) -> int | None:
-    """The number of the layer that a module belongs to, as `layers_to_transform` counts."""
+    """The number of the layer that a module belongs to, as `layers_to_transform` counts: the outermost that fits."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
     for pattern in patterns or [r"[^.]*"]:
-        found = re.match(rf".*\.{pattern}\.(\d+)\.", key) or (
+        found = re.match(rf".*?\.{pattern}\.(\d+)\.", key) or (
             re.match(rf"{pattern}\.(\d+)\.", key) if patterns else None
         )
         if found:
@@ -203,6 +211,25 @@ def all_linear(model: Any, leave_out: Iterable[str] = ()) -> set[str]:
     }
 
 
+def shortened(targets: Any, model: nn.Module) -> Any:
+    """`targets` with the shortest last parts that mean the same modules, where they are a long list of whole names."""
+    if not isinstance(targets, (set, list)) or len(targets) < _MANY:
+        return targets
+    names = {key for key, _ in model_modules(model)}
+    if not names.issuperset(targets):
+        return targets
+    taken = {tail for name in names.difference(targets) for tail in _tails(name)}
+    return {next((tail for tail in _tails(name) if tail not in taken), name) for name in targets}
+
+
+def _tails(name: str) -> Iterator[str]:
+    """The last part of a name, the last two parts, and so on."""
+    start = len(name)
+    while start > 0:
+        start = name.rfind(".", 0, start)
+        yield name[start + 1 :]
+
+
 def state_dict_targets(state_dict: Iterable[str], prefix: str) -> set[str]:
     """Names of the modules that have tensors of a method in a state dict."""
     return {key.rpartition(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
@@ -250,6 +277,8 @@ def make_plan(
             continue
         if parameters:
             plan.targets += _parameter_targets(Target(key, module, parent, child), parameters, config, used)
+        if not key:
+            continue  # the model itself is in no module that could hold a layer in its place
         if only is not None or key in also_target:
             target_entry = key if key in (also_target if only is None else only) else None
         else:
@@ -281,7 +310,7 @@ def _check_saved(key: str, module: nn.Module) -> None:
 def _parameter_targets(place: Target, wanted: set[str], config: LayerConfig, used: set[str]) -> list[Target]:
     """The parameters of one module that `wanted` names, in the order the module has them."""
     module = place.module
-    base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+    base = base_of(module)
     targets = []
     for name, _ in base.named_parameters(recurse=False):
         entry = ends_with(f"{place.key}.{name}" if place.key else name, wanted)
@@ -298,7 +327,7 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
             f"target_parameters={target.parameter_name!r} is a top-level parameter of the model, which cannot"
             " be wrapped."
         )
-    module = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+    module = base_of(module)
     op = base_op(module, target.parameter_name)
     if op is None or _kind_of(op) not in layer_class.kinds:
         supported = ", ".join(sorted(layer_class.kinds - {"Parameter"}))
@@ -396,6 +425,10 @@ def _nothing_matches(
                 if config.layers_pattern
                 else ". Check the indices, or give layers_pattern."
             )
+        )
+    if names == [""]:
+        return (
+            f"The model is a {where} itself, and adapters go on modules inside a model: wrap it, in nn.Sequential say."
         )
     linear = len(linear_modules(model))
     first = asked if isinstance(asked, str) else next(iter(asked), "")

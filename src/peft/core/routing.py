@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,15 @@ from torch import Tensor
 
 #: the name that stands for the base model without any adapter
 BASE = "__base__"
+
+
+#: one of a list or a dictionary of experts
+_EXPERT = re.compile(r"(^|\.)\w*experts?[._]\d+(\.|$)")
+
+
+def in_expert(key: str) -> bool:
+    """Whether the module `key` belongs to one of several experts, going by its name."""
+    return _EXPERT.search(key) is not None
 
 
 class Route:
@@ -55,8 +65,8 @@ class Route:
             if len(set(self.names)) == 1:
                 return {self.names[0]: list(range(rows))}
             raise ValueError(
-                "Mixed batches (adapter_names) do not work here: a layer gets its rows sorted by expert, and cannot"
-                " tell which sample each of them is from."
+                "Mixed batches (adapter_names) do not work here: an expert's layer gets the tokens that are sent to it,"
+                " and cannot tell which sample each of them is from. Run the samples of each adapter by themselves."
             )
         if not self.names or rows % (rounds * len(self.names)):
             raise ValueError(

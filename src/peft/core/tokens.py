@@ -61,7 +61,8 @@ def train_tokens(model: nn.Module, adapter_name: str, rows: Mapping[str, Sequenc
             layer = _train_tokens_of(model, key, adapter_name, indices, None)
             # What is said of the output layer alone holds for it alone.
             for other in tied if key in tied[:1] else ():
-                if other != key and not any(ends_with(other, {named}) for named in rows):
+                in_full = isinstance(model.get_submodule(other), ModulesToSaveWrapper)
+                if other != key and not in_full and not any(ends_with(other, {named}) for named in rows):
                     _train_tokens_of(model, other, adapter_name, indices, layer)
 
 

@@ -18,7 +18,7 @@ from peft.core.hooks import MethodHooks
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
 from peft.core.plan import default_targets, target_name
-from peft.core.routing import BASE, Route
+from peft.core.routing import BASE, Route, in_expert
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import parts_of
 from peft.errors import PeftWarning
@@ -96,7 +96,9 @@ class BaseTuner(MethodHooks):
 
     def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:
         """Fills in the defaults for the model type."""
-        if config.target_modules is None and not getattr(config, "target_parameters", None):
+        if config.target_modules is None and getattr(config, "target_parameters", None):
+            config.target_modules = set()
+        elif config.target_modules is None:
             config.target_modules = default_targets(config.peft_type, model_config.get("model_type"), self.model)
             config._targets_are_defaults = True
         self.complete_config(config, model_config)
@@ -118,6 +120,7 @@ class BaseTuner(MethodHooks):
         layer = self._find_layer(target, parameter_name)
         if layer is None:
             layer = self.make_layer(peft_config, target, parameter_name, current_key)
+            layer.in_expert = in_expert(current_key)
             self._replace_module(parent, target_name, layer, target)
         layer.add_adapter(adapter_name, peft_config, **settings)
         if isinstance(layer.op, AttentionOp):

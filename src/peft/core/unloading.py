@@ -109,8 +109,8 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 
 def _is_shared(layer: AdapterLayer, shared: set[int]) -> bool:
-    # Tied modules with trained tokens share those as well, so they stay tied.
-    return id(layer.weight) in shared and not isinstance(layer, TrainableTokensLayer)
+    # Tied modules with trained tokens share those as well, as a rule, so they stay tied.
+    return id(layer.weight) in shared and not (isinstance(layer, TrainableTokensLayer) and layer.has_twin)
 
 
 def _tied_alike(tuner: BaseTuner, names: Sequence[str]) -> list[str]:
