@@ -495,6 +495,42 @@ def test_each_row_of_a_batch_uses_the_adapter_it_names(build, targets):
     assert torch.equal(logits(model, ids), alone["red"]), "later calls use the active adapter again"
 
 
+def _replace(model, layer):
+    layer.lora_A["blue"] = copy.deepcopy(layer.lora_A["blue"]).requires_grad_(False)
+    layer.lora_A["blue"].weight.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, layer: layer.lora_B["red"].weight.mul_(3),
+        lambda model, layer: layer.set_scale("blue", 5.0),
+        lambda model, layer: layer.lora_A["red"].register_forward_hook(lambda module, inputs, output: output * 4),
+        _replace,
+        lambda model, layer: model.delete_adapter("green"),
+        lambda model, layer: model.to(torch.float64),
+    ],
+    ids=["in place", "scale", "hook", "another module", "deleted", "dtype"],
+)
+@torch.no_grad()
+def test_batches_of_several_adapters_see_what_has_changed(change):
+    model = get_peft_model(tiny.llama(), causal(r=4), adapter_name="red")
+    for seed, name in enumerate(["blue", "green"], 1):
+        model.add_adapter(name, causal(r=2 + seed))
+        tiny.fill_adapter(model, name, seed, scale=0.5)
+    tiny.fill_adapter(model.eval(), "red", 3, scale=0.5)
+    ids = tiny.tokens(3)
+    for names in (["red", "green", "blue"], ["blue", "red", "blue"]):  # a part of the first
+        logits(model, ids, adapter_names=names)
+
+    change(model, model.base_model.model.model.layers[0].self_attn.v_proj)
+
+    for names in (["blue", "red", "blue"], ["red", "__base__", "blue"]):
+        mixed, alone = logits(model, ids, adapter_names=names), outputs_of(model, ["red", "blue"], ids)
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
+
+
 def test_rows_mix_trained_heads_too():
     model = get_peft_model(tiny.bert(), LoraConfig(task_type="SEQ_CLS"), adapter_name="red")
     model.add_adapter("blue", LoraConfig(task_type="SEQ_CLS"))

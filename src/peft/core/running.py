@@ -58,12 +58,13 @@ def run_routed(layer: AdapterLayer, route: Route, x: Tensor, *args: Any, **kwarg
     """The samples of each adapter run with that adapter."""
     dim = layer.op.batch_dim
     rows = x.shape[dim]
+    known = set(layer.adapter_names())
     # An expert that is a module by itself is given the tokens that are sent to it, unless it sees whole samples.
     rounds = None if layer.in_expert and x.dim() < 3 else layer.op.rounds
-    if rounds is None and not any(layer.has(name) for name in set(route.names)):
+    if rounds is None and known.isdisjoint(route.names):
         return layer.base_layer(x, *args, **kwargs)
     groups = route.groups(rows, x.device, rounds)
-    here = [(name, index) for name, index in groups if name != BASE and layer.has(name)]
+    here = [(name, index) for name, index in groups if name in known]
     if not here:
         return layer.base_layer(x, *args, **kwargs)
     if len(groups) == 1:

@@ -18,11 +18,12 @@ from peft.core.plan import get_pattern_key
 from peft.core.products import frozen_linear, is_watched
 from peft.core.routing import Route
 from peft.core.storage import onloaded, storage_of
-from peft.ops import fused
 from peft.ops.factored import FactoredWeight
 from peft.ops.lora import add_low_rank, compute_dtype, lora_linear, lora_linear_few, needs_plain
+from peft.tuners.lora import mixed
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.megatron import check_megatron, check_parallel
+from peft.tuners.lora.mixed import is_plain
 from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_start, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.base import Variant
@@ -253,7 +254,7 @@ class LoraLayer(AdapterLayer):
 
     def train(self, mode: bool = True) -> LoraLayer:
         # Training may write to weights in ways that leave no trace, so nothing that was made of them is kept.
-        self.__dict__.pop("_stacks", None)
+        self.__dict__.pop("_stack", None)
         for variant in self.lora_variant.values():
             variant.forget()
         return super().train(mode)
@@ -417,7 +418,7 @@ class Linear(LoraLayer):
         live = self._live
         plain = type(self) is Linear and len(live) == 1 and live[0] not in self.lora_variant
         self.__dict__["_shortest"] = _Shortest(live[0]) if plain and not self._disable_adapters else None
-        self.__dict__.pop("_stacks", None)
+        self.__dict__.pop("_stack", None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         shortest = self._shortest
@@ -447,7 +448,7 @@ class Linear(LoraLayer):
         # A and B, which are small, come to the dtype of the activations rather than these to theirs.
         dtype = compute_dtype(x)
         x, result = x.to(dtype), result.to(dtype)
-        if name in self.lora_variant or (_is_plain(a) and _is_plain(b) and b.bias is None):
+        if name in self.lora_variant or (is_plain(a) and is_plain(b) and b.bias is None):
             low, high = self.live_factors(name)
             result = lora_linear(
                 x, None, None, result, low.to(dtype), high.to(dtype), self.scaling[name], p,
@@ -459,71 +460,15 @@ class Linear(LoraLayer):
     def adapt_product(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         a, b = self.lora_A[name], self.lora_B[name]
         frozen = frozen_linear(self, below, x)
-        if frozen is None or not _is_plain(a) or not _is_plain(b) or b.bias is not None:
+        if frozen is None or not is_plain(a) or not is_plain(b) or b.bias is not None:
             return self.add_product(name, x, below(x, *args, **kwargs))
         low, high = self.live_factors(name)
         dtype, p = compute_dtype(x), self.dropout_of(name)
         return lora_linear(x.to(dtype), *frozen, None, low.to(dtype), high.to(dtype), self.scaling[name], p)
 
     def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
-        names = [name for name, _ in groups]
-        watched = torch.is_grad_enabled() or is_watched(self.base_layer)
-        rank = max(self.r[name] for name in names)
-        by_kernels = fused.wanted(result, rank, few=True) and not (watched or needs_plain(x, result))
-        stacks = self._stacks_for(route, groups, names if by_kernels else route.names, result)
-        if stacks is None:
-            return super().add_routed(route, groups, x, result)
-        if by_kernels:
-            return fused.add_routed(x.to(result.dtype), result, *stacks, _row_blocks(route, names, result))
-        # Two batched products, however many adapters there are; a sample's rows lie next to each other.
-        a, b = stacks
-        rows = x.to(a.dtype).reshape(len(route.names), -1, x.shape[-1])
-        flat = result.view(len(route.names), -1, result.shape[-1])
-        low = torch.bmm(rows, a.transpose(1, 2))
-        if watched:
-            return torch.baddbmm(flat, low, b.transpose(1, 2)).view(result.shape)
-        flat.baddbmm_(low, b.transpose(1, 2))
-        return result
-
-    def _stacks_for(
-        self, route: Route, groups: Sequence[tuple[str, Tensor]], names: Sequence[str], like: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """`_stacked`, worked out once for a route and kept for the next of the same names; None if it cannot serve."""
-        place = id(self), names is route.names
-        if place in route.prepared:
-            return route.prepared[place]
-        factors = [module for name, _ in groups for module in (self.lora_A[name], self.lora_B[name])]
-        if any(name in self.lora_variant and not self.lora_variant[name].is_product for name, _ in groups):
-            return None
-        if not all(_is_plain(module) and module.bias is None for module in factors) or not like.is_contiguous():
-            return None
-        scales = [self.scaling[name] for name, _ in groups]
-        tensors = [parameter for name, _ in groups for parameter in self.adapter_parameters(name)]
-        key = (names, like.dtype, like.device, scales, [(id(t), t._version) for t in tensors])
-        known = self.__dict__.get("_stacks")
-        if known is None or known[0] != key or torch.is_grad_enabled():
-            known = key, self._stacked(names, like)
-            if not torch.is_grad_enabled():
-                self.__dict__["_stacks"] = known
-        route.prepared[place] = known[1]
-        return known[1]
-
-    def _stacked(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of each of `names`, [names, r, in] and [names, out, r]; the scale is in the second."""
-        here = [name for name in dict.fromkeys(names) if self.has(name)]
-        r = max(self.r[name] for name in here)
-        factors = [self.live_factors(name) for name in here]
-        a = torch.stack([_padded(a, 0, r) for a, _ in factors]).to(like.dtype)
-        b = torch.stack([_padded(b, 1, r) for _, b in factors]).to(like.dtype)
-        b = b * like.new_tensor([self.scaling[name] for name in here])[:, None, None]
-        if here == list(names):
-            return a, b
-        nothing = len(here)  # samples without an adapter here get zeros
-        position = {name: i for i, name in enumerate(here)}
-        index = torch.tensor([position.get(name, nothing) for name in names], device=like.device)
-        if nothing in index:
-            a, b = _padded(a, 0, nothing + 1), _padded(b, 0, nothing + 1)
-        return a[index], b[index]
+        added = mixed.add_routed(self, route, [name for name, _ in groups], x, result)
+        return super().add_routed(route, groups, x, result) if added is None else added
 
 
 def draw_factors_(a: Tensor, b: Tensor, r: int, init_lora_weights: bool | str) -> None:
@@ -542,31 +487,6 @@ def _kaiming_uniform_(factor: Tensor) -> None:
     """What `nn.init.kaiming_uniform_` with a slope of sqrt(5) comes to: the start of every linear layer in torch."""
     bound = 1 / math.sqrt(factor.shape[1:].numel())
     factor.uniform_(-bound, bound)
-
-
-def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """`tensor` with zeros behind it in one dimension, up to `size`."""
-    missing = size - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat((tensor, tensor.new_zeros(shape)), dim)
-
-
-def _row_blocks(route: Route, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of `like` by adapter, as the kernels want them; worked out once for a route."""
-    rows = like[..., 0].numel()
-    key = rows, like.device, *names
-    if key not in route.prepared:
-        indices = route.indices(rows)
-        route.prepared[key] = fused.row_blocks([indices[name] for name in names], like.device)
-    return route.prepared[key]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a factor is the linear layer that it seems, with nobody watching."""
-    return type(module) is nn.Linear and not is_watched(module) and "forward" not in module.__dict__
 
 
 class TiedFactor(nn.Module):
