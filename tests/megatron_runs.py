@@ -181,6 +181,7 @@ def errors(rank: int) -> dict[str, str]:
         "dora": lambda: adapted(make, use_dora=True),
         "bias": lambda: adapted(make, lora_bias=True),
         "expert": lambda: adapted(expert),
+        "engine": lambda: adapted(engine),
         "svd": lambda: adapted(make).add_weighted_adapter(["default"], [1.0], "svd", combination_type="svd"),
         "convert": lambda: convert_to_lora(adapted(make), 2),
         "ia3": lambda: get_peft_model(make(), IA3Config(target_modules=["up"], feedforward_modules=[])),
@@ -193,6 +194,15 @@ def errors(rank: int) -> dict[str, str]:
     def expert() -> Mlp:
         model = make()
         model.up.is_expert = True
+        return model
+
+    def engine() -> Mlp:
+        """With a layer that Megatron makes of one of Transformer Engine's."""
+        place = {"__module__": "megatron.core.extensions.transformer_engine"}
+        model = make()
+        model.up = type("TEColumnParallelLinear", (nn.Module,), place)()
+        model.up.in_features, model.up.out_features = WIDTH, INNER
+        model.up.weight = nn.Parameter(torch.zeros(INNER, WIDTH))
         return model
 
     said = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,87 @@ FURTHER: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "torchao float8": lambda linear: torchao(linear, "Float8WeightOnlyConfig"),
     "hqq 3 bits": lambda linear: hqq(linear, 3),
     "hqq 8 bits": lambda linear: hqq(linear, 8),
+}
+
+
+def gptq(linear: nn.Linear) -> nn.Module:
+    qlinear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
+    made = qlinear.TorchLinear(*_BY_GROUP, *_sizes(linear))
+    scales, zeros, _ = _grid(linear)
+    made.pack_original(linear, scales, zeros, torch.arange(linear.in_features) // 16)
+    made.optimized = True  # no compiling
+    made.post_init()
+    return made.train(linear.training)
+
+
+def awq(linear: nn.Linear) -> nn.Module:
+    qlinear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch_awq")
+    made = qlinear.AwqTorchLinear(*_BY_GROUP, *_sizes(linear))
+    scales, zeros, _ = _grid(linear)
+    made.pack(linear, scales, zeros)
+    made.post_init()
+    return made.train(linear.training)
+
+
+#: 4 bits, groups of 16 inputs, not symmetric, in order
+_BY_GROUP = (4, 16, False, False)
+
+
+def inc(linear: nn.Linear, optimum: bool = False) -> nn.Module:
+    modules = pytest.importorskip("neural_compressor.torch.algorithms.weight_only.modules")
+    sizes, bias = _sizes(linear)[:2], linear.bias is not None
+    made = modules.INCWeightOnlyLinear(*sizes, group_size=16, zp=True, bias=bias, use_optimum_format=optimum)
+    scales, zeros, entries = _grid(linear)
+    made.pack(entries.int(), scales, zeros.int(), linear.bias)
+    return made.train(linear.training)
+
+
+def aqlm(linear: nn.Linear) -> nn.Module:
+    """Codes at random: what they are learned from is data, not a weight."""
+    package = pytest.importorskip("aqlm")
+    size, bits = 4, 4
+    made = package.QuantizedLinear(*_sizes(linear)[:2], size, 1, 2, bits, bias=linear.bias is not None)
+    with torch.no_grad():
+        made.codebooks.normal_(std=0.2)
+        made.codes.copy_(torch.randint(0, 2**bits, made.codes.shape))
+        made.scales.uniform_(0.5, 1)
+        if linear.bias is not None:
+            made.bias.copy_(linear.bias)
+    return made.train(linear.training)
+
+
+def eetq(linear: nn.Linear) -> nn.Module:
+    """transformers' layer, whose kernel there is for CUDA only: with the same product on a CPU."""
+    module = pytest.importorskip("transformers.integrations.eetq")
+    product = lambda x, weight, scales: x @ (weight.to(x.dtype) * scales.to(x.dtype))
+    module.eetq_kernels_hub = SimpleNamespace(w8_a16_gemm=product)
+    made = module.EetqLinear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    scales = linear.weight.abs().amax(dim=1) / 127
+    with torch.no_grad():
+        made.weight.copy_((linear.weight / scales[:, None]).round().T)
+        made.weight_scales.copy_(scales)
+        if linear.bias is not None:
+            made.bias.copy_(linear.bias)
+    return made.requires_grad_(False).train(linear.training)
+
+
+def _grid(linear: nn.Linear, size: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales and zeros [out, groups] of groups of inputs, and the entries [out, in], in 4 bits."""
+    groups = linear.weight.detach().unflatten(1, (-1, size))
+    scales = (groups.amax(-1) - groups.amin(-1)) / 15
+    zeros = (-groups.amin(-1) / scales).round().clamp(0, 15)
+    entries = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
+    return scales, zeros, entries.flatten(1)
+
+
+#: those that are read and not written
+READ_ONLY: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "gptq": gptq,
+    "awq": awq,
+    "inc": inc,
+    "inc as optimum has it": lambda linear: inc(linear, True),
+    "aqlm": aqlm,
+    "eetq": eetq,
 }
 
 

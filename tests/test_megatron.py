@@ -125,6 +125,7 @@ def test_sequence_parallelism(seen, alone):
         "dora": "ValueError.*DoRA.*ParallelLinear",
         "bias": "ValueError.*lora_bias",
         "expert": "ValueError.*expert that 2 processes share",
+        "engine": "ValueError.*TEColumnParallelLinear, which is not supported",
         "svd": "ValueError.*'linear' and 'cat'",
         "convert": "TypeError.*ParallelLinear",
         "ia3": "ValueError.*ColumnParallelLinear",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantised_layers import FURTHER, QUANTISED, held_bytes
+from quantised_layers import FURTHER, QUANTISED, READ_ONLY, held_bytes
 from tiny_models import fill_adapter, llama, saved_base, tokens
 
 ALL = {**QUANTISED, **FURTHER}
@@ -129,6 +131,117 @@ def test_a_layer_that_is_called_and_no_more():
     assert torch.equal(model(X), expected)
     with pytest.raises(NotImplementedError, match="Packed"):
         get_peft_model(model.unload(), LoraConfig(target_modules=["up"], init_lora_weights="pissa"))
+
+
+over_read_only = pytest.mark.parametrize("kind", READ_ONLY)
+CLASSES = {
+    "gptq": "GPTQLoraLinear", "awq": "AwqLoraLinear", "inc": "IncLoraLinear", "aqlm": "AqlmLoraLinear",
+    "eetq": "EetqLoraLinear",
+}  # fmt: skip
+
+
+def read_only(kind: str) -> nn.Sequential:
+    """A plain layer, so that gradients go through the one that comes next: a packed one."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), READ_ONLY[kind](nn.Linear(16, 24))).requires_grad_(False).eval()
+
+
+@over_read_only
+def test_other_packages_layers_are_read_by_calling_them(kind):
+    base = read_only(kind)
+    before = base(X)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    first, layer = model.base_model.model
+    assert type(layer).__name__ == CLASSES[kind.split()[0]]
+    close = dict(rtol=2e-3, atol=2e-3)  # some of them compute in half precision
+    weight, bias = layer.get_base_weight().float(), layer.get_base_bias().float()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(X), before)
+        torch.testing.assert_close(nn.functional.linear(base[0](X), weight, bias), before.float(), **close)
+    changed = weight + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(model(X).float(), nn.functional.linear(first(X), changed, bias), **close)
+    with pytest.raises(NotImplementedError, match="nothing can be merged"):
+        model.merge_adapter()
+    torch.testing.assert_close(layer.get_base_weight().float(), weight)  # what the forward passes left does not matter
+
+
+@over_read_only
+@pytest.mark.parametrize("method", ["lora", "dora", "oft"])
+def test_training_on_other_packages_layers(kind, method, tmp_path):
+    config = {
+        "lora": lambda: LoraConfig(r=4, target_modules=["0", "1"], use_rslora=True),
+        "dora": lambda: LoraConfig(r=4, target_modules=["0", "1"], use_dora=True),
+        "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["0", "1"]),
+    }[method]()
+    torch.manual_seed(1)
+    model = get_peft_model(read_only(kind), config).train()
+    target = torch.randn(6, 24)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(X).float(), target)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(read_only(kind), tmp_path)
+    torch.testing.assert_close(loaded(X), model(X))
+
+
+class Scaled(Tensor):
+    """A weight as Transformer Engine has it: 8-bit numbers and a scale in a tensor that says it is float32."""
+
+    @staticmethod
+    def __new__(cls, data: Tensor, scale: float) -> Scaled:
+        return Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
+
+    def __init__(self, data: Tensor, scale: float):
+        self.data8, self.scale = data, scale
+
+    def dequantize(self) -> Tensor:
+        return self.data8.float() * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func is torch.ops.aten.detach.default, f"{func} on packed numbers"
+        return cls(args[0].data8, args[0].scale)
+
+
+class TransformerEngineLinear(nn.Module):
+    """Its `Linear`, of which PyPI has no build for a CPU: an empty tensor stands for no bias."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(Scaled((linear.weight * 64).to(torch.float8_e4m3fn), 1 / 64), requires_grad=False)
+        self.bias = Tensor()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.dequantize().T
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_weights_as_transformer_engine_holds_them(method, monkeypatch):
+    package = ModuleType("transformer_engine.pytorch")
+    package.Linear = TransformerEngineLinear
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    base = plain()
+    base.up = TransformerEngineLinear(base.up)
+    weight = base.up.weight.dequantize()
+    config = {
+        "lora": LoraConfig(r=4, target_modules=["up"]),
+        "ia3": peft.IA3Config(target_modules=["up"], feedforward_modules=[]),
+    }[method]
+    model = fill_adapter(get_peft_model(base, config)).eval()
+    layer = model.base_model.model.up
+    assert type(layer).__name__ == {"lora": "TeLinear", "ia3": "IA3Layer"}[method]
+    assert torch.equal(layer.get_base_weight(), weight) and layer.get_base_bias() is None
+    torch.testing.assert_close(layer(X), X @ (weight + layer.get_delta_weight("default")).T)
+    with pytest.raises(NotImplementedError, match="nothing can be merged"):
+        model.merge_adapter()
 
 
 class Strange(nn.Module):

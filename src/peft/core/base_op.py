@@ -82,6 +82,14 @@ class LinearOp(BaseOp):
         return F.linear(args[0], weight, bias)
 
 
+class EetqOp(LinearOp):
+    """EETQ's int8 layers: weight [in, out]; those of transformers say it in no other way."""
+
+    def features(self, module: Any) -> tuple[int, int]:
+        in_features, out_features = module.weight.shape
+        return out_features, in_features
+
+
 class TransposedOp(BaseOp):
     """transformers' `Conv1D` (GPT-2): a linear layer that holds its weight as [in, out]."""
 
@@ -274,7 +282,9 @@ def _is_parallel_linear(module: nn.Module) -> bool:
 
 def _is_linear_like(module: nn.Module) -> bool:
     """Quantised and sharded linear layers of other packages are no `nn.Linear`, but say what they map."""
-    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+    known = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+    # Megatron's layers made of Transformer Engine's are shared out among processes, and return pairs.
+    return known and not any(kind.__module__.startswith("megatron.") for kind in type(module).__mro__)
 
 
 #: first match wins
@@ -286,6 +296,7 @@ _KINDS: list[tuple[Callable[[nn.Module], bool], type[BaseOp]]] = [
     (lambda module: isinstance(module, nn.MultiheadAttention), AttentionOp),
     (_is_norm, NormOp),
     (_is_parallel_linear, ParallelLinearOp),
+    (lambda module: type(module).__name__ == "EetqLinear", EetqOp),
     (_is_linear_like, LinearOp),
 ]
 

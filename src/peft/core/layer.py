@@ -156,7 +156,8 @@ class AdapterLayer(Part):
 
     def get_base_bias(self) -> Tensor | None:
         """The base module's own bias, or None."""
-        return getattr(self.get_base_layer(), self.op.bias_name, None) if self.op.bias_name else None
+        bias = getattr(self.get_base_layer(), self.op.bias_name, None) if self.op.bias_name else None
+        return None if bias is None or not bias.numel() else bias  # Transformer Engine's layers have an empty one
 
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor in the module's shape, whatever it is stored as."""

@@ -42,7 +42,8 @@ def storage_of(module: nn.Module, name: str) -> Storage:
 
 
 def _is_usual(weight: Any) -> bool:
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+    # A tensor that is no parameter may be what a packed layer has unpacked for its own forward.
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1
 
 
 def _is_packed(module: nn.Module, weight: Tensor) -> bool:

@@ -312,9 +312,13 @@ class CallOnly(Quantised):
         bias, module.bias = module.bias, None  # in half precision, to add it and take it away would cost digits
         try:
             with torch.no_grad():
-                return module(torch.eye(module.in_features, dtype=dtype, device=device)).T
+                return module(torch.eye(self._inputs(module), dtype=dtype, device=device)).T
         finally:
             module.bias = bias
+
+    @staticmethod
+    def _inputs(module: Any) -> int:
+        return module.in_features
 
     def check_write(self, module: nn.Module, name: str) -> None:
         raise NotImplementedError(
@@ -322,6 +326,35 @@ class CallOnly(Quantised):
             " nothing can be merged into it. Merge into a base model that is not quantised, and quantise the outcome;"
             " or leave the adapter as it is."
         )
+
+
+class Eetq(CallOnly):
+    """EETQ's int8 layers, of its own package and of transformers: weight [in, out]."""
+
+    @staticmethod
+    def _inputs(module: Any) -> int:
+        return len(module.weight)
+
+
+class NeuralCompressor(CallOnly):
+    """Intel Neural Compressor's weight-only layers; their first call changes the bias, so they are asked instead."""
+
+    def read(self, module: Any, name: str) -> Tensor:
+        unpacked = getattr(module, name, None)  # kept by the layer's first call
+        if unpacked is None:
+            return module.recover() if hasattr(module, "recover") else super().read(module, name)
+        return unpacked
+
+
+class TransformerEngine(CallOnly):
+    """Transformer Engine's `Linear` whose weight is one of its 8 or 4-bit tensors."""
+
+    def held(self, module: nn.Module, name: str) -> Tensor:
+        return getattr(module, name)
+
+    def read(self, module: nn.Module, name: str) -> Tensor:
+        with torch.no_grad():
+            return getattr(module, name).dequantize()
 
 
 class PackedByGroup(CallOnly):
@@ -340,11 +373,11 @@ QUANTISED: list[Quantised] = [
     # GPTQModel's layers for AWQ are among its layers, so they are asked for first.
     CallOnly("awq", "gptqmodel.nn_modules.qlinear", "AWQuantLinear"),
     CallOnly("gptq", "gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
-    CallOnly("eetq", "eetq", "EetqLinear"),
-    CallOnly("eetq", "transformers.integrations.eetq", "EetqLinear"),
+    Eetq("eetq", "eetq", "EetqLinear"),
+    Eetq("eetq", "transformers.integrations.eetq", "EetqLinear"),
     CallOnly("aqlm", "aqlm.inference", "QuantizedLinear"),
-    CallOnly("inc", "neural_compressor.torch.algorithms.weight_only.modules", "WeightOnlyLinear"),
+    NeuralCompressor("inc", "neural_compressor.torch.algorithms.weight_only.modules", "WeightOnlyLinear"),
     CallOnly("inc", "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules", "PatchedLinearBase"),
-    CallOnly("te", "transformer_engine.pytorch", "Linear"),
+    TransformerEngine("te", "transformer_engine.pytorch", "Linear"),
     PackedByGroup("gptq"),
 ]
