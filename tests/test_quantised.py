@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantised_layers import FURTHER, QUANTISED, READ_ONLY, held_bytes
+from quantised_layers import FURTHER, QUANTISED, READ_ONLY, held_bytes, torchao
 from tiny_models import fill_adapter, llama, saved_base, tokens
 
 ALL = {**QUANTISED, **FURTHER}
@@ -283,6 +284,30 @@ def test_a_model_that_transformers_has_quantised(bits, tmp_path):
         assert (model(tokens()).logits - expected).norm() < 0.2 * expected.norm()
         model.unmerge_adapter()
         torch.testing.assert_close(model(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("kind", ["Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"])
+def test_gradients_get_through_layers_that_quantise_their_input(kind, bias):
+    config = LoraConfig(target_modules=["up"], init_lora_weights=False, bias=bias)
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        model(X).sum().backward()
+        return [p.grad for name, p in model.named_parameters() if "lora_" in name]
+
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.up, base.down = nn.Linear(16, 32), torchao(nn.Linear(32, 16), kind)
+    with pytest.warns(peft.PeftWarning, match="'down', quantise their input"):
+        base = get_peft_model(base, config).unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peft.PeftWarning)
+        model = fill_adapter(get_peft_model(peft.prepare_model_for_kbit_training(base), config))
+    found = gradients(model)
+    model.zero_grad()
+    model.base_model.model.down.weight = nn.Parameter(model.base_model.model.down.weight.dequantize())
+    for gradient, expected in zip(found, gradients(model), strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_the_qlora_example(capsys):

@@ -20,10 +20,12 @@ from peft.core.plan import (
     all_linear,
     base_of,
     make_plan,
+    model_modules,
     shortened,
     state_dict_targets,
 )
 from peft.core.routing import BASE
+from peft.core.storage.gradients import blocking
 from peft.core.tokens import token_rows, train_tokens
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
 from peft.core.undo import hand_over
@@ -86,7 +88,20 @@ def inject(
             changed = layer.settle(adapter_name)
             if changed is not None:
                 undo.callback(layer.unsettle, changed)
+        _warn_of_lost_gradients(model, config)
         hand_over(undo)
+
+
+def _warn_of_lost_gradients(model: nn.Module, config: Any) -> None:
+    blocked = [] if config.inference_mode else blocking((key, base_of(m)) for key, m in model_modules(model))
+    if blocked:
+        warnings.warn(
+            f"{len(blocked)} layers, such as {blocked[0]!r}, quantise their input and pass no gradient on to it, so"
+            " what is before them is trained wrongly, or not at all. prepare_model_for_kbit_training(model) lets"
+            " gradients through.",
+            PeftWarning,
+            stacklevel=2,
+        )
 
 
 def check_adapter_name(name: str) -> None:

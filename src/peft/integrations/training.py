@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.storage.gradients import let_gradients_through
 from peft.errors import PeftWarning
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -24,8 +25,9 @@ def prepare_model_for_kbit_training(
 
     Freezes all parameters; raises those in float16 or bfloat16, such as norms and the head, to float32 (unless a
     backend other than bitsandbytes holds the weights: its kernels expect the dtype they have); switches gradient
-    checkpointing on and lets gradients flow through the frozen embeddings. A model that is not quantised is frozen and
-    raised to float32, no more.
+    checkpointing on and lets gradients flow through the frozen embeddings, and through layers that quantise their input
+    (torchao's dynamic activations), as if they did not. A model that is not quantised is frozen and raised to float32,
+    no more.
 
     Args:
         model: the model, changed in place.
@@ -50,6 +52,7 @@ def prepare_model_for_kbit_training(
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    let_gradients_through(model.named_modules())
     if quantized and use_gradient_checkpointing:
         settings = gradient_checkpointing_kwargs or {}
         if settings.get("use_reentrant", True):

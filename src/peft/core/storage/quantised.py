@@ -40,6 +40,10 @@ class Quantised(Storage):
         """`value` in the storage's form, on the weight's device: what goes into each of `parts`."""
         raise NotImplementedError
 
+    def passes_gradient(self, module: nn.Module, name: str) -> bool:
+        """Whether the module's own forward pass is one that gradients get through, to its input."""
+        return True
+
     def held(self, module: nn.Module, name: str) -> Tensor:
         return getattr(module, self.parts[0] or name)
 
@@ -192,6 +196,10 @@ class TorchAO(Quantised):
             value = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
             scale = getattr(weight, "act_pre_scale", None)  # what the activations are multiplied with first
             return value if scale is None else value * scale
+
+    def passes_gradient(self, module: nn.Module, name: str) -> bool:
+        rounds_input = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
+        return all(getattr(getattr(module, name), setting, None) is None for setting in rounds_input)
 
     def check_write(self, module: nn.Module, name: str) -> None:
         self._settings(getattr(module, name))
