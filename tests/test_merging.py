@@ -207,6 +207,37 @@ def test_svd_finds_the_nearest_of_a_lower_rank():
     assert layer.r["w"] == model.peft_config["w"].r == 2 and layer.scaling["w"] == 1
 
 
+def test_svd_has_the_largest_rank_of_the_adapters_unless_told():
+    model = model_with(lora(rank_pattern={"linear": 7}, r=2), lora(r=4))
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "w")
+    ranks = {key: layer.r["w"] for key, layer in model.base_model.parts()}
+    assert ranks.pop("grouped") == 6  # its two groups share the rank
+    assert set(ranks.values()) == {7}
+    a, b = changes(model, "a"), changes(model, "b")  # ranks 2 and 4: there is room for all of the sum
+    for key, change in changes(model, "w").items():
+        if key != "linear":
+            torch.testing.assert_close(change, a[key] + b[key], atol=1e-5, rtol=1e-4)
+
+
+def test_svd_has_no_larger_rank_than_the_weight():
+    model = model_with(lora(target_modules=["linear", "head"], rank_pattern={"linear": 6, "head": 2}))
+    model.add_weighted_adapter(["a"], [1.0], "w", density=1.0, combination_type="ties_svd")
+    assert (model.base_model.model.linear.r["w"], model.base_model.model.head.r["w"]) == (6, 3)
+
+
+def test_what_is_dropped_from_an_embedding_is_drawn_token_by_token():
+    model = model_with(*[lora(target_modules=["embed"], r=2)] * 2)
+    layer = model.base_model.model.embed
+    torch.manual_seed(3)
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "w", "dare_linear_svd", svd_rank=8, density=0.5)
+    torch.manual_seed(3)
+    for size in (8 * 20, 8 * 8, 8 * 8):  # the start values that huggingface/peft draws first
+        torch.randn(size)
+    a, b = (layer.get_delta_weight(name) for name in ("a", "b"))
+    expected = ops.dare_linear([a, b], [1.0, 0.5], 0.5)
+    torch.testing.assert_close(layer.get_delta_weight("w"), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_ranks_by_module_are_kept_by_module(tmp_path):
     """huggingface/peft writes one rank for all modules, so that the saved adapter cannot be loaded."""
     model = model_with(lora(rank_pattern={"linear": 2}), lora(rank_pattern={"linear": 2, "attention": 6}))

@@ -80,12 +80,13 @@ def add_weighted_adapter(
         raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
     layers: dict[Any, str] = layers_with(tuner, adapters)
     _check_factors(adapters, layers, how)
+    largest = max(rank for name in adapters for rank in _ranks(tuner.peft_config[name]))
     if "dare" in how.name:
-        _skip_start_values(tuner, adapters, layers, how)
+        _skip_start_values(adapters, layers, how.svd_rank if how.on_product and how.svd_rank else largest)
     tensors, ranks = {}, {}
     for layer, key in layers.items():
         here = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if layer.has(name)]
-        ranks[key], tensors[layer] = _combined(layer, here, how, key)
+        ranks[key], tensors[layer] = _combined(layer, here, how, key, largest)
     config = combined_config(tuner, adapters, layers)
     config.r = config.lora_alpha = max(ranks.values())
     config.rank_pattern = {key: rank for key, rank in ranks.items() if rank != config.r}
@@ -113,12 +114,15 @@ def _check_factors(adapters: Sequence[str], layers: Mapping[Any, str], how: Comb
             )
 
 
-def _skip_start_values(tuner: BaseTuner, adapters: Sequence[str], layers: Iterable[Any], how: Combination) -> None:
+def _ranks(config: Any) -> list[int]:
+    return [config.r, *(config.rank_pattern or {}).values()]
+
+
+def _skip_start_values(adapters: Sequence[str], layers: Iterable[Any], rank: int) -> None:
     """Draws the random numbers that huggingface/peft starts the new adapter with before it draws what to drop.
 
     So a seed drops the same entries here and there.
     """
-    rank = (how.svd_rank if how.on_product else None) or max(tuner.peft_config[name].r for name in adapters)
     for layer in layers:
         name = next(name for name in adapters if layer.has(name))
         a, b = (torch.empty(factor.numel() // layer.r[name] * rank) for factor in layer.factors(name))
@@ -127,14 +131,14 @@ def _skip_start_values(tuner: BaseTuner, adapters: Sequence[str], layers: Iterab
 
 
 def _combined(
-    layer: Any, here: Sequence[tuple[str, float]], how: Combination, key: str
+    layer: Any, here: Sequence[tuple[str, float]], how: Combination, key: str, largest: int
 ) -> tuple[int, dict[str, Tensor]]:
-    """The combination of some adapters on one layer: its rank and its tensors."""
+    """The combination of some adapters, whose largest rank is `largest`, on one layer: its rank and its tensors."""
     names = [name for name, _ in here]
     scaled = [weight * float(layer.scaling[name]) for name, weight in here]
     with torch.no_grad():
         if how.on_product:
-            factors = _of_products(layer, names, [weight for _, weight in here], how, key)
+            factors = _of_products(layer, names, [weight for _, weight in here], how, key, largest)
         else:
             factors = _of_factors(layer, names, scaled, how)
         tensors = store(layer, *factors)
@@ -165,17 +169,16 @@ def _side_by_side(stacks: Sequence[tuple[Tensor, Tensor]], scaled: Sequence[floa
 
 
 def _of_products(
-    layer: Any, names: Sequence[str], weights: Sequence[float], how: Combination, key: str
+    layer: Any, names: Sequence[str], weights: Sequence[float], how: Combination, key: str, largest: int
 ) -> tuple[Tensor, Tensor]:
     """The combined change of the weight, decomposed again."""
-    wanted = how.svd_rank or max(layer.r[name] for name in names)
-    rank = block_rank(layer, wanted)
     stacks = [load(layer, name) for name in names]
     room = min(stacks[0][0].shape[2], stacks[0][1].shape[1])
+    wanted = how.svd_rank or adapter_rank(layer, min(block_rank(layer, largest), room))
+    rank = block_rank(layer, wanted)
     if adapter_rank(layer, rank) != wanted or not 1 <= rank <= room:
-        largest = adapter_rank(layer, room)
         raise ValueError(
-            f"svd_rank={how.svd_rank} does not fit {key!r}: its weight has a rank of at most {largest}"
+            f"svd_rank={wanted} does not fit {key!r}: its weight has a rank of at most {adapter_rank(layer, room)}"
             + (f", in equal parts for {len(stacks[0][0])} groups." if len(stacks[0][0]) > 1 else ".")
         )
     ranks = sum(a.shape[1] for a, _ in stacks)
@@ -184,7 +187,13 @@ def _of_products(
         a, b = _side_by_side(stacks, scaled)
         u, s, vh = svd_of_product(b, a)
         return vh[:, :rank], u[..., :rank] * s[:, None, :rank]
-    change = how.of([product(layer, name) for name in names], weights)
+    changes = [product(layer, name) for name in names]
+    if layer.op.kind in ("Conv1D", "Embedding"):
+        # Their weight is the matrix transposed. Entries are dropped in its order, so that a seed means the same as in
+        # huggingface/peft.
+        change = how.of([change.mT.contiguous() for change in changes], weights).mT
+    else:
+        change = how.of(changes, weights)
     u, s, a = truncated_svd(change, rank, how.svd_driver)
     b = u * s[:, None]
     if how.svd_clamp is not None:
