@@ -7,6 +7,7 @@ place.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +26,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-#: entries of a weight that `add_low_rank` works on at a time: few enough for a processor's cache
+@lru_cache(maxsize=16)
+def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What thin products are computed in: float32 where a processor has no instructions for `dtype`.
+
+    They take some ten times as long there in half precision, and a few casts are nothing beside that.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    probe = f"_is_mkldnn_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_supported"
+    return dtype if getattr(torch.ops.mkldnn, probe)() else torch.float32
+
+
+#: entries of a weight that are worked on at a time: few enough for a processor's cache
 _PIECE = 1 << 18
 
 
@@ -153,12 +166,21 @@ def lora_linear_few(
     return result
 
 
+def _mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right, computed in `dtype` whatever autocast says: it leaves products alone that are told where to go."""
+    out = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
+
+
 def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float, overwrite: bool) -> Tensor:
     """out + scaling low B^T, in place if `overwrite`."""
-    flat, low = (
-        out.view(-1, out.shape[-1]) if overwrite else out.reshape(-1, out.shape[-1]),
-        low.reshape(-1, low.shape[-1]),
-    )
+    flat = out.view(-1, out.shape[-1]) if overwrite else out.reshape(-1, out.shape[-1])
+    if low.dtype != out.dtype:
+        product = _mm(low, b.T * scaling, low.dtype)
+        if not overwrite:
+            return (flat + product).to(out.dtype).view(out.shape)
+        flat.add_(product)
+        return out
     if overwrite:
         flat.addmm_(low, b.T, alpha=scaling)
         return out
@@ -184,14 +206,15 @@ def _kept_factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _down(x: Tensor, a: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """drop(x) A^T, and the mask, if any."""
+    """drop(x) A^T as a matrix [rows, r], and the mask, if any."""
+    flat, dtype = x.reshape(-1, x.shape[-1]), _product_dtype(x.dtype, x.device)
     if p == 0:
-        return F.linear(x, a), None
-    mask, flat = draw_mask(x.numel(), p, x.device), x.flatten(0, -2)
-    low = x.new_empty(len(flat), len(a))
+        return _mm(flat, a.T, dtype), None
+    mask, a = draw_mask(x.numel(), p, x.device), a.to(dtype)
+    low = torch.empty(len(flat), len(a), dtype=dtype, device=x.device)
     for some, factors in pieces(mask, p, flat):
-        torch.mm(factors.mul_(flat[some]), a.T, out=low[some])
-    return low.view(*x.shape[:-1], len(a)), mask
+        torch.mm(factors.mul_(flat[some]).to(dtype), a.T, out=low[some])
+    return low, mask
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -222,45 +245,80 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, v, weight, low, a, b, mask = ctx.saved_tensors
+        u, v, *saved = ctx.saved_tensors
         flat, u, v = grad.flatten(0, -2), u.flatten(0, -2), None if v is None else v.flatten(0, -2)
-        # Thin matrices lie the way that processors multiply fastest: measured, three times as fast for the rank 8.
-        grad_low = F.linear(flat, (b * ctx.scaling).T.contiguous())
-        if torch.is_grad_enabled():  # a second derivative is wanted, so everything comes from tensors with a history
-            x = u if v is None else u * v
-            factors = 1.0 if mask is None else mask_factors(mask, ctx.p, x)
-            low, grad_a, through = F.linear(x * factors, a), grad_low.T @ (x * factors), grad_low @ a * factors
-            grad_x = through if weight is None else through + flat @ weight
-        elif mask is None:
-            grad_a = grad_low.T @ (u if v is None else u * v)
-            grad_x = None
-            if ctx.needs_input_grad[0]:
-                grad_x = grad_low @ a if weight is None else (flat @ weight).addmm_(grad_low, a)
-        else:
-            grad_x = grad_low @ a if ctx.needs_input_grad[0] else None
-            grad_a = _backward_of_dropped(grad_x, u, v, grad_low, mask, ctx.p).to(a.dtype)
-            if grad_x is not None and weight is not None:
-                grad_x.addmm_(flat, weight)
-        grad_b = (low.flatten(0, -2).T @ flat).T.contiguous() * ctx.scaling
+        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        grad_x, grad_a, grad_b = gradients(ctx.needs_input_grad[0], flat, u, v, *saved, ctx.scaling, ctx.p)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, grad if ctx.needs_input_grad[3] else None, grad_a, grad_b, None, None, None
 
 
-def _backward_of_dropped(
+def _differentiable_gradients(
+    wants_x: bool, grad: Tensor, u: Tensor, v: Tensor | None, weight: Tensor | None, low: Tensor, a: Tensor, b: Tensor,
+    mask: Tensor | None, scaling: float, p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, A and B for a second derivative: all from tensors with a history, so x A^T once more."""
+    x = u if v is None else u * v
+    factors = 1.0 if mask is None else mask_factors(mask, p, x)
+    dropped, grad_low = x * factors, grad @ b * scaling
+    grad_x = grad_low @ a * factors
+    if weight is not None:
+        grad_x = grad_x + grad @ weight
+    return grad_x, grad_low.T @ dropped, grad.T @ F.linear(dropped, a) * scaling
+
+
+def _gradients(
+    wants_x: bool, grad: Tensor, u: Tensor, v: Tensor | None, weight: Tensor | None, low: Tensor, a: Tensor, b: Tensor,
+    mask: Tensor | None, scaling: float, p: float,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x = u v (of x through W as well, where that is given), A and B."""
+    dtype = low.dtype
+    grad = grad.to(dtype)
+    # Thin matrices lie the way that processors multiply fastest: measured, three times as fast for the rank 8.
+    grad_low = _mm(grad, (b.to(dtype) * scaling).T.contiguous().T, dtype)
+    grad_b = _mm(low.T, grad, dtype).T.contiguous() * scaling
+    grad_x = None
+    if wants_x and mask is None and weight is not None:
+        grad_x = _add_mm(None, grad, weight, dtype).addmm_(grad_low, a.to(dtype))
+    elif wants_x:
+        grad_x = _mm(grad_low, a, dtype)
+    if mask is None:
+        grad_a = _mm(grad_low.T, u if v is None else u * v, dtype)
+    else:
+        grad_a = _through_dropout(grad_x, u, v, grad_low, mask, p)
+        if grad_x is not None and weight is not None:
+            _add_mm(grad_x, grad, weight, dtype)
+    return None if grad_x is None else grad_x.to(u.dtype), grad_a.to(a.dtype), grad_b.to(b.dtype)
+
+
+def _add_mm(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left right, in place; all of `right` is not cast at once."""
+    if right.dtype == dtype:
+        return _mm(left, right, dtype) if total is None else total.addmm_(left, right)
+    if total is None:
+        total = torch.zeros(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
+    rows = max(1, _PIECE * 16 // right.shape[1])
+    for part, some in zip(left.split(rows, 1), right.split(rows), strict=True):
+        total.addmm_(part, some.to(dtype))
+    return total
+
+
+def _through_dropout(
     grad: Tensor | None, u: Tensor, v: Tensor | None, grad_low: Tensor, mask: Tensor, p: float
 ) -> Tensor:
     """grad_low^T drop(u v); `grad`, if there is one, is multiplied with what dropout has multiplied u v with."""
-    dtype = torch.promote_types(u.dtype, torch.float32)  # the sum of the pieces is not to be rounded after each
-    total = u.new_zeros(grad_low.shape[1], u.shape[1], dtype=dtype)
+    dtype = torch.promote_types(grad_low.dtype, torch.float32)  # the sum of pieces is not to be rounded after each
+    total = torch.zeros(grad_low.shape[1], u.shape[1], dtype=dtype, device=u.device)
     for some, factors in pieces(mask, p, u):
         if grad is not None:
             grad[some].mul_(factors)
         factors.mul_(u[some])
         if v is not None:
             factors.mul_(v[some])
-        if dtype == u.dtype:
-            total.addmm_(grad_low[some].T, factors)
+        left = grad_low[some].T
+        if left.dtype == dtype:
+            total.addmm_(left, factors.to(dtype))
         else:
-            total.add_(grad_low[some].T @ factors)
+            total.add_(left @ factors)
     return total
