@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft import IA3Config, LoraConfig, PeftModel, convert_to_lora, get_peft_model, get_peft_model_state_dict
+from peft.checkpoint.hotswap import prepare_model_for_compiled_hotswap
 
 PROCESSES = 2
 WIDTH, INNER = 8, 12
@@ -160,11 +161,14 @@ def observe_sequence(rank: int) -> dict[str, Any]:
     x = tensors()["x"].chunk(PROCESSES)[rank].clone().requires_grad_()
     output = model(x)
     output.square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    prepare_model_for_compiled_hotswap(model, target_rank=6)  # new parameters, of the same kind
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {
         "output": output,
+        "with room": model(x),
         "gradient of x": x.grad,
-        "gradients": {name: p.grad for name, p in trained.items()},
+        "gradients": gradients,
         "of own tokens": [name for name, p in trained.items() if getattr(p, "sequence_parallel", False)],
         "shared out": [name for name, p in trained.items() if getattr(p, "tensor_model_parallel", False)],
     }

@@ -316,8 +316,12 @@ def _resize(layer: LoraLayer, name: str, rank: int) -> None:
         owner = layer.get_submodule(path)
         if isinstance(owner, TiedFactor):  # it grows with the one that it is tied to
             continue
-        setattr(owner, attribute, nn.Parameter(tensors[key], requires_grad=getattr(owner, attribute).requires_grad))
-        for size in ("out_features", "out_channels") if "lora_A" in key else ("in_features", "in_channels"):
+        old = getattr(owner, attribute)
+        new = nn.Parameter(tensors[key], requires_grad=old.requires_grad)
+        new.__dict__.update(old.__dict__)  # marks of other packages, such as Megatron
+        setattr(owner, attribute, new)
+        out, into = ("out_features", "out_channels", "output_size"), ("in_features", "in_channels", "input_size")
+        for size in out if "lora_A" in key else into:
             if hasattr(owner, size):
                 setattr(owner, size, len(tensors["lora_A.weight"]))
 
