@@ -310,6 +310,19 @@ def test_gradients_get_through_layers_that_quantise_their_input(kind, bias):
         torch.testing.assert_close(gradient, expected)
 
 
+def test_a_frozen_adapter_beside_trained_biases_of_a_quantised_layer():
+    """bitsandbytes gives out views, which must not be written to while gradients are wanted of the bias."""
+    model = get_peft_model(quantised("bnb 4bit"), LoraConfig(target_modules=["up"], bias="all"))
+    fill_adapter(model)
+    x = X.view(2, 3, 16)
+    expected = model(x)
+    model.set_requires_grad("default", False)
+    found = model(x)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert model.base_model.model.up.base_layer.bias.grad.any()
+
+
 def test_the_qlora_example(capsys):
     pytest.importorskip("bitsandbytes")
     path = Path(__file__).parents[1] / "examples" / "qlora_cpu.py"

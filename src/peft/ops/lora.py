@@ -104,6 +104,9 @@ def lora_linear(
     if needs_plain(x, a, b, weight if result is None else result):
         return lora_linear_plain(x, weight, bias, result, a, b, scaling, p)
     by_kernels = fused.wanted(x, len(a), a, b, weight, result)
+    if torch.is_grad_enabled():
+        # Writing into a view would tell autograd of the whole that it shows.
+        overwrite = overwrite and result is not None and not result._is_view()
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
         if not (a.requires_grad and b.requires_grad and x.dim() > 1):
             # With a frozen factor there is less to keep than `_LoraLinear` does. The mask is the same as without
@@ -111,8 +114,6 @@ def lora_linear(
             out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
             dropped = x if p == 0 else x * mask_factors(draw_mask(x.numel(), p, x.device), p, x)
             return out + F.linear(F.linear(dropped, a), b) * scaling
-        # Writing into a view would tell autograd of the whole that it shows.
-        overwrite = overwrite and result is not None and not result._is_view()
         if by_kernels:
             return fused.lora_linear(x, weight, bias, result, a, b, scaling, p, overwrite, _kept_factors(x))
         return _LoraLinear.apply(x, weight, bias, result, a, b, scaling, p, overwrite)
