@@ -387,6 +387,8 @@ class _Shortest:
     def __call__(self, layer: Linear, x: Tensor) -> Tensor | None:
         """The output, or None where this way does not serve."""
         if self.modules is None:
+            if torch.compiler.is_compiling():  # what is noted in the first call would make the second compile anew
+                return None
             self.look_up(layer)
         base, a, b, dropout = self.modules
         modules: Any = layer._modules
