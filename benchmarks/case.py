@@ -43,7 +43,7 @@ class Scale:
     #: size of the adapter that is saved and loaded
     megabytes: int = 200
     #: layers of 60 million parameters each that are merged into; 16 are a 1B model
-    merged_layers: int = 16
+    merged_layers: int = 4
 
 
 SCALES = {

@@ -121,7 +121,8 @@ class LoraLayer(AdapterLayer):
         self.scaling[name] = self.lora_alpha[name] / (math.sqrt(r) if config.use_rslora else r)
         # Past `ModuleDict.__setitem__`, here and below: the name was checked before.
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else _NO_DROPOUT
-        self._modules["lora_dropout"]._modules[name] = dropout
+        modules: Any = self._modules
+        modules["lora_dropout"]._modules[name] = dropout
         variant = variant_of(config, key)
         if variant is None or not variant.applies(self):
             self.make_factors(name, r, config)
@@ -250,7 +251,8 @@ class LoraLayer(AdapterLayer):
         start, parameters = self.lora_start.get(name), super().trainable_parameters(name)
         if start is None or start.trains_b or not self.has(name):
             return parameters
-        return without(parameters, self.factors(name)[1:])
+        fixed: Any = self.factors(name)[1]
+        return without(parameters, [fixed])
 
     def train(self, mode: bool = True) -> LoraLayer:
         # Training may write to weights in ways that leave no trace, so nothing that was made of them is kept.
