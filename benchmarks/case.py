@@ -10,7 +10,7 @@ import copy
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ class Scale:
     vocabulary: int = 1000
     batch: int = 4
     length: int = 256
+    #: the same where half precision may be slow
+    half_batch: int = 2
+    half_length: int = 64
     #: distinct adapters in a mixed batch; tokens that a decoding run adds
     adapters: int = 32
     tokens: int = 16
@@ -45,11 +48,15 @@ class Scale:
     #: layers of 60 million parameters each that are merged into; 16 are a 1B model
     merged_layers: int = 4
 
+    def for_dtype(self, dtype: str) -> Scale:
+        """The sizes of a training step in `dtype`."""
+        return replace(self, batch=self.half_batch, length=self.half_length) if dtype == "bf16" else self
+
 
 SCALES = {
     "full": Scale(),
     "quick": Scale(many=30, modules=(900, 3600), megabytes=50, merged_layers=2),
-    "smoke": Scale(64, 128, 1, 64, 2, 8, 4, 2, 4, (12, 48), (1, 2), 1, 0),
+    "smoke": Scale(64, 128, 1, 64, 2, 8, 2, 8, 4, 2, 4, (12, 48), (1, 2), 1, 0),
 }
 
 

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from case import DTYPES, LINEAR, Case, Clock, Part, Prepared, Row, Scale, fill, gradients, llama, sample, twin
-from step import batch, timed, train
+from step import batch, kept, timed, train
 
 import peft
 
 TITLE = "Around LoRA"
 TEXT = """\
-A training step with a variant, as above, divided by that of plain LoRA. Adding an adapter that starts with a
-decomposition of the weights (rank 16, all seven linear projections), divided by adding a plain one. Eight adapters of
-rank 16 combined with `add_weighted_adapter`, divided by `"linear"`, which sums their factors."""
+A training step with a variant, as above, divided by that of plain LoRA; with plain LoRA on linear layers that
+bitsandbytes holds in 4 bits (nf4, computing in float32), divided by that of the frozen 4-bit model. Adding an adapter
+that starts with a decomposition of the weights (rank 16, all seven linear projections), divided by adding a plain one.
+Eight adapters of rank 16 combined with `add_weighted_adapter`, divided by `"linear"`, which sums their factors."""
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
@@ -33,6 +34,11 @@ def cases(scale: Scale) -> list[Case]:
     ]  # fmt: skip
     starts = Case("starts", lambda: _starts(scale), [Row(f"start, {name}", name, "plain") for name in _STARTS], 3)
     rows = [Row(f"combining 8, {name}", name, "linear") for name in _COMBINED]
+    quantised = [
+        Row("step, QLoRA, nf4", "adapter", "floor"),
+        Row("bytes kept, QLoRA, nf4", "adapter kept", "floor kept", unit="B"),
+    ]
+    steps.append(Case("QLoRA", lambda: _quantised(scale), quantised))
     return [*steps, starts, Case("combining", lambda: _combining(scale), rows, 3)]
 
 
@@ -44,7 +50,7 @@ def _variant(scale: Scale, name: str, dtype: str) -> Prepared:
     settings = dict(_VARIANTS[name])
     if "velora_config" in settings:
         settings["velora_config"] = peft.VeloraConfig(**settings["velora_config"])
-    base = llama(scale, DTYPES[dtype], use_cache=False)
+    base, scale = llama(scale, DTYPES[dtype], use_cache=False), scale.for_dtype(dtype)
     models = {}
     for key, extra in (("plain", {}), ("variant", settings)):
         models[key] = peft.get_peft_model(twin(base), _config(**extra))
@@ -55,6 +61,35 @@ def _variant(scale: Scale, name: str, dtype: str) -> Prepared:
     outcome = {"logits": sample(models["variant"](**inputs).logits), "gradients": gradients(models["variant"])}
     parts = {key: timed(model.train(), inputs) for key, model in models.items()}
     return Prepared(parts, outcome, tolerance=2e-3 if dtype == "fp32" else 5e-2)
+
+
+def _quantised(scale: Scale) -> Prepared:
+    import bitsandbytes as bnb
+
+    floor = llama(scale, use_cache=False).train()
+    for layer in floor.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, module in list(parent.named_children()):
+                if name in LINEAR:
+                    packed = bnb.nn.Linear4bit(
+                        module.in_features, module.out_features, bias=False, compute_dtype=torch.float32,
+                        quant_type="nf4",
+                    )  # fmt: skip
+                    packed.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+                    setattr(parent, name, packed.to("cpu"))  # packs it
+    floor.is_loaded_in_4bit = True
+    adapted = peft.get_peft_model(twin(floor), _config()).train()
+    fill(adapted)
+    inputs = batch(floor, scale)
+    train(adapted, inputs)
+    outcome = {"logits": sample(adapted(**inputs).logits), "gradients": gradients(adapted)}
+    parts = {
+        "floor": timed(floor, inputs),
+        "adapter": timed(adapted, inputs),
+        "floor kept": lambda clock: kept(floor, inputs),
+        "adapter kept": lambda clock: kept(adapted, inputs),
+    }
+    return Prepared(parts, outcome)
 
 
 def _starts(scale: Scale) -> Prepared:

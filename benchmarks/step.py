@@ -13,10 +13,10 @@ import peft
 TITLE = "Training step"
 TEXT = """\
 Forward and backward of a Llama ({s.layers} layers, hidden size {s.hidden}, intermediate size {s.intermediate}) with
-LoRA of rank 16 on all seven linear projections, on a batch of {s.batch} x {s.length} tokens. The floor is the same
-model frozen; in both, gradients flow to the input embeddings. The bytes kept for backward are those of all distinct
-storages that autograd saves, parameters left out. The rows of experts are of a Mixtral with LoRA on both parameters of
-its experts."""
+LoRA of rank 16 on all seven linear projections, on a batch of {s.batch} x {s.length} tokens; in bf16, which many CPUs
+have no instructions for, of {s.half_batch} x {s.half_length}. The floor is the same model frozen; in both, gradients
+flow to the input embeddings. The bytes kept for backward are those of all distinct storages that autograd saves,
+parameters left out. The rows of experts are of a Mixtral with LoRA on both parameters of its experts."""
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -41,6 +41,7 @@ def _case(scale: Scale, dtype: str, dropout: float) -> Case:
 
 
 def _prepare(scale: Scale, dtype: str, dropout: float, experts: bool = False) -> Prepared:
+    scale = scale.for_dtype(dtype)
     floor, adapted = models(scale, dtype, dropout, experts)
     inputs = batch(floor, scale)
     adapted.eval()
