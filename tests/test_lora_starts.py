@@ -241,6 +241,30 @@ def test_a_trained_adapter_is_saved_for_the_original_base(start, use_rslora, tmp
     assert torch.equal(loaded.base_model.model.up.base_layer.weight, mlp().up.weight)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_trained_dora_is_saved_for_the_original_base(start, tmp_path):
+    model = get_peft_model(mlp(), config_of(start, use_dora=True))
+    # Tutorials set this, so that the untrained adapter can be loaded; what the base weights lack is the same.
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    train_a_little(model, X)
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    loaded = PeftModel.from_pretrained(mlp(), tmp_path / "plain")
+    torch.testing.assert_close(loaded(X), model.eval()(X), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(loaded(X), mlp()(X), atol=1e-2)
+
+
+def test_orthogonal_draws_b_rank_by_rank():
+    layer = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"], r=4)).base_model.model[0]
+    torch.manual_seed(3)
+    layer.add_adapter("o", LoraConfig(r=4, init_lora_weights="orthogonal"), r=4)
+    torch.manual_seed(3)
+    torch.rand(4 * 6), torch.rand(5 * 4)  # plain factors are drawn first
+    basis, _ = torch.linalg.qr(torch.randn(4, 4))
+    torch.testing.assert_close(layer.lora_A["o"].weight, (torch.randn(6, 2) @ basis[::2]).T / 10)
+    torch.testing.assert_close(layer.lora_B["o"].weight, torch.randn(2, 5).T @ basis[1::2] / 10)
+
+
 def test_conversion_of_a_start_that_changes_nothing_is_refused(tmp_path):
     model = get_peft_model(mlp(), config_of(True))
     model.save_pretrained(tmp_path / "initial")

@@ -15,6 +15,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.factors import FACTOR_KEYS
 from peft.tuners.lora.layer import LAYERS, Embedding, Linear, LoraLayer, TiedFactor, alpha_of, check_config, rank_of
 from peft.tuners.lora.merging import Combination, add_weighted_adapter
 from peft.tuners.lora.parallel import LoraParallelLinear
@@ -22,6 +23,7 @@ from peft.tuners.lora.quantised import linear_class
 from peft.tuners.lora.starts import start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.alora import Watch
+from peft.tuners.lora.variants.dora import Dora
 from peft.tuners.lora.variants.kasa import Kasa
 from peft.tuners.lora.variants.monteclora import Monteclora
 
@@ -75,18 +77,25 @@ class LoraModel(BaseTuner):
     def without_start(
         self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        start = content["init_lora_weights"]
-        row, variant = start_of(start), variant_of(self.peft_config[adapter_name])
-        if row is None or not row.takes_product or variant is not None:
+        # What the layers started with: tutorials have the configuration say True by now.
+        starts = [layer.lora_start.get(adapter_name) for layer in self.layers() if isinstance(layer, LoraLayer)]
+        variant = variant_of(self.peft_config[adapter_name])
+        if not any(start is not None and start.takes_product for start in starts):
             return super().without_start(adapter_name, tensors, content, initial)
-        factors = {key: value for key, value in tensors.items() if ".lora_" in key}
+        if variant is not None and not isinstance(variant, Dora):
+            raise ValueError(
+                f"path_initial_model_for_weight_conversion is for plain LoRA and DoRA; adapter {adapter_name!r} uses"
+                f" {variant.label}, of which there is no such sum. Save without it."
+            )
+        factors = {key: value for key, value in tensors.items() if key.endswith(FACTOR_KEYS)}
         other = [key for key, value in factors.items() if key not in initial or initial[key].shape != value.shape]
         if other:
             raise ValueError(
                 f"path_initial_model_for_weight_conversion must hold adapter {adapter_name!r} as it was before"
                 f" training, but what is there has no {other[0]!r} of shape {list(factors[other[0]].shape)}."
             )
-        # W_0 + s B A = W + s (B A - B_0 A_0), so the ranks lie side by side; the scale stays what it is.
+        # W_0 + s B A = W + s (B A - B_0 A_0), so the ranks lie side by side; the scale stays what it is, and so do the
+        # lengths of DoRA, which are those of the sum.
         for key, value in factors.items():
             before = initial[key].to(value)
             is_a = "lora_A" in key or "lora_embedding_A" in key

@@ -118,7 +118,7 @@ def _orthogonal(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     basis, _ = torch.linalg.qr(torch.randn(r, r))
     one, other = basis[::2], basis[1::2]
     a = torch.randn(layer.in_features, r // 2) @ one / 10
-    b = torch.randn(layer.out_features, r // 2) @ other / 10
+    b = torch.randn(r // 2, layer.out_features).T @ other / 10
     fill_factors(layer, name, a.T, b)
 
 
