@@ -14,7 +14,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.plan import ends_with
 from peft.core.prompt import PromptHost
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of
+from peft.core.walk import live_modules, parts_of
 from peft.errors import PeftWarning
 from peft.registry import method_of
 
@@ -45,7 +45,7 @@ class Slot(NamedTuple):
 def adapter_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
     """Where the tensors of an adapter live, by the names that files have for them."""
     slots = {}
-    for path, module in model.named_modules():
+    for path, module in live_modules(model):
         if not isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper, BaseTuner)):
             continue
         prefix = f"{path}." if path else ""
@@ -281,12 +281,13 @@ def base_slot(model: nn.Module, key: str) -> Slot | None:
 
 def _assign(slot: Slot, value: Tensor) -> None:
     """Replaces a tensor without memory by `value`, in its dtype."""
-    if slot.attribute not in {**slot.owner._parameters, **slot.owner._buffers}:
+    owner, attribute = slot.owner, slot.attribute
+    if attribute not in owner._parameters and attribute not in owner._buffers:
         return  # a view of a tensor that it is tied to, and which the file has too
     old = slot.tensor
     # A copy: the tensor may be a window on a file that somebody else writes to.
     value = value.to(device=slot.device if slot.device is not None else value.device, dtype=old.dtype, copy=True)
-    if isinstance(old, nn.Parameter):
-        setattr(slot.owner, slot.attribute, nn.Parameter(value, requires_grad=old.requires_grad))
+    if attribute in owner._parameters:
+        owner._parameters[attribute] = nn.Parameter(value, requires_grad=old.requires_grad)
     else:
-        slot.owner.register_buffer(slot.attribute, value)
+        owner._buffers[attribute] = value

@@ -32,7 +32,7 @@ def live_modules(model: nn.Module, copies: bool = True) -> Iterator[tuple[str, n
         yield path, module
         children = module._modules
         if isinstance(module, AdapterLayer):
-            children = {"base_layer": module.base_layer}
+            children = {"base_layer": children["base_layer"]}
         elif isinstance(module, ModulesToSaveWrapper) and not copies:
             children = {"original_module": module.original_module}
         if children:

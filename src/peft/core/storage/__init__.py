@@ -25,7 +25,9 @@ def storage_of(module: nn.Module, name: str) -> Storage:
     Raises:
         TypeError: the weight is held in a way that cannot be read.
     """
-    weight = getattr(module, name, None)
+    weight: Any = module._parameters.get(name)
+    if weight is None:
+        weight = getattr(module, name, None)
     if _is_usual(weight):
         return _PLAIN
     for storage in QUANTISED:
