@@ -69,6 +69,12 @@ def test_of_embeddings_those_are_saved_that_have_an_adapter(target, tmp_path):
     assert len(base) == 1 and base[0].endswith(f"{target}.base_layer.weight")
 
 
+def test_parameters_are_adapted_whatever_modules_are_left_out():
+    settings = {"target_modules": ["lin0", "lin1"], "target_parameters": ["lin1.weight"], "exclude_modules": ["lin1"]}
+    tuner = get_peft_model(MLP(), LoraConfig(**settings)).base_model
+    assert tuner.targeted_module_names == ["lin0"] and tuner.targeted_parameter_names == ["lin1.weight"]
+
+
 def test_an_adapter_beside_one_that_trains_biases_is_warned_of():
     model = get_peft_model(MLP(), LoraConfig(target_modules=["lin0"], bias="all"))
     with pytest.warns(peft.PeftWarning, match="trains biases"):

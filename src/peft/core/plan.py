@@ -276,7 +276,7 @@ def make_plan(
             inside_saved = f"{key}."
             continue
         if parameters:
-            plan.targets += _parameter_targets(Target(key, module, parent, child), parameters, config, used)
+            plan.targets += _parameter_targets(Target(key, module, parent, child), parameters, used)
         if not key:
             continue  # the model itself is in no module that could hold a layer in its place
         if only is not None or key in also_target:
@@ -307,14 +307,13 @@ def _check_saved(key: str, module: nn.Module) -> None:
         )
 
 
-def _parameter_targets(place: Target, wanted: set[str], config: LayerConfig, used: set[str]) -> list[Target]:
+def _parameter_targets(place: Target, wanted: set[str], used: set[str]) -> list[Target]:
     """The parameters of one module that `wanted` names, in the order the module has them."""
-    module = place.module
-    base = base_of(module)
+    base = base_of(place.module)
     targets = []
     for name, _ in base.named_parameters(recurse=False):
         entry = ends_with(f"{place.key}.{name}" if place.key else name, wanted)
-        if entry is not None and not matching_entry(config.exclude_modules, place.key):
+        if entry is not None:
             used.add(entry)
             targets.append(replace(place, parameter_name=name))
     return targets
