@@ -181,7 +181,8 @@ def _vocabulary_changed(model: nn.Module, config: Any) -> bool:
 
 def _embedding_slots(model: nn.Module, config: Any) -> dict[str, Slot]:
     """The base weights of the embedding and the output layer: of those that have adapters, if one has."""
-    slots, adapted = {}, {}
+    slots: dict[str, Slot] = {}
+    adapted: dict[str, Slot] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         layer: Any = getattr(model, getter)() if hasattr(model, getter) else None
         path = (

@@ -19,9 +19,9 @@ def blocking(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
 
 def let_gradients_through(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Gives the input of such modules the gradient that it would have if it were not quantised."""
-    modules = dict(modules)
-    for name in blocking(modules.items()):
-        modules[name].register_forward_hook(_pass_on)
+    for name, module in modules:
+        if blocking([(name, module)]):
+            module.register_forward_hook(_pass_on)
 
 
 def _blocks(module: nn.Module) -> bool:
