@@ -195,7 +195,7 @@ class LoraLayer(AdapterLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B as they are stored."""
         modules: Any = self._modules  # past `__getattr__`, which takes longer than the rest
-        return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
+        return _weight(modules["lora_A"]._modules[name]), _weight(modules["lora_B"]._modules[name])
 
     def live_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B as they are multiplied."""
@@ -485,6 +485,11 @@ def draw_factors_(a: Tensor, b: Tensor, r: int, init_lora_weights: bool | str) -
         _kaiming_uniform_(b)
     else:
         b.zero_()
+
+
+def _weight(factor: Any) -> Tensor:
+    weight = factor._parameters.get("weight")
+    return factor.weight if weight is None else weight
 
 
 def _kaiming_uniform_(factor: Tensor) -> None:
