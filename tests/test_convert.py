@@ -102,6 +102,15 @@ def test_a_threshold_gives_each_layer_the_rank_that_it_needs(tmp_path):
     torch.testing.assert_close(reloaded(tmp_path)(TOKENS), model(TOKENS), rtol=1e-2, atol=1e-2)
 
 
+def test_rounding_adds_no_ranks():
+    """A product of two matrices of rank 2, entry by entry, has rank 4; its other singular values are nearly zero."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(24, 32)), peft.LoHaConfig(target_modules=["0"], r=2))
+    randomise(model, "default")
+    config, _ = convert_to_lora(model, 1.0)
+    assert config.rank_pattern == {"0": 4}
+
+
 def test_what_is_lost_is_said():
     model = net(LoraConfig(r=6, target_modules=["up", "down"]))
     with pytest.warns(PeftWarning, match=r"2 of 2 modules .*up "):

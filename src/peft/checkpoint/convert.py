@@ -70,8 +70,12 @@ class LayerChange:
     bias: Tensor | None
 
     def rank_for(self, energy: float) -> int:
-        """The smallest rank of a block with which that share of the squared singular values is kept."""
-        kept = self.s.double().square().sum(0).cumsum(0)
+        """The smallest rank of a block with which that share of the squared singular values is kept.
+
+        Those that are zero but for rounding do not count.
+        """
+        rounding = self.s.amax() * max(self.u.shape[1], self.vh.shape[2]) * torch.finfo(self.s.dtype).eps
+        kept = torch.where(self.s > rounding, self.s, 0).double().square().sum(0).cumsum(0)
         return min(int((kept < energy * kept[-1]).sum()) + 1, self.s.shape[1])
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
