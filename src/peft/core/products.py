@@ -22,7 +22,8 @@ def frozen_linear(layer: AdapterLayer, below: Callable[..., Any], x: Tensor) -> 
     None where the module is more than that product, is trained, or is not `below`: then that has to be called.
     """
     base: Any = layer._modules["base_layer"]  # past `__getattr__`, which takes longer
-    if below is not base or not _is_frozen_dense(base):
+    comes_first = below is base
+    if not comes_first or not _is_frozen_dense(base):
         return None
     dtype, weight, bias = compute_dtype(x), layer.op.matrix(base.weight), base.bias
     if weight.dtype != dtype:

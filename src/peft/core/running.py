@@ -29,9 +29,10 @@ def run_with_weight(layer: AdapterLayer, names: Sequence[str], x: Tensor, *args:
         weight, bias = layer.weight_to_run(names)
         if isinstance(layer.op, ParameterOp) and layer.below is not None:
             # Another parameter of the module has an adapter too, so the layers below must run as well.
-            path, below = layer.op.weight_name, layer.below
-            while below:
-                path, below = f"base_layer.{path}", below.below
+            inner: AdapterLayer | None = layer.below
+            path = layer.op.weight_name
+            while inner is not None:
+                path, inner = f"base_layer.{path}", inner.below
             return torch.func.functional_call(layer.base_layer, {path: weight}, (x, *args), kwargs)
         if x.is_floating_point() and weight.dtype != x.dtype and not is_plain(base, layer.op.weight_name):
             # Packed weights have no dtype of their own to compute in.
