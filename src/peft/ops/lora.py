@@ -246,10 +246,12 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, v, *saved = ctx.saved_tensors
+        u, v, weight, low, a, b, mask = ctx.saved_tensors
         flat, u, v = grad.flatten(0, -2), u.flatten(0, -2), None if v is None else v.flatten(0, -2)
         gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
-        grad_x, grad_a, grad_b = gradients(ctx.needs_input_grad[0], flat, u, v, *saved, ctx.scaling, ctx.p)
+        grad_x, grad_a, grad_b = gradients(
+            ctx.needs_input_grad[0], flat, u, v, weight, low, a, b, mask, ctx.scaling, ctx.p
+        )
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, grad if ctx.needs_input_grad[3] else None, grad_a, grad_b, None, None, None
