@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,17 @@ class Route:
         for i, name in enumerate(self.names * rounds):
             indices.setdefault(name, []).extend(range(i * repeats, (i + 1) * repeats))
         return indices
+
+
+def before_backward(output: Any, call: Callable[[], None]) -> None:
+    """Calls `call` when a backward pass reaches what a model has put out, and before it goes into the model.
+
+    Gradient checkpointing runs layers again then, and other calls of the model may have come since.
+    """
+    outputs = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+    for tensor in outputs:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            tensor.register_hook(lambda _: call())
 
 
 def rows_of(value: Any, index: Tensor, rows: int) -> Any:

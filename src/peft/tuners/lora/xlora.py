@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from peft.config import PeftConfig
 from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
-from peft.core.routing import Route
+from peft.core.routing import Route, before_backward
 from peft.core.tuner import UPCAST_DTYPES
 from peft.errors import PeftWarning
 from peft.ops.lora import compute_dtype
@@ -413,11 +414,15 @@ class XLoraModel(LoraModel):
             yield
             return
         # `generate` calls the model many times, so what comes before a pass is a hook.
-        hook = self.model.register_forward_pre_hook(self._weigh, with_kwargs=True)
+        hooks = (
+            self.model.register_forward_pre_hook(self._weigh, with_kwargs=True),
+            self.model.register_forward_hook(self._remember),
+        )
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             if not torch.is_grad_enabled():  # gradient checkpointing runs layers again, in the backward pass
                 self.mixture.weights = None
 
@@ -427,6 +432,9 @@ class XLoraModel(LoraModel):
             raise ValueError("X-LoRA generates with use_cache=False only: weights change a token's keys and values.")
         with self.around_forward(args, kwargs):
             yield
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        before_backward(output, partial(setattr, self.mixture, "weights", self.mixture.weights))
 
     def _weigh(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs the first pass and sets the weights for the second."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from peft.core.routing import before_backward
 from peft.errors import PeftWarning
 from peft.tuners.lora.starts import Remainder
 from peft.tuners.lora.variants.base import Variant
@@ -127,20 +129,9 @@ class Watch:
             invocations.watch(args, kwargs)
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """Sees to it that the backward pass finds the invocations of this call, if others have come since.
-
-        Gradient checkpointing runs the layers again then.
-        """
-        known = [(invocations, invocations.positions()) for invocations in self.invocations()]
-
-        def recall(grad: Tensor) -> None:
-            for invocations, positions in known:
-                invocations.recall(positions)
-
-        outputs = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
-        for tensor in outputs:
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(recall)
+        """Sees to it that the backward pass finds the invocations of this call."""
+        for invocations in self.invocations():
+            before_backward(output, partial(invocations.recall, invocations.positions()))
 
 
 def cached_tokens(cache: Any) -> int:
