@@ -14,7 +14,7 @@ import peft
 
 SOURCE = Path(peft.__file__).parent
 #: what may be imported at the top of a module: the required dependencies, besides Python's own library
-REQUIRED = {"peft", "torch", "safetensors", "huggingface_hub", "packaging", "yaml"}
+REQUIRED = {"peft", "torch", "numpy", "safetensors", "huggingface_hub", "packaging", "yaml"}
 #: a kernel is made by a decorator when its file is imported; so that file is imported where a kernel is to run
 KERNELS = SOURCE / "ops" / "triton_lora.py"
 OPTIONAL = (
