@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict] = {
 #: settings that a method's further adapters need
 FURTHER: dict[str, dict] = {"ADALORA": {"inference_mode": True}}
 #: (method, kind) whose change has no place in the base weight
-UNMERGEABLE = {("LORA", "Conv2d groups")}
+UNMERGEABLE = {("LORA", "Conv2d groups"), ("LORA DoRA", "Conv2d groups")}
 #: methods of which two adapters cannot exchange the same values
 EXCLUSIVE = {"TRAINABLE_TOKENS"}
 BATCH = 4
@@ -94,9 +94,8 @@ NOT_DENSE = ("Conv2d groups", "MultiheadAttention", "MultiheadAttention sequence
 NOT_LINEAR = (*NOT_DENSE, "Conv1d", "Conv2d", "Conv3d", "Embedding")
 #: (variant, kind) that it does not go on, though the method does
 REFUSED = {
-    *(("LORA DoRA", kind) for kind in NOT_DENSE),
-    *(("LORA BD-LoRA", kind) for kind in (*NOT_LINEAR, "Conv1D")),
-    *((variant, kind) for variant in ("LORA VeLoRA", "LORA MonteCLoRA") for kind in NOT_LINEAR),
+    *(("LORA DoRA", kind) for kind in NOT_DENSE if kind != "Conv2d groups"),
+    *((variant, kind) for variant in ("LORA BD-LoRA", "LORA VeLoRA", "LORA MonteCLoRA") for kind in NOT_LINEAR),
 }
 
 
