@@ -26,7 +26,7 @@ def cases(scale: Scale) -> list[Case]:
 
 def _decoding(scale: Scale, dtype: str) -> Case:
     rows = [Row(f"one token, {dtype}, adapter not merged / base", "adapter", "base", 1.10)]
-    return Case(f"decode {dtype}", lambda: _prepare_decoding(scale, dtype), rows)
+    return Case(f"decode {dtype}", lambda: _prepare_decoding(scale, dtype), rows, 9 if dtype == "fp32" else 5)
 
 
 def _prepare_decoding(scale: Scale, dtype: str) -> Prepared:
@@ -65,7 +65,7 @@ def _mixed(scale: Scale, dtype: str) -> Case:
             Row(f"{what}, {dtype}, 4 different adapters / one", f"{what} 4", f"{what} one"),
             Row(f"{what}, {dtype}, {scale.adapters} different / one", f"{what} all", f"{what} one", 1.15),
         ]
-    return Case(f"mixed batch {dtype}", lambda: _prepare_mixed(scale, dtype), rows)
+    return Case(f"mixed batch {dtype}", lambda: _prepare_mixed(scale, dtype), rows, 7 if dtype == "fp32" else 3)
 
 
 def _prepare_mixed(scale: Scale, dtype: str) -> Prepared:

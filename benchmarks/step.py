@@ -27,7 +27,7 @@ def cases(scale: Scale) -> list[Case]:
         Row("step, experts", "adapter", "floor"),
         Row("bytes kept, experts", "adapter kept", "floor kept", unit="B"),
     ]
-    return [*linear, Case("experts", lambda: _prepare(scale, "fp32", 0.0, experts=True), rows)]
+    return [*linear, Case("experts", lambda: _prepare(scale, "fp32", 0.0, experts=True), rows, 3)]
 
 
 def _case(scale: Scale, dtype: str, dropout: float) -> Case:
@@ -37,7 +37,7 @@ def _case(scale: Scale, dtype: str, dropout: float) -> Case:
         Row(f"step, {name}", "adapter", "floor", fast[dtype]),
         Row(f"bytes kept, {name}", "adapter kept", "floor kept", 1.25 if dropout == 0 else 1.30, unit="B"),
     ]
-    return Case(name, lambda: _prepare(scale, dtype, dropout), rows)
+    return Case(name, lambda: _prepare(scale, dtype, dropout), rows, 7 if dtype == "fp32" else 5)
 
 
 def _prepare(scale: Scale, dtype: str, dropout: float, experts: bool = False) -> Prepared:
