@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict] = {
 #: settings that a method's further adapters need
 FURTHER: dict[str, dict] = {"ADALORA": {"inference_mode": True}}
 #: (method, kind) whose change has no place in the base weight
-UNMERGEABLE = {("LORA", "Conv2d groups"), ("LORA DoRA", "Conv2d groups")}
+UNMERGEABLE = (("LORA", "Conv2d groups"), ("LORA DoRA", "Conv2d groups"))
 #: methods of which two adapters cannot exchange the same values
 EXCLUSIVE = {"TRAINABLE_TOKENS"}
 BATCH = 4
