@@ -14,8 +14,8 @@ TITLE = "Around LoRA"
 TEXT = """\
 A training step with a variant, as above, divided by that of plain LoRA; with plain LoRA on linear layers that
 bitsandbytes holds in 4 bits (nf4, computing in float32), divided by that of the frozen 4-bit model. Adding an adapter
-that starts with a decomposition of the weights (rank 16, all seven linear projections), divided by adding a plain one.
-Eight adapters of rank 16 combined with `add_weighted_adapter`, divided by `"linear"`, which sums their factors."""
+that starts with a decomposition of the weights (rank 16, all seven linear projections), and a plain one. Eight adapters
+of rank 16 combined with `add_weighted_adapter`; `"linear"` sums their factors. These two are divided by nothing."""
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
@@ -32,8 +32,8 @@ def cases(scale: Scale) -> list[Case]:
         ], 5)
         for name, dtype in (("DoRA", "fp32"), ("DoRA", "bf16"), ("VeLoRA", "fp32"))
     ]  # fmt: skip
-    starts = Case("starts", lambda: _starts(scale), [Row(f"start, {name}", name, "plain") for name in _STARTS], 3)
-    rows = [Row(f"combining 8, {name}", name, "linear") for name in _COMBINED]
+    starts = Case("starts", lambda: _starts(scale), [Row(f"start, {name}", name) for name in ("plain", *_STARTS)], 3)
+    rows = [Row(f"combining 8, {name}", name) for name in ("linear", *_COMBINED)]
     quantised = [
         Row("step, QLoRA, nf4", "adapter", "floor"),
         Row("bytes kept, QLoRA, nf4", "adapter kept", "floor kept", unit="B"),

@@ -48,7 +48,7 @@ def run_low_rank(
     frozen, dtype = frozen_linear(layer, below, x), compute_dtype(x)
     if frozen is None:
         return add_low_rank(layer, a, b, p, x, below(x, *args, **kwargs))
-    return lora_linear(x.to(dtype), *frozen, None, a.to(dtype), b.to(dtype), 1.0, p)
+    return lora_linear(x.to(dtype), *frozen, None, a, b, 1.0, p)
 
 
 def add_low_rank(layer: AdapterLayer, a: Tensor, b: Tensor, p: float, x: Tensor, result: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def add_low_rank(layer: AdapterLayer, a: Tensor, b: Tensor, p: float, x: Tensor,
     dtype = compute_dtype(x)
     result = result.to(dtype)
     overwrite = result.is_contiguous() and not is_watched(layer.base_layer)
-    return lora_linear(x.to(dtype), None, None, result, a.to(dtype), b.to(dtype), 1.0, p, overwrite=overwrite)
+    return lora_linear(x.to(dtype), None, None, result, a, b, 1.0, p, overwrite=overwrite)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -110,9 +110,7 @@ def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
     else:
         result, base_of_product = None, base.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
-    return lora_linear(
-        input.to(dtype), base_of_product, bias, result, right.to(dtype), left.to(dtype), 1.0, overwrite=True
-    )
+    return lora_linear(input.to(dtype), base_of_product, bias, result, right, left, 1.0, overwrite=True)
 
 
 def _matmul(func: Any, first: Tensor, second: Tensor, *rest: Any, **settings: Any) -> Tensor:

@@ -95,32 +95,30 @@ def lora_linear(
         weight: [out, in], frozen; None where `result` is given.
         bias: [out], frozen, or None.
         result: x W^T + b where something else has computed it: [..., out].
-        a: [r, in], in the dtype of x.
-        b: [out, r], in the dtype of x.
+        a: [r, in]; cast where it is used, so that autograd keeps the parameter and no copy.
+        b: [out, r]; the same.
         scaling: s.
         p: probability of dropout on the adapter's input.
         overwrite: whether `result` is nobody else's and may be overwritten.
     """
     if needs_plain(x, a, b, weight if result is None else result):
-        return lora_linear_plain(x, weight, bias, result, a, b, scaling, p)
-    by_kernels = fused.wanted(x, len(a), a, b, weight, result)
+        return lora_linear_plain(x, weight, bias, result, a.to(x.dtype), b.to(x.dtype), scaling, p)
+    by_kernels = fused.wanted(x, len(a), weight, result)
+    learns = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
     if torch.is_grad_enabled():
         # Writing into a view would tell autograd of the whole that it shows.
         overwrite = overwrite and result is not None and not result._is_view()
-    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
-        if not (a.requires_grad and b.requires_grad and x.dim() > 1):
-            # With a frozen factor there is less to keep than `_LoraLinear` does. The mask is the same as without
-            # gradients: checkpointing runs once with and once without.
-            out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
-            dropped = x if p == 0 else x * mask_factors(draw_mask(x.numel(), p, x.device), p, x)
-            return out + F.linear(F.linear(dropped, a), b) * scaling
-        if by_kernels:
-            return fused.lora_linear(x, weight, bias, result, a, b, scaling, p, overwrite, _kept_factors(x))
+    whole = a.requires_grad and b.requires_grad and x.dim() > 1
+    if learns and whole and not by_kernels:
         return _LoraLinear.apply(x, weight, bias, result, a, b, scaling, p, overwrite)
-    if by_kernels:
-        return fused.lora_linear(x, weight, bias, result, a, b, scaling, p, overwrite)
+    if by_kernels and (whole or not learns):
+        kept = _kept_factors(x) if learns else None
+        return fused.lora_linear(x, weight, bias, result, a.to(x.dtype), b.to(x.dtype), scaling, p, overwrite, kept)
     out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
-    # The same mask as with gradients: checkpointing runs once with and once without.
+    # The masks are the same with gradients and without: checkpointing runs once with and once without.
+    if learns:  # with a frozen factor there is less to keep than `_LoraLinear` does
+        dropped = x if p == 0 else x * mask_factors(draw_mask(x.numel(), p, x.device), p, x)
+        return out + F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype)) * scaling
     low, _ = _down(x, a, p)
     return _add_product(out, low, b, scaling, overwrite or result is None)
 
@@ -182,6 +180,7 @@ def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float, overwrite:
             return (flat + product).to(out.dtype).view(out.shape)
         flat.add_(product)
         return out
+    b = b.to(out.dtype)
     if overwrite:
         flat.addmm_(low, b.T, alpha=scaling)
         return out
@@ -264,11 +263,13 @@ def _differentiable_gradients(
     """Gradients of x, A and B for a second derivative: all from tensors with a history, so x A^T once more."""
     x = u if v is None else u * v
     factors = 1.0 if mask is None else mask_factors(mask, p, x)
-    dropped, grad_low = x * factors, grad @ b * scaling
-    grad_x = grad_low @ a * factors
+    here_a, here_b = a.to(x.dtype), b.to(x.dtype)
+    dropped, grad_low = x * factors, grad @ here_b * scaling
+    grad_x = grad_low @ here_a * factors
     if weight is not None:
         grad_x = grad_x + grad @ weight
-    return grad_x, grad_low.T @ dropped, grad.T @ F.linear(dropped, a) * scaling
+    grad_a, grad_b = grad_low.T @ dropped, grad.T @ F.linear(dropped, here_a) * scaling
+    return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype)
 
 
 def _gradients(

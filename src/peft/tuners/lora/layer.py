@@ -455,7 +455,7 @@ class Linear(LoraLayer):
         if name in self.lora_variant or (is_plain(a) and is_plain(b) and b.bias is None):
             low, high = self.live_factors(name)
             result = lora_linear(
-                x, None, None, result, low.to(dtype), high.to(dtype), self.scaling[name], p,
+                x, None, None, result, low, high, self.scaling[name], p,
                 overwrite=result.is_contiguous() and not is_watched(self.base_layer),
             )  # fmt: skip
             return result if b.bias is None else result + (b.bias * self.scaling[name]).to(dtype)
@@ -468,7 +468,7 @@ class Linear(LoraLayer):
             return self.add_product(name, x, below(x, *args, **kwargs))
         low, high = self.live_factors(name)
         dtype, p = compute_dtype(x), self.dropout_of(name)
-        return lora_linear(x.to(dtype), *frozen, None, low.to(dtype), high.to(dtype), self.scaling[name], p)
+        return lora_linear(x.to(dtype), *frozen, None, low, high, self.scaling[name], p)
 
     def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
         added = mixed.add_routed(self, route, [name for name, _ in groups], x, result)
