@@ -64,20 +64,29 @@ class Line:
 def write(path: Path, groups: list[dict[str, Any]], heading: str, conditions: dict[str, str]) -> None:
     """Writes a part of the page at `path` and a picture per group beside it, in a folder of the page's name.
 
-    A part begins with `# heading`; the other parts of a page that is there stay.
+    A part begins with `# heading`, a group in it with `## title`; the other parts and groups of a page that is there
+    stay.
     """
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    text = [f"# {heading}", "", *(f"- {name}: {value}" for name, value in conditions.items()), ""]
+    parts = _sections(path.read_text(encoding="utf-8") if path.exists() else "", "# ")
+    sections = _sections(parts.get(f"# {heading}", ""), "## ")
+    sections.pop(f"# {heading}", None)
     for group in groups:
-        text += [f"## {group['title']}", "", group["text"].strip(), "", table(group["lines"]), ""]
+        text = [f"## {group['title']}", "", group["text"].strip(), "", table(group["lines"]), ""]
         picture = folder / f"{group['name']}.png"
         if draw(group["title"], group["lines"], picture):
             text += [f"![{group['title']}: ratios]({folder.name}/{picture.name})", ""]
-    page = path.read_text(encoding="utf-8") if path.exists() else ""
-    parts = {part.split("\n", 1)[0]: part for part in re.split("^(?=# )", page, flags=re.MULTILINE) if part.strip()}
-    parts[text[0]] = "\n".join(text)
+        sections[text[0]] = "\n".join(text)
+    top = [f"# {heading}", "", *(f"- {name}: {value}" for name, value in conditions.items()), ""]
+    parts[top[0]] = "\n".join(["\n".join(top), *(section.rstrip("\n") + "\n" for section in sections.values())])
     path.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts.values()), encoding="utf-8")
+
+
+def _sections(text: str, mark: str) -> dict[str, str]:
+    """The pieces of a page that begin with a line that `mark` begins, by that line."""
+    pieces = re.split(f"^(?={mark})", text, flags=re.MULTILINE)
+    return {piece.split("\n", 1)[0]: piece for piece in pieces if piece.strip()}
 
 
 def table(lines: list[Line]) -> str:
