@@ -59,12 +59,15 @@ def add_low_rank(layer: AdapterLayer, a: Tensor, b: Tensor, p: float, x: Tensor,
     return lora_linear(x.to(dtype), None, None, result, a, b, 1.0, p, overwrite=overwrite)
 
 
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Where a module holds the hooks that see what goes in and out; they stay the same, so they may be kept."""
+    own = module.__dict__
+    return own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether hooks on a module see what goes in and out, so that it has to be called."""
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
+    return any(hooks_of(module))
 
 
 def _is_frozen_dense(module: Any) -> bool:

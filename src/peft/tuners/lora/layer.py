@@ -15,7 +15,7 @@ from peft.core.blank import blank
 from peft.core.layer import AdapterLayer
 from peft.core.part import without
 from peft.core.plan import get_pattern_key
-from peft.core.products import frozen_linear, is_watched
+from peft.core.products import frozen_linear, hooks_of, is_watched
 from peft.core.routing import Route
 from peft.core.storage import onloaded, storage_of
 from peft.ops.factored import FactoredWeight
@@ -382,8 +382,7 @@ class _Shortest:
         name = self.name
         self.numel = layer.r[name] * layer.in_features  # from here on, x is more than A
         self.modules = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-        self.hooks = [module.__dict__[kind] for module in self.modules for kind in hooks]
+        self.hooks = [hooks for module in self.modules for hooks in hooks_of(module)]
         self.serves = all(type(module) is nn.Linear for module in self.modules[:3])
 
     def __call__(self, layer: Linear, x: Tensor) -> Tensor | None:

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.products import is_watched
+from peft.core.products import hooks_of, is_watched
 from peft.core.routing import Route
 from peft.ops import fused
 from peft.ops.lora import needs_plain
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
-
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 def add_routed(layer: LoraLayer, route: Route, names: Sequence[str], x: Tensor, result: Tensor) -> Tensor | None:
@@ -77,7 +75,7 @@ class Stack:
         self.tensors = [entry for _, _, entry in self.places if isinstance(entry, Tensor)]
         self.versions = [tensor._version for tensor in self.tensors]
         modules = [entry for _, _, entry in self.places if isinstance(entry, nn.Module)]
-        self.hooks = [module.__dict__[kind] for module in modules for kind in _HOOKS]
+        self.hooks = [hooks for module in modules for hooks in hooks_of(module)]
         r = max(layer.r[name] for name in names)
         factors = [layer.live_factors(name) for name in names]
         self.a = torch.stack([_padded(a, 0, r) for a, _ in factors]).to(like.dtype)
