@@ -17,6 +17,7 @@ from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.base_op import ParameterOp
 from peft.core.combine import exact_targets
 from peft.core.layer import AdapterLayer
+from peft.core.merge import bias_difference
 from peft.core.plan import target_name
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of, with_progress
@@ -25,7 +26,6 @@ from peft.ops.merging import svd_of_product
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import (
     adapter_rank,
-    bias_change,
     block_count,
     block_rank,
     change_blocks,
@@ -244,7 +244,7 @@ def _changed(
     else:
         change, parts = factors[1], svd_of_product(*(_full_precision(factor) for factor in factors))
     u, s, vh = (part.to(change.dtype) for part in parts)
-    return LayerChange(layer, u, s, vh, bias_change(layer, name))
+    return LayerChange(layer, u, s, vh, bias_difference(layer, name))
 
 
 def _full_precision(tensor: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from peft.errors import PeftWarning
 from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import adapter_rank, block_count, block_rank
-from peft.tuners.lora.layer import LAYERS, LoraLayer
+from peft.tuners.lora.kinds import LAYERS
+from peft.tuners.lora.layer import LoraLayer
 
 
 @torch.no_grad()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import base_op
+from peft.core.call import current_route
+from peft.core.change import Change, Rows, Weight
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
@@ -56,8 +57,8 @@ class AuxiliaryTrainingWrapper(Part):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None) if kwargs else None
-        route = self._route if names is None else Route(names)
-        if route is not None:
+        route = current_route() if names is None else Route(names)
+        if route is not None and not self._disable_adapters:
             return self._forward_routed(route, *args, **kwargs)
         return self.current_module()(*args, **kwargs)
 
@@ -190,7 +191,9 @@ class TrainableTokensLayer(AdapterLayer):
         self.trainable_tokens_delta = tied.trainable_tokens_delta
         self.token_indices = tied.token_indices
         self._is_tied = self.has_twin = tied.has_twin = True
-        self._refresh()
+        if self.get_base_layer().weight is tied.get_base_layer().weight:
+            self.ledger = tied.ledger
+        self.refresh()
 
     def create(self, name: str, config: Any, token_indices: Sequence[int] = ()) -> None:
         if self._is_tied:
@@ -207,46 +210,24 @@ class TrainableTokensLayer(AdapterLayer):
     def key_map(self, name: str) -> dict[str, str]:
         return super().key_map(name) if self._is_stored else {}
 
-    def transform(self, name: str, weight: Tensor) -> Tensor:
-        rows, index = self.trainable_tokens_delta[name].to(weight), self._index(name, weight.device)
-        # An embedding's matrix is the transpose of its weight, so tokens are columns there and rows of a linear layer.
-        return weight.index_copy(1, index, rows.T) if self.op.kind == "Embedding" else weight.index_copy(0, index, rows)
-
-    def _index(self, name: str, device: torch.device) -> Tensor:
-        """The rows of the weight that adapter `name` trains."""
+    def change(self, name: str) -> Change:
         tokens = self.in_features if self.op.kind == "Embedding" else self.out_features
-        return torch.tensor([i % tokens for i in self.token_indices[name]], dtype=torch.long, device=device)
-
-    def cheap(self, name: str) -> bool:
-        return bool(self.token_indices[name]) and getattr(self.get_base_layer(), "max_norm", None) is None
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The rows go to the places of their tokens in the output: that is less than putting them into the weight.
-        base: Any = self.get_base_layer()
-        result = below(x, *args, **kwargs)
-        rows, index = self.trainable_tokens_delta[name].to(result.dtype), self._index(name, result.device)
-        if self.op.kind != "Embedding":
-            bias = base.bias if base.bias is None else base.bias[index]
-            return result.index_copy(-1, index, F.linear(x.to(result.dtype), rows, bias))
-        places = torch.full((self.in_features,), -1, device=x.device)
-        places[index] = torch.arange(len(index), device=x.device)
-        place = places[x]
-        indices = self.token_indices[name]
-        padding = indices.index(base.padding_idx) if base.padding_idx in indices else None
-        trained = F.embedding(place.clamp(min=0), rows, padding_idx=padding)
-        scale = getattr(base, "embed_scale", None)  # some models (Gemma) multiply the embedding in its own forward
-        trained = trained if scale is None else trained * torch.as_tensor(scale).to(trained)
-        return torch.where((place >= 0).unsqueeze(-1), trained, result)
+        rows = self.trainable_tokens_delta[name]
+        index = torch.tensor([i % tokens for i in self.token_indices[name]], dtype=torch.long, device=rows.device)
+        # An embedding that shortens the vectors it looks up (max_norm) has to do so itself.
+        by_weight = getattr(self.get_base_layer(), "max_norm", None) is not None
+        change = Rows(index, rows)
+        return Weight(lambda matrix: change.weight(self.op, None, matrix)) if by_weight else change
 
     def names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         names = super().names_to_merge(adapter_names)
-        seen: set[int] = set()
+        seen = {index for name in self.merged_adapters for index in self.token_indices[name]}
         for name in names:
             shared = seen.intersection(self.token_indices[name])
             if shared:
                 raise ValueError(
-                    f"The token indices {sorted(shared)} are trained by several of {', '.join(names)}; they"
-                    " cannot all be merged."
+                    f"The token indices {sorted(shared)} are trained by several of"
+                    f" {', '.join([*self.merged_adapters, *names])}; they cannot all be merged."
                 )
             seen.update(self.token_indices[name])
         return names
@@ -332,9 +313,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(x, *args, **kwargs)
-
-    def route(self, route: Route | None) -> None:
-        self.token_adapter.route(route)
 
 
 def save_modules(model: nn.Module, keys: Sequence[str], adapter_name: str, tied: Sequence[str] = ()) -> None:

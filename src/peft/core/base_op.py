@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft.core.routing import rows_of, select_rows
+from peft.ops.matrix import Matrix
 
 
 class BaseOp:
@@ -24,8 +26,9 @@ class BaseOp:
     Attributes:
         kind: what the module is, in a word; part of what status reports and errors say.
         weight_name, bias_name: its parameters (`bias_name` may name None).
-        linear: whether the module maps the last dimension of its input by the matrix, so that a method may act on
-            the input or the output instead of the matrix.
+        linear: whether the module maps the last dimension of its input by the matrix.
+        multiplies: whether the product of an input with another matrix can be had by itself (`low_rank`, `product`).
+        scales_input, scales_output: whether the features of its input and output lie along one dimension.
         batch_dim: the dimension of the input that counts samples.
         rounds: how often it counts all of them, one after the other; None where samples are mingled.
     """
@@ -34,6 +37,9 @@ class BaseOp:
     weight_name = "weight"
     bias_name: str | None = "bias"
     linear = False
+    multiplies = False
+    scales_input = False
+    scales_output = False
     batch_dim = 0
     rounds: int | None = 1
 
@@ -60,16 +66,58 @@ class BaseOp:
             tensors[self.bias_name] = bias
         return functional_call(module, tensors, args, kwargs)
 
+    def low_rank(self, module: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """What the module, with the matrix up down in place of its own and no bias, makes of x.
+
+        Args:
+            module: the module.
+            x: its input.
+            down: [r, in].
+            up: [out, r].
+        """
+        raise NotImplementedError
+
+    def product(self, module: Any, x: Tensor, matrix: Matrix) -> Tensor:
+        """What the module, with this matrix in place of its own and no bias, makes of x."""
+        raise NotImplementedError
+
+    def along_output(self, module: Any, values: Tensor) -> Tensor:
+        """One value per row of the matrix [out], in the shape in which it multiplies outputs."""
+        return values
+
+    def along_input(self, module: Any, values: Tensor) -> Tensor:
+        """One value per input feature, in the shape in which it multiplies inputs."""
+        return values
+
+    def scale_columns(self, module: Any, matrix: Tensor, values: Tensor) -> Tensor:
+        """The matrix of the module with its input features multiplied by `values` first."""
+        return matrix * values
+
+    def input_size(self, module: Any) -> int:
+        """How many features the input has; the matrix may have several columns for each."""
+        return self.in_features
+
     def select(self, index: Tensor, rows: int, args: tuple, kwargs: dict[str, Any]) -> tuple[list, dict[str, Any]]:
         """The arguments of a call for some samples of the batch: what has a row per sample, cut down to `index`."""
         return select_rows(index, rows, args, kwargs)
 
 
-class LinearOp(BaseOp):
+class _LastDimension(BaseOp):
+    """Modules that map the last dimension of their input by the matrix."""
+
+    linear = multiplies = scales_input = scales_output = True
+
+    def low_rank(self, module: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.linear(F.linear(x, down), up)
+
+    def product(self, module: Any, x: Tensor, matrix: Matrix) -> Tensor:
+        return matrix.apply(x)
+
+
+class LinearOp(_LastDimension):
     """`nn.Linear` and whatever behaves like it, quantised or not: weight [out, in]."""
 
     kind = "Linear"
-    linear = True
 
     def features(self, module: Any) -> tuple[int, int]:
         # The packed weight of a quantised layer has another shape or another name, so the module is asked.
@@ -90,11 +138,10 @@ class EetqOp(LinearOp):
         return out_features, in_features
 
 
-class TransposedOp(BaseOp):
+class TransposedOp(_LastDimension):
     """transformers' `Conv1D` (GPT-2): a linear layer that holds its weight as [in, out]."""
 
     kind = "Conv1D"
-    linear = True
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -109,9 +156,38 @@ class TransposedOp(BaseOp):
 class ConvOp(BaseOp):
     """Convolutions in 1 to 3 dimensions: weight [out, in / groups, *kernel], the matrix its flattening."""
 
+    multiplies = scales_input = scales_output = True
+
     def __init__(self, module: nn.Module):
         super().__init__(module)
         self.kind = type(module).__name__
+
+    def low_rank(self, module: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        # LoRA's A sees the channels of all groups, and B has those of the ranks that belong to the output's group. As a
+        # change of the matrix, all ranks are seen by each group, in its own channels.
+        shared = down.shape[1] != self.in_features
+        groups = 1 if shared or module.groups == 1 else module.groups
+        window = (module.in_channels // groups, *module.kernel_size)
+        low = _convolve(module, x, down.reshape(-1, *window).repeat(groups, *[1] * len(window)), groups)
+        conv = _CONVOLUTIONS[len(module.kernel_size) - 1]
+        return conv(low, up.reshape(*up.shape, *[1] * len(module.kernel_size)), groups=module.groups)
+
+    def product(self, module: Any, x: Tensor, matrix: Matrix) -> Tensor:
+        weight = matrix.dense().to(x.dtype).reshape(-1, module.in_channels // module.groups, *module.kernel_size)
+        return _convolve(module, x, weight, module.groups)
+
+    def along_output(self, module: Any, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * len(module.kernel_size))
+
+    def along_input(self, module: Any, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * len(module.kernel_size))
+
+    def scale_columns(self, module: Any, matrix: Tensor, values: Tensor) -> Tensor:
+        per_row = values.reshape(module.groups, -1).repeat_interleave(len(matrix) // module.groups, dim=0)
+        return matrix * per_row.repeat_interleave(matrix.shape[1] // per_row.shape[1], dim=1)
+
+    def input_size(self, module: Any) -> int:
+        return module.in_channels
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -120,11 +196,40 @@ class ConvOp(BaseOp):
         return matrix.reshape(like.shape)
 
 
+_CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def _convolve(module: Any, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """A convolution like the module's, with another weight and no bias."""
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = 0
+    conv = _CONVOLUTIONS[len(module.kernel_size) - 1]
+    return conv(x, weight, None, module.stride, padding, module.dilation, groups)
+
+
 class EmbeddingOp(BaseOp):
     """`nn.Embedding`: weight [tokens, dim]; as a matrix it maps one-hot tokens to dim, so it is [dim, tokens]."""
 
     kind = "Embedding"
     bias_name = None
+    multiplies = scales_output = True
+
+    def low_rank(self, module: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        low = F.embedding(
+            x, down.T, padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq
+        )
+        return self._scaled(module, F.linear(low, up))
+
+    def product(self, module: Any, x: Tensor, matrix: Matrix) -> Tensor:
+        return self._scaled(module, matrix.columns(x))
+
+    @staticmethod
+    def _scaled(module: Any, rows: Tensor) -> Tensor:
+        """Some models (Gemma) multiply the embedding in its own forward."""
+        scale = getattr(module, "embed_scale", None)
+        return rows if scale is None else rows * torch.as_tensor(scale).to(rows)
 
     def features(self, module: Any) -> tuple[int, int]:
         if not module.weight.is_floating_point():  # packed
@@ -186,6 +291,7 @@ class ParallelLinearOp(BaseOp):
 
     kind = "ParallelLinear"
     batch_dim = 1
+    multiplies = True
 
     def __init__(self, module: Any):
         super().__init__(module)

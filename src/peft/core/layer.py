@@ -1,26 +1,27 @@
-"""One adapted module: what the adapters on it are to its weight, and to its forward pass.
+"""One adapted module, and the adapters on it.
 
-`AdapterLayer` is the mechanism that every method shares. A method says which tensors an adapter has (`create`) and how
-it changes the weight (`transform`, or `delta` if it adds to it). Where the change can be applied more cheaply than by
-computing the changed weight, it also says how (`add` to the output, or `adapt` the call).
+`AdapterLayer` is the mechanism that every method shares. A method says which tensors an adapter has (`create`) and what
+it changes (`change`); how the module is run with that is decided in `run`, how it becomes part of the weight in
+`merge`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
-from peft.core import merging
-from peft.core.base_op import BaseOp, NormOp, ParameterOp, base_op
-from peft.core.part import Part
-from peft.core.routing import Route
-from peft.core.running import RUN_BASE, RUN_CHAIN, RUN_WEIGHT, run_routed, run_with_weight
+from peft.core import merge as merging
+from peft.core.base_op import BaseOp, NormOp, base_op
+from peft.core.call import current_route
+from peft.core.change import Change
+from peft.core.part import Part, as_names
+from peft.core.routing import BASE, Route
+from peft.core.run import run, run_routed
 from peft.core.storage import onloaded, place_of, storage_of
 from peft.errors import PeftWarning
 
@@ -34,9 +35,7 @@ class AdapterLayer(Part):
 
     What a method writes:
         create: makes the tensors of an adapter.
-        transform / delta: the adapter's change of the weight matrix [out, in].
-        transform_bias: its change of the bias, if it has any.
-        add / adapt with `cheap`: a forward that need not compute the changed weight.
+        change: what an adapter does to the module, as one or several of the changes in `change`.
     """
 
     #: kinds of base module (see `base_op`) that the method works on
@@ -50,9 +49,8 @@ class AdapterLayer(Part):
     #: whether the module around reads `weight` and `bias` instead of calling (attention's output projection)
     is_read: bool
     in_expert: bool
-    _merged: merging.Merged
+    ledger: merging.Ledger
     _live: list[str]
-    _mode: int
 
     def __init__(self, base_layer: nn.Module, parameter_name: str | None = None, op: BaseOp | None = None):
         super().__init__()
@@ -63,10 +61,8 @@ class AdapterLayer(Part):
         for slot in self.adapter_layer_names:
             self._modules[slot] = self.container(slot)
         self.__dict__.update({setting: {} for setting in self.other_param_names}, op=found)
-        self.__dict__.update(
-            parameter_name=parameter_name, is_read=False, in_expert=False, _merged=merging.Merged(), _live=[],
-            _mode=RUN_BASE,
-        )  # fmt: skip
+        ledger = base_layer.ledger if isinstance(base_layer, AdapterLayer) else merging.Ledger()
+        self.__dict__.update(parameter_name=parameter_name, is_read=False, in_expert=False, ledger=ledger, _live=[])
 
     # ---- what a method writes
 
@@ -78,29 +74,20 @@ class AdapterLayer(Part):
         """Makes the tensors of adapter `name`, on any device and in any dtype: the mechanism moves them."""
         raise NotImplementedError
 
-    def delta(self, name: str) -> Tensor:
-        """What an additive adapter adds to the weight: [out, in]."""
+    def change(self, name: str) -> Change | Iterable[Change]:
+        """What adapter `name` does to the module at present; several changes act one after the other."""
         raise NotImplementedError
 
-    def transform(self, name: str, weight: Tensor) -> Tensor:
-        """The weight [out, in] as adapter `name` changes it."""
-        return weight + self.delta(name)
-
-    def transform_bias(self, name: str, bias: Tensor | None) -> Tensor | None:
-        """The bias [out] as adapter `name` changes it."""
-        return bias
-
-    def cheap(self, name: str) -> bool:
-        """Whether `add` or `adapt` serves for this adapter in place of `transform`."""
-        return False
-
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        """`result` with the adapter's own product with `x` added; for additive methods with a cheap forward."""
-        raise NotImplementedError
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's output with this adapter on top of `below`, the module with what comes before it."""
-        return self.add(name, x, below(x, *args, **kwargs))
+    def changes(self, names: Sequence[str]) -> list[Change]:
+        """What these adapters do to the module, the first next to it."""
+        changes: list[Change] = []
+        for name in names:
+            change = self.change(name)
+            if isinstance(change, Change):
+                changes.append(change)
+            else:
+                changes += change
+        return changes
 
     def check_merge(self, name: str) -> None:
         """Raises NotImplementedError or ValueError where the adapter cannot become part of the weight."""
@@ -143,7 +130,7 @@ class AdapterLayer(Part):
     @property
     def weight(self) -> Tensor:
         """The base module's weight, packed as it may be; the one in effect where it is read rather than called."""
-        if self.is_read and self._mode != RUN_BASE:
+        if self.is_read and self.acting():
             return self.effective()[0]
         base, name = self.get_base_layer(), self.op.weight_name
         held = base._parameters.get(name)
@@ -152,12 +139,22 @@ class AdapterLayer(Part):
     @property
     def bias(self) -> Tensor | None:
         """The base module's bias, or None; in effect where `weight` is."""
-        return self.effective()[1] if self.is_read and self._mode != RUN_BASE else self.get_base_bias()
+        return self.effective()[1] if self.is_read and self.acting() else self.get_base_bias()
 
     def get_base_bias(self) -> Tensor | None:
         """The base module's own bias, or None."""
         bias = getattr(self.get_base_layer(), self.op.bias_name, None) if self.op.bias_name else None
         return None if bias is None or not bias.numel() else bias  # Transformer Engine's layers have an empty one
+
+    def original_weight(self) -> Tensor:
+        """The base weight as `get_base_weight` gives it, without what is merged into it."""
+        return self.ledger.original(self.get_base_layer(), self.op.weight_name)
+
+    def original_bias(self) -> Tensor | None:
+        """The base bias without what is merged into it, or None."""
+        if self.get_base_bias() is None or self.op.bias_name is None:
+            return None
+        return self.ledger.original(self.get_base_layer(), self.op.bias_name)
 
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor in the module's shape, whatever it is stored as."""
@@ -199,7 +196,7 @@ class AdapterLayer(Part):
         if not any(parameter.is_meta for parameter in parameters):  # else loading will bring them
             self.move(name, device)
         if name in self._active:
-            self._refresh()
+            self.refresh()
 
     def unsettle(self, before: Any) -> None:
         """Gives the base weight back that `settle` changed."""
@@ -228,7 +225,7 @@ class AdapterLayer(Part):
 
         A merged adapter is taken out of the base weight first.
         """
-        merging.leave_out(self, adapter_name)
+        merging.unmerge(self, [adapter_name])
         was_active = adapter_name in self._active
         super().delete_adapter(adapter_name)
         left = self.adapter_names()
@@ -237,16 +234,24 @@ class AdapterLayer(Part):
 
     # ---- forward
 
-    def _refresh(self) -> None:
-        live = [name for name in self._active if self.has(name) and name not in self._merged.names]
-        self.__dict__["_live"] = live  # `cheap` may depend on it
-        if self._disable_adapters or not live:
-            mode = RUN_BASE
-        elif all(self.cheap(name) for name in live):
-            mode = RUN_CHAIN
-        else:
-            mode = RUN_WEIGHT
-        self.__dict__["_mode"] = mode
+    def refresh(self) -> None:
+        merged = self.ledger.of(self) if self.ledger.entries else ()
+        self.__dict__["_live"] = [name for name in self._active if self.has(name) and name not in merged]
+
+    def acting(self) -> Sequence[str]:
+        """The adapters that act on the whole of the present call, those that are merged aside."""
+        if self._disable_adapters:
+            return ()
+        route = current_route()
+        if route is None:
+            return self._live
+        names = set(route.names)
+        if len(names) > 1:
+            raise ValueError(
+                f"{type(self.get_base_layer()).__name__} is read by the module around it rather than called, so its"
+                " adapters cannot differ from sample to sample (adapter_names)."
+            )
+        return [name for name in names if name != BASE and self.has(name)]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward, with the active adapters in effect; takes and returns what that takes and returns.
@@ -254,85 +259,48 @@ class AdapterLayer(Part):
         `adapter_names`, one name per sample, gives each sample an adapter of its own.
         """
         names = kwargs.pop("adapter_names", None) if kwargs else None
-        route = self._route if names is None else Route(names)
-        if route is not None and not self._disable_adapters:
-            return self._forward_routed(route, x, *args, **kwargs)
-        if self._mode == RUN_CHAIN:
-            return self._chain(self._live, x, *args, **kwargs)
-        if self._mode == RUN_BASE:
+        if self._disable_adapters:
             return self.base_layer(x, *args, **kwargs)
-        return run_with_weight(self, self._live, x, *args, **kwargs)
-
-    def _chain(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The adapters one on top of the other, the first next to the base module."""
-        *before, last = names
-        below: Any = self._modules["base_layer"]
-        for name in before:
-            below = partial(self.adapt, name, below)
-        return self.adapt(last, below, x, *args, **kwargs)
+        route = current_route() if names is None else Route(names)
+        if route is not None:
+            return self._forward_routed(route, x, *args, **kwargs)
+        if not self._live:
+            return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
+        return run(self, self._live, x, *args, **kwargs)
 
     def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the samples of each adapter with that adapter."""
         return run_routed(self, route, x, *args, **kwargs)
 
-    @property
-    def is_additive(self) -> bool:
-        """Whether the method says what a cheap adapter adds to the output."""
-        return type(self).add is not AdapterLayer.add
+    def effective(self, names: Sequence[str] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight (in the module's shape) and bias as these adapters (those that act if None) make them.
 
-    def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Tensor) -> Tensor:
-        """`result` with each sample's adapter added, for additive methods; `groups` are adapters and their samples."""
-        dim, result = self.op.batch_dim, result.clone()
-        for name, index in groups:
-            changed = self.add(name, x.index_select(dim, index), result.index_select(dim, index))
-            result.index_copy_(dim, index, changed.to(result.dtype))
-        return result
-
-    def effective(self, names: Sequence[str] | None = None, through: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Weight (in the module's shape) and bias as these adapters make them.
-
-        They act on what the adapter layers below make of the base weight; without `through`, on the base weight.
+        They act on what the adapter layers below make of the base weight.
         """
-        below = self.below
-        if through and below is not None and not isinstance(self.op, ParameterOp):
-            native, bias = below.effective(None if below._mode != RUN_BASE else [])
-        else:
-            native, bias = self.get_base_weight(), self.get_base_bias()
-        matrix = self.op.matrix(native)
-        for name in self._live if names is None else names:
-            dtype = self.dtype_of(name)
-            matrix = self.transform(name, matrix.to(dtype) if dtype is not None and dtype != matrix.dtype else matrix)
-            bias = self.transform_bias(name, bias)
-        if bias is not None and bias.dtype != native.dtype:
-            bias = bias.to(native.dtype)
-        return self.op.unmatrix(matrix, native).to(native.dtype), bias
-
-    def weight_to_run(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that the base module is to be run with: `effective`, or what stands for it."""
-        return self.effective(names)
+        return merging.changed(self, self.changes(self.acting() if names is None else names))
 
     # ---- merging
 
     @property
     def merged_adapters(self) -> list[str]:
         """The adapters that are part of the base weight at present."""
-        return self._merged.names
+        return self.ledger.of(self)
 
     @property
     def merged(self) -> bool:
         """Whether some adapter is part of the base weight at present."""
-        return bool(self._merged.names)
+        return bool(self.merged_adapters)
 
     def merge_memory(self) -> int:
         """Bytes kept to undo the present merge."""
-        return self._merged.nbytes(self.get_base_layer())
+        return self.ledger.nbytes(self.get_base_layer())
 
     def merge(
         self,
         safe_merge: bool = False,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
         keep: bool = True,
-        own: bool = False,
+        own: bool | None = None,
     ) -> None:
         """Makes adapters part of the base weight.
 
@@ -349,17 +317,16 @@ class AdapterLayer(Part):
 
     def unmerge(self) -> None:
         """Gives the base weight back as it was before merging, bit for bit."""
-        if not self.merged and not self._merged.paused:
+        if not self.merged and not self.ledger.of(self, paused=True):
             warnings.warn("Already unmerged: nothing to do.", PeftWarning, stacklevel=2)
             return
-        self._merged.undo(self.get_base_layer())
-        self._refresh()
+        merging.unmerge(self)
 
-    def names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+    def names_to_merge(self, adapter_names: str | Sequence[str] | None) -> list[str]:
         """Which adapters of this layer a merge of `adapter_names` (None: of the active ones) concerns."""
-        wanted = self._active if adapter_names is None else adapter_names
+        wanted = self._active if adapter_names is None else as_names(adapter_names)
         here = [name for name in wanted if self.has(name)]
-        merged = [name for name in here if name in self._merged.names]
+        merged = [name for name in here if name in self.merged_adapters]
         if merged:
             warnings.warn(f"Adapter {', '.join(merged)} is merged already.", PeftWarning, stacklevel=3)
         names = [name for name in here if name not in merged]
@@ -373,15 +340,15 @@ class AdapterLayer(Part):
         base = self.get_base_layer()
         storage_of(base, self.op.weight_name).check_write(base, self.op.weight_name)
 
-    def merged_tensors(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with these adapters; for methods that need not make whole matrices on the way."""
-        return self.effective(names, through=False)
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What adapter `adapter` changes the base weight by, in the module's shape and dtype."""
-        with onloaded(self.get_base_layer()), merging.without_dropout(self):
-            weight = self.get_base_weight()
-            return self.effective([adapter])[0] - weight
+        change = merging.difference(self, adapter)
+        native = self.get_base_weight()
+        return self.op.unmatrix(change, native).to(native.dtype)
+
+    def adapter_dtype(self) -> torch.dtype | None:
+        """The dtype that adapters here are kept in."""
+        return next((dtype for name in self.adapter_names() if (dtype := self.dtype_of(name)) is not None), None)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter's effect is a change of a weight matrix, which a LoRA can have too."""

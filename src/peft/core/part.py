@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.blank import initialise
-from peft.core.routing import Route
 
 
 class Part(nn.Module):
@@ -31,13 +30,12 @@ class Part(nn.Module):
     _active: list[str]
     _disable_adapters: bool
     _trained_before_disable: list[nn.Parameter]
-    _route: Route | None
 
     def __init__(self) -> None:
         initialise(self)
         # Straight into __dict__, here and in what derives from it: a large model has tens of thousands of parts, and
         # assigning to a module is slow.
-        self.__dict__.update(_active=[], _disable_adapters=False, _trained_before_disable=[], _route=None)
+        self.__dict__.update(_active=[], _disable_adapters=False, _trained_before_disable=[])
 
     @property
     def wrapped(self) -> nn.Module:
@@ -124,7 +122,7 @@ class Part(nn.Module):
             if adapter_name in entries:
                 del entries[adapter_name]
         self.__dict__["_active"] = [name for name in self._active if name != adapter_name]
-        self._refresh()
+        self.refresh()
 
     # ---- which of them act
 
@@ -162,7 +160,7 @@ class Part(nn.Module):
         for name in names:
             self.set_requires_grad(name, not inference_mode)
         self.__dict__["_active"] = names
-        self._refresh()
+        self.refresh()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Makes adapters trainable or not, active or not."""
@@ -185,13 +183,9 @@ class Part(nn.Module):
         for parameter in changed:
             parameter.requires_grad_(enabled)
         self._disable_adapters = not enabled
-        self._refresh()
+        self.refresh()
 
-    def route(self, route: Route | None) -> None:
-        """Sets which adapter each sample of the next forward passes gets; None ends it."""
-        self._route = route
-
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Decides what the next forward passes do; called whenever the state changes."""
 
 

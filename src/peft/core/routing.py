@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,6 @@ class Route:
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
-        #: what layers have worked out for these names, by layer; as short-lived as the route
-        self.prepared: dict[object, Any] = {}
         self._groups: dict[tuple[int, torch.device, int | None], list[tuple[str, Tensor]]] = {}
 
     def groups(self, rows: int, device: torch.device, rounds: int | None = 1) -> list[tuple[str, Tensor]]:
@@ -54,6 +52,10 @@ class Route:
             indices = self.indices(rows, rounds)
             self._groups[key] = [(name, torch.tensor(i, device=device)) for name, i in indices.items()]
         return self._groups[key]
+
+    def samples(self, name: str) -> list[int]:
+        """The places of the samples that get this adapter."""
+        return [place for place, other in enumerate(self.names) if other == name]
 
     def indices(self, rows: int, rounds: int | None = 1) -> dict[str, list[int]]:
         """What `groups` says, as numbers.
@@ -78,17 +80,6 @@ class Route:
         for i, name in enumerate(self.names * rounds):
             indices.setdefault(name, []).extend(range(i * repeats, (i + 1) * repeats))
         return indices
-
-
-def before_backward(output: Any, call: Callable[[], None]) -> None:
-    """Calls `call` when a backward pass reaches what a model has put out, and before it goes into the model.
-
-    Gradient checkpointing runs layers again then, and other calls of the model may have come since.
-    """
-    outputs = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
-    for tensor in outputs:
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            tensor.register_hook(lambda _: call())
 
 
 def rows_of(value: Any, index: Tensor, rows: int) -> Any:

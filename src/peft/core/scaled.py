@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from peft.config import LayerConfig
 from peft.core.base_op import ConvOp, kernel_numel
+from peft.core.change import Add, Change
 from peft.core.layer import AdapterLayer
 from peft.core.plan import get_pattern_key
 from peft.core.tuner import BaseTuner
+from peft.ops.matrix import Matrix
 
 
 @dataclass
@@ -57,8 +59,7 @@ class ScaledConfig(LayerConfig):
 class ScaledLayer(AdapterLayer):
     """A module with adapters `scaling` times some change of the weight.
 
-    A method writes `create`, which calls the one here first, `delta`, and, where it has a cheap forward, `cheap` and
-    `add_product`.
+    A method writes `create`, which calls the one here first, and `matrix`.
     """
 
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
@@ -106,24 +107,14 @@ class ScaledLayer(AdapterLayer):
         """The scale of an adapter as its configuration says."""
         return self.alpha[name] / self.r[name]
 
-    # ---- forward
+    # ---- what an adapter does
 
-    def transform(self, name: str, weight: Tensor) -> Tensor:
-        if self.skips(name):
-            return weight
-        delta, kept = self.delta(name), self.kept_rows(name)
-        return weight + (delta if kept is None else delta * kept.to(delta)[:, None])
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = below(x, *args, **kwargs)
-        return result if self.skips(name) else self.add(name, x, result)
-
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        return self.add_product(name, x, result, self.kept_rows(name))
-
-    def add_product(self, name: str, x: Tensor, result: Tensor, kept: Tensor | None) -> Tensor:
-        """`result` plus the adapter's product with `x`, its entries times `kept` [out]."""
+    def matrix(self, name: str) -> Matrix:
+        """What adapter `name` adds to the weight, scaled."""
         raise NotImplementedError
+
+    def change(self, name: str) -> tuple[Change, ...]:
+        return () if self.skips(name) else (Add(self.matrix(name), factors=self.kept_rows(name)),)
 
     def skips(self, name: str) -> bool:
         """Whether the module runs without adapter `name` this time."""

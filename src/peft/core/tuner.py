@@ -14,6 +14,7 @@ from peft.config import PeftConfig
 from peft.core import injection, unloading
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.base_op import AttentionOp
+from peft.core.call import calling, current, remember_for_backward
 from peft.core.hooks import MethodHooks
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
@@ -278,24 +279,16 @@ class BaseTuner(MethodHooks):
         """While it lasts, each sample of a batch gets the adapter named at its place (`"__base__"`: none).
 
         Raises:
-            ValueError: a name is unknown, adapters are merged, or the model is in training mode.
+            ValueError: a name is unknown, or adapters are merged.
         """
         if adapter_names is None:
             yield
             return
         self.check_names([name for name in dict.fromkeys(adapter_names) if name != BASE])
-        if self.training:
-            raise ValueError("adapter_names (mixed batches) cannot be used in training mode; call model.eval() first.")
         if any(part.merged_adapters for _, part in self.parts()):
             raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
-        route = Route(adapter_names)
-        for _, part in self.parts():
-            part.route(route)
-        try:
+        with calling(route=Route(adapter_names)):
             yield
-        finally:
-            for _, part in self.parts():
-                part.route(None)
 
     # ---- merging
 
@@ -373,8 +366,12 @@ class BaseTuner(MethodHooks):
     # ---- being the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.around_forward(args, kwargs):
-            return self.model(*args, **kwargs)
+        with calling(), self.around_forward(args, kwargs):
+            output = self.model(*args, **kwargs)
+            call = current()
+            if call and torch.is_grad_enabled():
+                remember_for_backward(output, call)
+            return output
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peft.core import merging
+from peft.core import merge as merging
 from peft.core.auxiliary import TrainableTokensLayer
 from peft.core.layer import AdapterLayer
 from peft.core.tying import tied_embedding_modules
@@ -35,34 +36,27 @@ def check_finite(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
     """Raises ValueError where merging would write what is not finite."""
     for layer in tuner.layers():
         names = tuner.active_adapters if adapter_names is None else adapter_names
-        here = [name for name in names if layer.has(name)]
+        here = [name for name in names if layer.has(name) and name not in layer.merged_adapters]
         if here:
-            merging.merged_weight(layer, [name for name in here if name not in layer.merged_adapters], safe=True)
+            merging.check_finite(layer, here)
 
 
 def merge_all(tuner: BaseTuner, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
     """Merges adapters in all layers, or in none if one of them raises."""
-    done: list[tuple[AdapterLayer, list[str]]] = []
     shared = _shared_weights(tuner.model)
-    try:
+    with ExitStack() as undo:
         # Inner layers first: what they make of the weight is what the outer ones change.
         for layer in reversed(list(tuner.layers())):
-            before = list(layer.merged_adapters)
-            layer.merge(safe_merge, adapter_names, own=layer._merged.own or _is_shared(layer, shared))
-            if layer.merged_adapters != before:
-                done.append((layer, before))
-    except Exception:
-        for layer, before in reversed(done):
-            own = layer._merged.own
-            layer.unmerge()
-            if before:
-                layer.merge(adapter_names=before, own=own)
-        raise
+            names = layer.names_to_merge(adapter_names)
+            if names:
+                undo.callback(merging.unmerge, layer, names)
+                merging.merge(layer, names, safe_merge, own=layer.ledger.own or _is_shared(layer, shared))
+        undo.pop_all()
 
 
 def unmerge_all(tuner: BaseTuner) -> None:
     """Takes out of all layers what is merged, or would be again when the adapters are switched on."""
-    merged = [layer for layer in tuner.layers() if layer.merged or layer._merged.paused]
+    merged = [layer for layer in tuner.layers() if layer.merged or layer.ledger.of(layer, paused=True)]
     if not merged:
         warnings.warn("No adapter is merged: nothing to do.", PeftWarning, stacklevel=3)
     for layer in merged:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peft.ops.lora import needs_plain
+from peft.ops.matrix import Matrix
 from peft.ops.memo import remember
 from peft.ops.sparse import sampled_product, sparse_product
 
@@ -164,3 +165,21 @@ def _gather_waves(waves: Tensor, values: Tensor, rows: Tensor, out_features: int
     """Puts waves [n, rows, 2] (real and imaginary part) times `values` in their places, and transforms: [rows, out]."""
     spectrum = waves.new_zeros(out_features, *waves.shape[1:]).index_add(0, rows, waves * values[:, None, None])
     return torch.fft.fft(torch.view_as_complex(spectrum), dim=0).real.T
+
+
+class Spectrum(Matrix):
+    """The matrix [out, in] of `inverse_transform`: real waves with amplitudes `values` [n] at `frequencies` [2, n]."""
+
+    def __init__(self, values: Tensor, frequencies: Tensor, out_features: int, in_features: int):
+        self.values, self.frequencies = values, frequencies
+        self.out_features, self.in_features = out_features, in_features
+
+    def dense(self) -> Tensor:
+        with torch.autocast(self.values.device.type, enabled=False):
+            return inverse_transform(self.values, self.frequencies, self.out_features, self.in_features)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return transform_product(x, self.values, self.frequencies, self.out_features).to(x.dtype)
+
+    def columns(self, index: Tensor) -> Tensor:
+        return transform_columns(index, self.values, self.frequencies, self.out_features, self.in_features)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from math import isqrt
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from peft.ops.matrix import Matrix
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -38,3 +41,25 @@ def kron_linear(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 def _left(matrix: Tensor, batch: Tensor) -> Tensor:
     """matrix @ each of a batch, as a batch of products: `matmul` would bring its results into another order first."""
     return torch.bmm(matrix.expand(batch.shape[0], -1, -1), batch)
+
+
+class Kron(Matrix):
+    """w1 kron w2, for w1 [a, c] and w2 [b, d] or [b, d, *kernel]: a matrix [a b, c d * kernel]."""
+
+    def __init__(self, w1: Tensor, w2: Tensor):
+        self.w1, self.w2 = w1, w2
+
+    def dense(self) -> Tensor:
+        # The kernel is part of w2's columns. For full factors of one-dimensional convolutions, huggingface/peft takes
+        # the product with w1 along the last two of three dimensions, and adapters trained with it rely on that.
+        w2 = self.w2 if self.w2.dim() == 3 else self.w2.flatten(1)
+        return torch.kron(self.w1, w2.contiguous()).reshape(self.w1.shape[0] * w2.shape[0], -1)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return kron_linear(x, self.w1.to(x.dtype), self.w2.to(x.dtype))
+
+    def columns(self, index: Tensor) -> Tensor:
+        # Column m n + i is the product of column m of w1 and column i of w2, which has n.
+        count = self.w2.shape[1]
+        left, right = F.embedding(index // count, self.w1.T), F.embedding(index % count, self.w2.T)
+        return (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)

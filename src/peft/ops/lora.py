@@ -7,16 +7,14 @@ place.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from peft.ops import fused
 from peft.ops.dropout import draw_mask, mask_factors, pieces
+from peft.ops.internals import has_half_instructions, is_transformed, kept_product
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -26,16 +24,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-@lru_cache(maxsize=16)
 def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What thin products are computed in: float32 where a processor has no instructions for `dtype`.
 
     They take some ten times as long there in half precision, and a few casts are nothing beside that.
     """
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or has_half_instructions(dtype):
         return dtype
-    probe = f"_is_mkldnn_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_supported"
-    return dtype if getattr(torch.ops.mkldnn, probe)() else torch.float32
+    return torch.float32
 
 
 #: entries of a weight that are worked on at a time: few enough for a processor's cache
@@ -103,17 +99,13 @@ def lora_linear(
     """
     if needs_plain(x, a, b, weight if result is None else result):
         return lora_linear_plain(x, weight, bias, result, a.to(x.dtype), b.to(x.dtype), scaling, p)
-    by_kernels = fused.wanted(x, len(a), weight, result)
     learns = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
     if torch.is_grad_enabled():
         # Writing into a view would tell autograd of the whole that it shows.
         overwrite = overwrite and result is not None and not result._is_view()
     whole = a.requires_grad and b.requires_grad and x.dim() > 1
-    if learns and whole and not by_kernels:
+    if learns and whole:
         return _LoraLinear.apply(x, weight, bias, result, a, b, scaling, p, overwrite)
-    if by_kernels and (whole or not learns):
-        kept = _kept_factors(x) if learns else None
-        return fused.lora_linear(x, weight, bias, result, a.to(x.dtype), b.to(x.dtype), scaling, p, overwrite, kept)
     out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
     # The masks are the same with gradients and without: checkpointing runs once with and once without.
     if learns:  # with a frozen factor there is less to keep than `_LoraLinear` does
@@ -125,44 +117,13 @@ def lora_linear(
 
 def needs_plain(*tensors: Tensor | None) -> bool:
     """Whether the tensors, or who is watching, ask for operations that can be traced, transformed or sharded."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or is_transformed():
         return True
     for tensor in tensors:  # a loop, as this runs in each layer for each token that is decoded
         kind = type(tensor)
         if kind is not Tensor and kind is not torch.nn.Parameter and tensor is not None:
             return True
     return False
-
-
-def lora_linear_few(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-) -> Tensor | None:
-    """`lora_linear` without gradients, for fewer rows of x than A has; None where it does not serve.
-
-    x and the product are smaller than A and B then, so it is they that are cast; and one row asks for products with a
-    vector.
-
-    Args:
-        x, weight, bias, scaling: as in `lora_linear`.
-        a: [r, in], in any dtype.
-        b: [out, r], in the dtype of a.
-    """
-    rows = x.numel() // x.shape[-1]
-    if not 0 < rows < a.shape[0] or x.is_cuda or needs_plain(x, weight, bias, a, b):
-        return None
-    result = F.linear(x, weight, bias)
-    same = x.dtype == a.dtype
-    if rows == 1:
-        x, flat = x.view(-1), result.view(-1)
-        low = torch.mv(a, x if same else x.to(a.dtype))
-        flat.addmv_(b, low, alpha=scaling) if same else flat.add_(torch.mv(b, low), alpha=scaling)
-    else:
-        x, flat = x.reshape(rows, -1), result.view(rows, -1)
-        low = torch.mm(x if same else x.to(a.dtype), a.t())
-        flat.addmm_(low, b.t(), alpha=scaling) if same else flat.add_(torch.mm(low, b.t()), alpha=scaling)
-    return result
 
 
 def _mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -185,24 +146,6 @@ def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float, overwrite:
         flat.addmm_(low, b.T, alpha=scaling)
         return out
     return torch.addmm(flat, low, b.T, alpha=scaling).view(out.shape)
-
-
-def _kept_factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """u and v, if x is their product and autograd keeps both for its gradient anyway.
-
-    So it is for the input of a gated MLP's down projection, the widest of all: to keep x as well would double what the
-    product costs, to multiply once more is nothing beside the matrix products.
-    """
-    node = x.grad_fn
-    if node is None or type(node).__name__ != "MulBackward0":
-        return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and hooks[0].__module__ in ("torch.utils.checkpoint", "torch.autograd.graph"):
-        return None  # what is kept is recomputed or elsewhere, and must not be asked for now
-    u, v = node._saved_self, node._saved_other  # type: ignore[attr-defined]
-    if u is None or v is None or not u.shape == v.shape == x.shape or not u.dtype == v.dtype == x.dtype:
-        return None
-    return u, v
 
 
 def _down(x: Tensor, a: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
@@ -239,7 +182,9 @@ class _LoraLinear(torch.autograd.Function):
         if overwrite:
             ctx.mark_dirty(result)
         ctx.scaling, ctx.p, ctx.shape = scaling, p, x.shape
-        u, v = _kept_factors(x) or (x, None)
+        # The input of a gated MLP's down projection, the widest of all, is a product whose factors autograd keeps: to
+        # keep x as well would double what this costs, and to multiply once more is nothing beside the products.
+        u, v = kept_product(x) or (x, None)
         ctx.save_for_backward(u, v, weight if result is None else None, low, a, b, mask)
         return out
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft.ops.lora import needs_plain
+from peft.ops.matrix import Matrix
 
 
 def tile_columns(block: Tensor, columns: int) -> Tensor:
@@ -58,6 +59,25 @@ class _ShardLinear(torch.autograd.Function):
         grad_x = grad @ (weight + tile_columns(block, weight.shape[1])) if ctx.needs_input_grad[0] else None
         grad_block = sums.flatten(0, -2).T @ grad.flatten(0, -2) if ctx.needs_input_grad[4] else None
         return grad_x, None, None, None, grad_block
+
+
+class Tiled(Matrix):
+    """`tile_columns` of a block [r, out]: its transpose over and over, up to so many columns."""
+
+    def __init__(self, block: Tensor, columns: int):
+        self.block, self.count = block, columns
+
+    def dense(self) -> Tensor:
+        return tile_columns(self.block, self.count)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return shard_sums(x, len(self.block)) @ self.block.to(x.dtype)
+
+    def columns(self, index: Tensor) -> Tensor:
+        return F.embedding(index % len(self.block), self.block)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return shard_linear(x, weight, bias, self.block.to(weight.dtype))
 
 
 def transform_shards(weight: Tensor, blocks: Tensor) -> Tensor:

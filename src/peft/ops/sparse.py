@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft.ops.lora import needs_plain
+from peft.ops.matrix import Matrix
 from peft.ops.memo import remember
 
 #: tokens of work that a sampled product takes per entry, relative to a token of the dense one (on a CPU)
@@ -34,6 +35,30 @@ def add_at(matrix: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     """`matrix` with `values` [n] added at `positions` [2, n], no two of them the same."""
     index = flat_index(positions, matrix.shape[1])
     return matrix.reshape(-1).index_add(0, index, values.to(matrix.dtype)).view(matrix.shape)
+
+
+class Entries(Matrix):
+    """A sparse matrix with `values` [n] at `positions` [2, n], which are in the order of rows, no two the same."""
+
+    def __init__(self, positions: Tensor, values: Tensor, shape: tuple[int, int]):
+        self.positions, self.values, self.shape = positions, values, shape
+
+    def dense(self) -> Tensor:
+        return add_at(self.values.new_zeros(self.shape), self.positions, self.values)
+
+    def apply(self, x: Tensor) -> Tensor:
+        rows, columns = self.positions.long()
+        if x.numel() * self.values.numel() > self.shape[0] * self.shape[1] ** 2:
+            return super().apply(x)
+        # For a few tokens, the entries are looked up rather than put into a matrix.
+        change = x.index_select(-1, columns) * self.values.to(x.dtype)
+        return x.new_zeros(*x.shape[:-1], self.shape[0]).index_add(-1, rows, change)
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        return add_at(weight, self.positions, self.values)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return sparse_linear(x, weight, bias, self.positions, self.values.to(weight.dtype))
 
 
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, values: Tensor) -> Tensor:

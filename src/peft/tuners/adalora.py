@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp, ConvOp
+from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.products import add_low_rank, run_low_rank
 from peft.core.storage import place_of
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
@@ -177,40 +176,11 @@ class AdaLoraLayer(AdapterLayer):
             old = getattr(self, slot)[name]
             getattr(self, slot)[name] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """E * A [r, in] with the scale in it, and B [out, r]."""
+    def change(self, name: str) -> LowRank:
         scale = self.scaling[name] / (self.ranknum[name].to(self.lora_E[name].dtype) + 1e-5)
-        return self.lora_A[name] * (self.lora_E[name] * scale), self.lora_B[name]
-
-    def delta(self, name: str) -> Tensor:
-        a, b = self.factors(name)
-        return b @ a
-
-    def cheap(self, name: str) -> bool:
-        dropped = isinstance(self.lora_dropout[name], nn.Dropout)
-        return self.op.linear or self.op.kind == "Embedding" or (dropped and isinstance(self.op, ConvOp))
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.op.linear:
-            return super().adapt(name, below, x, *args, **kwargs)
-        return run_low_rank(self, *self.factors(name), self.dropout_of(name), below, x, *args, **kwargs)
-
-    def dropout_of(self, name: str) -> float:
-        """Probability of dropout on the adapter's input at present."""
         dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        base, dropout = self.get_base_layer(), self.lora_dropout[name]
-        if isinstance(self.op, ConvOp):
-            weight = self.op.unmatrix(self.delta(name), base.weight).to(x.dtype)
-            return result + base._conv_forward(dropout(x), weight, None)
-        a, b = self.factors(name)
-        if self.op.kind == "Embedding":
-            change = F.linear(F.embedding(x, a.T), b)
-            # Some models' embeddings multiply what they give.
-            return result + (change * getattr(base, "embed_scale", 1.0)).to(result.dtype)
-        return add_low_rank(self, a, b, self.dropout_of(name), x, result)
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return LowRank(self.lora_A[name] * (self.lora_E[name] * scale), self.lora_B[name], dropout=p)
 
     @classmethod
     def check(cls, config: AdaLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp, ConvOp
+from peft.core.change import OnInput, ScaleOutput
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
@@ -93,7 +94,7 @@ class BOFTLayer(AdapterLayer):
             nn.init.normal_(self.boft_R[name], std=0.1)
             nn.init.normal_(self.boft_s[name], mean=1.0, std=0.1)
 
-    def change(self, name: str, dtype: torch.dtype) -> Tensor:
+    def rotation(self, name: str, dtype: torch.dtype) -> Tensor:
         """The blocks of M minus the identity."""
         blocks = self.boft_R[name]
         if self.training and self.boft_dropout[name]:
@@ -106,16 +107,12 @@ class BOFTLayer(AdapterLayer):
         factors[chosen] = drop_blocks(factors[chosen], self.boft_dropout[name])
         return torch.stack(factors)
 
-    def transform(self, name: str, weight: Tensor) -> Tensor:
-        return add_rotated(weight, self.change(name, weight.dtype).mT) * self.boft_s[name].view(-1, 1)
-
-    def cheap(self, name: str) -> bool:
-        return self.op.linear
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = below(add_rotated(x, self.change(name, x.dtype)), *args, **kwargs)
-        scale, bias = self.boft_s[name].flatten().to(result.dtype), self.get_base_bias()
-        return result * scale if bias is None else torch.addcmul(bias.to(result.dtype) * (1 - scale), result, scale)
+    def change(self, name: str) -> tuple[OnInput, ScaleOutput]:
+        rotate = OnInput(
+            lambda x: add_rotated(x, self.rotation(name, x.dtype)),
+            lambda weight: add_rotated(weight, self.rotation(name, weight.dtype).mT),
+        )
+        return rotate, ScaleOutput(self.boft_s[name].flatten(), with_bias=False)
 
     @classmethod
     def check(cls, config: BOFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
+from peft.core.change import Add
 from peft.core.layer import AdapterLayer
-from peft.core.running import can_run_with_weight, run_with_weight
 from peft.core.scaled import pattern_value
 from peft.core.shared import SharedTensors
 from peft.core.storage import place_of
 from peft.core.tuner import BaseTuner
-from peft.ops.fourier import draw_frequencies, inverse_transform, transform_columns, transform_product
+from peft.ops.fourier import Spectrum, draw_frequencies
 from peft.registry import PeftType
 
 
@@ -79,49 +77,11 @@ class FourierFTLayer(AdapterLayer):
         self.fourierft_frequencies[name] = places.to(place_of(self.get_base_layer())[0])
         self.fourierft_spectrum[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
 
-    def values(self, name: str) -> tuple[Tensor, Tensor]:
-        """The scaled spectrum, in a dtype that there are transforms for, and its places."""
-        return self.fourierft_spectrum[name].float() * self.fourierft_scaling[name], self.fourierft_frequencies[name]
-
-    def delta(self, name: str) -> Tensor:
-        change = inverse_transform(*self.values(name), self.out_features, self.in_features)
-        return change.to(self.fourierft_spectrum[name].dtype)
-
-    def cheap(self, name: str) -> bool:
-        return self.op.linear or self.op.kind == "Embedding"
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The changed weight takes the base weight's place, so only its gradient is a further product.
-        rows, products = x.numel() // self.in_features, 1 if torch.is_grad_enabled() else 0
-        if self.op.linear and self.prefers_matrix(name, rows, products) and can_run_with_weight(self, below, x):
-            return run_with_weight(self, [name], x, *args, **kwargs)
-        return self.add(name, x, below(x, *args, **kwargs))
-
-    def prefers_matrix(self, name: str, rows: int, products: int) -> bool:
-        """Whether `rows` vectors are faster multiplied by a matrix, which has to be made first, than by waves.
-
-        Making it, or its gradient, takes as long as a product with some 400 vectors. Transforms of a vector take as
-        long as some 300 multiplications in a product of matrices for each of its entries, a frequency as long as 20;
-        with gradients, two and a half times that.
-
-        Args:
-            products: products of the matrix with the vectors, forward and backward.
-        """
-        training = torch.is_grad_enabled()
-        waves = 300 * (self.in_features + self.out_features) + 20 * self.fourierft_n_frequency[name]
-        matrix = self.in_features * self.out_features * ((2 if training else 1) * 400 + rows * products)
-        return (2.5 if training else 1) * waves * rows > matrix
-
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        if self.op.kind == "Embedding":
-            change = transform_columns(x, *self.values(name), self.out_features, self.in_features)
-            # Some models' embeddings multiply what they give.
-            change = change * getattr(self.get_base_layer(), "embed_scale", 1.0)
-        elif self.prefers_matrix(name, x.numel() // self.in_features, 3 if torch.is_grad_enabled() else 1):
-            change = F.linear(x, self.delta(name).to(x.dtype))
-        else:
-            change = transform_product(x, *self.values(name), self.out_features)
-        return result + change.to(result.dtype)
+    def change(self, name: str) -> Add:
+        spectrum = self.fourierft_spectrum[name]
+        # There are transforms for single precision only.
+        values = (spectrum if spectrum.dtype == torch.float64 else spectrum.float()) * self.fourierft_scaling[name]
+        return Add(Spectrum(values, self.fourierft_frequencies[name], self.out_features, self.in_features))
 
     @classmethod
     def check(cls, config: FourierFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
+from peft.core.change import OnInput
 from peft.core.layer import AdapterLayer
-from peft.core.products import frozen_linear, run_low_rank
 from peft.core.tuner import BaseTuner
 from peft.ops.householder import reflect, reflection_factors
 from peft.registry import PeftType
@@ -65,22 +63,14 @@ class HRALayer(AdapterLayer):
             nn.init.kaiming_uniform_(u, a=5**0.5)
         self.hra_u[name] = nn.Parameter(u)
 
-    def transform(self, name: str, weight: Tensor) -> Tensor:
-        return reflect(weight, self.hra_u[name], orthogonal=self.hra_apply_GS[name])
-
-    def cheap(self, name: str) -> bool:
-        return self.op.linear
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def change(self, name: str) -> OnInput:
         u, orthogonal = self.hra_u[name], self.hra_apply_GS[name]
-        frozen = frozen_linear(self, below, x)
-        if frozen is None or 4 * x.numel() < frozen[0].numel():
-            # W R x: reflecting a few activations costs less than the weight. R x = (x^T R^T)^T, so in reverse order.
-            return below(reflect(x, u.to(x.dtype).flip(1), orthogonal=orthogonal), *args, **kwargs)
-        # W R = W + (W L) A, of rank r: no copy of x is made.
-        left, right = reflection_factors(u, orthogonal)
-        b = F.linear(left.T.to(frozen[0].dtype), frozen[0]).T
-        return run_low_rank(self, right.T, b, 0.0, below, x, *args, **kwargs)
+        return OnInput(
+            # W R x: R x = (x^T R^T)^T, so in reverse order.
+            lambda x: reflect(x, u.to(x.dtype).flip(1), orthogonal=orthogonal),
+            lambda weight: reflect(weight, u, orthogonal=orthogonal),
+            thin=lambda: reflection_factors(u, orthogonal),
+        )
 
     @classmethod
     def check(cls, config: HRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:

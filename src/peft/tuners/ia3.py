@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import ConvOp
+from peft.core.change import ScaleInput, ScaleOutput
 from peft.core.combine import (
     add_combined,
     check_combination,
@@ -72,7 +73,7 @@ class IA3Layer(AdapterLayer):
         self.is_feedforward = is_feedforward
 
     def create(self, name: str, config: IA3Config) -> None:
-        size = self._channels() if self.is_feedforward else self.out_features
+        size = self.op.input_size(self.get_base_layer()) if self.is_feedforward else self.out_features
         if isinstance(self.op, ConvOp):
             shape = (1, size, *[1] * (self.get_base_layer().weight.dim() - 2))
         else:
@@ -80,43 +81,13 @@ class IA3Layer(AdapterLayer):
         start = torch.ones(shape) if config.init_ia3_weights else torch.randn(shape)
         self.ia3_l[name] = nn.Parameter(start)
 
-    def _channels(self) -> int:
-        base: Any = self.get_base_layer()
-        return base.in_channels if isinstance(self.op, ConvOp) else self.in_features
-
-    def transform(self, name: str, weight: Tensor) -> Tensor:
+    def change(self, name: str) -> ScaleInput | ScaleOutput:
         scale = self.ia3_l[name].flatten()
-        if not self.is_feedforward:
-            return weight * scale[:, None]
-        if isinstance(self.op, ConvOp):
-            return _scale_channels(weight, scale, self.get_base_layer())
-        return weight * scale
-
-    def transform_bias(self, name: str, bias: Tensor | None) -> Tensor | None:
-        return bias if bias is None or self.is_feedforward else bias * self.ia3_l[name].flatten()
-
-    def cheap(self, name: str) -> bool:
-        return (
-            self.op.linear or isinstance(self.op, ConvOp) or (self.op.kind == "Embedding" and not self.is_feedforward)
-        )
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        scale = self.ia3_l[name] if isinstance(self.op, ConvOp) else self.ia3_l[name].flatten()
-        if self.is_feedforward:
-            return below(x * scale.to(x.dtype), *args, **kwargs)
-        result = below(x, *args, **kwargs)
-        return result * scale.to(result.dtype)
+        return ScaleInput(scale) if self.is_feedforward else ScaleOutput(scale)
 
     @property
     def type_name(self) -> str:
         return self.op.kind
-
-
-def _scale_channels(weight: Tensor, scale: Tensor, conv: Any) -> Tensor:
-    """Scales a convolution's weight [out, in / groups * kernel] by its input channels [in]."""
-    grouped = scale.reshape(conv.groups, -1)
-    per_output = grouped.repeat_interleave(weight.shape[0] // conv.groups, dim=0)
-    return weight * per_output.repeat_interleave(weight.shape[1] // per_output.shape[1], dim=1)
 
 
 class IA3Model(BaseTuner):

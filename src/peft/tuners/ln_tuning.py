@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from peft.config import LayerConfig
+from peft.core.change import Add, Bias, Change
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
+from peft.ops.matrix import Dense
 from peft.registry import PeftType
 
 
@@ -51,19 +54,12 @@ class LNTuningLayer(AdapterLayer):
             copies[self.op.bias_name] = bias
         self.ln_tuning_layers[name] = nn.ParameterDict({key: value.detach().clone() for key, value in copies.items()})
 
-    def change(self, name: str, key: str) -> Tensor:
-        """By how much the trained copy of a weight or bias differs from the original."""
+    def change(self, name: str) -> Iterator[Change]:
         copies: Any = self.ln_tuning_layers[name]
-        original: Any = self._merged.originals.get(key)
-        if original is None:
-            original = self.get_base_weight() if key == self.op.weight_name else self.get_base_bias()
-        return copies[key] - original.detach()
-
-    def transform(self, name: str, weight: Tensor) -> Tensor:
-        return weight + self.op.matrix(self.change(name, self.op.weight_name))
-
-    def transform_bias(self, name: str, bias: Tensor | None) -> Tensor | None:
-        return bias if bias is None else bias + self.change(name, self.op.bias_name or "")
+        weight, bias = self.original_weight().detach(), self.original_bias()
+        yield Add(Dense(self.op.matrix(copies[self.op.weight_name] - weight)))
+        if bias is not None:
+            yield Bias(copies[self.op.bias_name] - bias.detach())
 
     @property
     def type_name(self) -> str:

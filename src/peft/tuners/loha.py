@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core.products import add_low_rank, run_low_rank
 from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledTuner
-from peft.ops.hadamard import expand_core, face_splitting
+from peft.ops.hadamard import HadamardProduct, expand_core
+from peft.ops.matrix import Dense, Matrix
 from peft.registry import PeftType
 
 
@@ -62,47 +59,13 @@ class LoHaLayer(ScaledLayer):
         if config.init_weights:
             nn.init.zeros_(self.hada_w2_b[name])
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """w1_a, w1_b, w2_a, w2_b."""
-        return self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]
-
-    def delta(self, name: str) -> Tensor:
-        a1, b1, a2, b2 = self.factors(name)
-        if name in self.hada_t1:
-            core1, core2 = (self.hada_t1[name], b1), (self.hada_t2[name], b2)
-            product = _expanded(core1, a1, core2) * _expanded(core2, a2, core1)
-            return self.scaling[name] * product.flatten(1)
-        return (a1 @ b1) * (self.scaling[name] * a2 @ b2)
-
-    def cheap(self, name: str) -> bool:
-        # As a chain of two thin matrices, the product with an input costs as much as with a matrix of rank r^2; with
-        # its gradients, three times that. The alternative is one more product of the weight's own size.
-        thin = 3 * self.r[name] ** 2 * (self.in_features + self.out_features)
-        return self.op.kind == "Embedding" or (self.op.linear and thin < self.in_features * self.out_features)
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.op.linear:
-            return super().adapt(name, below, x, *args, **kwargs)
-        if self.skips(name):
-            return below(x, *args, **kwargs)
-        return run_low_rank(self, *self.thin_factors(name, self.kept_rows(name)), 0.0, below, x, *args, **kwargs)
-
-    def thin_factors(self, name: str, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The change as a product of thin matrices, [r^2, in] and [out, r^2]; its rows times `kept` [out]."""
-        a1, b1, a2, b2 = self.factors(name)
-        return face_splitting(b1.T, b2.T).T, face_splitting(a1, self.scaled(name, a2, kept))
-
-    def scaled(self, name: str, a2: Tensor, kept: Tensor | None) -> Tensor:
-        """w2_a times the scale, its rows times `kept`."""
-        return a2 * self.scaling[name] if kept is None else a2 * (self.scaling[name] * kept.to(a2))[:, None]
-
-    def add_product(self, name: str, x: Tensor, result: Tensor, kept: Tensor | None) -> Tensor:
-        if self.op.kind == "Embedding":
-            a1, b1, a2, b2 = self.factors(name)
-            a2 = self.scaled(name, a2, kept)
-            change = F.linear(F.embedding(x, b1.T), a1) * F.linear(F.embedding(x, b2.T), a2)
-            return result + change.to(result.dtype)
-        return add_low_rank(self, *self.thin_factors(name, kept), 0.0, x, result)
+    def matrix(self, name: str) -> Matrix:
+        a1, b1, a2, b2 = (slot[name] for slot in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b))
+        if name not in self.hada_t1:
+            return HadamardProduct(a1, b1, a2 * self.scaling[name], b2)
+        core1, core2 = (self.hada_t1[name], b1), (self.hada_t2[name], b2)
+        product = _expanded(core1, a1, core2) * _expanded(core2, a2, core1)
+        return Dense(self.scaling[name] * product.flatten(1))
 
 
 def _expanded(own: tuple[Tensor, Tensor], a: Tensor, other: tuple[Tensor, Tensor]) -> Tensor:

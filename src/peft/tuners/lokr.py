@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledTuner
 from peft.ops.hadamard import expand_core
-from peft.ops.kronecker import factorization, kron_linear
+from peft.ops.kronecker import Kron, factorization
 from peft.registry import PeftType
 
 
@@ -101,29 +100,9 @@ class LoKrLayer(ScaledLayer):
             return w1, expand_core(self.lokr_t2[name], self.lokr_w2_a[name], self.lokr_w2_b[name])
         return w1, self.lokr_w2_a[name] @ self.lokr_w2_b[name]
 
-    def delta(self, name: str) -> Tensor:
+    def matrix(self, name: str) -> Kron:
         w1, w2 = self.factors(name)
-        if w2.dim() != 3:
-            # The kernel is part of w2's columns.
-            w2 = w2.flatten(1)
-        # For full factors of one-dimensional convolutions, huggingface/peft takes the product with w1 along the last
-        # two of three dimensions, and adapters trained with it rely on that.
-        return torch.kron(self.scaling[name] * w1, w2.contiguous()).reshape(self.out_features, self.in_features)
-
-    def cheap(self, name: str) -> bool:
-        return self.op.linear or self.op.kind == "Embedding"
-
-    def add_product(self, name: str, x: Tensor, result: Tensor, kept: Tensor | None) -> Tensor:
-        w1, w2 = self.factors(name)
-        w1 = w1 * self.scaling[name]
-        if self.op.kind == "Embedding":
-            # The column of token m n + i is the product of column m of w1 and column i of w2.
-            columns = w2.shape[1]
-            left, right = F.embedding(x // columns, w1.T), F.embedding(x % columns, w2.T)
-            change = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
-        else:
-            change = kron_linear(x.to(result.dtype), w1.to(result.dtype), w2.to(result.dtype))
-        return result + (change if kept is None else change * kept).to(result.dtype)
+        return Kron(self.scaling[name] * w1, w2)
 
 
 def _random(*shape: int) -> nn.Parameter:

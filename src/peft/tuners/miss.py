@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
+from peft.core.change import Add, Change, Weight
 from peft.core.layer import AdapterLayer
-from peft.core.products import frozen_linear
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
-from peft.ops.shards import shard_linear, shard_sums, tile_columns, transform_shards
+from peft.ops.shards import Tiled, transform_shards
 from peft.registry import PeftType
 
 
@@ -82,33 +81,13 @@ class MissLayer(AdapterLayer):
             block if config.init_weights else nn.init.kaiming_uniform_(block, a=5**0.5)
         )
 
-    def block(self, name: str) -> Tensor:
-        """B [r, out]."""
-        block = self.miss_block[name]
-        return block.repeat(1, self.out_features // block.shape[1])
-
-    def transform(self, name: str, weight: Tensor) -> Tensor:
+    def change(self, name: str) -> Change:
+        block, dropout = self.miss_block[name], self.miss_dropout[name]
         if self.miss_form[name] == "bat":
-            return transform_shards(weight, self.miss_block[name])
-        return weight + tile_columns(self.block(name), self.in_features)
-
-    def cheap(self, name: str) -> bool:
-        return self.miss_form[name] != "bat" and (self.op.linear or self.op.kind == "Embedding")
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        drops = self.training and isinstance(self.miss_dropout[name], nn.Dropout)
-        frozen = None if drops or x.numel() < self.in_features * self.in_features else frozen_linear(self, below, x)
-        # In half precision, a change that is small beside the weight would be rounded away.
-        if frozen is None or frozen[0].dtype.itemsize < 4:
-            return super().adapt(name, below, x, *args, **kwargs)
-        return shard_linear(x.to(frozen[0].dtype), *frozen, self.block(name).to(frozen[0].dtype))
-
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        block = self.block(name).to(result.dtype)
-        if self.op.kind == "Embedding":
-            return result + F.embedding(x % self.miss_r[name], block)
-        sums = shard_sums(self.miss_dropout[name](x.to(result.dtype)), self.miss_r[name])
-        return torch.addmm(result.flatten(0, -2), sums.flatten(0, -2), block).view(result.shape)
+            return Weight(lambda weight: transform_shards(weight, block))
+        tile = block.repeat(1, self.out_features // block.shape[1])
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return Add(Tiled(tile, self.in_features), dropout=p)
 
     @classmethod
     def check(cls, config: MissConfig, key: str, module: nn.Module, op: BaseOp) -> None:

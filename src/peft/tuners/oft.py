@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
+from peft.core.change import OnInput, OnOutput
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
@@ -150,23 +151,15 @@ class OFTLayer(AdapterLayer):
         slot = self.oft_embedding_R if self.rotates_output else self.oft_R
         slot[name] = OFTRotation(width, size, config)
 
-    def change(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The blocks of adapter `name` minus the identity."""
+    def change(self, name: str) -> OnInput | OnOutput:
         rotation: Any = (self.oft_embedding_R if self.rotates_output else self.oft_R)[name]
-        return rotation.change(dtype, self.training)
 
-    def transform(self, name: str, weight: Tensor) -> Tensor:
-        change = self.change(name, weight.dtype)
-        return add_rotated(weight.T, change).T if self.rotates_output else add_rotated(weight, change.mT)
+        def rotate(x: Tensor) -> Tensor:
+            return add_rotated(x, rotation.change(x.dtype, self.training))
 
-    def cheap(self, name: str) -> bool:
-        return self.op.linear or self.rotates_output
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.rotates_output:
-            result = below(x, *args, **kwargs)
-            return add_rotated(result, self.change(name, result.dtype))
-        return below(add_rotated(x, self.change(name, x.dtype)), *args, **kwargs)
+            return OnOutput(rotate)
+        return OnInput(rotate, lambda weight: add_rotated(weight, rotation.change(weight.dtype, self.training).mT))
 
 
 def _fitting(setting: str, wanted: int, width: int) -> int:

@@ -13,6 +13,8 @@ from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
+from peft.core.call import calling, fact
+from peft.core.change import Beside
 from peft.core.layer import AdapterLayer
 from peft.core.routing import Route, check_task_ids
 from peft.core.tuner import BaseTuner
@@ -77,12 +79,6 @@ class PolyRouter(nn.Module):
         return (chosen / (chosen.sum(-1, keepdim=True) + 1e-12)).repeat_interleave(rows // len(tasks), dim=0)
 
 
-class Tasks:
-    """The tasks of the present batch, which all layers of a model read."""
-
-    ids: Tensor | None = None
-
-
 class PolyLayer(AdapterLayer):
     """A linear layer with skills: y = W x + B_t A_t x / r for a sample of task t, where A_t and B_t are the sums of
     `poly_lora_A` [splits, skills, in / splits, r] and `poly_lora_B` [splits, skills, r, out / splits] over the skills,
@@ -99,10 +95,6 @@ class PolyLayer(AdapterLayer):
     poly_lora_A: nn.ParameterDict
     poly_lora_B: nn.ParameterDict
     r: dict[str, int]
-
-    def __init__(self, base_layer: nn.Module, parameter_name: str | None, tasks: Tasks):
-        super().__init__(base_layer, parameter_name)
-        self.tasks = tasks
 
     def container(self, slot: str) -> nn.Module:
         return nn.ModuleDict() if slot == "poly_router" else nn.ParameterDict()
@@ -121,19 +113,20 @@ class PolyLayer(AdapterLayer):
         self.poly_lora_A[name] = nn.Parameter(a)
         self.poly_lora_B[name] = nn.Parameter(b.zero_() if config.init_weights else b)
 
-    def cheap(self, name: str) -> bool:
-        return True
+    def change(self, name: str) -> Beside:
+        return Beside(lambda x: self.mixture(name, x), "each task has a change of its own")
 
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        if self.tasks.ids is None:
+    def mixture(self, name: str, x: Tensor) -> Tensor:
+        """What the skills add to the outputs of each sample: [rows, ..., out]."""
+        task_ids = fact("task_ids")
+        if task_ids is None:
             raise ValueError("task_ids should not be None: Poly needs the task of each sample.")
         a, b = self.poly_lora_A[name], self.poly_lora_B[name]
-        shares = self.poly_router[name](self.tasks.ids, x.shape[0]).to(a.dtype)
+        shares = self.poly_router[name](task_ids, x.shape[0]).to(a.dtype)
         a = torch.einsum("bqs,qsir->bqir", shares, a).flatten(1, 2)  # [rows, in, r]
         b = torch.einsum("bqs,qsro->bqro", shares, b).transpose(1, 2).flatten(2)  # [rows, r, out]
         flat = x.to(a.dtype).flatten(1, -2) if x.dim() > 2 else x.to(a.dtype)[:, None]
-        change = (flat @ a @ b / self.r[name]).view(*x.shape[:-1], -1)
-        return result + change.to(result.dtype)
+        return (flat @ a @ b / self.r[name]).view(*x.shape[:-1], -1)
 
     def check_merge(self, name: str) -> None:
         raise NotImplementedError("A Poly adapter changes the weight differently for each task and cannot be merged.")
@@ -155,17 +148,7 @@ class PolyModel(BaseTuner):
     layer_class = PolyLayer
     injectable = False
 
-    def prepare_shared(self) -> None:
-        self.tasks = Tasks()
-
-    def make_layer(self, config: PolyConfig, target: nn.Module, parameter_name: str | None, key: str) -> PolyLayer:
-        return PolyLayer(target, parameter_name, self.tasks)
-
     @contextmanager
     def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
-        self.tasks.ids = kwargs.pop("task_ids", None)
-        try:
+        with calling(task_ids=kwargs.pop("task_ids", None)):
             yield
-        finally:
-            if not torch.is_grad_enabled():  # gradient checkpointing runs layers again, in the backward pass
-                self.tasks.ids = None

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp, base_op
+from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
-from peft.core.running import can_run_with_weight, run_with_weight
 from peft.core.shared import SharedTensors
 from peft.core.storage import place_of
 from peft.core.tuner import BaseTuner
-from peft.ops.lora import compute_dtype
 from peft.ops.random_bases import draw_bases, scaled_bases
 from peft.registry import PeftType
 
@@ -99,43 +96,13 @@ class RandLoraLayer(AdapterLayer):
             keys.update({slot: f"{slot}.{name}" for slot in ("randlora_A", "randlora_B")})
         return keys
 
-    def factors(self, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The change [out, in] as a product of two matrices."""
-        a, b = (shared[name].to(device, dtype) for shared in (self.randlora_A, self.randlora_B))
+    def change(self, name: str) -> LowRank:
         scale, gamma = self.randlora_lambda[name] * self.scaling[name], self.randlora_gamma[name]
-        wide = max(self.in_features, self.out_features)
-        right, left = scaled_bases(a, b, scale.to(dtype), gamma.to(dtype), wide)
-        return (left, right) if self.in_features <= self.out_features else (right.T, left.T)
-
-    def delta(self, name: str) -> Tensor:
-        like = self.randlora_lambda[name]
-        left, right = self.factors(name, like.device, like.dtype)
-        return left @ right
-
-    def cheap(self, name: str) -> bool:
-        return self.op.linear
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rows = x.numel() // self.in_features
-        if self.prefers_weight(name, rows) and can_run_with_weight(self, below, x):
-            return run_with_weight(self, [name], x, *args, **kwargs)
-        return self.add(name, x, below(x, *args, **kwargs))
-
-    def prefers_weight(self, name: str, rows: int) -> bool:
-        """Whether `rows` vectors take fewer multiplications with the changed weight, which then has to be made."""
-        if self.randlora_dropout[name].training and isinstance(self.randlora_dropout[name], nn.Dropout):
-            return False
-        inner = self.randlora_lambda[name].numel()
-        narrow, wide = sorted((self.in_features, self.out_features))
-        if not torch.is_grad_enabled():
-            return inner * narrow * wide < rows * inner * (narrow + wide)
-        # The weight is made, and its gradient, one product more than without adapter, goes back to the narrow factor;
-        # as factors, there are two products forward, two back to the input and one back to the narrow factor.
-        return (2 * inner + rows) * narrow * wide < rows * inner * (3 * narrow + 2 * wide)
-
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        left, right = self.factors(name, x.device, compute_dtype(x))
-        return result + F.linear(F.linear(self.randlora_dropout[name](x), right), left).to(result.dtype)
+        a, b = (shared[name].to(scale) for shared in (self.randlora_A, self.randlora_B))
+        narrow, wide = scaled_bases(a, b, scale, gamma, max(self.in_features, self.out_features))
+        down, up = (narrow, wide) if self.in_features <= self.out_features else (wide.T, narrow.T)
+        dropout = self.randlora_dropout[name]
+        return LowRank(down, up, dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0)
 
     @classmethod
     def check(cls, config: RandLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:

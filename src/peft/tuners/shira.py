@@ -5,20 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
+from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.shared import SharedTensors
-from peft.core.storage import onloaded
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.ops.memo import remember
-from peft.ops.sparse import add_at, random_positions, sparse_linear
+from peft.ops.sparse import Entries, random_positions
 from peft.registry import PeftType
 
 #: takes a base module and r; gives ones and zeros in the shape of the module's weight
@@ -102,36 +102,17 @@ class ShiraLayer(AdapterLayer):
             )
         return positions
 
-    def entries(self, name: str) -> tuple[Tensor, Tensor]:
-        """Positions and values of the change."""
+    def change(self, name: str) -> Add:
         positions = self.shira_indices[name]
         if not torch.compiler.is_compiling():
             remember(positions, "placed", lambda: _checked(positions, name))
-        return positions, self.scaling[name] * self.shira_weight[name]
+        values = self.scaling[name] * self.shira_weight[name]
+        return Add(Entries(positions, values, (self.out_features, self.in_features)))
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets what the change of an adapter is multiplied with."""
         if self.has(adapter):
             self.scaling[adapter] = scale
-
-    def transform(self, name: str, weight: Tensor) -> Tensor:
-        return add_at(weight, *self.entries(name))
-
-    def cheap(self, name: str) -> bool:
-        return self.op.linear and len(self._live) <= 1 and not isinstance(self.base_layer, AdapterLayer)
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        positions, values = self.entries(name)
-        if x.numel() * values.numel() <= self.in_features**2 * self.out_features:
-            # For a few tokens, the entries are looked up rather than put into the weight.
-            result = below(x, *args, **kwargs)
-            rows, columns = positions.long()
-            change = x.index_select(-1, columns).to(result.dtype) * values.to(result.dtype)
-            return result.index_add(-1, rows, change)
-        base = self.get_base_layer()
-        with onloaded(base):
-            weight, bias = self.op.matrix(self.get_base_weight()), self.get_base_bias()
-            return sparse_linear(x, weight, bias, positions, values.to(weight.dtype))
 
     @classmethod
     def check(cls, config: ShiraConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
+from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
-from peft.core.products import add_low_rank, run_low_rank
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.ops.vector_bank import mix_vectors, pack_logits, unpack_logits
@@ -101,12 +101,7 @@ class VBLoRALayer(AdapterLayer):
         bank = self.vblora_vector_bank[name]
         bank.data = bank.data.to(device=device, dtype=dtype)
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r].
-
-        Raises:
-            RuntimeError: they are to be trained, and come from a file with the chosen vectors alone.
-        """
+    def change(self, name: str) -> LowRank:
         if self.training and self.vblora_only_topk[name] and self.vblora_logits_A[name].requires_grad:
             raise RuntimeError(
                 f"VB-LoRA adapter {name!r} was saved with save_only_topk_weights=True: the logits of all other vectors"
@@ -114,24 +109,8 @@ class VBLoRALayer(AdapterLayer):
             )
         bank, k = self.vblora_vector_bank[name], self.vblora_topk[name]
         a, b = (mix_vectors(getattr(self, slot)[name], bank, k) for slot in _LOGITS)
-        return a.flatten(1), b.transpose(1, 2).flatten(0, 1)
-
-    def delta(self, name: str) -> Tensor:
-        a, b = self.factors(name)
-        return b @ a
-
-    def cheap(self, name: str) -> bool:
-        return self.op.linear
-
-    def adapt(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return run_low_rank(self, *self.factors(name), self.dropout_of(name), below, x, *args, **kwargs)
-
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        return add_low_rank(self, *self.factors(name), self.dropout_of(name), x, result)
-
-    def dropout_of(self, name: str) -> float:
-        """Probability of dropout on the adapter's input at present."""
-        return self.vblora_dropout[name] if self.training else 0.0
+        p = self.vblora_dropout[name] if self.training else 0.0
+        return LowRank(a.flatten(1), b.transpose(1, 2).flatten(0, 1), dropout=p)
 
     @classmethod
     def check(cls, config: VBLoRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:

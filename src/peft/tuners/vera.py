@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp, base_op
+from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
 from peft.core.shared import SharedTensors
@@ -74,23 +74,11 @@ class VeraLayer(AdapterLayer):
         b = torch.zeros(self.out_features) if config.init_weights else torch.randn(self.out_features)
         self.vera_lambda_b[name] = nn.Parameter(b)
 
-    def projections(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] for this layer, where `like` is and in its dtype."""
-        a, b = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
-        return a.to(like), b.to(like)
-
-    def delta(self, name: str) -> Tensor:
-        b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
-        shared_a, shared_b = self.projections(name, b)
-        return (b[:, None] * shared_b * d) @ shared_a
-
-    def cheap(self, name: str) -> bool:
-        return self.op.linear
-
-    def add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        a, b = self.projections(name, x)
-        low = F.linear(self.vera_dropout[name](x), a) * self.vera_lambda_d[name].to(x.dtype)
-        return torch.addcmul(result, F.linear(low, b), self.vera_lambda_b[name].to(x.dtype))
+    def change(self, name: str) -> LowRank:
+        b, d, dropout = self.vera_lambda_b[name], self.vera_lambda_d[name], self.vera_dropout[name]
+        down, up = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return LowRank(down.to(b), up.to(b), dropout=p, middle=d, factors=b)
 
     @classmethod
     def check(cls, config: VeraConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -24,28 +24,37 @@ class Storage:
     def check_write(self, module: nn.Module, name: str) -> None:
         """Raises NotImplementedError where `write` cannot put another weight in."""
 
+    def keep(self, module: nn.Module, name: str, own: bool = False) -> Any:
+        """What `restore` needs to put the present weight back exactly; with `own`, the parameter itself."""
+        parameter = getattr(module, name)
+        return parameter if own else parameter.data
+
     def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> Any:
-        """Puts `value` in, in the storage's own form; returns what `restore` needs to undo it exactly.
+        """Puts `value` in, in the storage's own form; returns what `keep` would have before.
 
         With `own`, the module gets a parameter of its own, so that modules tied to the old one keep theirs.
         """
-        parameter = getattr(module, name)
+        before, parameter = self.keep(module, name, own), getattr(module, name)
         value = value.detach().to(dtype=parameter.dtype, device=parameter.device).contiguous()
         if own:
             setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
-            return parameter
-        before = parameter.data
-        parameter.data = value
+        else:
+            parameter.data = value
         return before
 
     def restore(self, module: nn.Module, name: str, before: Any) -> None:
-        """Puts back what `write` returned, bit for bit, on the device where the module is by now."""
+        """Puts back what `keep` returned, bit for bit; where the module is by now, and in the dtype that it has."""
         parameter = getattr(module, name)
+        data = before.data.to(device=parameter.device, dtype=parameter.dtype)
         if isinstance(before, nn.Parameter):
-            before.data = before.data.to(parameter.device)
+            before.data = data
             setattr(module, name, before)
         else:
-            parameter.data = before.to(parameter.device)
+            parameter.data = data
+
+    def original(self, module: nn.Module, name: str, before: Any) -> Tensor:
+        """The weight that `keep` returned, as `read` would give it."""
+        return before.detach()
 
     def nbytes(self, before: Any) -> int:
         """Memory that `before` holds, in bytes."""

@@ -47,9 +47,12 @@ class Quantised(Storage):
     def held(self, module: nn.Module, name: str) -> Tensor:
         return getattr(module, self.parts[0] or name)
 
+    def keep(self, module: nn.Module, name: str, own: bool = False) -> Any:
+        return tuple(attrgetter(part or name)(module) for part in self.parts)
+
     def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> Any:
         self.check_write(module, name)
-        before = tuple(attrgetter(part or name)(module) for part in self.parts)
+        before = self.keep(module, name, own)
         device = self.held(module, name).device
         with torch.no_grad():
             self._put(module, name, self.pack(module, name, value.detach().to(device).contiguous()))
@@ -58,6 +61,14 @@ class Quantised(Storage):
     def restore(self, module: nn.Module, name: str, before: Any) -> None:
         device = self.held(module, name).device
         self._put(module, name, before if before[0].device == device else _to(before, device))
+
+    def original(self, module: nn.Module, name: str, before: Any) -> Tensor:
+        now = self.keep(module, name)
+        self.restore(module, name, before)
+        try:
+            return self.read(module, name)
+        finally:
+            self.restore(module, name, now)
 
     def nbytes(self, before: Any) -> int:
         return sum({t.data_ptr(): t.numel() * t.element_size() for t in _tensors(before)}.values())
@@ -113,13 +124,14 @@ class Bnb8bit(Quantised):
         scales = weight.SCB if weight.SCB is not None else module.state.SCB
         return weight.data.float() * (scales / 127)[:, None]
 
+    def keep(self, module: Any, name: str, own: bool = False) -> Any:
+        before = super().keep(module, name, own)
+        return (*before, module.state.CB, module.state.SCB) if hasattr(module, "state") else before  # else an embedding
+
     def write(self, module: Any, name: str, value: Tensor, own: bool = False) -> Any:
         before = super().write(module, name, value, own)
-        if not hasattr(module, "state"):  # an embedding
-            return before
-        state = module.state
-        before = (*before, state.CB, state.SCB)
-        state.CB = state.SCB = None
+        if hasattr(module, "state"):
+            module.state.CB = module.state.SCB = None
         return before
 
     def restore(self, module: Any, name: str, before: Any) -> None:

@@ -2,16 +2,16 @@
 
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
-from peft.tuners.lora.layer import (
+from peft.tuners.lora.kinds import (
     Conv1d,
     Conv2d,
     Conv3d,
     Embedding,
     Linear,
-    LoraLayer,
     MultiheadAttention,
     ParamWrapper,
 )
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.preprocess import preprocess_corda, preprocess_loraga
 from peft.tuners.lora.quantised import Linear4bit, Linear8bitLt

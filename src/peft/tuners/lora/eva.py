@@ -19,7 +19,8 @@ from peft.core.walk import live_key, put_back
 from peft.errors import PeftWarning
 from peft.ops.pca import IncrementalPca
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import Linear, LoraLayer, alpha_of, rank_of
+from peft.tuners.lora.kinds import Linear
+from peft.tuners.lora.layer import LoraLayer, alpha_of, rank_of
 from peft.tuners.lora.preprocess import targeted
 from peft.tuners.lora.settings import EvaConfig
 

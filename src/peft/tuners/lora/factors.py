@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from peft.core.base_op import ConvOp, EmbeddingOp, ParallelLinearOp, ParameterOp, kernel_numel
+from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
+from peft.core.merge import difference, without_dropout
 from peft.core.storage import onloaded
-from peft.tuners.lora.layer import LoraLayer
 
 #: the factors' names in files
 FACTOR_KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
@@ -43,42 +44,28 @@ def adapter_rank(layer: AdapterLayer, rank: int) -> int:
     return rank * block_count(layer) if isinstance(layer.op, ConvOp) else rank
 
 
-@torch.no_grad()
 def change_blocks(layer: AdapterLayer, name: str) -> Tensor:
     """What an adapter of any method changes a layer's base weight by: [blocks, out, in].
 
     Computed in the adapter's dtype, so that nothing of it is lost in a base weight of lower precision.
     """
-    if type(layer).transform is AdapterLayer.transform:
-        change = layer.delta(name)
-    else:
-        with onloaded(layer.get_base_layer()):
-            weight = layer.op.matrix(layer.get_base_weight())
-            weight = weight.to(layer.dtype_of(name) or weight.dtype)
-            change = layer.transform(name, weight) - weight
-    return change.unflatten(0, (block_count(layer), -1))
-
-
-@torch.no_grad()
-def bias_change(layer: AdapterLayer, name: str) -> Tensor | None:
-    """What an adapter of any method changes a layer's bias by [out], if it does."""
-    with onloaded(layer.get_base_layer()):
-        bias = layer.get_base_bias()
-        changed = layer.transform_bias(name, bias)
-        return None if changed is bias else changed if bias is None or changed is None else changed - bias
+    return difference(layer, name).unflatten(0, (block_count(layer), -1))
 
 
 @torch.no_grad()
 def change_factors(layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor] | None:
-    """b [blocks, out, r] and a [blocks, r, in] whose product is the change, where the adapter is a LoRA of low rank."""
-    if not isinstance(layer, LoraLayer) or _beside_factors(layer, name):
+    """b [blocks, out, r] and a [blocks, r, in] whose product is the change of an adapter that is one of low rank."""
+    with without_dropout(layer):
+        changes = layer.changes([name])
+    change = changes[0] if len(changes) == 1 else None
+    if not isinstance(change, LowRank) or change.where is not None:
         return None
-    a, b = load(layer, name)
-    whole = a.shape[2] == layer.op.in_features and len(b) * b.shape[1] == layer.op.out_features
-    if not whole or a.shape[1] > min(b.shape[1], a.shape[2]):
+    (a, b), blocks = change.folded(), block_count(layer)
+    if a.dim() == 2:
+        a, b = a.expand(blocks, *a.shape), b.unflatten(0, (blocks, -1))
+    if a.shape[2] != layer.op.in_features or a.shape[1] > min(b.shape[1], a.shape[2]):
         return None
-    # Twice where attention reads the weight, see `peft.tuners.lora.layer.Linear.delta`.
-    return b * (layer.scaling[name] * (2 if layer.is_read else 1)), a
+    return b * change.scale, a
 
 
 def store(layer: AdapterLayer, a: Tensor, b: Tensor) -> dict[str, Tensor]:

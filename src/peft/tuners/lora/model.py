@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft.core.base_op import ParallelLinearOp, base_op
+from peft.core.call import calling
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import FACTOR_KEYS
-from peft.tuners.lora.layer import LAYERS, Embedding, Linear, LoraLayer, TiedFactor, alpha_of, check_config, rank_of
+from peft.tuners.lora.kinds import LAYERS, Embedding, Linear
+from peft.tuners.lora.layer import LoraLayer, TiedFactor, alpha_of, check_config, rank_of
 from peft.tuners.lora.merging import Combination, add_weighted_adapter
 from peft.tuners.lora.parallel import LoraParallelLinear
 from peft.tuners.lora.quantised import linear_class
@@ -126,11 +128,11 @@ class LoraModel(BaseTuner):
     def _watch_calls(self, wanted: bool = True) -> None:
         """Sees to it that the base model's calls are watched as long as some adapter needs that."""
         handles = self.__dict__.get("_watch", ())
-        wanted = wanted and bool(Watch(self.peft_config).invocations())
+        watch = Watch(self.peft_config)
+        wanted = wanted and bool(watch.tokens())
         if wanted and not handles:
-            watch = Watch(self.peft_config)
-            before = self.model.register_forward_pre_hook(watch, with_kwargs=True)
-            self.__dict__["_watch"] = before, self.model.register_forward_hook(watch.after)
+            before = self.model.register_forward_pre_hook(watch.before, with_kwargs=True)
+            self.__dict__["_watch"] = before, self.model.register_forward_hook(watch.after, always_call=True)
         elif not wanted and handles:
             for handle in handles:
                 handle.remove()
@@ -142,9 +144,9 @@ class LoraModel(BaseTuner):
     @contextmanager
     def _generating(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        with super().around_generate(args, kwargs), ExitStack() as stack:
-            for invocations in Watch(self.peft_config).invocations():
-                stack.enter_context(invocations.generating(prompt))
+        watch = Watch(self.peft_config)
+        facts = watch.prompt(prompt) if watch.tokens() else {}
+        with super().around_generate(args, kwargs), calling(**facts):
             yield
 
     # ---- losses

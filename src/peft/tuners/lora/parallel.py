@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from peft.core.base_op import ParallelLinearOp
-from peft.core.routing import Route
+from peft.core.base_op import BaseOp, ParallelLinearOp
+from peft.core.change import LowRank
 from peft.ops.lora import compute_dtype
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, draw_factors_, empty_linear
@@ -30,7 +30,6 @@ class LoraParallelLinear(LoraLayer):
     carries Megatron's mark for that, and Megatron's training sums up its gradients.
     """
 
-    is_cheap = True
     op: ParallelLinearOp
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
@@ -53,25 +52,9 @@ class LoraParallelLinear(LoraLayer):
             a.copy_(own_part(whole_a, base, self.op) if self.op.shares_input else whole_a)
             b.copy_(whole_b if self.op.shares_input else own_part(whole_b, base, self.op))
 
-    def add_product(self, name: str, x: Tensor, result: Tensor, p: float | None = None) -> Tensor:
-        a, b, dtype = self.lora_A[name], self.lora_B[name], compute_dtype(x)
-        x, p = x.to(dtype), self.dropout_of(name) if p is None else p
-        x = F.dropout(x, p) if p else x
-        if self.op.shares_input:
-            low = self.scaling[name] * _call(a, x)
-            return result + F.linear(low, b.weight.to(dtype)).to(result.dtype)
-        low = self.scaling[name] * F.linear(x, a.weight.to(dtype))
-        gathered = result.shape[-1] > b.weight.shape[0]  # a call may ask for it, whatever the layer was made for
-        asked = {"runtime_gather_output": gathered} if self.op.processes > 1 and gathered != b.gather_output else {}
-        return result + _call(b, low, **asked).to(result.dtype)
-
-    def adapt_product(self, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output, bias = below(x, *args, **kwargs)
-        return self.add_product(name, x, output), bias
-
-    def add_routed(self, route: Route, groups: Sequence[tuple[str, Tensor]], x: Tensor, result: Any) -> Any:
-        output, bias = result
-        return super().add_routed(route, groups, x, output), bias
+    def low_rank(self, name: str) -> LowRank:
+        a, b = self.lora_A[name], self.lora_B[name]
+        return _ParallelLowRank(a.weight, b.weight, self.scaling[name], self.dropout_of(name), modules=(a, b))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # decomposing a part of a matrix says nothing of the whole
@@ -86,3 +69,22 @@ def _call(factor: Any, x: Tensor, **kwargs: Any) -> Tensor:
     if factor.weight.dtype == x.dtype:
         return factor(x, **kwargs)[0]
     return functional_call(factor, {"weight": factor.weight.to(x.dtype)}, (x,), kwargs)[0]
+
+
+@dataclass(eq=False)
+class _ParallelLowRank(LowRank):
+    """A low-rank product whose factors are Megatron's layers, where they are shared out."""
+
+    modules: tuple[Any, Any] = (None, None)
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        (a, b), dtype, parallel = self.modules, compute_dtype(x), op
+        assert isinstance(parallel, ParallelLinearOp)
+        x = F.dropout(x.to(dtype), self.dropout) if self.dropout else x.to(dtype)
+        if parallel.shares_input:
+            low = self.scale * _call(a, x)
+            return y + F.linear(low, b.weight.to(dtype)).to(y.dtype)
+        low = self.scale * F.linear(x, a.weight.to(dtype))
+        gathered = y.shape[-1] > b.weight.shape[0]  # a call may ask for it, whatever the layer was made for
+        asked = {"runtime_gather_output": gathered} if parallel.processes > 1 and gathered != b.gather_output else {}
+        return y + _call(b, low, **asked).to(y.dtype)

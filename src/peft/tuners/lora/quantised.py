@@ -13,7 +13,8 @@ from peft.core.base_op import LinearOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import Linear, alpha_of, rank_of
+from peft.tuners.lora.kinds import Linear
+from peft.tuners.lora.layer import alpha_of, rank_of
 
 
 class QuantisedLinear(Linear):

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -16,15 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
+from peft.core.call import calling, current, fact
+from peft.core.change import Beside, Change
 from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
-from peft.core.routing import Route, before_backward
+from peft.core.routing import Route
 from peft.core.tuner import UPCAST_DTYPES
 from peft.errors import PeftWarning
 from peft.ops.lora import compute_dtype
 from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
+from peft.tuners.lora.kinds import Embedding, Linear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.variants import VARIANTS
 
@@ -136,12 +138,14 @@ def choose(scalings: Tensor, top_k: int | None, softmax: bool) -> Tensor:
     return torch.zeros_like(scalings).scatter(-1, chosen.indices, values)
 
 
+#: what a call knows: the weights of the experts, [batch, tokens, layers, experts]; a number in the first pass
+_WEIGHTS = "xlora_weights"
+
+
 class Mixture:
-    """How much of each expert the tokens of the present batch take, which all layers of a model read."""
+    """How much of each expert the tokens of a batch take, which all layers of a model read."""
 
     experts: Sequence[str] = ()
-    #: [batch, tokens, layers, experts]; a number in the first pass; None outside of the model's passes
-    weights: Tensor | float | None = None
     #: what the classifier gave last
     scalings: Tensor | None = None
 
@@ -154,9 +158,10 @@ class Mixture:
         Raises:
             ValueError: the input does not count tokens as the model's own does.
         """
-        if not isinstance(self.weights, Tensor):
-            return self.weights or 0.0
-        weights = self.weights[:, :, layer]
+        weights = fact(_WEIGHTS)
+        if not isinstance(weights, Tensor):
+            return weights or 0.0
+        weights = weights[:, :, layer]
         batch, tokens, experts = weights.shape
         if rows[:2] == (batch, tokens):
             return weights.view(batch, tokens, *[1] * (len(rows) - 2), experts)
@@ -184,14 +189,17 @@ class XLoraLayer(LoraLayer):
         """A x of one expert: [..., r]."""
         raise NotImplementedError
 
-    def _chain(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.mixture.weights is None:
-            return super()._chain(names, x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
+    def changes(self, names: Sequence[str]) -> list[Change]:
+        if fact(_WEIGHTS) is None:
+            return super().changes(names)
+        return [Beside(lambda x: self.mixed(names, x), "the experts are weighed anew for each token")]
+
+    def mixed(self, names: Sequence[str], x: Tensor) -> Tensor:
+        """What the experts add for each token, in its shares: [..., out]."""
         weights = self.mixture.at(self.layer_number, x.shape if self.op.kind == "Embedding" else x.shape[:-1])
         if isinstance(weights, float) and weights == 0:
-            return result
-        dtype = compute_dtype(result)
+            return torch.zeros((), device=x.device)
+        dtype = compute_dtype(x) if x.is_floating_point() else self.place()[1] or torch.float32
         low, up = [], []
         for name in names:
             share = weights[..., self.mixture.experts.index(name), None] if isinstance(weights, Tensor) else weights
@@ -199,7 +207,7 @@ class XLoraLayer(LoraLayer):
             up.append(self.factors(name)[1].to(dtype))
         change = F.linear(torch.cat(low, -1), torch.cat(up, 1))
         scale = getattr(self.get_base_layer(), "embed_scale", None)  # embeddings that multiply what they look up
-        return result + (change if scale is None else change * torch.as_tensor(scale).to(change)).to(result.dtype)
+        return change if scale is None else change * torch.as_tensor(scale).to(change)
 
     def check_merge(self, name: str) -> None:
         raise NotImplementedError("X-LoRA weighs its experts anew for each token, so they cannot be merged.")
@@ -414,17 +422,12 @@ class XLoraModel(LoraModel):
             yield
             return
         # `generate` calls the model many times, so what comes before a pass is a hook.
-        hooks = (
-            self.model.register_forward_pre_hook(self._weigh, with_kwargs=True),
-            self.model.register_forward_hook(self._remember),
-        )
+        hook = self.model.register_forward_pre_hook(self._weigh, with_kwargs=True)
         try:
-            yield
+            with calling():
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
-            if not torch.is_grad_enabled():  # gradient checkpointing runs layers again, in the backward pass
-                self.mixture.weights = None
+            hook.remove()
 
     @contextmanager
     def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -433,31 +436,27 @@ class XLoraModel(LoraModel):
         with self.around_forward(args, kwargs):
             yield
 
-    def _remember(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        before_backward(output, partial(setattr, self.mixture, "weights", self.mixture.weights))
-
     def _weigh(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs the first pass and sets the weights for the second."""
-        if isinstance(self.mixture.weights, float):
+        if isinstance(fact(_WEIGHTS), float):
             return  # this is the first pass
         if kwargs.get("past_key_values") is not None:
             raise ValueError("X-LoRA cannot go on from a cache (past_key_values): it runs all tokens twice.")
         config, classifier = self.xlora_config, self.internal_xlora_classifier
         first = {key: value for key, value in kwargs.items() if key != "labels"}
         first.update(output_hidden_states=True, return_dict=True)
-        self.mixture.weights = float(config.scaling_pass_value * config.global_scaling_weight)
-        try:
-            with torch.no_grad():
-                hidden = module(*args, **first).hidden_states[-1]
-        finally:
-            self.mixture.weights = None
+        share = float(config.scaling_pass_value * config.global_scaling_weight)
+        with torch.no_grad(), calling(**{_WEIGHTS: share}):
+            hidden = module(*args, **first).hidden_states[-1]
         scalings = classifier(hidden)
         self.mixture.scalings = scalings
         if self._is_logging:
             self._log.append(scalings.detach())
         if config.top_k_lora is not None or config.enable_softmax_topk:
             scalings = choose(scalings, config.top_k_lora, config.enable_softmax_topk)
-        self.mixture.weights = scalings * config.global_scaling_weight
+        call = current()
+        assert call is not None  # `around_forward` has begun one
+        call.facts[_WEIGHTS] = scalings * config.global_scaling_weight
 
     # ---- settings that may change, and what the classifier has said
 

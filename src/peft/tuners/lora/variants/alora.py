@@ -3,115 +3,64 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from peft.core.routing import before_backward
+from peft.core.call import Call, begin, current, end, fact, remember_for_backward
+from peft.core.change import LowRank
 from peft.errors import PeftWarning
-from peft.tuners.lora.starts import Remainder
 from peft.tuners.lora.variants.base import Variant
 
 if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
     from peft.tuners.lora.layer import LoraLayer
 
 #: a position behind all tokens
 _NEVER = 2**62
+#: what a call knows: tokens of an invocation -> where they are; and the same for the prompt of a generation
+_FOUND, _PROMPT = "alora_invocations", "alora_prompt"
 
 
-class Invocations:
-    """Where in the samples of the present call an adapter's tokens of invocation begin.
+@dataclass(frozen=True)
+class Invocation:
+    """Where an adapter's tokens of invocation begin in the samples of a call.
 
-    `watch` is called before each forward pass of the base model, so that it does not matter who makes the pass.
-
-    Args:
-        tokens: the tokens that call for the adapter.
+    Attributes:
+        starts: position of the first of them in each sample, those in the cache counted in: [samples].
+        past: tokens of each sample that are in the cache.
+        rows: samples of the call, beams counted in.
     """
 
-    def __init__(self, tokens: list[int]):
-        self.tokens = tokens
-        #: position of the first token of the invocation in each sample, those in the cache counted in
-        self.starts: Tensor | None = None
-        #: tokens of each sample that are in the cache, and samples of the present call (beams count)
-        self.past, self.rows = 0, 0
-        self._of_prompt = False
+    starts: Tensor
+    past: int
+    rows: int
 
-    def find(self, ids: Tensor) -> Tensor:
-        """Where the last occurrence of the tokens begins in each row of ids [samples, tokens]: [samples]."""
-        wanted = torch.tensor(self.tokens, device=ids.device)
-        starts = torch.full((len(ids),), _NEVER, device=ids.device)
-        if ids.shape[1] < len(wanted):
-            return starts
-        matches = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)
-        last = matches.shape[1] - 1 - matches.int().flip(1).argmax(1)
-        return torch.where(matches.any(1), last, starts)
-
-    def watch(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Finds the invocations in what the model is called with."""
-        given = kwargs.get("input_ids", args[0] if args else None)
-        inputs = kwargs.get("inputs_embeds") if given is None else given
-        ids = given if isinstance(given, Tensor) and given.dim() == 2 and not given.is_floating_point() else None
-        self.past = cached_tokens(kwargs.get("past_key_values"))
-        self.rows = len(inputs) if isinstance(inputs, Tensor) else 0
-        if self._of_prompt:
-            return  # generation goes on from a prompt that was looked at
-        if ids is None:
-            self._warn()
-            self.starts = None
-        elif self.past == 0 or self.starts is None or self.rows % len(self.starts):
-            self.starts = self.find(ids) + self.past
-
-    def positions(self) -> tuple[Tensor | None, int, int]:
-        """What is known of the present call."""
-        return self.starts, self.past, self.rows
-
-    def recall(self, positions: tuple[Tensor | None, int, int]) -> None:
-        """Goes back to an earlier call."""
-        self.starts, self.past, self.rows = positions
-
-    @contextmanager
-    def generating(self, prompt: Tensor | None) -> Iterator[None]:
-        """While it lasts, calls go on from a prompt [samples, tokens]."""
-        if prompt is None:
-            self._warn()
-        self.starts = None if prompt is None else self.find(prompt if prompt.dim() > 1 else prompt[None])
-        self._of_prompt = True
-        try:
-            yield
-        finally:
-            self._of_prompt = False
-
-    @staticmethod
-    def _warn() -> None:
-        warnings.warn(
-            "aLoRA looks for its invocation tokens in input_ids; without these, the adapter is not active.", PeftWarning
-        )
-
-    def mask(self, samples: list[int] | None, shape: torch.Size) -> Tensor | None:
-        """Which tokens of the call an adapter acts on.
-
-        Args:
-            samples: those of the call that the layer's input is of; None for all.
-            shape: of that input, [samples, tokens, features] or [samples * tokens, features].
-
-        Returns:
-            [samples, tokens]; None if nothing is known of the call.
-        """
-        if self.starts is None:
-            return None
-        starts = self.starts if samples is None else self.starts[samples]
+    def mask(self, shape: torch.Size, samples: Sequence[int] | None) -> Tensor:
+        """Which vectors of an input of this shape, which is of these samples of the call, come after: [vectors]."""
+        starts = self.starts if samples is None else self.starts[list(samples)]
         starts = starts.repeat_interleave(max(1, self.rows // len(self.starts)))  # beams of a sample lie side by side
         tokens = shape[:-1].numel() // len(starts)
-        return torch.arange(self.past, self.past + tokens, device=starts.device) >= starts[:, None]
+        positions = torch.arange(self.past, self.past + tokens, device=starts.device)
+        return (positions >= starts[:, None]).flatten()
+
+
+def find(tokens: Sequence[int], ids: Tensor) -> Tensor:
+    """Where the last occurrence of the tokens begins in each row of ids [samples, tokens]: [samples]."""
+    wanted = torch.tensor(tokens, device=ids.device)
+    starts = torch.full((len(ids),), _NEVER, device=ids.device)
+    if ids.shape[1] < len(wanted):
+        return starts
+    # A copy, for ids may be expanded, and a window over those is not taken.
+    matches = (ids.contiguous().unfold(1, len(wanted), 1) == wanted).all(-1)
+    last = matches.shape[1] - 1 - matches.int().flip(1).argmax(1)
+    return torch.where(matches.any(1), last, starts)
 
 
 class Watch:
-    """Stands around the forward passes of a base model; tells the adapters' invocations what it is called with.
+    """Stands around the forward passes of a base model, whoever makes them, and finds the invocations in each.
 
     Args:
         configs: configurations by adapter name, as the model holds them.
@@ -119,19 +68,58 @@ class Watch:
 
     def __init__(self, configs: dict[str, Any]):
         self.configs = configs
+        #: starts found in the last prompt, for calls that go on from its cache
+        self._last: dict[tuple[int, ...], Tensor] = {}
 
-    def invocations(self) -> list[Invocations]:
-        """Those of all adapters that have some."""
-        return [invocations_of(c) for c in self.configs.values() if getattr(c, "alora_invocation_tokens", None)]
+    def tokens(self) -> list[tuple[int, ...]]:
+        """The tokens that call for some adapter."""
+        asked = (getattr(config, "alora_invocation_tokens", None) for config in self.configs.values())
+        return list(dict.fromkeys(tuple(tokens) for tokens in asked if tokens))
 
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        for invocations in self.invocations():
-            invocations.watch(args, kwargs)
+    def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Notes where the invocations are in what the model is called with."""
+        given = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs.get("inputs_embeds") if given is None else given
+        ids = given if isinstance(given, Tensor) and given.dim() == 2 and not given.is_floating_point() else None
+        past, rows = cached_tokens(kwargs.get("past_key_values")), len(inputs) if isinstance(inputs, Tensor) else 0
+        prompt = fact(_PROMPT)
+        found = {}
+        for tokens in self.tokens():
+            if prompt is not None:  # generation goes on from a prompt that was looked at
+                starts = prompt.get(tokens)
+            elif ids is None:
+                _warn()
+                starts = None
+            else:
+                starts = self._last.get(tokens)
+                if past == 0 or starts is None or rows % len(starts):
+                    starts = self._last[tokens] = find(tokens, ids) + past
+            if starts is not None:
+                found[tokens] = Invocation(starts, past, rows)
+        call = current() or Call()
+        call.facts[_FOUND] = found
+        begin(call)
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """Sees to it that the backward pass finds the invocations of this call."""
-        for invocations in self.invocations():
-            before_backward(output, partial(invocations.recall, invocations.positions()))
+        """Ends the call, whose backward pass finds the same invocations."""
+        call = current()
+        end()
+        if call is not None and output is not None and torch.is_grad_enabled():
+            remember_for_backward(output, call)
+
+    def prompt(self, ids: Tensor | None) -> dict[str, Any]:
+        """The fact of a generation that goes on from a prompt [samples, tokens]."""
+        if ids is None:
+            if self.tokens():
+                _warn()
+            return {_PROMPT: {}}
+        return {_PROMPT: {tokens: find(tokens, ids if ids.dim() > 1 else ids[None]) for tokens in self.tokens()}}
+
+
+def _warn() -> None:
+    warnings.warn(
+        "aLoRA looks for its invocation tokens in input_ids; without these, the adapter is not active.", PeftWarning
+    )
 
 
 def cached_tokens(cache: Any) -> int:
@@ -151,28 +139,20 @@ class Alora(Variant):
     """
 
     label = "aLoRA (alora_invocation_tokens)"
-    is_product = False
-    calls: Invocations
 
-    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
-        self.calls = invocations_of(config)
-        return None
+    def __init__(self, setting: Iterable[int], key: str = ""):
+        super().__init__(tuple(setting), key)
 
     def check_merge(self, layer: LoraLayer, name: str) -> None:
         raise NotImplementedError(
             f"aLoRA adapter {name!r} cannot be merged: it acts on some tokens and not on others; a weight acts on all."
         )
 
-    def add(self, layer: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
-        route = layer._route
-        samples = None if route is None else [i for i, other in enumerate(route.names) if other == name]
-        mask = self.calls.mask(samples, x.shape)
-        index = x.new_zeros(0, dtype=torch.long) if mask is None else mask.to(x.device).flatten().nonzero().squeeze(1)
-        flat_x, flat = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
-        change = layer.add_product(name, flat_x[index], torch.zeros_like(flat[index]))
-        return flat.index_add(0, index, change.to(flat.dtype)).view(result.shape)
+    def change(self, layer: LoraLayer, name: str) -> LowRank:
+        change = layer.low_rank(name)
+        change.where = self._where
+        return change
 
-
-def invocations_of(config: LoraConfig) -> Invocations:
-    """What all layers of an adapter share; made with the first of them."""
-    return config.__dict__.setdefault("_invocations", Invocations(list(config.alora_invocation_tokens or ())))
+    def _where(self, shape: torch.Size, samples: Sequence[int] | None) -> Tensor | None:
+        found = fact(_FOUND, {}).get(self.setting)
+        return None if found is None else found.mask(shape, fact("samples") if samples is None else samples)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft.core.change import Beside
 from peft.tuners.lora.variants.base import Variant
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ class Arrow(Variant):
     """
 
     label = "Arrow (arrow_config)"
-    is_product = False
-
     def __init__(self, setting: Any, key: str = ""):
         super().__init__(setting, key)
         self._known: tuple[Any, Experts] | None = None
@@ -54,7 +53,11 @@ class Arrow(Variant):
             f"Arrow adapter {name!r} cannot be merged: it chooses experts for each token; a weight is the same for all."
         )
 
-    def add(self, layer: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
+    def change(self, layer: LoraLayer, name: str) -> Beside:
+        return Beside(lambda x: self._mixed(layer, name, x), "each token has experts of its own")
+
+    def _mixed(self, layer: LoraLayer, name: str, x: Tensor) -> Tensor:
+        """What the experts add for each token of x."""
         experts = self._experts(layer, x.dtype)
         tokens = x.reshape(-1, x.shape[-1])
         nearness = (tokens @ experts.directions.T).abs()
@@ -64,7 +67,7 @@ class Arrow(Variant):
         count, r, _ = experts.a.shape
         low = (tokens @ experts.a.flatten(0, 1).T).view(-1, count, r) * weights[..., None]
         change = low.flatten(1) @ experts.b.transpose(1, 2).flatten(0, 1)
-        return result + F.dropout(change, layer.dropout_of(name)).view(result.shape).to(result.dtype)
+        return F.dropout(change, layer.dropout_of(name)).view(*x.shape[:-1], -1)
 
     def _experts(self, layer: LoraLayer, dtype: torch.dtype) -> Experts:
         names, general = self._names(layer)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from peft.core.base_op import BaseOp
+from peft.core.change import Change
 from peft.tuners.lora.starts import Remainder
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ class Variant:
     kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
     #: names of the tensors that an adapter has beside A and B, and the kind of container that holds them
     slots: ClassVar[dict[str, type[nn.Module]]] = {}
-    #: whether its effect, in evaluation, is that of a plain LoRA with `factors`
-    is_product: ClassVar[bool] = True
     #: whether it changes the base weight when it starts
     changes_base: ClassVar[bool] = False
 
@@ -58,35 +57,13 @@ class Variant:
         """
         return None
 
-    def factors(self, layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] as they are multiplied, where they are not as they are stored."""
-        return layer.factors(name)
+    def change(self, layer: LoraLayer, name: str) -> Change | Iterable[Change]:
+        """What the adapter does to the module at present."""
+        return layer.low_rank(name)
 
     def key_map(self, name: str, keys: dict[str, str]) -> dict[str, str]:
         """Names of the adapter's tensors, in files and in the live module, where `keys` is how they are as a rule."""
         return keys
-
-    def cheap(self, layer: LoraLayer, name: str) -> bool:
-        """Whether `add` or `adapt` serves in place of `transform`."""
-        return layer.is_cheap
-
-    def delta(self, layer: LoraLayer, name: str) -> Tensor:
-        """What is added to the weight: [out, in]."""
-        return layer.product(name)
-
-    def transform(self, layer: LoraLayer, name: str, weight: Tensor) -> Tensor:
-        """The weight [out, in] as the adapter changes it."""
-        return weight + self.delta(layer, name)
-
-    def add(self, layer: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
-        """`result`, the output for `x` of what comes before, with the adapter on top."""
-        return layer.add_product(name, x, result)
-
-    def adapt(
-        self, layer: LoraLayer, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The module's output with the adapter on top of `below`."""
-        return self.add(layer, name, x, below(x, *args, **kwargs))
 
     def forget(self) -> None:
         """Lets go of what it has kept of the weights."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft.core.base_op import BaseOp
+from peft.core.change import LowRank
 from peft.tuners.lora.variants.base import Variant
 
 if TYPE_CHECKING:
@@ -50,14 +51,14 @@ class BdLora(Variant):
             factor.in_features //= self.setting.nblocks
             factor.weight = nn.Parameter(factor.weight.new_empty(factor.out_features, factor.in_features))
 
-    def factors(self, layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
-        a, b = layer.factors(name)
-        which = blocked(self.setting, self.key)
+    def change(self, layer: LoraLayer, name: str) -> LowRank:
+        change, which = layer.low_rank(name), blocked(self.setting, self.key)
         if which == "lora_A":
-            a = torch.block_diag(*a.chunk(self.setting.nblocks))
+            change.down = torch.block_diag(*change.down.chunk(self.setting.nblocks))
         elif which == "lora_B":
-            b = torch.block_diag(*b.chunk(self.setting.nblocks))
-        return a, b
+            change.up = torch.block_diag(*change.up.chunk(self.setting.nblocks))
+        change.low = change.high = None
+        return change
 
 
 def blocked(setting: BdLoraConfig, key: str) -> str | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import ConvOp
+from peft.core.change import Change, Dropped, ScaleOutput
 from peft.core.storage import onloaded
 from peft.ops.memo import remember
 from peft.ops.norms import changed_row_norms, row_squares
@@ -47,8 +47,6 @@ class Dora(Variant):
     kinds = frozenset(("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"))
     slots: ClassVar[dict[str, type[nn.Module]]] = {"lora_magnitude_vector": nn.ModuleDict}
 
-    is_product = False
-
     def __init__(self, setting: Any, key: str = ""):
         super().__init__(setting, key)
         self._kept: tuple[Any, Tensor] | None = None
@@ -73,56 +71,27 @@ class Dora(Variant):
         live = keys.pop("lora_magnitude_vector.weight")
         return {**keys, "lora_magnitude_vector": live}
 
-    def transform(self, layer: LoraLayer, name: str, weight: Tensor) -> Tensor:
-        factor = (layer.lora_magnitude_vector[name].weight.flatten() / self._norms(layer, name))[:, None]
-        return (weight + layer.product(name)) * factor.to(weight.dtype)
-
-    def adapt(
-        self, layer: LoraLayer, name: str, below: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if layer.dropout_of(name):
-            return self.add(layer, name, x, below(x, *args, **kwargs))
-        return self._scaled(layer, name, layer.adapt_product(name, below, x, *args, **kwargs))
-
-    def add(self, layer: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
-        p = layer.dropout_of(name)
-        if not p:
-            return self._scaled(layer, name, layer.add_product(name, x, result))
+    def change(self, layer: LoraLayer, name: str) -> tuple[Change, ...]:
+        low_rank, scale = layer.low_rank(name), ScaleOutput(self._factor(layer, name), with_bias=False)
+        if not low_rank.dropout:
+            return low_rank, scale
         # What is scaled is what the adapter sees, which with dropout is another product with W.
-        x = F.dropout(x, p)
-        plain = self._without_bias(layer, layer.base_layer(x))
-        return result - plain + layer.add_product(name, x, plain, p=0.0) * self._factor(layer, name, result)
+        p, low_rank.dropout = low_rank.dropout, 0.0
+        return (Dropped((low_rank, scale), p),)
 
-    def _scaled(self, layer: LoraLayer, name: str, inner: Tensor) -> Tensor:
-        """The outputs with each row's factor, the bias aside."""
-        factor = self._factor(layer, name, inner)
-        bias = layer.get_base_bias()
-        if bias is None:
-            return inner * factor
-        return torch.addcmul(self._as_output(layer, bias.to(inner.dtype)) * (1 - factor), inner, factor)
-
-    def _without_bias(self, layer: LoraLayer, result: Tensor) -> Tensor:
-        bias = layer.get_base_bias()
-        return result if bias is None else result - self._as_output(layer, bias.to(result.dtype))
-
-    @staticmethod
-    def _as_output(layer: LoraLayer, rows: Tensor) -> Tensor:
-        """A value per row of the weight, in the shape in which it multiplies outputs."""
-        return rows.view(-1, *(1 for _ in layer.get_base_layer().kernel_size)) if isinstance(layer.op, ConvOp) else rows
-
-    def _factor(self, layer: LoraLayer, name: str, like: Tensor) -> Tensor:
-        """m_i / ||(W + s B A)_i||, in the shape in which it multiplies outputs."""
+    def _factor(self, layer: LoraLayer, name: str) -> Tensor:
+        """m_i / ||(W + s B A)_i||: [out]."""
         m = layer.lora_magnitude_vector[name].weight
         a, b = layer.factors(name)
-        weight = layer.weight
         key = None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             trained = m.requires_grad or a.requires_grad or b.requires_grad
             if not trained or (_cache_trained and not layer.training):
-                key = [(id(t), t._version, t.data_ptr()) for t in (weight, m, a, b)], layer.scaling[name], like.dtype
+                stamps = [(id(t), t._version, t.data_ptr()) for t in (layer.weight, m, a, b)]
+                key = stamps, layer.scaling[name], layer.merged_adapters
                 if self._kept is not None and self._kept[0] == key:
                     return self._kept[1]
-        factor = self._as_output(layer, (m.flatten() / self._norms(layer, name)).to(like.dtype))
+        factor = m.flatten() / self._norms(layer, name)
         if key is not None:
             self._kept = key, factor
         return factor
@@ -132,8 +101,11 @@ class Dora(Variant):
     def _norms(layer: LoraLayer, name: str) -> Tensor:
         """||(W + s B A)_i||, with W the weight below all adapters: [out]."""
         with onloaded(layer.get_base_layer()):
-            weight = layer.op.matrix(layer.get_base_weight())
-        squares = remember(layer.weight, "row squares", lambda: row_squares(weight))
+            weight = layer.op.matrix(layer.original_weight())
+        if layer.ledger.originals:
+            squares = row_squares(weight)
+        else:
+            squares = remember(layer.weight, "row squares", lambda: row_squares(weight))
         return _lengths(layer, name, weight, squares)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp
+from peft.core.change import LowRank
 from peft.tuners.lora.starts import Remainder, base_matrix
 from peft.tuners.lora.variants.base import Variant
 
@@ -44,9 +45,11 @@ class Kasa(Variant):
         u, vh = u[:, -r:] * s[-r:], vh[-r:]
         return lambda weight: (weight - (u @ vh).to(weight.device)).to(weight.dtype)
 
-    def factors(self, layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
-        a, b = layer.factors(name)
-        return a, b * layer.lora_diag[name]
+    def change(self, layer: LoraLayer, name: str) -> LowRank:
+        change = layer.low_rank(name)
+        change.up = change.up * layer.lora_diag[name]
+        change.low = change.high = None
+        return change
 
     def penalty(self, layer: LoraLayer, name: str) -> Tensor:
         """beta ||d||^2 + gamma (||B^T B - I|| + ||A A^T - I||), a number, in float32."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peft.core.change import LowRank
 from peft.tuners.lora.starts import Remainder
 from peft.tuners.lora.variants.base import Variant
 
@@ -100,8 +101,9 @@ class Monteclora(Variant):
         layer.lora_monteclora_sampler[name] = Perturbation(layer.r[name], self.setting)
         return None
 
-    def factors(self, layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
-        a, b = layer.factors(name)
+    def change(self, layer: LoraLayer, name: str) -> LowRank:
+        change = layer.low_rank(name)
         if layer.training:
-            a = a + layer.lora_monteclora_sampler[name].draw(layer.in_features).to(a.dtype)
-        return a, b
+            noise = layer.lora_monteclora_sampler[name].draw(layer.in_features)
+            change.down, change.low, change.high = change.down + noise.to(change.down.dtype), None, None
+        return change

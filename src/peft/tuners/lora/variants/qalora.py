@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from peft.core.base_op import BaseOp
+from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
 from peft.errors import PeftWarning
@@ -50,9 +51,12 @@ class Qalora(Variant):
         factor.in_features //= self.width
         factor.weight = nn.Parameter(factor.weight.new_empty(r, factor.in_features))
 
-    def factors(self, layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
-        a, b = layer.factors(name)
-        return (a * (a.shape[1] / self.width)).repeat_interleave(self.width, dim=1), b
+    def change(self, layer: LoraLayer, name: str) -> LowRank:
+        change = layer.low_rank(name)
+        groups = change.down.shape[1]
+        change.down = (change.down * (groups / self.width)).repeat_interleave(self.width, dim=1)
+        change.low = change.high = None
+        return change
 
 
 def by_groups(module: nn.Module, op: BaseOp) -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft.core.change import LowRank
 from peft.core.shared import SharedTensors
-from peft.ops.lora import compute_dtype
 from peft.ops.velora import compressed_linear, group_width, mean_direction, unit
 from peft.tuners.lora.starts import Remainder
 from peft.tuners.lora.variants.base import Variant
@@ -39,18 +38,20 @@ class Velora(Variant):
         layer.lora_velora_embed[name] = direction.to(a.dtype)
         return None
 
-    def add(self, layer: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
-        if not (layer.training and torch.is_grad_enabled()):
-            return layer.add_product(name, x, result)
-        dtype = compute_dtype(x)
-        x = F.dropout(x.to(dtype), layer.dropout_of(name))
+    def change(self, layer: LoraLayer, name: str) -> LowRank:
+        change = layer.low_rank(name)
+        if layer.training and torch.is_grad_enabled():
+            change.low, change.high = (lambda x: self._compressed(layer, name, x)), None
+        return change
+
+    def _compressed(self, layer: LoraLayer, name: str, x: Tensor) -> Tensor:
+        """A x, with x kept compressed for the gradient."""
         self._found = self._found or bool(layer.lora_velora_embed[name].any())  # it may have come from a file
         if not self._found or self.setting.init_type == "batch_average":
             with torch.no_grad():
                 direction = mean_direction(x, self.setting.num_groups)
                 layer.lora_velora_embed[name] = direction.to(layer.lora_velora_embed[name])
             self._found = True
-        a, b = (factor.to(dtype) for factor in layer.factors(name))
-        low = compressed_linear(x, a, layer.lora_velora_embed[name], self.setting.num_groups, self.setting.scale)
-        bias = layer.lora_B[name].bias
-        return result + F.linear(low, b, bias if bias is None else bias.to(dtype)) * layer.scaling[name]
+        a, _ = layer.factors(name)
+        direction = layer.lora_velora_embed[name]
+        return compressed_linear(x, a.to(x.dtype), direction, self.setting.num_groups, self.setting.scale)

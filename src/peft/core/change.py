@@ -1,0 +1,435 @@
+"""What an adapter does to a module, as a small set of changes.
+
+A module is y = W x + b with a matrix W [out, in], see `kinds`. A method says what an adapter does to it by one change,
+or several in a row; each has its algebra beside it: what it does to what goes in (`enter`), to what comes out
+(`leave`), to the matrix and to the bias. How a module is run with its changes is decided in `run`, how they become part
+of its weight in `merge`.
+
+| change | forward | matrix |
+|---|---|---|
+| `LowRank` | y + s B A x | W + s B A |
+| `Add` | y + M x | W + M |
+| `Bias` | y + c | W |
+| `ScaleInput`, `ScaleOutput` | W (s * x), s * y | columns, rows of W times s |
+| `OnInput`, `OnOutput` | W f(x), f(y), for a linear map f | f of the rows, of the columns of W |
+| `Rows` | y with some entries replaced | W with some rows replaced |
+| `Weight` | y of f(W) | f(W) |
+| `Beside` | y + f(x) for any f | has none |
+| `Dropped` | y + (what changes make of dropout(x)) - W dropout(x) | what they make of W |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft.core.base_op import BaseOp
+from peft.ops.lora import add_low_rank, compute_dtype, lora_linear
+from peft.ops.matrix import Matrix
+
+
+class Change:
+    """One step of what an adapter does. `module` is the base module that `op` describes."""
+
+    #: whether it adds something to the output that depends on the input alone
+    additive: ClassVar[bool] = False
+
+    def acts(self, op: BaseOp) -> bool:
+        """Whether it can be had by what goes in and comes out; else the module has to run with a changed weight."""
+        return False
+
+    def enter(self, op: BaseOp, module: Any, x: Tensor) -> Tensor:
+        """The input that what comes before this change gets."""
+        return x
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        """The output, where `y` is what came before it makes of `enter(x)`; with `fresh`, `y` may be written to."""
+        return y
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        """The matrix [out, in]; in its dtype, or in that of the adapter."""
+        return matrix
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        """The bias [out]."""
+        return bias
+
+    def of_samples(self, samples: Sequence[int]) -> Change:
+        """The change for some samples of a batch, where it is not the same for all."""
+        return self
+
+
+@dataclass(slots=True, eq=False)
+class LowRank(Change):
+    """y + s rows * (B (middle * (A dropout(x))) + c), and W + s diag(rows) B diag(middle) A.
+
+    Attributes:
+        down: A [r, in]; for a stack of matrices that is one tall matrix, [stack, r, in].
+        up: B [out, r], or [stack, out, r].
+        scale: s; a number, or a tensor of none dimensions.
+        dropout: probability of dropout on x, at present.
+        offset: s c, [out].
+        middle: [r].
+        factors: rows, [out].
+        low, high: how A x, and B h + c, are computed where they are not products with these matrices.
+        where: the vectors of an input that the change is for: of its shape, features included, and of the samples of
+            the batch that it holds (None for all) it makes a mask [vectors]; None where the change is for none.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: Any = 1.0
+    dropout: float = 0.0
+    offset: Tensor | None = None
+    middle: Tensor | None = None
+    factors: Tensor | None = None
+    low: Callable[[Tensor], Tensor] | None = None
+    high: Callable[[Tensor], Tensor] | None = None
+    where: Callable[[torch.Size, Sequence[int] | None], Tensor | None] | None = None
+    additive: ClassVar[bool] = True
+
+    @property
+    def is_product(self) -> bool:
+        """Whether there is no more to it than s B A dropout(x)."""
+        return (
+            self.offset is None and self.middle is None and self.factors is None
+            and self.low is None and self.high is None and self.where is None and self.down.dim() == 2
+        )  # fmt: skip
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is the same for all vectors, and does what its matrix does."""
+        return not self.dropout and self.low is None and self.high is None and self.where is None
+
+    def acts(self, op: BaseOp) -> bool:
+        if not op.multiplies or self.down.dim() != 2:
+            return False
+        # A change of full rank costs a convolution more than the convolution itself.
+        thin = len(self.down) < min(op.in_features, op.out_features) or self.down.shape[1] != op.in_features
+        return op.linear or op.kind == "Embedding" or self.dropout > 0 or thin
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """A and B with what stands between and behind them, the scale aside."""
+        up = self.up
+        if self.middle is not None:
+            up = up * self.middle
+        return self.down, up if self.factors is None else up * self.factors[..., None]
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        if self.where is not None:
+            return self._leave_some(op, module, x, y)
+        if self.is_product and op.linear:
+            dtype = compute_dtype(x)
+            # A and B, which are small, come to the dtype of the activations rather than these to theirs.
+            y = y.to(dtype)
+            return lora_linear(
+                x.to(dtype), None, None, y, self.down, self.up, self.scale, self.dropout, overwrite=fresh
+            )
+        return y + self.product(op, module, x, y.dtype)
+
+    def product(self, op: BaseOp, module: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the output, in the dtype of that."""
+        dtype = compute_dtype(x) if x.is_floating_point() else dtype
+        x = x.to(dtype) if x.is_floating_point() else x
+        x = F.dropout(x, self.dropout) if self.dropout else x
+        if not op.linear:
+            up = self.up if self.middle is None else self.up * self.middle
+            change = op.low_rank(module, x, self.down.to(dtype), up.to(dtype))
+        else:
+            low = F.linear(x, self.down.to(dtype)) if self.low is None else self.low(x)
+            low = low if self.middle is None else low * self.middle.to(low.dtype)
+            change = F.linear(low, self.up.to(low.dtype)) if self.high is None else self.high(low)
+        if self.factors is not None:
+            change = change * op.along_output(module, self.factors.to(change.dtype))
+        if not isinstance(self.scale, float) or self.scale != 1.0:
+            change = change * self.scale
+        if self.offset is not None and self.high is None:
+            change = change + op.along_output(module, self.offset.to(change.dtype))
+        return change.to(dtype)
+
+    def _leave_some(self, op: BaseOp, module: Any, x: Tensor, y: Tensor) -> Tensor:
+        mask = None if self.where is None else self.where(x.shape, None)
+        if mask is None:
+            return y
+        index = mask.to(x.device).nonzero().squeeze(1)
+        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        change = replace(self, where=None).product(op, module, flat_x[index], flat_y.dtype)
+        return flat_y.index_add(0, index, change.to(flat_y.dtype)).view(y.shape)
+
+    def delta(self) -> Tensor:
+        """s diag(rows) B diag(middle) A as a matrix [out, in]."""
+        down, up = self.folded()
+        return self.scale * (torch.bmm(up, down).flatten(0, 1) if down.dim() == 3 else up @ down)
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        if self.down.dim() == 2 and self.down.shape[1] != matrix.shape[1]:
+            raise NotImplementedError("A low-rank change over the channels of all groups is none of a weight.")
+        if torch.is_grad_enabled() or isinstance(self.scale, Tensor) or self.down.dim() == 3:
+            return matrix + self.delta()
+        return add_low_rank(matrix, *self.folded(), self.scale)
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias if self.offset is None else self.offset if bias is None else bias + self.offset
+
+    def of_samples(self, samples: Sequence[int]) -> LowRank:
+        where = self.where
+        return self if where is None else replace(self, where=lambda shape, some: where(shape, samples))
+
+
+@dataclass(slots=True, eq=False)
+class Add(Change):
+    """y + rows * (M dropout(x)), and W + diag(rows) M.
+
+    Attributes:
+        matrix: M.
+        dropout: probability of dropout on x, at present.
+        factors: rows, [out].
+    """
+
+    matrix: Matrix
+    dropout: float = 0.0
+    factors: Tensor | None = None
+    additive: ClassVar[bool] = True
+
+    def acts(self, op: BaseOp) -> bool:
+        return op.linear or op.kind == "Embedding" or (op.multiplies and self.dropout > 0)
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        if x.is_floating_point():
+            x = x.to(compute_dtype(x))
+        change = op.product(module, F.dropout(x, self.dropout) if self.dropout else x, self.matrix)
+        if self.factors is not None:
+            change = change * op.along_output(module, self.factors.to(change.dtype))
+        return y + change.to(y.dtype)
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        if self.factors is None:
+            return self.matrix.added_to(matrix)
+        return matrix + (self.matrix.dense() * self.factors[:, None]).to(matrix.dtype)
+
+
+@dataclass(slots=True, eq=False)
+class Bias(Change):
+    """y + c, for c [out]."""
+
+    values: Tensor
+    additive: ClassVar[bool] = True
+
+    def acts(self, op: BaseOp) -> bool:
+        return op.scales_output
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        return y + op.along_output(module, self.values.to(y.dtype))
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        return self.values if bias is None else bias + self.values
+
+
+@dataclass(slots=True, eq=False)
+class ScaleInput(Change):
+    """W (s * x), for one factor per input feature."""
+
+    values: Tensor
+
+    def acts(self, op: BaseOp) -> bool:
+        return op.scales_input
+
+    def enter(self, op: BaseOp, module: Any, x: Tensor) -> Tensor:
+        return x * op.along_input(module, self.values.to(x.dtype))
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        return op.scale_columns(module, matrix, self.values)
+
+
+@dataclass(slots=True, eq=False)
+class ScaleOutput(Change):
+    """s * y, for one factor per row of W [out]; the module's own bias aside, unless `with_bias`."""
+
+    values: Tensor
+    with_bias: bool = True
+
+    def acts(self, op: BaseOp) -> bool:
+        return op.scales_output
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        scale = op.along_output(module, self.values.to(y.dtype))
+        bias = None if self.with_bias else getattr(module, op.bias_name, None) if op.bias_name else None
+        if bias is None or not bias.numel():
+            return y * scale
+        return torch.addcmul(op.along_output(module, bias.to(y.dtype)) * (1 - scale), y, scale)
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        return matrix * self.values.to(matrix.dtype)[:, None]
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias * self.values if bias is not None and self.with_bias else bias
+
+
+@dataclass(slots=True, eq=False)
+class OnInput(Change):
+    """W f(x), for a linear map f(x) = R x.
+
+    Attributes:
+        map: f, of vectors [..., in].
+        on_weight: W R, of a matrix [out, in].
+        thin: L and K with R = I + L K^T, both [in, r], where there are such: W R is W + (W L) K^T then.
+    """
+
+    map: Callable[[Tensor], Tensor]
+    on_weight: Callable[[Tensor], Tensor]
+    thin: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    def acts(self, op: BaseOp) -> bool:
+        return op.linear
+
+    def enter(self, op: BaseOp, module: Any, x: Tensor) -> Tensor:
+        return self.map(x)
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        return self.on_weight(matrix)
+
+
+@dataclass(slots=True, eq=False)
+class OnOutput(Change):
+    """f(y), for a linear map f of vectors [..., out]; the module's own bias aside, unless `with_bias`.
+
+    Attributes:
+        map: f. On the columns of W it does what it does to outputs.
+        with_bias: whether the bias goes through f as well.
+    """
+
+    map: Callable[[Tensor], Tensor]
+    with_bias: bool = True
+
+    def acts(self, op: BaseOp) -> bool:
+        return op.linear or op.kind == "Embedding"
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        bias = None if self.with_bias else getattr(module, op.bias_name, None) if op.bias_name else None
+        if bias is None or not bias.numel():
+            return self.map(y)
+        bias = bias.to(y.dtype)
+        return self.map(y - bias) + bias
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        return self.map(matrix.T).T
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        return self.map(bias) if bias is not None and self.with_bias else bias
+
+
+@dataclass(slots=True, eq=False)
+class Rows(Change):
+    """Some vectors of an embedding's weight (columns of the matrix), or rows of a linear layer's, replaced.
+
+    Attributes:
+        index: which, [n].
+        values: what they are replaced by, [n, dim].
+    """
+
+    index: Tensor
+    values: Tensor
+
+    def acts(self, op: BaseOp) -> bool:
+        return op.kind in ("Embedding", "Linear") and self.index.numel() > 0
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        # They go to their places in the output: that is less than putting them into the weight.
+        values, index = self.values.to(y.dtype), self.index
+        if op.kind != "Embedding":
+            bias = module.bias if module.bias is None else module.bias[index]
+            return y.index_copy(-1, index, F.linear(x.to(y.dtype), values, bias))
+        places = torch.full((op.in_features,), -1, device=x.device)
+        places[index] = torch.arange(len(index), device=x.device)
+        place = places[x]
+        padding = None
+        if module.padding_idx is not None and bool((found := (index == module.padding_idx).nonzero()).numel()):
+            padding = int(found[0, 0])
+        trained = F.embedding(place.clamp(min=0), values, padding_idx=padding)
+        scale = getattr(module, "embed_scale", None)  # some models (Gemma) multiply the embedding in its own forward
+        trained = trained if scale is None else trained * torch.as_tensor(scale).to(trained)
+        return torch.where((place >= 0).unsqueeze(-1), trained, y)
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        values = self.values.to(matrix)
+        dim = 1 if op.kind == "Embedding" else 0
+        return matrix.index_copy(dim, self.index, values.T if dim else values)
+
+
+@dataclass(slots=True, eq=False)
+class Weight(Change):
+    """y of f(W): whatever else changes a matrix.
+
+    Attributes:
+        map: f, of a matrix [out, in].
+    """
+
+    map: Callable[[Tensor], Tensor]
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        return self.map(matrix)
+
+
+@dataclass(slots=True, eq=False)
+class Beside(Change):
+    """y + f(x), for an f that is no matrix: a mixture by token, a network.
+
+    Attributes:
+        function: f, of the module's input.
+        reason: why it cannot become part of the weight, for the error that says so.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    reason: str
+    additive: ClassVar[bool] = True
+
+    def acts(self, op: BaseOp) -> bool:
+        return True
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        return y + self.function(x).to(y.dtype)
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        raise NotImplementedError(self.reason)
+
+
+@dataclass(slots=True, eq=False)
+class Dropped(Change):
+    """The difference that changes make, seen for a dropped input: y + changed(dropout(x)) - W dropout(x) - b.
+
+    Attributes:
+        changes: the changes, without dropout of their own.
+        dropout: probability of dropout on x, at present.
+    """
+
+    changes: tuple[Change, ...]
+    dropout: float
+    additive: ClassVar[bool] = True
+
+    def acts(self, op: BaseOp) -> bool:
+        return all(change.acts(op) for change in self.changes)
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+        inputs = [F.dropout(x, self.dropout)]
+        plain = module(inputs[0])
+        for change in reversed(self.changes):
+            inputs.append(change.enter(op, module, inputs[-1]))
+        changed = plain if inputs[-1] is inputs[0] else module(inputs[-1])
+        for change, seen in zip(self.changes, reversed(inputs[:-1]), strict=True):
+            changed = change.leave(op, module, seen, changed)
+        return y + (changed - plain).to(y.dtype)
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        for change in self.changes:
+            matrix = change.weight(op, module, matrix)
+        return matrix
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        for change in self.changes:
+            bias = change.bias(bias)
+        return bias

@@ -1,0 +1,72 @@
+"""What is cheaper, by measurement: the one place that knows what a product costs.
+
+Costs are in multiplications of a product of matrices on a CPU (float32, 2 threads). `benchmarks/methods.py` times what
+is decided here: a training step of each method beside the frozen model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from peft.core.change import Add, LowRank, OnInput
+from peft.ops.fourier import Spectrum
+from peft.ops.hadamard import HadamardProduct
+from peft.ops.matrix import Dense
+from peft.ops.shards import Tiled
+from peft.ops.sparse import Entries
+
+
+def low_rank_as_weight(change: LowRank, rows: int, narrow: int, wide: int) -> bool:
+    """Whether W + B A, which has to be made, is faster for `rows` vectors than W and the thin products beside it."""
+    rank = len(change.down)
+    return thin_costs_more(rank, rows, narrow, wide, change.down.requires_grad or change.up.requires_grad)
+
+
+def thin_costs_more(rank: int, rows: int, narrow: int, wide: int, learned: bool = True) -> bool:
+    """Whether two thin matrices of this rank take more multiplications than their product, which has to be made."""
+    if not torch.is_grad_enabled():
+        return narrow * wide < rows * (narrow + wide)
+    # The product is made, and its gradient, one product more than without adapter, goes back to the factors; as
+    # factors there are two products forward, two back to the input, and one or two back to the factors.
+    thin = 3 * narrow + 2 * wide if learned else 2 * (narrow + wide)
+    return (2 * rank + rows) * narrow * wide < rows * rank * thin
+
+
+def _spectrum(matrix: Spectrum, rows: int, narrow: int, wide: int) -> bool:
+    """Making the matrix, or its gradient, takes as long as a product with 400 vectors. Transforms of a vector take 300
+    multiplications for each of its entries, a frequency takes 20; with gradients, two and a half times that."""
+    training = torch.is_grad_enabled()
+    waves = 300 * (narrow + wide) + 20 * matrix.values.numel()
+    dense = narrow * wide * ((2 if training else 1) * 400 + rows * (2 if training else 1))
+    return (2.5 if training else 1) * waves * rows > dense
+
+
+#: kind of matrix -> whether it is better multiplied as the matrix that it stands for, by `rows` vectors
+_AS_WEIGHT: dict[type, Callable[[Any, int, int, int], bool]] = {
+    Dense: lambda matrix, rows, narrow, wide: True,
+    Spectrum: _spectrum,
+    # The sums of the shards of x are read and written once for each row; the tiles are added to W once.
+    Tiled: lambda matrix, rows, narrow, wide: rows >= narrow,
+    # A sampled product takes 8 times a dense one's work for each entry; looking entries up, for few tokens, less.
+    Entries: lambda matrix, rows, narrow, wide: rows * matrix.values.numel() > narrow * wide,
+    HadamardProduct: lambda matrix, rows, narrow, wide: 3 * matrix.rank**2 * (narrow + wide) >= narrow * wide,
+}
+
+
+def add_as_weight(change: Add, rows: int, narrow: int, wide: int) -> bool:
+    """Whether W + M is faster for `rows` vectors than W and M each by itself."""
+    rule = _AS_WEIGHT.get(type(change.matrix))
+    return rule is not None and rule(change.matrix, rows, narrow, wide)
+
+
+def map_as_low_rank(change: OnInput, numel: int, weight_numel: int) -> bool:
+    """Whether W R is faster as W + (W L) K^T than as W of a mapped input: reflecting few vectors costs less than W."""
+    return change.thin is not None and 4 * numel >= weight_numel
+
+
+def stack_wide(groups: int, rank: int, rows: int) -> bool:
+    """Whether the samples of a mixed batch go through the factors of all its adapters, and leave out the others'."""
+    return rows <= 64 or groups * rank <= 32

@@ -1,0 +1,274 @@
+"""Changes applied to a weight: adapters made part of it and taken out again bit for bit, and what they change it by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.base_op import ParameterOp
+from peft.core.change import Change, LowRank
+from peft.core.storage import onloaded, storage_of
+
+if TYPE_CHECKING:
+    from peft.core.layer import AdapterLayer
+
+#: an adapter on a layer
+Entry = tuple["AdapterLayer", str]
+
+
+# ---- a weight with changes
+
+
+def apply(layer: AdapterLayer, changes: Sequence[Change], native: Tensor) -> Tensor:
+    """A weight in the module's shape and dtype with changes, the very tensor where there are none.
+
+    Computed in the dtype of the adapters.
+    """
+    op, module = layer.op, layer.get_base_layer()
+    matrix = before = op.matrix(native)
+    alone = len(changes) == 1 and type(changes[0]) is LowRank  # it computes in its own dtype, a few rows at a time
+    if changes and not alone:
+        dtype = layer.adapter_dtype()
+        matrix = before = matrix if dtype is None else matrix.to(dtype)
+    for change in changes:
+        matrix = change.weight(op, module, matrix)
+    if matrix is before:
+        return native
+    return op.unmatrix(matrix, native).to(native.dtype)
+
+
+def apply_to_bias(changes: Sequence[Change], bias: Tensor | None) -> Tensor | None:
+    """A bias with changes; the very tensor where there is none that changes it."""
+    changed = bias
+    for change in changes:
+        changed = change.bias(changed)
+    return changed if changed is bias or changed is None or bias is None else changed.to(bias.dtype)
+
+
+def changed(layer: AdapterLayer, changes: Sequence[Change]) -> tuple[Tensor, Tensor | None]:
+    """Weight (in the module's shape) and bias with these changes, on top of what the layers below make of them."""
+    below = layer.below
+    if below is not None and not isinstance(layer.op, ParameterOp):
+        native, bias = changed(below, below.changes(below.acting()))
+    else:
+        native, bias = layer.get_base_weight(), layer.get_base_bias()
+    bias = apply_to_bias(changes, bias)
+    weight = apply(layer, changes, native)
+    return weight, bias if bias is None else bias.to(native.dtype)
+
+
+@torch.no_grad()
+def difference(layer: AdapterLayer, name: str) -> Tensor:
+    """What adapter `name` by itself changes the matrix by: [out, in], in the dtype of the adapter."""
+    base = layer.get_base_layer()
+    with onloaded(base), without_dropout(layer):
+        changes = layer.changes([name])
+        native = layer.original_weight()
+        matrix = layer.op.matrix(native).to(layer.dtype_of(name) or native.dtype)
+        if all(change.additive for change in changes):  # the sum would round what is small beside the weight
+            start = torch.zeros_like(matrix)
+            for change in changes:
+                start = change.weight(layer.op, base, start)
+            return start
+        after = matrix
+        for change in changes:
+            after = change.weight(layer.op, base, after)
+        return after - matrix
+
+
+@torch.no_grad()
+def bias_difference(layer: AdapterLayer, name: str) -> Tensor | None:
+    """What adapter `name` changes the bias by [out], if it does."""
+    with onloaded(layer.get_base_layer()), without_dropout(layer):
+        bias = layer.get_base_bias()
+        after = bias
+        for change in layer.changes([name]):
+            after = change.bias(after)
+    return None if after is bias else after if bias is None or after is None else after - bias
+
+
+@contextmanager
+def without_dropout(*layers: AdapterLayer) -> Iterator[None]:
+    """While it lasts, what the adapters change is what it is in evaluation."""
+    before = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training
+
+
+# ---- merging
+
+
+@dataclass
+class Ledger:
+    """What is part of the tensors of a base module at present, and what it takes to undo that.
+
+    All layers around one base module share its ledger, so that what one of them merged is not lost to another.
+    """
+
+    #: in the order in which they were merged
+    entries: list[Entry] = field(default_factory=list)
+    #: those of them that are switched off, to be merged again when they are switched on
+    paused: list[Entry] = field(default_factory=list)
+    #: name of each changed tensor -> what its storage keeps of the original
+    originals: dict[str, Any] = field(default_factory=dict)
+    #: those that were merged for good
+    settled: list[Entry] = field(default_factory=list)
+    #: whether modules that share a changed tensor have kept the original
+    own: bool = False
+
+    def of(self, layer: AdapterLayer, paused: bool = False) -> list[str]:
+        """The adapters of a layer that are merged (or paused)."""
+        return [name for other, name in (self.paused if paused else self.entries) if other is layer]
+
+    def original(self, base: nn.Module, name: str) -> Tensor:
+        """A tensor of the base module as it was before anything was merged into it."""
+        storage = storage_of(base, name)
+        if name in self.originals:
+            return storage.original(base, name, self.originals[name])
+        return storage.read(base, name)
+
+    def nbytes(self, base: nn.Module) -> int:
+        """Bytes kept to undo it."""
+        return sum(storage_of(base, name).nbytes(before) for name, before in self.originals.items())
+
+
+def merge(
+    layer: AdapterLayer, names: Sequence[str], safe: bool = False, keep: bool = True, own: bool | None = None
+) -> None:
+    """Makes adapters part of the base weight, in all or not at all.
+
+    Args:
+        layer: the layer that they are on.
+        names: the adapters, none of them merged.
+        safe: check that all values are finite.
+        keep: keep the original, so that they can be taken out again.
+        own: whether modules that share the weight keep the original; None for what was decided before.
+
+    Raises:
+        ValueError: `safe`, and they are not.
+    """
+    ledger = layer.ledger
+    rewrite(layer, [*ledger.entries, *((layer, name) for name in names)], safe, ledger.own if own is None else own)
+    if not keep:
+        ledger.settled, ledger.originals = list(ledger.entries), {}
+
+
+def unmerge(layer: AdapterLayer, names: Iterable[str] | None = None) -> None:
+    """Takes adapters of a layer (all if None) out of the base weight, those that are paused too."""
+    gone = set(layer.adapter_names() if names is None else names)
+    ledger = layer.ledger
+    ledger.paused = [(other, name) for other, name in ledger.paused if other is not layer or name not in gone]
+    entries = [(other, name) for other, name in ledger.entries if other is not layer or name not in gone]
+    if len(entries) != len(ledger.entries) or (ledger.originals and not entries):
+        rewrite(layer, entries)
+
+
+def pause(layer: AdapterLayer) -> None:
+    """Takes what is merged out of the base weight until `resume`."""
+    ledger = layer.ledger
+    here = [entry for entry in ledger.entries if entry[0] is layer]
+    if here:
+        rewrite(layer, [entry for entry in ledger.entries if entry[0] is not layer])
+        ledger.paused = [*ledger.paused, *here]
+
+
+def resume(layer: AdapterLayer) -> None:
+    """Merges again what `pause` took out."""
+    ledger = layer.ledger
+    here = [entry for entry in ledger.paused if entry[0] is layer]
+    if here:
+        rewrite(layer, [*ledger.entries, *here])
+        ledger.paused = [entry for entry in ledger.paused if entry[0] is not layer]
+
+
+def check_finite(layer: AdapterLayer, names: Sequence[str]) -> None:
+    """Raises ValueError where merging these adapters would write what is not finite."""
+    base, ledger = layer.get_base_layer(), layer.ledger
+    with onloaded(base), torch.no_grad():
+        _check_finite(_values(base, ledger, [*ledger.entries, *((layer, name) for name in names)]), names)
+
+
+def _check_finite(values: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    if not all(bool(value.isfinite().all()) for value in values.values()):
+        raise ValueError(
+            f"NaN or infinite values would be merged by adapter {', '.join(dict.fromkeys(names))}; the weights are left"
+            " as they are."
+        )
+
+
+def rewrite(layer: AdapterLayer, entries: list[Entry], safe: bool = False, own: bool | None = None) -> None:
+    """Gives the base module's tensors the values that they have with exactly these adapters merged.
+
+    All values are made from the originals before the first is written, and a call that ends early puts back what it
+    wrote: whatever happens, the originals are in the ledger or in the module.
+    """
+    base, ledger = layer.get_base_layer(), layer.ledger
+    own = ledger.own if own is None else own
+    with onloaded(base), torch.no_grad():
+        values = _values(base, ledger, entries)
+        if safe:
+            _check_finite(values, (name for _, name in entries))
+        undone = [name for name in ledger.originals if name not in values]
+        before = {name: storage_of(base, name).keep(base, name) for name in (*values, *undone)}
+        originals = dict(ledger.originals)
+        try:
+            for name, value in values.items():
+                storage, alone = storage_of(base, name), own and name not in ledger.originals
+                ledger.originals.setdefault(name, storage.keep(base, name, alone))
+                storage.write(base, name, value, alone)
+            for name in undone:
+                storage_of(base, name).restore(base, name, ledger.originals[name])
+        except BaseException:
+            for name, value in before.items():
+                if name in originals:
+                    storage_of(base, name).restore(base, name, value)
+                elif name in ledger.originals:
+                    storage_of(base, name).restore(base, name, ledger.originals[name])
+            ledger.originals = originals
+            raise
+        ledger.entries, ledger.own = entries, own
+        ledger.originals = {name: value for name, value in ledger.originals.items() if name in values}
+    for other in {id(one): one for one, _ in entries}.values():
+        other.refresh()
+    layer.refresh()
+
+
+def _values(base: nn.Module, ledger: Ledger, entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """The tensors of a base module with adapters merged: those of inner layers first, whatever was merged first."""
+    layers = sorted({id(layer): layer for layer, _ in entries}.values(), key=_depth)
+    values: dict[str, Tensor] = {}
+    for layer in layers:
+        names = [entry[1] for entry in entries if entry[0] is layer and entry not in ledger.settled]
+        if not names:
+            continue
+        with without_dropout(layer):
+            changes = layer.changes(names)
+        name, bias_name = layer.op.weight_name, layer.op.bias_name
+        native = values[name] if name in values else ledger.original(base, name)
+        after = apply(layer, changes, native)
+        if after is not native:
+            values[name] = after
+        if bias_name is not None and layer.get_base_bias() is not None:
+            bias = values[bias_name] if bias_name in values else ledger.original(base, bias_name)
+            changed_bias = apply_to_bias(changes, bias)
+            if changed_bias is not bias and changed_bias is not None:
+                values[bias_name] = changed_bias
+    return values
+
+
+def _depth(layer: AdapterLayer) -> int:
+    """How many adapter layers are below one."""
+    depth, below = 0, layer.below
+    while below is not None:
+        depth, below = depth + 1, below.below
+    return depth

@@ -1,0 +1,252 @@
+"""Base module and changes -> output: how a layer runs with its adapters, alone and in mixed batches.
+
+The one place that decides how: in one with a frozen linear layer, on top of it, or with a changed weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.core import costs
+from peft.core.base_op import ParameterOp
+from peft.core.call import calling
+from peft.core.change import Add, Change, LowRank, OnInput
+from peft.core.merge import changed
+from peft.core.routing import Route, join_rows
+from peft.core.storage import is_plain, onloaded
+from peft.ops.factored import FactoredWeight
+from peft.ops.lora import compute_dtype, lora_linear, needs_plain
+
+if TYPE_CHECKING:
+    from peft.core.layer import AdapterLayer
+
+
+def run(layer: AdapterLayer, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The module's output with these adapters, one on top of the other, the first next to the base module."""
+    changes = layer.changes(names)
+    op = layer.op
+    for change in changes:
+        if not change.acts(op):
+            return _run_weight(layer, changes, x, *args, **kwargs)
+    if len(changes) == 1:
+        return _first(layer, changes[0], x, args, kwargs)
+    if not changes:
+        return layer.base_layer(x, *args, **kwargs)
+    module = layer.get_base_layer()
+    inputs = [x]
+    for change in reversed(changes[1:]):
+        inputs.append(change.enter(op, module, inputs[-1]))
+    y, rest = _parts(_first(layer, changes[0], inputs.pop(), args, kwargs))
+    for change in changes[1:]:
+        y = change.leave(op, module, inputs.pop(), y, y.is_contiguous())
+    return y if rest is None else (y, *rest)
+
+
+def _parts(output: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """What changes act on, and what a module returns beside it (Megatron's layers: the bias)."""
+    return (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+
+
+def _first(layer: AdapterLayer, change: Change, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The base module with the change next to it, in one where that saves something and nobody can tell."""
+    kind = type(change)
+    if kind is LowRank or kind is Add or kind is OnInput:
+        frozen = _frozen_linear(layer, x)
+        if frozen is not None:
+            y = _fused(layer, change, x, *frozen)
+            if y is not None:
+                return y
+    op, module, base = layer.op, layer.get_base_layer(), layer._modules["base_layer"]
+    y, rest = _parts(base(change.enter(op, module, x), *args, **kwargs))  # type: ignore[misc]
+    y = change.leave(op, module, x, y, y.is_contiguous() and not is_watched(base))
+    return y if rest is None else (y, *rest)
+
+
+def _fused(layer: AdapterLayer, change: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The output of a frozen linear layer with one change; None where there is nothing to gain."""
+    dtype = weight.dtype
+    rows, (narrow, wide) = x.numel() // x.shape[-1], sorted(weight.shape)
+    # In half precision, a change that is small beside the weight would be rounded away in the sum.
+    summable = dtype.itemsize >= 4 and is_plain(layer.get_base_layer(), layer.op.weight_name)
+    if type(change) is LowRank:
+        if summable and change.is_matrix and costs.low_rank_as_weight(change, rows, narrow, wide):
+            down, up = (factor.to(dtype) for factor in change.folded())
+            return F.linear(x.to(dtype), weight + (up * change.scale) @ down, change.bias(bias))
+        if change.is_product:
+            return lora_linear(
+                x.to(dtype), weight, bias, None, change.down, change.up, change.scale, change.dropout
+            )
+        return None
+    if type(change) is Add:
+        as_weight = summable and not change.dropout and change.factors is None
+        if as_weight and costs.add_as_weight(change, rows, narrow, wide):
+            return change.matrix.linear(x.to(dtype), weight, bias)
+        return None
+    if costs.map_as_low_rank(change, x.numel(), weight.numel()):
+        left, right = change.thin()
+        up = F.linear(left.T.to(dtype), weight).T
+        return lora_linear(x.to(dtype), weight, bias, None, right.T, up, 1.0)
+    return None
+
+
+def _frozen_linear(layer: AdapterLayer, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [out, in] and bias of the base module in the dtype that a product with `x` is computed in.
+
+    None where the module is more than that product, is trained, or is watched: then it has to be called.
+    """
+    base: Any = layer._modules["base_layer"]  # past `__getattr__`, which takes longer
+    if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
+        return None
+    if is_watched(base) or "forward" in base.__dict__ or type(base.weight) is not nn.Parameter:
+        return None
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    dtype, weight, bias = compute_dtype(x), layer.op.matrix(base.weight), base.bias
+    if weight.dtype != dtype:
+        if dtype == x.dtype:  # no autocast: the base itself says what it thinks of the mixture
+            return None
+        weight = weight.to(dtype)
+    return weight, bias if bias is None else bias.to(dtype)
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Where a module holds the hooks that see what goes in and out; they stay the same, so they may be kept."""
+    own = module.__dict__
+    return own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
+
+
+def is_watched(module: Any) -> bool:
+    """Whether hooks on a module see what goes in and out, so that it has to be called."""
+    return any(hooks_of(module))
+
+
+# ---- with a changed weight
+
+
+def _run_weight(layer: AdapterLayer, changes: Sequence[Change], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The base module run with the weight that these changes make of its own."""
+    base = layer.get_base_layer()
+    with onloaded(base):
+        weight, bias = _stand_in(layer, changes) or changed(layer, changes)
+        if isinstance(layer.op, ParameterOp) and layer.below is not None:
+            # Another parameter of the module has an adapter too, so the layers below must run as well.
+            inner: AdapterLayer | None = layer.below
+            path = layer.op.weight_name
+            while inner is not None:
+                path, inner = f"base_layer.{path}", inner.below
+            return torch.func.functional_call(layer.base_layer, {path: weight}, (x, *args), kwargs)
+        if x.is_floating_point() and weight.dtype != x.dtype and not is_plain(base, layer.op.weight_name):
+            # Packed weights have no dtype of their own to compute in.
+            dtype = compute_dtype(x)
+            weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+        return layer.op.run(base, weight, bias, x, *args, **kwargs)
+
+
+def _stand_in(layer: AdapterLayer, changes: Sequence[Change]) -> tuple[Tensor, None] | None:
+    """For bare parameters with low-rank changes: a weight that is multiplied with and never added up."""
+    op = layer.op
+    if not isinstance(op, ParameterOp) or not changes:
+        return None
+    lefts, rights = [], []
+    for change in changes:
+        if type(change) is not LowRank or change.low is not None or change.high is not None:
+            return None
+        down, up = change.folded()
+        up = up * change.scale
+        if down.dim() == 2 and op.num_experts > 1:
+            down, up = down.expand(op.num_experts, *down.shape), up.unflatten(0, (op.num_experts, -1))
+        elif down.dim() == 2:
+            down, up = down[None], up[None]
+        lefts.append(up)
+        rights.append(down)
+    base = layer.get_base_weight()
+    if needs_plain(base, *lefts, *rights):
+        return None
+    # Several adapters act together as one of all their ranks.
+    left, right = (lefts[0].contiguous(), rights[0]) if len(lefts) == 1 else (torch.cat(lefts, 2), torch.cat(rights, 1))
+    if op.transposed:
+        left, right = right.mT, left.mT
+    return FactoredWeight.of(base, *((left[0], right[0]) if base.dim() == 2 else (left, right))), None
+
+
+# ---- mixed batches
+
+
+def run_routed(layer: AdapterLayer, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The samples of each adapter run with that adapter."""
+    op = layer.op
+    rows = x.shape[op.batch_dim]
+    known = set(layer.adapter_names())
+    # An expert that is a module by itself is given the tokens that are sent to it, unless it sees whole samples.
+    rounds = None if layer.in_expert and x.dim() < 3 else op.rounds
+    if rounds is None and known.isdisjoint(route.names):
+        return layer.base_layer(x, *args, **kwargs)
+    groups = route.groups(rows, x.device, rounds)
+    here = [name for name, _ in groups if name in known]
+    if not here:
+        return layer.base_layer(x, *args, **kwargs)
+    if len(groups) == 1:
+        return run(layer, here, x, *args, **kwargs)
+    changes = {name: layer.changes([name]) for name in here}
+    if all(c.additive and c.acts(op) for some in changes.values() for c in some):
+        # The base module runs once over all samples.
+        y, rest = _parts(layer.base_layer(x, *args, **kwargs))
+        y = _add_groups(layer, route, groups, changes, x, y)
+        return y if rest is None else (y, *rest)
+    parts = []
+    for name, index in groups:
+        some_args, some_kwargs = op.select(index, rows, (x, *args), kwargs)
+        with calling(route=Route([name]), samples=route.samples(name)):
+            parts.append((index, run(layer, [name] if name in known else [], *some_args, **some_kwargs)))
+    return join_rows(parts, op.batch_dim, rows)
+
+
+def _add_groups(
+    layer: AdapterLayer,
+    route: Route,
+    groups: Sequence[tuple[str, Tensor]],
+    changes: dict[str, list[Change]],
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """The output with what each sample's adapter adds; `groups` are adapters and their samples."""
+    op, dim, module = layer.op, layer.op.batch_dim, layer.get_base_layer()
+    products = [some[0] for some in changes.values() if len(some) == 1 and type(some[0]) is LowRank]
+    plain = op.linear and len(products) == len(changes) and all(product.is_product for product in products)
+    plain = plain and len({product.dropout for product in products}) == 1
+    rank = max(len(product.down) for product in products) if plain else 0
+    if plain and costs.stack_wide(len(products), rank, x.numel() // x.shape[-1]):
+        return _add_stacked(groups, changes, x, y)
+    parts = []
+    for name, index in groups:
+        some_x, some_y = x.index_select(dim, index), y.index_select(dim, index)
+        for change in changes.get(name, ()):
+            some_y = change.of_samples(route.samples(name)).leave(op, module, some_x, some_y, fresh=True)
+        parts.append((index, some_y))
+    return join_rows(parts, dim, len(x) if dim == 0 else x.shape[dim])
+
+
+def _add_stacked(
+    groups: Sequence[tuple[str, Tensor]], changes: dict[str, list[Any]], x: Tensor, y: Tensor
+) -> Tensor:
+    """All low-rank products at once: samples go through the ranks of all adapters, those of others count zero."""
+    dtype = compute_dtype(x)
+    products = {name: some[0] for name, some in changes.items()}
+    down = torch.cat([product.down for product in products.values()]).to(dtype)
+    up = torch.cat([product.up * product.scale for product in products.values()], dim=1).to(dtype)
+    own = x.new_zeros(len(x), len(down), dtype=dtype)
+    first = 0
+    places = dict(groups)
+    for name, product in products.items():
+        own[places[name], first : first + len(product.down)] = 1
+        first += len(product.down)
+    x = x.to(dtype)
+    p = next(iter(products.values())).dropout
+    low = F.linear(F.dropout(x, p) if p else x, down)
+    low = low * own.view(len(own), *[1] * (low.dim() - 2), -1)
+    return y.to(dtype) + F.linear(low, up)

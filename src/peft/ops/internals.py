@@ -1,0 +1,52 @@
+"""The names of torch that are not part of its documented interface, all of them, and what happens where one is missing.
+
+Each function here does without the name it asks for: something then takes the plain, slower way.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_peek_interpreter = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which an autograd function would have to serve."""
+    return getattr(forward_ad, "_current_level", -1) >= 0 or _peek_interpreter() is not None
+
+
+def backward_pass() -> int:
+    """A number for the backward pass that this code runs in; -1 outside of one (and where torch does not say)."""
+    return -1 if torch.compiler.is_compiling() else _graph_task()
+
+
+@lru_cache(maxsize=16)
+def has_half_instructions(dtype: torch.dtype) -> bool:
+    """Whether the processor multiplies matrices of a half precision by instructions of its own; taken to be so."""
+    probe = f"_is_mkldnn_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_supported"
+    ask = getattr(torch.ops.mkldnn, probe, None)
+    return ask is None or ask()
+
+
+def kept_product(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """u and v, if x is their product and autograd keeps both for its gradient anyway; None where that is not known."""
+    node: Any = x.grad_fn
+    if node is None or type(node).__name__ != "MulBackward0":
+        return None
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top_hooks is None else top_hooks(True)
+    if top_hooks is None or (hooks is not None and hooks[0].__module__ in _DEFERRED):
+        return None  # what is kept is recomputed or elsewhere, and must not be asked for now
+    u, v = getattr(node, "_saved_self", None), getattr(node, "_saved_other", None)
+    if u is None or v is None or not u.shape == v.shape == x.shape or not u.dtype == v.dtype == x.dtype:
+        return None
+    return u, v
+
+
+_DEFERRED = ("torch.utils.checkpoint", "torch.autograd.graph")

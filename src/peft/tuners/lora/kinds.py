@@ -1,0 +1,159 @@
+"""The LoRA layer for each kind of base module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.base_op import ParameterOp
+from peft.core.change import Change, LowRank, Weight
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import LoraLayer, empty_linear
+
+
+class Linear(LoraLayer):
+    """LoRA on linear layers, with their weight as [out, in] or transposed."""
+
+    def change(self, name: str) -> Change | Iterable[Change]:
+        if not self.is_read:
+            return super().change(name)
+        added = self.low_rank(name)
+
+        # huggingface/peft applies the change of attention's output projection twice, once of them out of sight of the
+        # gradient; adapters trained with it rely on that.
+        def twice(matrix: Tensor) -> Tensor:
+            change = added.delta().to(matrix.dtype)
+            return matrix + change + change.detach()
+
+        return Weight(twice)
+
+
+class Embedding(LoraLayer):
+    """LoRA on embeddings: the change of the row of token t is scaling B A[:, t]."""
+
+    adapter_layer_names: tuple[str, ...] = ("lora_embedding_A", "lora_embedding_B")
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+
+    def container(self, slot: str) -> nn.Module:
+        return nn.ParameterDict()
+
+    def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
+        self.lora_embedding_A[name] = nn.Parameter(torch.empty(r, self.in_features))
+        self.lora_embedding_B[name] = nn.Parameter(torch.empty(self.out_features, r))
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
+        a, b = self.factors(adapter_name)
+        nn.init.normal_(b)
+        nn.init.normal_(a) if init_lora_weights is False else nn.init.zeros_(a)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+    def low_rank(self, name: str) -> LowRank:
+        return LowRank(*self.factors(name), self.scaling[name])
+
+
+class _ConvNd(LoraLayer):
+    """LoRA on convolutions: A is the same convolution with r outputs, B a 1x1 convolution in as many groups."""
+
+    conv: ClassVar[type[nn.Module]]
+
+    def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
+        base = self.get_base_layer()
+        # skip_init passes no string for padding_mode on to some versions' meta device, so it is set after.
+        shape = dict(kernel_size=base.kernel_size, stride=base.stride, padding=base.padding, dilation=base.dilation)
+        self.lora_A[name] = self.conv(base.in_channels, r, **shape, padding_mode=base.padding_mode, bias=False)
+        self.lora_B[name] = self.conv(r, base.out_channels, 1, groups=base.groups, bias=config.lora_bias)
+
+    def flat_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.flatten(1), b.flatten(1)
+
+    def check_merge(self, name: str) -> None:
+        super().check_merge(name)
+        if self.get_base_layer().groups > 1:
+            raise NotImplementedError(
+                "LoRA on a convolution with groups cannot be merged: its A sees the channels of all groups,"
+                " and the base"
+                " weight has no room for such a change."
+            )
+
+
+class Conv1d(_ConvNd):
+    """LoRA on `nn.Conv1d`."""
+
+    conv = nn.Conv1d
+
+
+class Conv2d(_ConvNd):
+    """LoRA on `nn.Conv2d`."""
+
+    conv = nn.Conv2d
+
+
+class Conv3d(_ConvNd):
+    """LoRA on `nn.Conv3d`."""
+
+    conv = nn.Conv3d
+
+
+class MultiheadAttention(LoraLayer):
+    """LoRA on the fused input projection of `nn.MultiheadAttention`; its output projection has a layer of its own."""
+
+
+class ParamWrapper(LoraLayer):
+    """LoRA on one parameter of a module, a matrix or a stack of matrices (fused mixtures of experts).
+
+    For a stack of E matrices [out, in], A is [r E, in], expert by expert, and B [out, r E], rank by rank.
+    """
+
+    op: ParameterOp
+
+    def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
+        experts = self.op.num_experts
+        self.lora_A[name] = empty_linear(self.in_features, r * experts)
+        self.lora_B[name] = empty_linear(r * experts, self.op.expert_out_features)
+
+    def stacks(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B by expert: [experts, r, in] and [experts, out, r]."""
+        a, b = self.factors(name)
+        experts, r = self.op.num_experts, self.r[name]
+        return a.view(experts, r, -1), b.view(b.shape[0], r, experts).permute(2, 0, 1)
+
+    def low_rank(self, name: str) -> LowRank:
+        return LowRank(*self.stacks(name), self.scaling[name])
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices the parameter stacks."""
+        return self.op.num_experts
+
+    @property
+    def out_features(self) -> int:
+        return self.op.expert_out_features
+
+    def get_param(self) -> nn.Parameter:
+        """The parameter."""
+        return getattr(self.get_base_layer(), self.op.weight_name)
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read other attributes of the module (an expert count, say) through the wrapper.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def type_name(self) -> str:
+        return "lora.ParamWrapper"
+
+
+LAYERS: dict[str, type[LoraLayer]] = {
+    "Linear": Linear, "Conv1D": Linear, "Embedding": Embedding, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d,
+    "MultiheadAttention": MultiheadAttention, "Parameter": ParamWrapper,
+}  # fmt: skip
