@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,15 +42,10 @@ def inject_adapter_in_model(
             configuration does not fit the model, which is then as before.
     """
     method = method_of(peft_config.peft_type or "")
-    tuner_class: Any = method.model_class
     if method.prompt:
         raise ValueError(
             f"{peft_config.peft_type} is a soft prompt (prompt learning), which has no place inside a model: use"
             " get_peft_model."
-        )
-    if not tuner_class.injectable:
-        raise ValueError(
-            f"The layers of {peft_config.peft_type} share tensors that live beside the model: use get_peft_model."
         )
     if adapter_name in getattr(model, "peft_config", {}):
         raise ValueError(f"Adapter {adapter_name!r} exists already; delete it first, or choose another name.")

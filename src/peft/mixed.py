@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from peft.checkpoint.state import IncompatibleKeys, adapter_slots
 from peft.config import PeftConfig
 from peft.core.injection import check_adapter_name
-from peft.core.plan import Plan
+from peft.core.method import Method
 from peft.core.tuner import BaseTuner
 from peft.model import PeftModel
 from peft.registry import METHODS, method_of
@@ -26,56 +26,12 @@ class MixedModel(BaseTuner):
 
     prefix = "mixed_"
 
-    def prepare_shared(self) -> None:
-        #: by method; in a dictionary, so that the model they hold is not a part of this module twice
-        self._methods: dict[str, BaseTuner] = {}
-
-    def _method(self, config: Any) -> BaseTuner:
-        """The tuner of a configuration's method."""
+    def method(self, config: Any) -> Method:
         name = _name_of_method(config)
         if name not in self._methods:
-            self._methods[name] = method = method_of(name).model_class(self.model, {}, "")
-            for slot in method.shared_names:
-                setattr(self, slot, getattr(method, slot))
-            self.shared_names = (*self.shared_names, *method.shared_names)
-        method = self._methods[name]
-        method.peft_config = {key: other for key, other in self.peft_config.items() if _name_of_method(other) == name}
-        return method
-
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-        config: Any = None,
-    ) -> None:
-        config = config or self.peft_config[adapter_name]
-        method = self._method(config)
-        self.prefix, self.layer_class = method.prefix, method.layer_class  # type: ignore[misc]
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, config)
-
-    def complete_config(self, config: Any, model_config: dict[str, Any]) -> None:
-        self._method(config).complete_config(config, model_config)
-
-    def check_config(self, adapter_name: str, config: Any) -> None:
-        self._method(config).check_config(adapter_name, config)
-
-    def prepare(self, plan: Plan, config: Any, adapter_name: str) -> None:
-        self._method(config).prepare(plan, config, adapter_name)
-
-    def layer_settings(self, config: Any, key: str) -> dict[str, Any]:
-        return self._method(config).layer_settings(config, key)
-
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> Callable[[], None] | None:
-        return self._method(peft_config)._prepare_model(peft_config, model)
-
-    def _create_and_replace(self, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        self._method(peft_config)._create_and_replace(peft_config, *args, **kwargs)
-
-    def key_map(self, adapter_name: str) -> dict[str, str]:
-        return self._method(self.peft_config[adapter_name]).key_map(adapter_name)
+            made: Any = method_of(name).model_class
+            self._methods[name] = made.method_class(self, made.layer_class, made.prefix)
+        return self._methods[name]
 
 
 def _name_of_method(config: Any) -> str:

@@ -419,12 +419,12 @@ class PeftModel(PromptHost):
                         f" adapter {name!r} is a soft prompt. Save without it."
                     )
                 initial = load_peft_weights(path_initial_model_for_weight_conversion, "cpu")
-                tensors, content = self._tuner.without_start(name, tensors, content, initial)
+                tensors, content = self._tuner.method(config).without_start(name, tensors, content, initial)
             saves.append((name, tensors, content))
         if not is_main_process:
             return
         for name, tensors, content in saves:
-            owner = self._tuner.owner(name) if self._tuner is not None else None
+            owner = self._tuner.method(self.peft_config[name]).owner(name) if self._tuner is not None else None
             path = [part for part in (owner, name) if part not in (None, "default")]
             folder = os.path.join(save_directory, *path)
             own_card = card if name == "default" else None
@@ -585,13 +585,13 @@ class PeftModel(PromptHost):
     def _load_members(self, adapter_name: str, config: PeftConfig) -> None:
         """Loads the saved adapters that a new one is made of, if its method is of that kind."""
         tuner, model = self.base_model, self.get_base_model()
-        places = tuner.members(adapter_name, config)
+        places = tuner.method(config).members(adapter_name, config)
         if not places:
             return
         sources = {name: _Source.read_first(name, candidates) for name, candidates in places.items()}
         for name, source in sources.items():
             source.fit(model)
-            tuner.check_config(name, source.config)
+            tuner.method(source.config).check_config(name, source.config)
         for name, source in sources.items():
             tuner.inject_adapter(model, name, low_cpu_mem_usage=source.needs_no_start, config=source.config)
             self._load_tensors(name, source, {})
@@ -678,7 +678,7 @@ class _Source:
     def needs_no_start(self) -> bool:
         """Whether the adapter need not be given values that loading replaces."""
         model_class: Any = method_of(self.config.peft_type or "").model_class
-        return not self.config.is_prompt_learning and model_class.start_is_replaceable(self.config)
+        return not self.config.is_prompt_learning and model_class.method_class.start_is_replaceable(self.config)
 
     def fit(self, model: nn.Module) -> None:
         """Names layers as the base model has them now: transformers fuses experts that older files have one by one."""

@@ -176,7 +176,7 @@ def prepare_model_for_compiled_hotswap(
                 _resize(layer, name, target_rank)
         for layer in layers.values():
             _set_alpha(layer, name, layer.lora_alpha[name], layer.r[name])
-            scaling: dict[str, Any] = layer.scaling
+            scaling: Any = layer.scaling
             if not isinstance(scaling[name], Tensor):
                 # A number would be compiled in.
                 scaling[name] = torch.tensor(scaling[name], device=layer.factors(name)[0].device)

@@ -108,8 +108,8 @@ def get_peft_model_state_dict(
             slots.update(_embedding_slots(model, config))
     for key, slot in slots.items():
         tensors[key] = slot.tensor.detach() if state_dict is None else state_dict[slot.live_name]
-    write_tensors = getattr(method_of(config.peft_type).model_class, "write_tensors", None)
-    return tensors if write_tensors is None else write_tensors(model, adapter_name, tensors)
+    method = getattr(method_of(config.peft_type).model_class, "method_class", None)
+    return tensors if method is None else method.write_tensors(model, adapter_name, tensors)
 
 
 def _bias_slots(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Slot]:
@@ -225,9 +225,9 @@ def set_peft_model_state_dict(
         RuntimeError: shapes differ.
     """
     config = config_of(model, adapter_name)
-    read_tensors = getattr(method_of(config.peft_type).model_class, "read_tensors", None)
-    if read_tensors is not None:
-        peft_model_state_dict = read_tensors(model, adapter_name, peft_model_state_dict)
+    method = getattr(method_of(config.peft_type).model_class, "method_class", None)
+    if method is not None:
+        peft_model_state_dict = method.read_tensors(model, adapter_name, peft_model_state_dict)
     slots = adapter_slots(model, adapter_name)
     prompt: dict[str, Tensor] = {}
     if config.is_prompt_learning and isinstance(model, PromptHost):

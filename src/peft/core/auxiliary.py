@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from peft.core.change import Change, Rows, Weight
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
+from peft.core.slots import Setting, Slot
 from peft.errors import PeftWarning
 
 
@@ -83,7 +84,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         tied_module: a module to share the copy's weight with (tied embeddings).
     """
 
-    adapter_layer_names = ("modules_to_save",)
+    slots: ClassVar[dict[str, Slot]] = {"modules_to_save": Slot(modules=True)}
 
     def __init__(self, module_to_save: nn.Module, adapter_name: str, tied_module: nn.Module | None = None):
         super().__init__()
@@ -167,13 +168,12 @@ class TrainableTokensLayer(AdapterLayer):
         tied: the layer whose rows these are too (an output layer shares those of the embedding).
     """
 
-    adapter_layer_names = ("trainable_tokens_delta",)
-    other_param_names = ("token_indices",)
+    slots: ClassVar[dict[str, Slot]] = {"trainable_tokens_delta": Slot()}
     kinds = frozenset(("Embedding", "Linear"))
     label = ""
 
     trainable_tokens_delta: nn.ParameterDict
-    token_indices: dict[str, list[int]]
+    token_indices = Setting[list[int]]()
 
     def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None):
         super().__init__(base_layer)
@@ -189,11 +189,15 @@ class TrainableTokensLayer(AdapterLayer):
         """Takes the rows of another layer for this one's too."""
         # The same containers: what is trained, moved or deleted there is so here.
         self.trainable_tokens_delta = tied.trainable_tokens_delta
-        self.token_indices = tied.token_indices
+        self.records = tied.records
         self._is_tied = self.has_twin = tied.has_twin = True
         if self.get_base_layer().weight is tied.get_base_layer().weight:
             self.ledger = tied.ledger
         self.refresh()
+
+    def new_record(self, name: str, config: Any) -> None:
+        if not self._is_tied:
+            super().new_record(name, config)
 
     def create(self, name: str, config: Any, token_indices: Sequence[int] = ()) -> None:
         if self._is_tied:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.plan import matching_entry, model_modules, target_name
-from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing
 from peft.errors import PeftWarning
 
@@ -45,7 +45,7 @@ def joined_targets(rules: Sequence[Any]) -> set[str] | str | None:
 
 
 def check_combination(
-    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    method: Method, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> tuple[list[str], list[float]]:
     """The adapters to combine and their weights, as many as there are of both.
 
@@ -53,11 +53,11 @@ def check_combination(
         ValueError: there is no such adapter, they train the same module in full, or the new name is taken.
     """
     check_adapter_name(adapter_name)
-    missing = [name for name in adapters if name not in tuner.peft_config]
+    missing = [name for name in adapters if name not in method.configs]
     if missing:
-        there_are = ", ".join(tuner.peft_config) or "none"
+        there_are = ", ".join(method.configs) or "none"
         raise ValueError(f"Adapter {', '.join(missing)} does not exist; there are {there_are}.")
-    if adapter_name in tuner.peft_config:
+    if adapter_name in method.tuner.peft_config:
         raise ValueError(f"An adapter {adapter_name!r} exists already; delete it first, or choose another name.")
     if not adapters or not weights:
         raise ValueError("At least one adapter and its weight are needed.")
@@ -69,14 +69,14 @@ def check_combination(
             stacklevel=4,
         )
     names = list(adapters)[: len(weights)]
-    _owners(tuner, names)
+    _owners(method, names)
     return names, [float(weight) for weight in weights][: len(names)]
 
 
-def _owners(tuner: BaseTuner, names: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, str]]:
+def _owners(method: Method, names: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, str]]:
     """Modules that one of the adapters trains in full (or rows of them), and which does."""
     owners = []
-    for key, part in tuner.parts():
+    for key, part in method.tuner.parts():
         if isinstance(part, AuxiliaryTrainingWrapper):
             here = [name for name in dict.fromkeys(names) if part.has(name)]
             if len(here) > 1:
@@ -89,21 +89,21 @@ def _owners(tuner: BaseTuner, names: Sequence[str]) -> list[tuple[AuxiliaryTrain
     return owners
 
 
-def layers_with(tuner: BaseTuner, names: Sequence[str]) -> dict[AdapterLayer, str]:
-    """The tuner's layers that have any of the adapters, and what configurations call what they are on."""
+def layers_with(method: Method, names: Sequence[str]) -> dict[AdapterLayer, str]:
+    """The method's layers that have any of the adapters, and what configurations call what they are on."""
     return {
         part: target_name(path, part)
-        for path, part in tuner.parts()
-        if isinstance(part, tuner.layer_class) and any(part.has(name) for name in names)
+        for path, part in method.tuner.parts()
+        if isinstance(part, method.layer_class) and any(part.has(name) for name in names)
     }
 
 
-def combined_config(tuner: BaseTuner, names: Sequence[str], layers: Mapping[AdapterLayer, str]) -> Any:
+def combined_config(method: Method, names: Sequence[str], layers: Mapping[AdapterLayer, str]) -> Any:
     """A configuration like that of the first adapter, for just the modules that any of the adapters is on."""
-    configs = [tuner.peft_config[name] for name in names]
+    configs = [method.configs[name] for name in names]
     config = copy.deepcopy(configs[0])
     config.target_modules = exact_targets(
-        tuner.model, layers.values(), [joined_targets([c.target_modules for c in configs])]
+        method.model, layers.values(), [joined_targets([c.target_modules for c in configs])]
     )
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.modules_to_save = sorted({name for c in configs for name in c.modules_to_save or ()}) or None
@@ -114,7 +114,7 @@ def combined_config(tuner: BaseTuner, names: Sequence[str], layers: Mapping[Adap
 
 
 def add_combined(
-    tuner: BaseTuner,
+    method: Method,
     adapter_name: str,
     names: Sequence[str],
     config: Any,
@@ -124,9 +124,9 @@ def add_combined(
 
     What one of the adapters `names` trains beside the layers, it takes over.
     """
-    owners = _owners(tuner, names)
+    owners = _owners(method, names)
     with all_or_nothing():
-        tuner.inject_adapter(tuner.model, adapter_name, config=config)
+        method.tuner.inject_adapter(method.model, adapter_name, config=config)
         for layer, values in tensors.items():
             layer.move(adapter_name, dtype=next(layer.dtype_of(name) for name in names if layer.has(name)))
             fill(layer, {live: values[key] for key, live in layer.key_map(adapter_name).items()})

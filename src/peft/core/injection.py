@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft.core.auxiliary import ModulesToSaveWrapper, save_modules
 from peft.core.base_op import base_op
+from peft.core.method import Method
 from peft.core.plan import (
     ALL_LINEAR,
     CLASSIFIER_NAMES,
@@ -25,6 +26,8 @@ from peft.core.plan import (
     state_dict_targets,
 )
 from peft.core.routing import BASE
+from peft.core.slots import Buffers
+from peft.core.storage import place_of
 from peft.core.storage.gradients import blocking
 from peft.core.tokens import token_rows, train_tokens
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
@@ -51,27 +54,28 @@ def inject(
         undo.callback(_put_back, config, dict(config.__dict__))
         config = tuner._prepare_adapter_config(config, model_config_of(model))
         _check_bias(tuner, adapter_name, config)
-        tuner.check_config(adapter_name, config)
+        method = tuner.method(config)
+        method.check_config(adapter_name, config)
         if config.target_modules == ALL_LINEAR:
             heads = CLASSIFIER_NAMES if config.task_type == "SEQ_CLS" else ()
             config.target_modules = all_linear(model, {*(config.modules_to_save or ()), *heads})
         config.target_modules = shortened(config.target_modules, model)
-        restructured = tuner._prepare_model(config, model)
+        restructured = method.prepare_model(config, model)
         if restructured is not None:
             undo.callback(restructured)
         also_target, also_save = tie_configuration(config, model)
-        only = state_dict_targets(state_dict, tuner.prefix) if state_dict is not None else None
-        plan = make_plan(model, config, tuner.layer_class, only=only, also_target=also_target, also_save=also_save)
+        only = state_dict_targets(state_dict, method.prefix) if state_dict is not None else None
+        plan = make_plan(model, config, method.layer_class, only=only, also_target=also_target, also_save=also_save)
         tokens = token_rows(config, model)
         warn_of_tied_targets(plan.module_names, config, model)
         _note_layout(config, plan)
 
         before = Before(tuner, model)
-        undo.callback(_take_out, tuner, model, adapter_name, before)
+        undo.callback(_take_out, tuner, method, model, adapter_name, before)
         tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
-        without_memory = low_cpu_mem_usage and tuner.start_is_replaceable(config)
+        without_memory = low_cpu_mem_usage and method.start_is_replaceable(config)
+        _share(method, plan, config, adapter_name)
         with torch.device("meta") if without_memory else nullcontext():
-            tuner.prepare(plan, config, adapter_name)
             _apply(tuner, plan, config, adapter_name)
             save_modules(model, plan.save, adapter_name, tied)
             train_tokens(model, adapter_name, tokens)
@@ -79,8 +83,8 @@ def inject(
         tuner.targeted_module_names = list(dict.fromkeys(tuner.targeted_module_names + plan.module_names))
         tuner.targeted_parameter_names = list(dict.fromkeys(tuner.targeted_parameter_names + plan.parameter_names))
         tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        tie_layers(tuner, model, tied, adapter_name)
         tuner.peft_config[adapter_name] = config
+        tie_layers(tuner, model, tied, adapter_name)
         _freeze_base(tuner, model, before)
         _join_in(tuner, before, adapter_name)
         model.peft_config = tuner.peft_config  # type: ignore[assignment]
@@ -89,7 +93,28 @@ def inject(
             if changed is not None:
                 undo.callback(layer.unsettle, changed)
         _warn_of_lost_gradients(model, config)
+        method.added(adapter_name)
         hand_over(undo)
+
+
+def _share(method: Method, plan: Plan, config: Any, adapter_name: str) -> None:
+    """Makes what the layers of an adapter share, on the device of the base."""
+    if not method.shared or not plan.targets:
+        return
+    device = place_of(plan.targets[0].base)[0]
+    device = None if device is None or device.type == "meta" else device
+    with torch.device("cpu"):  # also where the adapter itself is made without memory: it may not be in the file
+        made = method.share(plan, config, adapter_name)
+    for name, value in made.items():
+        container: Any = method.shared[name]
+        if isinstance(value, Tensor):
+            value = value.to(device)
+            container[adapter_name] = nn.Parameter(value) if method.slot(name).trained else value
+        else:
+            groups = nn.ParameterDict() if method.slot(name).trained else Buffers(container.persistent)
+            for group, tensor in value.items():
+                groups[group] = tensor.to(device)
+            container[adapter_name] = groups
 
 
 def _warn_of_lost_gradients(model: nn.Module, config: Any) -> None:
@@ -112,10 +137,12 @@ def check_adapter_name(name: str) -> None:
 
 def tie_layers(tuner: BaseTuner, model: nn.Module, keys: Sequence[str], adapter_name: str) -> None:
     """Makes an adapter on tied modules the same on all of them."""
-    layers = [tuner._find_layer(model.get_submodule(live_key(model, key)), None) for key in keys]
+    method = tuner.method(tuner.peft_config[adapter_name])
+    found = (model.get_submodule(live_key(model, key)) for key in keys)
+    layers = [tuner._find_layer(module, None, method.layer_class) for module in found]
     here = [layer for layer in layers if layer is not None and layer.has(adapter_name)]
     for layer in here[1:]:
-        tuner.tie(layer, here[0], adapter_name)
+        method.tie(layer, here[0], adapter_name)
 
 
 class Before:
@@ -145,7 +172,7 @@ class Before:
 def _check_bias(tuner: BaseTuner, adapter_name: str, config: Any) -> None:
     """Raises where an adapter asks to train biases in a way that is unknown, or beside another adapter."""
     kind, bias = type(tuner).__name__, getattr(config, "bias", "none")
-    own = f"{tuner.prefix.rstrip('_').split('_')[0]}_only"
+    own = f"{tuner.method(config).prefix.rstrip('_').split('_')[0]}_only"
     if bias not in ("none", "all", own):
         raise NotImplementedError(f"bias={bias!r} is not known; use 'none', 'all' or {own!r}.")
     others = [name for name in tuner.peft_config if name != adapter_name]
@@ -196,7 +223,7 @@ def _freeze_base(tuner: BaseTuner, model: nn.Module, before: Before) -> None:
                     parameter.requires_grad = True
         elif bias != "none":
             for _, part in tuner.parts():
-                if isinstance(part, tuner.layer_class) and part.bias is not None:
+                if isinstance(part, tuner.method(config).layer_class) and part.bias is not None:
                     part.bias.requires_grad = True
 
 
@@ -214,7 +241,7 @@ def _join_in(tuner: BaseTuner, before: Before, adapter_name: str) -> None:
             part.enable_adapters(not before.disabled)
 
 
-def _take_out(tuner: BaseTuner, model: nn.Module, adapter_name: str, before: Before) -> None:
+def _take_out(tuner: BaseTuner, method: Method, model: nn.Module, adapter_name: str, before: Before) -> None:
     """Takes an adapter that could not be added back out."""
     old = {id(part) for _, part in before.parts}
     tuner._parts = None
@@ -223,10 +250,11 @@ def _take_out(tuner: BaseTuner, model: nn.Module, adapter_name: str, before: Bef
             part.delete_adapter(adapter_name)
         else:
             put_back(model, key, part.wrapped)
-    tuner.forget_shared(adapter_name)
+    tuner.forget_shared(method, adapter_name)
     tuner._parts = None
     tuner.peft_config.pop(adapter_name, None)
     before.restore(tuner, model)
+    method.removed(adapter_name)
 
 
 def _put_back(thing: Any, attributes: dict[str, Any]) -> None:

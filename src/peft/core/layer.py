@@ -8,7 +8,8 @@ it changes (`change`); how the module is run with that is decided in `run`, how 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from peft.core.change import Change
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route
 from peft.core.run import run, run_routed
+from peft.core.slots import Record, Slot
 from peft.core.storage import onloaded, place_of, storage_of
 from peft.errors import PeftWarning
 
@@ -31,7 +33,7 @@ class AdapterLayer(Part):
 
     The base module is `base_layer`; if that is an `AdapterLayer` itself (several methods on one module), this layer's
     adapters act on the outcome of that one's. The tensors of adapter `name` are `getattr(self, slot)[name]` for each
-    slot in `adapter_layer_names`.
+    slot in `slots`, its settings are in `records[name]`.
 
     What a method writes:
         create: makes the tensors of an adapter.
@@ -59,20 +61,23 @@ class AdapterLayer(Part):
         if found is None:
             raise ValueError(f"{type(self.get_base_layer()).__name__} has no weight that an adapter can change.")
         for slot in self.adapter_layer_names:
-            self._modules[slot] = self.container(slot)
-        self.__dict__.update({setting: {} for setting in self.other_param_names}, op=found)
+            self._modules[slot] = self.slots[slot].container()
         ledger = base_layer.ledger if isinstance(base_layer, AdapterLayer) else merging.Ledger()
-        self.__dict__.update(parameter_name=parameter_name, is_read=False, in_expert=False, ledger=ledger, _live=[])
+        self.__dict__.update(
+            op=found, parameter_name=parameter_name, is_read=False, in_expert=False, ledger=ledger, _live=[]
+        )
 
     # ---- what a method writes
-
-    def container(self, slot: str) -> nn.Module:
-        """An empty container for one slot."""
-        return nn.ParameterDict()
 
     def create(self, name: str, config: Any) -> None:
         """Makes the tensors of adapter `name`, on any device and in any dtype: the mechanism moves them."""
         raise NotImplementedError
+
+    def draw(self, name: str, config: Any) -> None:
+        """Makes the fixed tensors of adapter `name`, which its configuration and the base weight determine.
+
+        Called after `create`, and on a real device even where that is not.
+        """
 
     def change(self, name: str) -> Change | Iterable[Change]:
         """What adapter `name` does to the module at present; several changes act one after the other."""
@@ -184,19 +189,46 @@ class AdapterLayer(Part):
     def add_adapter(self, name: str, config: PeftConfig | None, **settings: Any) -> None:
         """Makes adapter `name` and puts it where the base weight is; it is not active yet."""
         device = self.place()[0]
+        self.new_record(name, config)
         # Beside a weight without memory, tensors would lose their values at once: they are made without as well.
-        if device is not None and device.type == "meta":
-            with device:
-                self.create(name, config, **settings)
-        else:
+        with device if device is not None and device.type == "meta" else nullcontext():
             self.create(name, config, **settings)
+        with torch.device("cpu"):
+            self.draw(name, config)
         parameters = list(self.adapter_parameters(name))
         for parameter in parameters:
             parameter.requires_grad = False
         if not any(parameter.is_meta for parameter in parameters):  # else loading will bring them
             self.move(name, device)
+        elif device is not None and device.type != "meta":
+            self.move_fixed(name, device)
         if name in self._active:
             self.refresh()
+
+    def new_record(self, name: str, config: Any) -> None:
+        """Begins the record of an adapter."""
+        record = self.records[name] = Record()
+        record.config = config
+
+    def add_slot(self, name: str, slot: Slot) -> None:
+        """Makes room for one more kind of tensor on this layer."""
+        if name not in self.slots:
+            self.__dict__["slots"] = {**self.slots, name: slot}
+            self.__dict__["adapter_layer_names"] = (*self.adapter_layer_names, name)
+            self.__dict__.pop(name, None)
+            self._modules[name] = slot.container()
+
+    def share(self, containers: Mapping[str, nn.Module]) -> None:
+        """Takes in the containers of the slots that layers share."""
+        self._modules.update(containers)
+
+    def move_fixed(self, name: str, device: torch.device) -> None:
+        """Moves the fixed tensors of an adapter."""
+        for slot in self.adapter_layer_names:
+            entries: Any = self._modules[slot]
+            if not self.slots[slot].trained and name in entries and not entries[name].is_meta:
+                moved = entries[name].data.to(device)
+                entries[name] = nn.Parameter(moved, requires_grad=False) if self.slots[slot].parameter else moved
 
     def unsettle(self, before: Any) -> None:
         """Gives the base weight back that `settle` changed."""

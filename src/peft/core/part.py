@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft.core.blank import initialise
+from peft.core.slots import Record, Setting, Slot
 
 
 class Part(nn.Module):
@@ -18,10 +19,15 @@ class Part(nn.Module):
     same states: adapters are active, switched off, trained, routed, merged.
     """
 
-    #: per-adapter containers of tensors or modules that are trained and saved
+    #: the tensors that adapters have here, by the name of their container
+    slots: ClassVar[Mapping[str, Slot]] = {}
+    #: those that are not shared by several parts
     adapter_layer_names: tuple[str, ...] = ()
-    #: per-adapter plain dictionaries of settings
+    #: the settings that adapters have here
     other_param_names: tuple[str, ...] = ()
+
+    #: adapter -> its configuration and settings
+    records: dict[str, Record]
 
     if TYPE_CHECKING:
         # torch says of every attribute of a module that it is a tensor or a module.
@@ -31,11 +37,17 @@ class Part(nn.Module):
     _disable_adapters: bool
     _trained_before_disable: list[nn.Parameter]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.adapter_layer_names = tuple(name for name, slot in cls.slots.items() if not slot.shared)
+        settings = (name for kind in cls.__mro__ for name, value in vars(kind).items() if isinstance(value, Setting))
+        cls.other_param_names = tuple(dict.fromkeys(settings))
+
     def __init__(self) -> None:
         initialise(self)
         # Straight into __dict__, here and in what derives from it: a large model has tens of thousands of parts, and
         # assigning to a module is slow.
-        self.__dict__.update(_active=[], _disable_adapters=False, _trained_before_disable=[])
+        self.__dict__.update(records={}, _active=[], _disable_adapters=False, _trained_before_disable=[])
 
     @property
     def wrapped(self) -> nn.Module:
@@ -74,7 +86,11 @@ class Part(nn.Module):
     def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
         """The parameters that adapter `name` has here."""
         parameters: list[nn.Parameter] = []
-        for entries in self.containers():
+        modules: Any = self._modules
+        for slot, kind in self.slots.items():
+            if not kind.trained:
+                continue
+            entries = modules[slot]
             entry = entries._modules.get(name)  # looked for here first: asked of every layer in every change of state
             if entry is not None:
                 parameters += _parameters_of(entry)
@@ -95,7 +111,7 @@ class Part(nn.Module):
         keys = {}
         for slot in self.adapter_layer_names:
             entries = getattr(self, slot)
-            if name in entries:
+            if name in entries and self.slots[slot].is_stored(self.records[name].config):
                 entry = entries[name]
                 leaves = [f".{leaf}" for leaf in _state_names(entry)] if isinstance(entry, nn.Module) else [""]
                 keys.update({f"{slot}{leaf}": f"{slot}.{name}{leaf}" for leaf in leaves})
@@ -117,10 +133,10 @@ class Part(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter."""
-        for slot in (*self.adapter_layer_names, *self.other_param_names):
-            entries = getattr(self, slot)
+        for entries in self.containers():
             if adapter_name in entries:
                 del entries[adapter_name]
+        self.records.pop(adapter_name, None)
         self.__dict__["_active"] = [name for name in self._active if name != adapter_name]
         self.refresh()
 

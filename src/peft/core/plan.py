@@ -7,14 +7,14 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import nn
 
 from peft.config import LayerConfig
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.core.base_op import LinearOp, ParameterOp, TransposedOp, base_op
+from peft.core.base_op import BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
 from peft.core.target_tables import DEFAULT_TARGETS
@@ -44,6 +44,23 @@ class Target:
     def name(self) -> str:
         """What configurations call it."""
         return self.key if self.parameter_name is None else f"{self.key}.{self.parameter_name}"
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The base module, under all adapter layers."""
+        return base_of(self.module)
+
+    @cached_property
+    def op(self) -> BaseOp:
+        """What kind of module it is.
+
+        Raises:
+            ValueError: none that an adapter can be put on.
+        """
+        op = base_op(self.base, self.parameter_name)
+        if op is None:
+            raise ValueError(f"{self.key!r} is a {type(self.base).__name__}, which has no weight to be adapted.")
+        return op
 
 
 @dataclass
@@ -326,7 +343,7 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
             f"target_parameters={target.parameter_name!r} is a top-level parameter of the model, which cannot"
             " be wrapped."
         )
-    module = base_of(module)
+    module = target.base
     op = base_op(module, target.parameter_name)
     if op is None or _kind_of(op) not in layer_class.kinds:
         supported = ", ".join(sorted(layer_class.kinds - {"Parameter"}))

@@ -13,8 +13,9 @@ from peft.config import LayerConfig
 from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.change import Add, Change
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.plan import get_pattern_key
-from peft.core.tuner import BaseTuner
+from peft.core.slots import Setting
 from peft.ops.matrix import Matrix
 
 
@@ -62,14 +63,12 @@ class ScaledLayer(AdapterLayer):
     A method writes `create`, which calls the one here first, and `matrix`.
     """
 
-    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
-
-    r: dict[str, int]
-    alpha: dict[str, float]
-    scaling: dict[str, float]
-    rank_dropout: dict[str, float]
-    rank_dropout_scale: dict[str, bool]
-    module_dropout: dict[str, float]
+    r = Setting[int]()
+    alpha = Setting[float]()
+    scaling = Setting[float]()
+    rank_dropout = Setting[float]()
+    rank_dropout_scale = Setting[bool]()
+    module_dropout = Setting[float]()
 
     def create(self, name: str, config: Any, r: int = 0, alpha: float | None = None) -> None:
         self.r[name] = r or config.r
@@ -139,8 +138,8 @@ def pattern_value(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
     return patterns.get(get_pattern_key(patterns, key), default)
 
 
-class ScaledTuner(BaseTuner):
-    """A model with adapters that have a rank and a scale, which may differ by module."""
+class ScaledMethod(Method):
+    """The rank and the scale of each module."""
 
     def layer_settings(self, config: ScaledConfig, key: str) -> dict[str, Any]:
         return {

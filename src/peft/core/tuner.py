@@ -1,11 +1,11 @@
-"""A model with adapters of one method: their life over all its layers."""
+"""A model with adapters: their life over all its layers."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from peft.core import injection, unloading
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.base_op import AttentionOp
 from peft.core.call import calling, current, remember_for_backward
-from peft.core.hooks import MethodHooks
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.part import Part, as_names
-from peft.core.plan import default_targets, target_name
+from peft.core.plan import target_name
 from peft.core.routing import BASE, Route, in_expert
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import parts_of
@@ -28,8 +28,8 @@ from peft.errors import PeftWarning
 UPCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-class BaseTuner(MethodHooks):
-    """A model with adapters of one method on its layers.
+class BaseTuner(nn.Module):
+    """A model with adapters on its layers; what is special about their method is asked of a [`Method`].
 
     Args:
         model: the base model, changed in place.
@@ -41,6 +41,15 @@ class BaseTuner(MethodHooks):
     Raises:
         ValueError, TypeError, NotImplementedError: the configuration does not fit the model; the model is as before.
     """
+
+    #: beginning of the names of the method's tensors
+    prefix: ClassVar[str] = ""
+    #: the layer of the method
+    layer_class: ClassVar[type[AdapterLayer]] = AdapterLayer
+    #: what the method says about a whole model
+    method_class: ClassVar[type[Method]] = Method
+    #: path from this object to the base model
+    holder: ClassVar[str] = "model"
 
     def __init__(
         self,
@@ -61,7 +70,8 @@ class BaseTuner(MethodHooks):
             # A model that carries injected adapters keeps its own record of them.
             self.peft_config = record
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
-        self.prepare_shared()
+        #: PEFT type -> what its method says
+        self._methods: dict[str, Method] = {}
         if configs.get(adapter_name) is not None:
             self.inject_adapter(
                 self.model,
@@ -70,6 +80,22 @@ class BaseTuner(MethodHooks):
                 state_dict=state_dict,
                 config=configs[adapter_name],
             )
+
+    def hold(self, model: nn.Module) -> None:
+        """Takes in the base model."""
+        self.model = model
+
+    # ---- what its method says
+
+    def method(self, config: Any) -> Method:
+        """The method of an adapter with this configuration."""
+        if not self._methods:
+            self._methods[""] = self.method_class(self, self.layer_class, self.prefix)
+        return self._methods[""]
+
+    def methods(self) -> list[Method]:
+        """The methods of all adapters."""
+        return [self.method(config) for config in self.peft_config.values()] and list(self._methods.values())
 
     # ---- adding an adapter
 
@@ -97,12 +123,13 @@ class BaseTuner(MethodHooks):
 
     def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:
         """Fills in the defaults for the model type."""
+        method = self.method(config)
         if config.target_modules is None and getattr(config, "target_parameters", None):
             config.target_modules = set()
         elif config.target_modules is None:
-            config.target_modules = default_targets(config.peft_type, model_config.get("model_type"), self.model)
+            method.choose_targets(config, model_config)
             config._targets_are_defaults = True
-        self.complete_config(config, model_config)
+        method.complete_config(config, model_config)
         return config
 
     def _create_and_replace(
@@ -117,10 +144,12 @@ class BaseTuner(MethodHooks):
     ) -> None:
         """Puts an adapter on one module: on the layer of this method that is there, or on a new one around it."""
         named = current_key if parameter_name is None else f"{current_key}.{parameter_name}"
-        settings = self.layer_settings(peft_config, named)
-        layer = self._find_layer(target, parameter_name)
+        method = self.method(peft_config)
+        settings = method.layer_settings(peft_config, named)
+        layer = self._find_layer(target, parameter_name, method.layer_class)
         if layer is None:
-            layer = self.make_layer(peft_config, target, parameter_name, current_key)
+            layer = method.make_layer(peft_config, target, parameter_name, current_key)
+            layer.share(method.shared)
             layer.in_expert = in_expert(current_key)
             self._replace_module(parent, target_name, layer, target)
         layer.add_adapter(adapter_name, peft_config, **settings)
@@ -133,10 +162,12 @@ class BaseTuner(MethodHooks):
             )
             attention.out_proj.is_read = True
 
-    def _find_layer(self, module: nn.Module, parameter_name: str | None) -> AdapterLayer | None:
-        """The layer of this method among those that wrap a module."""
+    def _find_layer(
+        self, module: nn.Module, parameter_name: str | None, kind: type[AdapterLayer]
+    ) -> AdapterLayer | None:
+        """The layer of a method among those that wrap a module."""
         while isinstance(module, AdapterLayer):
-            if isinstance(module, self.layer_class) and module.parameter_name == parameter_name:
+            if isinstance(module, kind) and module.parameter_name == parameter_name:
                 return module
             module = module.base_layer
         return None
@@ -153,7 +184,8 @@ class BaseTuner(MethodHooks):
                 continue
             if any(parameter.is_meta for parameter in part.adapter_parameters(adapter_name)):
                 config = self.peft_config[adapter_name]
-                part.fill_in(adapter_name, config, self.layer_settings(config, target_name(key, part)))
+                settings = self.method(config).layer_settings(config, target_name(key, part))
+                part.fill_in(adapter_name, config, settings)
         if getattr(self.peft_config[adapter_name], "ensure_weight_tying", False):
             injection.tie_layers(self, self.model, tied_embedding_modules(self.model), adapter_name)
 
@@ -248,6 +280,7 @@ class BaseTuner(MethodHooks):
             raise ValueError(
                 f"Adapter {adapter_name!r} does not exist; there are {', '.join(self.peft_config) or 'none'}."
             )
+        method = self.method(self.peft_config[adapter_name])
         del self.peft_config[adapter_name]
         active = self.active_adapters
         left = [name for name in active if name != adapter_name]
@@ -265,14 +298,16 @@ class BaseTuner(MethodHooks):
             part.delete_adapter(adapter_name)
             if gone and isinstance(part, AdapterLayer) and part.has_any():
                 part.set_adapter(left)
-        self.forget_shared(adapter_name)
+        self.forget_shared(method, adapter_name)
         self._active = left
+        method.removed(adapter_name)
 
-    def forget_shared(self, adapter_name: str) -> None:
+    def forget_shared(self, method: Method, adapter_name: str) -> None:
         """Removes what the layers of an adapter share."""
-        for container in self.shared_names:
-            if adapter_name in getattr(self, container):
-                del getattr(self, container)[adapter_name]
+        containers: list[Any] = list(method.shared.values())
+        for container in containers:
+            if adapter_name in container:
+                del container[adapter_name]
 
     @contextmanager
     def routed(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
@@ -366,17 +401,40 @@ class BaseTuner(MethodHooks):
     # ---- being the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with calling(), self.around_forward(args, kwargs):
+        methods = self.methods()
+        with ExitStack() as stack:
+            stack.enter_context(calling())
+            for method in methods:
+                stack.enter_context(method.around_forward(args, kwargs))
             output = self.model(*args, **kwargs)
             call = current()
             if call and torch.is_grad_enabled():
                 remember_for_backward(output, call)
+            for method in methods:
+                output = method.after_forward(output)
             return output
+
+    @contextmanager
+    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Stands around a generation, which is many forward passes."""
+        with ExitStack() as stack:
+            for method in self.methods():
+                stack.enter_context(method.around_generate(args, kwargs))
+            yield
+
+    def key_map(self, adapter_name: str) -> dict[str, str]:
+        """Names of tensors that layers of an adapter share: as files have them -> as this object has them."""
+        config = self.peft_config[adapter_name]
+        return self.method(config).key_map(adapter_name, config)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or "_modules" not in self.__dict__:
+            if name in ("model", "_methods", "peft_config") or "_modules" not in self.__dict__:
                 raise
-            return getattr(self.model, name)
+        if not name.startswith("_"):
+            for method in self.__dict__.get("_methods", {}).values():
+                if hasattr(method, name):
+                    return getattr(method, name)
+        return getattr(self.model, name)

@@ -75,7 +75,7 @@ def unload(
         if isinstance(part, AdapterLayer):
             if merge:
                 part.merge(safe_merge, adapter_names, keep=False, own=_is_shared(part, shared))
-        elif merge and not tuner.unwraps_saved:
+        elif merge and not all(method.unwraps_saved for method in tuner.methods()):
             warnings.warn(
                 f"{type(tuner).__name__} leaves {key!r} in its {type(part).__name__}, with what was trained in effect;"
                 " its `current_module()` is the plain module.",
@@ -87,8 +87,13 @@ def unload(
     for key in tied[1:]:
         model.get_submodule(key).weight = model.get_submodule(tied[0]).weight
     tuner._parts = None
+    methods, names = tuner.methods(), list(tuner.peft_config)
     if "peft_config" in model.__dict__:
         del model.peft_config
+    tuner.peft_config = {}
+    for method in methods:
+        for name in names:
+            method.removed(name)
     return model
 
 
@@ -111,7 +116,7 @@ def _tied_alike(tuner: BaseTuner, names: Sequence[str]) -> list[str]:
     """The modules tied to the input embedding, if these adapters change them and keep them the same."""
     model: nn.Module = tuner.model
     tied = tied_embedding_modules(model)
-    there = [tuner._find_layer(model.get_submodule(live_key(model, key)), None) for key in tied]
-    here = {name for layer in there if layer is not None for name in names if layer.has(name)}
+    there = [model.get_submodule(live_key(model, key)) for key in tied]
+    here = {name for layer in there if isinstance(layer, AdapterLayer) for name in names if layer.has(name)}
     alike = all(getattr(tuner.peft_config[name], "ensure_weight_tying", False) for name in here)
     return tied if here and alike else []

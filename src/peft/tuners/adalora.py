@@ -14,7 +14,8 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp, ConvOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.storage import place_of
+from peft.core.method import Method
+from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.errors import PeftWarning
@@ -135,35 +136,36 @@ class AdaLoraLayer(AdapterLayer):
     `ranknum` [1] is the rank that the scale counts with; it stays when ranks are dropped.
     """
 
-    adapter_layer_names = _SLOTS
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
+    slots: ClassVar[dict[str, Slot]] = {
+        **dict.fromkeys(_SLOTS, Slot()), "ranknum": Slot(trained=False, stored=False, parameter=True),
+    }  # fmt: skip
     label = "adalora"
 
     lora_A: nn.ParameterDict
     lora_B: nn.ParameterDict
     lora_E: nn.ParameterDict
-    r: dict[str, int]
-    lora_alpha: dict[str, float]
-    scaling: dict[str, float]
+    ranknum: nn.ParameterDict
+    r = Setting[int]()
+    lora_alpha = Setting[float]()
+    scaling = Setting[float]()
 
     def __init__(self, base_layer: nn.Module, parameter_name: str | None = None):
         super().__init__(base_layer, parameter_name)
         self.lora_dropout = nn.ModuleDict()
-        self.ranknum = nn.ParameterDict()
 
     def create(self, name: str, config: AdaLoraConfig) -> None:
         self.r[name] = r = config.init_r
         self.lora_alpha[name] = config.lora_alpha
         self.scaling[name] = config.lora_alpha if config.lora_alpha > 0 else float(r)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
-        # Not in the files, so made even where the factors have no memory yet.
-        ranknum = torch.full((1,), float(r), device=place_of(self.get_base_layer())[0])
-        self.ranknum[name] = nn.Parameter(ranknum, requires_grad=False)
         spread = 0.02 if config.init_lora_weights else 1.0
         for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
             getattr(self, slot)[name] = nn.Parameter(torch.randn(shape) * spread)
         if config.init_lora_weights:
             nn.init.zeros_(self.lora_E[name])
+
+    def draw(self, name: str, config: AdaLoraConfig) -> None:
+        self.ranknum[name] = nn.Parameter(torch.full((1,), float(self.r[name])), requires_grad=False)
 
     def shapes(self, r: int) -> tuple[tuple[int, int], ...]:
         """Those of A, B and E."""
@@ -290,41 +292,37 @@ class RankAllocator:
                     e.masked_fill_(~torch.tensor(list(kept), dtype=torch.bool, device=e.device)[:, None], 0.0)
 
 
-class AdaLoraModel(BaseTuner):
-    """A model with AdaLoRA adapters, one of which may be trained.
+class AdaLoraMethod(Method):
+    """The schedule of ranks of the adapter that is trained, and the penalty that keeps A and B near to orthonormal.
 
-    Its forward adds the penalty that keeps A and B near to orthonormal to the loss of the model's output.
+    A forward pass adds the penalty to the loss of the model's output.
     """
-
-    prefix = "lora_"
-    layer_class = AdaLoraLayer
 
     trainable_adapter_name: str | None = None
     rankallocator: RankAllocator
 
     def check_config(self, adapter_name: str, config: AdaLoraConfig) -> None:
-        others = [name for name, other in self.peft_config.items() if name != adapter_name and not other.inference_mode]
+        others = [name for name, other in self.configs.items() if name != adapter_name and not other.inference_mode]
         if others and not config.inference_mode:
             raise ValueError(
                 f"AdaLoraModel supports only 1 trainable adapter, and {others[0]!r} is one already; set"
                 " inference_mode=True for all others."
             )
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if not self.peft_config[adapter_name].inference_mode:
+    def added(self, adapter_name: str) -> None:
+        config = self.configs[adapter_name]
+        if not config.inference_mode and adapter_name != self.trainable_adapter_name:
             self.trainable_adapter_name = adapter_name
-            self.rankallocator = RankAllocator(model, self.peft_config[adapter_name], adapter_name)
+            self.rankallocator = RankAllocator(self.model, config, adapter_name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs, name = self.model(*args, **kwargs), self.trainable_adapter_name
-        loss = getattr(outputs, "loss", None)
-        if isinstance(loss, Tensor) and name in self.peft_config and not self.disabled:
-            weight = self.peft_config[name].orth_reg_weight
-            layers = [layer for layer in self.layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
+    def after_forward(self, output: Any) -> Any:
+        name, loss = self.trainable_adapter_name, getattr(output, "loss", None)
+        if isinstance(loss, Tensor) and name in self.configs and not self.tuner.disabled:
+            weight = self.configs[name].orth_reg_weight
+            layers = [layer for layer in self.tuner.layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
             factors = [factor for layer in layers for factor in (layer.lora_A[name], layer.lora_B[name].T)]
-            outputs.loss = loss + weight * orthogonality_gap(factors).to(loss.device)
-        return outputs
+            output.loss = loss + weight * orthogonality_gap(factors).to(loss.device)
+        return output
 
     def update_and_allocate(self, global_step: int) -> None:
         """Shares out the ranks; to be called in every training step, after `backward()` and before `zero_grad()`.
@@ -336,9 +334,9 @@ class AdaLoraModel(BaseTuner):
             ValueError: no adapter is trained, or there are no gradients.
         """
         name = self.trainable_adapter_name
-        if name not in self.peft_config:
+        if name not in self.configs:
             raise ValueError("update_and_allocate() needs a trainable adapter; all are in inference mode.")
-        config = self.peft_config[name]
+        config = self.configs[name]
         last = config.total_step - config.tfinal
         if global_step > last:
             # The optimiser moves the dropped ranks too, so they are set to zero again.
@@ -377,6 +375,15 @@ class AdaLoraModel(BaseTuner):
                 if key is not None and len(tensors[key]) != layer.r[adapter_name]:
                     layer.resize(adapter_name, len(tensors[key]))
         return tensors
+
+
+
+class AdaLoraModel(BaseTuner):
+    """A model with AdaLoRA adapters, one of which may be trained."""
+
+    prefix = "lora_"
+    layer_class = AdaLoraLayer
+    method_class = AdaLoraMethod
 
 
 def _key_in(tensors: Mapping[str, Tensor], name: str) -> str | None:

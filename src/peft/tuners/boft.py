@@ -14,6 +14,8 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp, ConvOp
 from peft.core.change import OnInput, ScaleOutput
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.errors import PeftWarning
@@ -73,15 +75,14 @@ class BOFTConfig(LayerConfig):
 class BOFTLayer(AdapterLayer):
     """A module whose input is rotated in blocks, and whose output is scaled."""
 
-    adapter_layer_names = ("boft_R", "boft_s")
-    other_param_names = ("boft_block_size", "boft_block_num", "boft_dropout")
+    slots: ClassVar[dict[str, Slot]] = {"boft_R": Slot(), "boft_s": Slot()}
     label = "boft"
 
     boft_R: nn.ParameterDict
     boft_s: nn.ParameterDict
-    boft_block_size: dict[str, int]
-    boft_block_num: dict[str, int]
-    boft_dropout: dict[str, float]
+    boft_block_size = Setting[int]()
+    boft_block_num = Setting[int]()
+    boft_dropout = Setting[float]()
 
     def create(self, name: str, config: BOFTConfig) -> None:
         size = config.boft_block_size or self.in_features // config.boft_block_num
@@ -139,11 +140,8 @@ def _rotations(blocks: Tensor) -> Tensor:
         return cayley(0.5 * (blocks - blocks.mT))
 
 
-class BOFTModel(BaseTuner):
-    """A model with butterfly orthogonal finetuning adapters."""
-
-    prefix = "boft_"
-    layer_class = BOFTLayer
+class BOFTMethod(Method):
+    """How many factors an adapter has."""
 
     def check_config(self, adapter_name: str, config: BOFTConfig) -> None:
         if config.factors < config.boft_n_butterfly_factor and not config.inference_mode:
@@ -166,3 +164,11 @@ class BOFTModel(BaseTuner):
             if found is not None and found.shape[1:] == old.shape[1:] and found.shape != old.shape:
                 part.boft_R[adapter_name] = nn.Parameter(old.new_zeros(found.shape), requires_grad=old.requires_grad)
         return tensors
+
+
+class BOFTModel(BaseTuner):
+    """A model with butterfly orthogonal finetuning adapters."""
+
+    prefix = "boft_"
+    layer_class = BOFTLayer
+    method_class = BOFTMethod

@@ -12,9 +12,9 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.scaled import pattern_value
-from peft.core.shared import SharedTensors
-from peft.core.storage import place_of
+from peft.core.slots import Buffers, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.fourier import Spectrum, draw_frequencies
 from peft.registry import PeftType
@@ -57,25 +57,25 @@ class FourierFTConfig(LayerConfig):
 class FourierFTLayer(AdapterLayer):
     """A module with a matrix of few frequencies added to its weight."""
 
-    adapter_layer_names = ("fourierft_spectrum",)
-    other_param_names = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_frequencies")
+    slots: ClassVar[dict[str, Slot]] = {
+        "fourierft_spectrum": Slot(), "fourierft_frequencies": Slot(trained=False, stored=False),
+    }  # fmt: skip
     label = "fourierft"
 
     fourierft_spectrum: nn.ParameterDict
-    fourierft_n_frequency: dict[str, int]
-    fourierft_scaling: dict[str, float]
-
-    def __init__(self, base_layer: nn.Module, parameter_name: str | None = None):
-        super().__init__(base_layer, parameter_name)
-        self.fourierft_frequencies = SharedTensors(persistent=False)
+    fourierft_frequencies: Buffers
+    fourierft_n_frequency = Setting[int]()
+    fourierft_scaling = Setting[float]()
 
     def create(self, name: str, config: FourierFTConfig, n_frequency: int = 0) -> None:
         count = n_frequency or config.n_frequency
         self.fourierft_n_frequency[name], self.fourierft_scaling[name] = count, config.scaling
-        # Not in the files, so made even where the spectrum itself has no memory yet.
-        places = draw_frequencies(self.out_features, self.in_features, count, config.random_loc_seed)
-        self.fourierft_frequencies[name] = places.to(place_of(self.get_base_layer())[0])
         self.fourierft_spectrum[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
+
+    def draw(self, name: str, config: FourierFTConfig) -> None:
+        self.fourierft_frequencies[name] = draw_frequencies(
+            self.out_features, self.in_features, self.fourierft_n_frequency[name], config.random_loc_seed
+        )
 
     def change(self, name: str) -> Add:
         spectrum = self.fourierft_spectrum[name]
@@ -95,11 +95,16 @@ class FourierFTLayer(AdapterLayer):
             )
 
 
+class FourierFTMethod(Method):
+    """How many frequencies each module gets."""
+
+    def layer_settings(self, config: FourierFTConfig, key: str) -> dict[str, Any]:
+        return {"n_frequency": pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)}
+
+
 class FourierFTModel(BaseTuner):
     """A model with Fourier transform adapters."""
 
     prefix = "fourierft_"
     layer_class = FourierFTLayer
-
-    def layer_settings(self, config: FourierFTConfig, key: str) -> dict[str, Any]:
-        return {"n_frequency": pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)}
+    method_class = FourierFTMethod

@@ -12,6 +12,7 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import OnInput
 from peft.core.layer import AdapterLayer
+from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.householder import reflect, reflection_factors
 from peft.registry import PeftType
@@ -44,13 +45,12 @@ class HRAConfig(LayerConfig):
 class HRALayer(AdapterLayer):
     """A module whose weight is multiplied by reflections."""
 
-    adapter_layer_names = ("hra_u",)
-    other_param_names = ("hra_r", "hra_apply_GS")
+    slots: ClassVar[dict[str, Slot]] = {"hra_u": Slot()}
     label = "hra"
 
     hra_u: nn.ParameterDict
-    hra_r: dict[str, int]
-    hra_apply_GS: dict[str, bool]
+    hra_r = Setting[int]()
+    hra_apply_GS = Setting[bool]()
 
     def create(self, name: str, config: HRAConfig) -> None:
         self.hra_r[name], self.hra_apply_GS[name] = config.r, config.apply_GS

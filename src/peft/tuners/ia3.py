@@ -21,7 +21,9 @@ from peft.core.combine import (
     layers_with,
 )
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.plan import matching_entry
+from peft.core.slots import Slot
 from peft.core.target_tables import FEEDFORWARD_TARGETS
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import task_arithmetic
@@ -63,7 +65,7 @@ class IA3Config(LayerConfig):
 class IA3Layer(AdapterLayer):
     """A module whose output or input is scaled."""
 
-    adapter_layer_names = ("ia3_l",)
+    slots: ClassVar[dict[str, Slot]] = {"ia3_l": Slot()}
     label = ""
 
     ia3_l: nn.ParameterDict
@@ -90,11 +92,8 @@ class IA3Layer(AdapterLayer):
         return self.op.kind
 
 
-class IA3Model(BaseTuner):
-    """A model with (IA)^3 vectors."""
-
-    prefix = "ia3_"
-    layer_class = IA3Layer
+class IA3Method(Method):
+    """Which modules have their input scaled; sums of adapters."""
 
     def complete_config(self, config: IA3Config, model_config: dict[str, Any]) -> None:
         if config.feedforward_modules is None:
@@ -125,7 +124,7 @@ class IA3Model(BaseTuner):
             ValueError: an adapter does not exist, the name is taken, or an adapter is on a bare parameter.
         """
         adapters, weights = check_combination(self, adapters, weights, adapter_name)
-        configs = [self.peft_config[name] for name in adapters]
+        configs = [self.configs[name] for name in adapters]
         if any(config.target_parameters for config in configs):
             raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
         layers: dict[Any, str] = layers_with(self, adapters)
@@ -140,3 +139,11 @@ class IA3Model(BaseTuner):
             here = [vectors[name].data if name in vectors else ones for name in adapters]
             tensors[layer] = {"ia3_l": task_arithmetic(here, weights)}
         add_combined(self, adapter_name, adapters, config, tensors)
+
+
+class IA3Model(BaseTuner):
+    """A model with (IA)^3 vectors."""
+
+    prefix = "ia3_"
+    layer_class = IA3Layer
+    method_class = IA3Method

@@ -11,6 +11,8 @@ from torch import nn
 from peft.config import LayerConfig
 from peft.core.change import Add, Bias, Change
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Dense
 from peft.registry import PeftType
@@ -39,13 +41,10 @@ class LNTuningLayer(AdapterLayer):
     out: the statistics that it gathers beside its weight would have to be exchanged as well.
     """
 
-    adapter_layer_names = ("ln_tuning_layers",)
+    slots: ClassVar[dict[str, Slot]] = {"ln_tuning_layers": Slot(modules=True)}
     kinds = AdapterLayer.kinds | {"LayerNorm"}
 
     ln_tuning_layers: nn.ModuleDict
-
-    def container(self, slot: str) -> nn.Module:
-        return nn.ModuleDict()
 
     def create(self, name: str, config: LNTuningConfig) -> None:
         copies = {self.op.weight_name: self.get_base_weight()}
@@ -66,9 +65,15 @@ class LNTuningLayer(AdapterLayer):
         return f"ln_tuning.{type(self).__name__}"
 
 
+class LNTuningMethod(Method):
+    """LN tuning leaves the wrappers of modules that are trained in full where they are, as huggingface/peft does."""
+
+    unwraps_saved = False
+
+
 class LNTuningModel(BaseTuner):
     """A model with trained copies of its normalisation layers."""
 
     prefix = "ln_tuning_"
     layer_class = LNTuningLayer
-    unwraps_saved = False  # as huggingface/peft leaves them
+    method_class = LNTuningMethod

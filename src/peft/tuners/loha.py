@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledTuner
+from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledMethod
+from peft.core.slots import Slot
+from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import HadamardProduct, expand_core
 from peft.ops.matrix import Dense, Matrix
 from peft.registry import PeftType
@@ -35,7 +37,7 @@ class LoHaConfig(ScaledConfig):
 class LoHaLayer(ScaledLayer):
     """A module with Hadamard products of low-rank matrices added to its weight."""
 
-    adapter_layer_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    slots = dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), Slot())
     label = "loha"
 
     hada_w1_a: nn.ParameterDict
@@ -85,8 +87,9 @@ def _random(*shape: int) -> nn.Parameter:
     return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
 
 
-class LoHaModel(ScaledTuner):
+class LoHaModel(BaseTuner):
     """A model with low-rank Hadamard product adapters."""
 
     prefix = "hada_"
     layer_class = LoHaLayer
+    method_class = ScaledMethod

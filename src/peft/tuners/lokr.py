@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.base_op import ConvOp, kernel_numel
-from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledTuner
+from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledMethod
+from peft.core.slots import Slot
+from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import expand_core
 from peft.ops.kronecker import Kron, factorization
 from peft.registry import PeftType
@@ -51,7 +53,9 @@ class LoKrConfig(ScaledConfig):
 class LoKrLayer(ScaledLayer):
     """A module with a Kronecker product added to its weight."""
 
-    adapter_layer_names = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    slots = dict.fromkeys(
+        ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), Slot()
+    )
     label = "lokr"
 
     lokr_w1: nn.ParameterDict
@@ -109,8 +113,9 @@ def _random(*shape: int) -> nn.Parameter:
     return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
 
 
-class LoKrModel(ScaledTuner):
+class LoKrModel(BaseTuner):
     """A model with low-rank Kronecker product adapters."""
 
     prefix = "lokr_"
     layer_class = LoKrLayer
+    method_class = ScaledMethod

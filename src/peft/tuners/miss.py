@@ -14,6 +14,8 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add, Change, Weight
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.ops.shards import Tiled, transform_shards
@@ -59,22 +61,17 @@ class MissConfig(LayerConfig):
 class MissLayer(AdapterLayer):
     """A module with a block that all shards of its weight share: `miss_block`."""
 
-    adapter_layer_names = ("miss_block",)
-    other_param_names = ("miss_r", "miss_mini_r", "miss_dropout", "miss_form")
+    slots: ClassVar[dict[str, Slot]] = {"miss_block": Slot()}
 
     miss_block: nn.ParameterDict
-    miss_r: dict[str, int]
-    miss_mini_r: dict[str, int]
-    miss_form: dict[str, bool | str]
-
-    def __init__(self, base_layer: nn.Module, parameter_name: str | None = None):
-        super().__init__(base_layer, parameter_name)
-        self.miss_dropout = nn.ModuleDict()
+    miss_r = Setting[int]()
+    miss_mini_r = Setting[int]()
+    miss_dropout = Setting[float]()
+    miss_form = Setting[bool | str]()
 
     def create(self, name: str, config: MissConfig) -> None:
         self.miss_r[name], self.miss_mini_r[name] = config.r, config.mini_r
-        self.miss_form[name] = config.init_weights
-        self.miss_dropout[name] = nn.Dropout(config.miss_dropout) if config.miss_dropout > 0 else nn.Identity()
+        self.miss_form[name], self.miss_dropout[name] = config.init_weights, config.miss_dropout
         shapes = {"bat": (self.out_features // config.r, config.r, config.r), "mini": (config.r, config.mini_r)}
         block = torch.zeros(shapes.get(str(config.init_weights), (config.r, self.out_features)))
         self.miss_block[name] = nn.Parameter(
@@ -82,12 +79,11 @@ class MissLayer(AdapterLayer):
         )
 
     def change(self, name: str) -> Change:
-        block, dropout = self.miss_block[name], self.miss_dropout[name]
+        block = self.miss_block[name]
         if self.miss_form[name] == "bat":
             return Weight(lambda weight: transform_shards(weight, block))
         tile = block.repeat(1, self.out_features // block.shape[1])
-        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        return Add(Tiled(tile, self.in_features), dropout=p)
+        return Add(Tiled(tile, self.in_features), dropout=self.miss_dropout[name] if self.training else 0.0)
 
     @classmethod
     def check(cls, config: MissConfig, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -106,12 +102,17 @@ class MissLayer(AdapterLayer):
         return f"miss.Miss{self.op.kind}"
 
 
+class MissMethod(Method):
+    """What files of older versions are read as."""
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {key.replace(".bone_block", ".miss_block"): value for key, value in tensors.items()}
+
+
 class MissModel(BaseTuner):
     """A model with matrix shard sharing adapters."""
 
     prefix = "miss_"
     layer_class = MissLayer
-
-    @classmethod
-    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {key.replace(".bone_block", ".miss_block"): value for key, value in tensors.items()}
+    method_class = MissMethod

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from peft.config import LayerConfig
 from peft.core.change import OnInput, OnOutput
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.ops.memo import remember
@@ -123,17 +125,13 @@ class OFTRotation(nn.Module):
 class OFTLayer(AdapterLayer):
     """A module whose input is rotated in blocks; of an embedding, its output."""
 
-    adapter_layer_names = ("oft_R", "oft_embedding_R")
-    other_param_names = ("r", "oft_block_size")
+    slots: ClassVar[dict[str, Slot]] = {"oft_R": Slot(modules=True), "oft_embedding_R": Slot(modules=True)}
     label = "oft"
 
     oft_R: nn.ModuleDict
     oft_embedding_R: nn.ModuleDict
-    r: dict[str, int]
-    oft_block_size: dict[str, int]
-
-    def container(self, slot: str) -> nn.Module:
-        return nn.ModuleDict()
+    r = Setting[int]()
+    oft_block_size = Setting[int]()
 
     @property
     def rotates_output(self) -> bool:
@@ -171,11 +169,8 @@ def _fitting(setting: str, wanted: int, width: int) -> int:
     return nearest
 
 
-class OFTModel(BaseTuner):
-    """A model with orthogonal finetuning adapters."""
-
-    prefix = "oft_"
-    layer_class = OFTLayer
+class OFTMethod(Method):
+    """What files of older versions are read as."""
 
     @classmethod
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -186,3 +181,11 @@ class OFTModel(BaseTuner):
                 " version cannot read. Load it with peft 0.15.2, or train the adapter again."
             )
         return tensors
+
+
+class OFTModel(BaseTuner):
+    """A model with orthogonal finetuning adapters."""
+
+    prefix = "oft_"
+    layer_class = OFTLayer
+    method_class = OFTMethod

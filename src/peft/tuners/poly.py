@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,9 @@ from peft.core.base_op import BaseOp
 from peft.core.call import calling, fact
 from peft.core.change import Beside
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.routing import Route, check_task_ids
+from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
 
@@ -85,8 +87,9 @@ class PolyLayer(AdapterLayer):
     in the shares that `poly_router` gives.
     """
 
-    adapter_layer_names = ("poly_router", "poly_lora_A", "poly_lora_B")
-    other_param_names = ("r",)
+    slots: ClassVar[dict[str, Slot]] = {
+        "poly_router": Slot(modules=True), "poly_lora_A": Slot(), "poly_lora_B": Slot(),
+    }  # fmt: skip
     # Each sample has a weight of its own, so only what acts on the activations can be adapted.
     kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
     label = "poly"
@@ -94,10 +97,7 @@ class PolyLayer(AdapterLayer):
     poly_router: nn.ModuleDict
     poly_lora_A: nn.ParameterDict
     poly_lora_B: nn.ParameterDict
-    r: dict[str, int]
-
-    def container(self, slot: str) -> nn.Module:
-        return nn.ModuleDict() if slot == "poly_router" else nn.ParameterDict()
+    r = Setting[int]()
 
     def create(self, name: str, config: PolyConfig) -> None:
         self.r[name] = config.r
@@ -141,14 +141,16 @@ class PolyLayer(AdapterLayer):
                 raise ValueError(f"{side}={width} of {key!r} must be divisible by n_splits={config.n_splits}.")
 
 
+class PolyMethod(Method):
+    """Tells the layers of a call which task each sample is of."""
+
+    def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        return calling(task_ids=kwargs.pop("task_ids", None))
+
+
 class PolyModel(BaseTuner):
     """A model with Poly adapters."""
 
     prefix = "poly_"
     layer_class = PolyLayer
-    injectable = False
-
-    @contextmanager
-    def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
-        with calling(task_ids=kwargs.pop("task_ids", None)):
-            yield
+    method_class = PolyMethod

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp, base_op
+from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.shared import SharedTensors
-from peft.core.storage import place_of
+from peft.core.slots import Buffers, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.random_bases import draw_bases, scaled_bases
 from peft.registry import PeftType
@@ -65,25 +65,24 @@ class RandLoraConfig(LayerConfig):
 class RandLoraLayer(AdapterLayer):
     """A module with scales for the shared bases."""
 
-    adapter_layer_names = ("randlora_lambda", "randlora_gamma")
-    other_param_names = ("r", "scaling", "randlora_dropout", "randlora_saves_bases")
+    slots: ClassVar[dict[str, Slot]] = {
+        "randlora_lambda": Slot(), "randlora_gamma": Slot(),
+        "randlora_A": Slot(trained=False, shared=True, stored="save_projection"),
+        "randlora_B": Slot(trained=False, shared=True, stored="save_projection"),
+    }  # fmt: skip
     label = "randlora"
 
     randlora_lambda: nn.ParameterDict
     randlora_gamma: nn.ParameterDict
-    r: dict[str, int]
-    scaling: dict[str, float]
-    randlora_saves_bases: dict[str, bool]
-
-    def __init__(self, base_layer: nn.Module, parameter_name: str | None, a: SharedTensors, b: SharedTensors):
-        super().__init__(base_layer, parameter_name)
-        self.randlora_A, self.randlora_B = a, b
-        self.randlora_dropout = nn.ModuleDict()
+    randlora_A: Buffers
+    randlora_B: Buffers
+    r = Setting[int]()
+    scaling = Setting[float]()
+    randlora_dropout = Setting[float]()
 
     def create(self, name: str, config: RandLoraConfig) -> None:
         self.r[name], self.scaling[name] = config.r, config.randlora_alpha / config.r
-        self.randlora_saves_bases[name] = config.save_projection
-        self.randlora_dropout[name] = nn.Dropout(config.randlora_dropout) if config.randlora_dropout else nn.Identity()
+        self.randlora_dropout[name] = config.randlora_dropout
         narrow, wide = sorted((self.in_features, self.out_features))
         count = math.ceil(narrow / config.r)
         start, spread = (torch.zeros, max(count, narrow)) if config.init_weights else (torch.randn, wide)
@@ -92,7 +91,7 @@ class RandLoraLayer(AdapterLayer):
 
     def key_map(self, name: str) -> dict[str, str]:
         keys = super().key_map(name)
-        if keys and self.randlora_saves_bases[name]:
+        if keys and self.records[name].config.save_projection:
             keys.update({slot: f"{slot}.{name}" for slot in ("randlora_A", "randlora_B")})
         return keys
 
@@ -101,8 +100,7 @@ class RandLoraLayer(AdapterLayer):
         a, b = (shared[name].to(scale) for shared in (self.randlora_A, self.randlora_B))
         narrow, wide = scaled_bases(a, b, scale, gamma, max(self.in_features, self.out_features))
         down, up = (narrow, wide) if self.in_features <= self.out_features else (wide.T, narrow.T)
-        dropout = self.randlora_dropout[name]
-        return LowRank(down, up, dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0)
+        return LowRank(down, up, dropout=self.randlora_dropout[name] if self.training else 0.0)
 
     @classmethod
     def check(cls, config: RandLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -110,19 +108,11 @@ class RandLoraLayer(AdapterLayer):
             raise ValueError(f"randlora_dropout needs linear layers; {key!r} is a {op.kind}.")
 
 
-class RandLoraModel(BaseTuner):
-    """A model with RandLoRA adapters; `randlora_A` and `randlora_B` hold the bases that an adapter's layers share."""
-
-    prefix = "randlora_"
-    layer_class = RandLoraLayer
-    shared_names = ("randlora_A", "randlora_B")
-    injectable = False
-
-    def prepare_shared(self) -> None:
-        self.randlora_A, self.randlora_B = SharedTensors(), SharedTensors()
+class RandLoraMethod(Method):
+    """What RandLoRA shares: the bases, as large as the largest of its layers."""
 
     def check_config(self, adapter_name: str, config: RandLoraConfig) -> None:
-        configs = [*(other for name, other in self.peft_config.items() if name != adapter_name), config]
+        configs = [*(other for name, other in self.configs.items() if name != adapter_name), config]
         for setting, meaning in (
             ("projection_prng_key", "seed of the bases"),
             ("save_projection", "choice to save them"),
@@ -133,23 +123,17 @@ class RandLoraModel(BaseTuner):
                     f"All RandLoRA adapters of a model need the same {meaning}, got {setting}={sorted(values)}."
                 )
 
-    def prepare(self, plan: Plan, config: RandLoraConfig, adapter_name: str) -> None:
-        bases = [target.module for target in plan.targets]
-        bases = [base.get_base_layer() if isinstance(base, AdapterLayer) else base for base in bases]
-        ops: list[Any] = [
-            base_op(base, target.parameter_name) for base, target in zip(bases, plan.targets, strict=True)
-        ]
+    def share(self, plan: Plan, config: RandLoraConfig, adapter_name: str) -> dict[str, Tensor]:
+        ops = [target.op for target in plan.targets]
         narrow, wide = sorted((max(op.in_features for op in ops), max(op.out_features for op in ops)))
         sparsity = math.sqrt(narrow) if config.very_sparse else 3 if config.sparse else None
-        # Also where the adapter itself is made without memory: they may not be in the file.
         a, b = draw_bases(config.r, narrow, wide, config.projection_prng_key, sparsity)
-        device = place_of(bases[0])[0]
-        self.randlora_A[adapter_name], self.randlora_B[adapter_name] = a.to(device), b.to(device)
+        return {"randlora_A": a, "randlora_B": b}
 
-    def make_layer(
-        self, config: RandLoraConfig, target: nn.Module, parameter_name: str | None, key: str
-    ) -> RandLoraLayer:
-        return RandLoraLayer(target, parameter_name, self.randlora_A, self.randlora_B)
 
-    def key_map(self, adapter_name: str) -> dict[str, str]:
-        return super().key_map(adapter_name) if self.peft_config[adapter_name].save_projection else {}
+class RandLoraModel(BaseTuner):
+    """A model with RandLoRA adapters; `randlora_A` and `randlora_B` hold the bases that an adapter's layers share."""
+
+    prefix = "randlora_"
+    layer_class = RandLoraLayer
+    method_class = RandLoraMethod

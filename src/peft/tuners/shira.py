@@ -14,7 +14,7 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
-from peft.core.shared import SharedTensors
+from peft.core.slots import Buffers, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.ops.memo import remember
@@ -67,17 +67,13 @@ class ShiraConfig(LayerConfig):
 class ShiraLayer(AdapterLayer):
     """A module with single entries of its weight changed: by `shira_weight` [n] at `shira_indices` [2, n]."""
 
-    adapter_layer_names = ("shira_weight", "shira_indices")
-    other_param_names = ("r", "scaling")
+    slots: ClassVar[dict[str, Slot]] = {"shira_weight": Slot(), "shira_indices": Slot(trained=False)}
     label = "shira"
 
     shira_weight: nn.ParameterDict
-    shira_indices: SharedTensors
-    r: dict[str, int]
-    scaling: dict[str, float]
-
-    def container(self, slot: str) -> nn.Module:
-        return SharedTensors() if slot == "shira_indices" else nn.ParameterDict()
+    shira_indices: Buffers
+    r = Setting[int]()
+    scaling = Setting[float]()
 
     def create(self, name: str, config: ShiraConfig) -> None:
         count = config.r * (self.in_features + self.out_features)

@@ -10,6 +10,7 @@ from torch import nn
 from peft.config import LayerConfig
 from peft.core.auxiliary import TrainableTokensLayer
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.tuner import BaseTuner
 from peft.core.tying import input_embedding_name, tied_embedding_modules
 from peft.registry import PeftType
@@ -44,18 +45,15 @@ class TrainableTokensConfig(LayerConfig):
         self.token_indices = list(self.token_indices)
 
 
-class TrainableTokensModel(BaseTuner):
-    """A model with trained tokens."""
+class TrainableTokensMethod(Method):
+    """Which embedding is meant, and that weights which are tied stay so."""
 
-    prefix = "trainable_tokens_"
-    layer_class = TrainableTokensLayer
+    def choose_targets(self, config: Any, model_config: dict[str, Any]) -> None:
+        config.target_modules = input_embedding_name(self.model)
 
-    def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:
-        if config.target_modules is None:
-            config.target_modules = input_embedding_name(self.model)
+    def complete_config(self, config: Any, model_config: dict[str, Any]) -> None:
         # Tied weights stay tied, without being asked to.
         config.ensure_weight_tying = bool(tied_embedding_modules(self.model))
-        return config
 
     def check_config(self, adapter_name: str, config: TrainableTokensConfig) -> None:
         if not config.token_indices:
@@ -72,3 +70,11 @@ class TrainableTokensModel(BaseTuner):
     def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
         if isinstance(layer, TrainableTokensLayer) and isinstance(to, TrainableTokensLayer):
             layer.tie_to(to)
+
+
+class TrainableTokensModel(BaseTuner):
+    """A model with trained tokens."""
+
+    prefix = "trainable_tokens_"
+    layer_class = TrainableTokensLayer
+    method_class = TrainableTokensMethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,9 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.plan import Plan
+from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.ops.vector_bank import mix_vectors, pack_logits, unpack_logits
@@ -68,20 +70,18 @@ class VBLoRAConfig(LayerConfig):
 class VBLoRALayer(AdapterLayer):
     """A module with logits that choose from the shared bank."""
 
-    adapter_layer_names = _LOGITS
-    other_param_names = ("vblora_topk", "vblora_dropout", "vblora_only_topk")
+    slots: ClassVar[dict[str, Slot]] = {
+        "vblora_logits_A": Slot(), "vblora_logits_B": Slot(), "vblora_vector_bank": Slot(shared=True),
+    }  # fmt: skip
     label = "vblora"
 
     vblora_logits_A: nn.ParameterDict
     vblora_logits_B: nn.ParameterDict
-    vblora_topk: dict[str, int]
-    vblora_dropout: dict[str, float]
+    vblora_vector_bank: nn.ParameterDict
+    vblora_topk = Setting[int]()
+    vblora_dropout = Setting[float]()
     #: whether all logits but those of the chosen vectors are lost
-    vblora_only_topk: dict[str, bool]
-
-    def __init__(self, base_layer: nn.Module, parameter_name: str | None, bank: nn.ParameterDict):
-        super().__init__(base_layer, parameter_name)
-        self.vblora_vector_bank = bank
+    vblora_only_topk = Setting[bool]()
 
     def create(self, name: str, config: VBLoRAConfig) -> None:
         self.vblora_topk[name], self.vblora_dropout[name] = config.topk, config.vblora_dropout
@@ -90,16 +90,6 @@ class VBLoRALayer(AdapterLayer):
         for slot, shape in zip(_LOGITS, ((config.r, inputs), (outputs, config.r)), strict=True):
             logits = torch.randn(*shape, config.num_vectors) * config.init_logits_std
             getattr(self, slot)[name] = nn.Parameter(logits)
-
-    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        yield from super().adapter_parameters(name)
-        if self.has(name):
-            yield self.vblora_vector_bank[name]
-
-    def move(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        super().move(name, device, dtype)
-        bank = self.vblora_vector_bank[name]
-        bank.data = bank.data.to(device=device, dtype=dtype)
 
     def change(self, name: str) -> LowRank:
         if self.training and self.vblora_only_topk[name] and self.vblora_logits_A[name].requires_grad:
@@ -124,28 +114,12 @@ class VBLoRALayer(AdapterLayer):
             raise ValueError(f"vblora_dropout needs linear layers; {key!r} is a {op.kind}.")
 
 
-class VBLoRAModel(BaseTuner):
-    """A model with VB-LoRA adapters; `vblora_vector_bank` holds the banks, one for all layers of an adapter."""
+class VBLoRAMethod(Method):
+    """What VB-LoRA shares: the bank."""
 
-    prefix = "vblora_"
-    layer_class = VBLoRALayer
-    shared_names = ("vblora_vector_bank",)
-    injectable = False
-
-    def prepare_shared(self) -> None:
-        self.vblora_vector_bank = nn.ParameterDict()
-
-    def prepare(self, plan: Plan, config: VBLoRAConfig, adapter_name: str) -> None:
-        self.vblora_vector_bank[adapter_name] = nn.Parameter(_new_bank(config))
-
-    def fill_in(self, adapter_name: str) -> None:
-        bank = self.vblora_vector_bank[adapter_name]
-        if bank.is_meta:
-            bank.data = _new_bank(self.peft_config[adapter_name]).to(bank.dtype)
-        super().fill_in(adapter_name)
-
-    def make_layer(self, config: VBLoRAConfig, target: nn.Module, parameter_name: str | None, key: str) -> VBLoRALayer:
-        return VBLoRALayer(target, parameter_name, self.vblora_vector_bank)
+    def share(self, plan: Plan, config: VBLoRAConfig, adapter_name: str) -> dict[str, Tensor]:
+        bound = config.init_vector_bank_bound
+        return {"vblora_vector_bank": torch.empty(config.num_vectors, config.vector_length).uniform_(-bound, bound)}
 
     @classmethod
     def write_tensors(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -176,14 +150,15 @@ class VBLoRAModel(BaseTuner):
 
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
         """(numbers of VB-LoRA's own that saving an adapter writes, in units of a float32; other trained ones)."""
-        layers = [layer for layer in self.layers() if isinstance(layer, VBLoRALayer) and layer.has(adapter)]
+        layers = [layer for layer in self.tuner.layers() if isinstance(layer, VBLoRALayer) and layer.has(adapter)]
         logits = {f"{i}.{slot}": getattr(layer, slot)[adapter] for i, layer in enumerate(layers) for slot in _LOGITS}
-        written = self.write_tensors(self, adapter, logits).values()
+        written = self.write_tensors(self.tuner, adapter, logits).values()
         integers = sum(t.numel() * t.element_size() for t in written if not t.is_floating_point()) // 4
-        own = self.vblora_vector_bank[adapter].numel() + integers
+        bank: Any = self.shared["vblora_vector_bank"]
+        own = bank[adapter].numel() + integers
         own += sum(t.numel() for t in written if t.is_floating_point())
         others = {id(p) for layer in layers for name in layer.adapter_names() for p in layer.adapter_parameters(name)}
-        return own, sum(p.numel() for p in self.parameters() if p.requires_grad and id(p) not in others)
+        return own, sum(p.numel() for p in self.tuner.parameters() if p.requires_grad and id(p) not in others)
 
     def print_savable_parameters(self) -> None:
         """Prints how many numbers saving the default adapter writes."""
@@ -191,6 +166,9 @@ class VBLoRAModel(BaseTuner):
         print(f"VB-LoRA params to be saved (in float32s): {own:,d} || all params to be saved: {own + others:,d}")
 
 
-def _new_bank(config: VBLoRAConfig) -> Tensor:
-    bank = torch.empty(config.num_vectors, config.vector_length)
-    return nn.init.uniform_(bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
+class VBLoRAModel(BaseTuner):
+    """A model with VB-LoRA adapters; `vblora_vector_bank` holds the banks, one for all layers of an adapter."""
+
+    prefix = "vblora_"
+    layer_class = VBLoRALayer
+    method_class = VBLoRAMethod

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp, base_op
+from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.shared import SharedTensors
-from peft.core.storage import place_of
+from peft.core.slots import Buffers, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
 
@@ -56,28 +56,30 @@ class VeraConfig(LayerConfig):
 class VeraLayer(AdapterLayer):
     """A module with vectors that scale the shared projections."""
 
-    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
-    other_param_names = ("vera_dropout",)
+    slots: ClassVar[dict[str, Slot]] = {
+        "vera_lambda_b": Slot(), "vera_lambda_d": Slot(),
+        "vera_A": Slot(trained=False, shared=True, stored="save_projection"),
+        "vera_B": Slot(trained=False, shared=True, stored="save_projection"),
+    }  # fmt: skip
     label = "vera"
 
     vera_lambda_b: nn.ParameterDict
     vera_lambda_d: nn.ParameterDict
 
-    def __init__(self, base_layer: nn.Module, parameter_name: str | None, vera_A: SharedTensors, vera_B: SharedTensors):
-        super().__init__(base_layer, parameter_name)
-        self.vera_A, self.vera_B = vera_A, vera_B
-        self.vera_dropout = nn.ModuleDict()
+    vera_A: Buffers
+    vera_B: Buffers
+    vera_dropout = Setting[float]()
 
     def create(self, name: str, config: VeraConfig) -> None:
-        self.vera_dropout[name] = nn.Dropout(config.vera_dropout) if config.vera_dropout > 0 else nn.Identity()
+        self.vera_dropout[name] = config.vera_dropout
         self.vera_lambda_d[name] = nn.Parameter(torch.full((config.r,), float(config.d_initial)))
         b = torch.zeros(self.out_features) if config.init_weights else torch.randn(self.out_features)
         self.vera_lambda_b[name] = nn.Parameter(b)
 
     def change(self, name: str) -> LowRank:
-        b, d, dropout = self.vera_lambda_b[name], self.vera_lambda_d[name], self.vera_dropout[name]
+        b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
         down, up = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
-        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        p = self.vera_dropout[name] if self.training else 0.0
         return LowRank(down.to(b), up.to(b), dropout=p, middle=d, factors=b)
 
     @classmethod
@@ -86,19 +88,11 @@ class VeraLayer(AdapterLayer):
             raise ValueError(f"vera_dropout needs linear layers; {key!r} is a {op.kind}.")
 
 
-class VeraModel(BaseTuner):
-    """A model with VeRA adapters; `vera_A` and `vera_B` hold the projections that an adapter's layers share."""
-
-    prefix = "vera_lambda_"
-    layer_class = VeraLayer
-    shared_names = ("vera_A", "vera_B")
-    injectable = False
-
-    def prepare_shared(self) -> None:
-        self.vera_A, self.vera_B = SharedTensors(), SharedTensors()
+class VeraMethod(Method):
+    """What VeRA shares: the projections, as large as the largest of its layers."""
 
     def check_config(self, adapter_name: str, config: VeraConfig) -> None:
-        others = [other for name, other in self.peft_config.items() if name != adapter_name]
+        others = [other for name, other in self.configs.items() if name != adapter_name]
         if any(other.projection_prng_key != config.projection_prng_key for other in others):
             raise ValueError(
                 "All VeRA adapters of a model need the same projection key, got projection_prng_key="
@@ -107,26 +101,17 @@ class VeraModel(BaseTuner):
         if any(other.save_projection != config.save_projection for other in others):
             raise ValueError("Either all or none of a model's VeRA adapters save their projection (save_projection).")
 
-    def prepare(self, plan: Plan, config: VeraConfig, adapter_name: str) -> None:
-        ops = [_op_of(target.module, target.parameter_name) for target in plan.targets]
-        generator = torch.Generator(device="cpu").manual_seed(config.projection_prng_key)
-        device = place_of(plan.targets[0].module)[0]
-        device = None if device is None or device.type == "meta" else device
+    def share(self, plan: Plan, config: VeraConfig, adapter_name: str) -> dict[str, Tensor]:
+        ops = [target.op for target in plan.targets]
         sizes = (config.r, max(op.in_features for op in ops)), (max(op.out_features for op in ops), config.r)
-        with torch.device("cpu"):  # also where the adapter itself is made without memory: it may not be in the file
-            for shared, size in zip((self.vera_A, self.vera_B), sizes, strict=True):
-                start = torch.empty(size)
-                nn.init.kaiming_uniform_(start, generator=generator)
-                shared[adapter_name] = start.to(device)
-
-    def make_layer(self, config: VeraConfig, target: nn.Module, parameter_name: str | None, key: str) -> VeraLayer:
-        return VeraLayer(target, parameter_name, self.vera_A, self.vera_B)
-
-    def key_map(self, adapter_name: str) -> dict[str, str]:
-        return super().key_map(adapter_name) if self.peft_config[adapter_name].save_projection else {}
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        a, b = (nn.init.kaiming_uniform_(torch.empty(size), generator=generator) for size in sizes)
+        return {"vera_A": a, "vera_B": b}
 
 
-def _op_of(module: nn.Module, parameter_name: str | None) -> Any:
-    if isinstance(module, AdapterLayer):
-        module = module.get_base_layer()
-    return base_op(module, parameter_name)
+class VeraModel(BaseTuner):
+    """A model with VeRA adapters; `vera_A` and `vera_B` hold the projections that an adapter's layers share."""
+
+    prefix = "vera_lambda_"
+    layer_class = VeraLayer
+    method_class = VeraMethod

@@ -45,8 +45,9 @@ def reduce_intruder_dimension(
     tuner = peft_model.base_model
     if not isinstance(tuner, LoraModel):
         raise ValueError(f"Intruder dimensions can be reduced in LoRA models only, not in {type(tuner).__name__}.")
-    check_combination(tuner, [old_adapter_name], [1.0], new_adapter_name)
-    layers: dict[Any, str] = layers_with(tuner, [old_adapter_name])
+    method = tuner.method(tuner.peft_config.get(old_adapter_name))
+    check_combination(method, [old_adapter_name], [1.0], new_adapter_name)
+    layers: dict[Any, str] = layers_with(method, [old_adapter_name])
     if any(layer.merged for layer in layers):
         raise ValueError(
             "Adapters are merged into the base weights, so those are not known; call unmerge_adapter() first."
@@ -57,9 +58,9 @@ def reduce_intruder_dimension(
         if logging_sink is not None:
             logging_sink(f"{key}: {found} intruders among the first {top_k} directions")
         tensors[layer] = _as_lora(layer, old_adapter_name, change)
-    config = combined_config(tuner, [old_adapter_name], layers)
+    config = combined_config(method, [old_adapter_name], layers)
     config.init_lora_weights = True
-    add_combined(tuner, new_adapter_name, [old_adapter_name], config, tensors)
+    add_combined(method, new_adapter_name, [old_adapter_name], config, tensors)
     peft_model.set_adapter(new_adapter_name)
     if logging_sink is not None:
         logging_sink(f"Adapter {new_adapter_name!r} is active now.")

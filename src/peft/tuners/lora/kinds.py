@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft.core.base_op import ParameterOp
 from peft.core.change import Change, LowRank, Weight
+from peft.core.slots import Slot
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, empty_linear
 
@@ -34,12 +35,9 @@ class Linear(LoraLayer):
 class Embedding(LoraLayer):
     """LoRA on embeddings: the change of the row of token t is scaling B A[:, t]."""
 
-    adapter_layer_names: tuple[str, ...] = ("lora_embedding_A", "lora_embedding_B")
+    slots: ClassVar[dict[str, Slot]] = {"lora_embedding_A": Slot(), "lora_embedding_B": Slot()}
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
-
-    def container(self, slot: str) -> nn.Module:
-        return nn.ParameterDict()
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         self.lora_embedding_A[name] = nn.Parameter(torch.empty(r, self.in_features))

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp, ConvOp, ParallelLinearOp, ParameterOp
-from peft.core.blank import blank
 from peft.core.change import Change, LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.part import without
 from peft.core.plan import get_pattern_key
 from peft.core.run import is_watched
+from peft.core.slots import Setting, Slot
 from peft.core.storage import onloaded, storage_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.megatron import check_megatron, check_parallel
@@ -28,12 +28,8 @@ from peft.tuners.lora.variants.base import Variant
 
 def empty_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
     """A linear layer whose values are still open: `nn.Linear` would draw some, which takes most of its time."""
-    linear = blank(nn.Linear)
-    # Past `__setattr__`, for the same reason.
-    linear.__dict__.update(in_features=in_features, out_features=out_features)
-    linear._parameters["weight"] = nn.Parameter(torch.empty(out_features, in_features))
-    linear._parameters["bias"] = nn.Parameter(torch.empty(out_features)) if bias else None
-    return linear
+    device = torch.get_default_device()
+    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=device)
 
 
 #: what other packages ask every layer for, though only some kinds have it
@@ -86,22 +82,20 @@ class LoraLayer(AdapterLayer):
         parameter_name: the parameter to adapt, for modules that hold bare parameters.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B")
-    other_param_names = (
-        "r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "lora_variant",
-        "lora_start",
-    )  # fmt: skip
+    slots: ClassVar[dict[str, Slot]] = {"lora_A": Slot(modules=True), "lora_B": Slot(modules=True)}
     label = "lora"
     kinds = AdapterLayer.kinds | {ParallelLinearOp.kind}
+
     lora_A: Any  # nn.ModuleDict of nn.Linear (or of what stands for one)
     lora_B: Any
-    r: dict[str, int]
-    lora_alpha: dict[str, float]
-    scaling: dict[str, float]
-    use_rslora: dict[str, bool]
-    lora_bias: dict[str, bool]
-    lora_variant: dict[str, Variant]
-    lora_start: dict[str, Start]
+    r = Setting[int]()
+    lora_alpha = Setting[float]()
+    scaling = Setting[float]()
+    use_rslora = Setting[bool]()
+    use_dora = Setting[bool]()
+    lora_bias = Setting[bool]()
+    lora_variant = Setting[Variant]()
+    lora_start = Setting[Start]()
 
     def __init__(
         self,
@@ -115,8 +109,7 @@ class LoraLayer(AdapterLayer):
         **kwargs: Any,
     ):
         super().__init__(base_layer, parameter_name, op)
-        del self.__dict__["lora_dropout"]  # it would hide the modules, which train() and eval() switch
-        self._modules["lora_dropout"] = blank(nn.ModuleDict)
+        self._modules["lora_dropout"] = nn.ModuleDict()
         absent: dict[str, Any] = {name: {} for name in _CONTAINERS if name not in self.adapter_layer_names}
         self.__dict__.update(absent, fan_in_fan_out=self.op.kind == "Conv1D")
         if adapter_name is not None:
@@ -124,9 +117,6 @@ class LoraLayer(AdapterLayer):
                 raise TypeError(f"{type(self).__name__} needs a config to make adapter {adapter_name!r}.")
             self.update_layer(adapter_name, r, lora_alpha, config)
             self.set_adapter(adapter_name, inference_mode=config.inference_mode)
-
-    def container(self, slot: str) -> nn.Module:
-        return blank(nn.ModuleDict)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Makes an adapter, or makes it anew."""
@@ -152,11 +142,8 @@ class LoraLayer(AdapterLayer):
             self._start(name, config)
             return
         self.lora_variant[name] = variant
-        for slot, container in variant.slots.items():
-            if slot not in self.adapter_layer_names:
-                self.adapter_layer_names = (*self.adapter_layer_names, slot)
-                self.__dict__.pop(slot, None)
-                setattr(self, slot, container())
+        for slot, kind in variant.slots.items():
+            self.add_slot(slot, kind)
         variant.make_factors(self, name, r, config)
         self._start(name, config)
         self._leave(name, variant.create(self, name, config))
@@ -301,7 +288,7 @@ class LoraLayer(AdapterLayer):
             self._set_scaling(name, self._initial_scaling(name) if scale is None else self.scaling[name] / scale)
 
     def _set_scaling(self, name: str, value: float) -> None:
-        scaling: dict[str, Any] = self.scaling
+        scaling: Any = self.scaling
         held = scaling[name]
         # A tensor takes the new value in itself: compiled code goes on using it.
         scaling[name] = held.fill_(value) if isinstance(held, Tensor) else value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peft.core.combine import add_combined, check_combination, combined_config, layers_with
-from peft.core.tuner import BaseTuner
+from peft.core.method import Method
 from peft.ops.merging import (
     SignMethod,
     check_density,
@@ -72,22 +72,22 @@ class Combination:
 
 
 def add_weighted_adapter(
-    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
+    method: Method, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
 ) -> None:
     """See [`LoraModel.add_weighted_adapter`]."""
-    adapters, weights = check_combination(tuner, adapters, weights, adapter_name)
-    if any(tuner.peft_config[name].target_parameters for name in adapters):
+    adapters, weights = check_combination(method, adapters, weights, adapter_name)
+    if any(method.configs[name].target_parameters for name in adapters):
         raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
-    layers: dict[Any, str] = layers_with(tuner, adapters)
+    layers: dict[Any, str] = layers_with(method, adapters)
     _check_factors(adapters, layers, how)
-    largest = max(rank for name in adapters for rank in _ranks(tuner.peft_config[name]))
+    largest = max(rank for name in adapters for rank in _ranks(method.configs[name]))
     if "dare" in how.name:
         _skip_start_values(adapters, layers, how.svd_rank if how.on_product and how.svd_rank else largest)
     tensors, ranks = {}, {}
     for layer, key in layers.items():
         here = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if layer.has(name)]
         ranks[key], tensors[layer] = _combined(layer, here, how, key, largest)
-    config = combined_config(tuner, adapters, layers)
+    config = combined_config(method, adapters, layers)
     config.r = config.lora_alpha = max(ranks.values())
     config.rank_pattern = {key: rank for key, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = dict(config.rank_pattern)
@@ -96,7 +96,7 @@ def add_weighted_adapter(
     if config.lora_bias:
         for layer, values in tensors.items():
             values.setdefault("lora_B.bias", torch.zeros(layer.out_features))
-    add_combined(tuner, adapter_name, adapters, config, tensors)
+    add_combined(method, adapter_name, adapters, config, tensors)
 
 
 def _check_factors(adapters: Sequence[str], layers: Mapping[Any, str], how: Combination) -> None:

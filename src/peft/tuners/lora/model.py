@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft.core.base_op import ParallelLinearOp, base_op
 from peft.core.call import calling
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
@@ -30,11 +31,10 @@ from peft.tuners.lora.variants.kasa import Kasa
 from peft.tuners.lora.variants.monteclora import Monteclora
 
 
-class LoraModel(BaseTuner):
-    """A model with LoRA adapters on its layers (arXiv:2106.09685)."""
+class LoraMethod(Method):
+    """What LoRA says about a whole model: ranks by module, calls that are watched, losses, sums of adapters."""
 
-    prefix = "lora_"
-    layer_class = LoraLayer
+    _watching: tuple[Any, ...] = ()
 
     @classmethod
     def start_is_replaceable(cls, config: LoraConfig) -> bool:
@@ -48,14 +48,14 @@ class LoraModel(BaseTuner):
                 f"aLoRA (alora_invocation_tokens) does not work on {type(self.model).__name__}, an encoder-decoder: its"
                 " layers see two sequences, and what calls for the adapter is looked for in one."
             )
-        for other, theirs in self.peft_config.items():
+        for other, theirs in self.configs.items():
             if other != adapter_name and bool(getattr(theirs, "kasa_config", None)) != bool(config.kasa_config):
                 one, no = (adapter_name, other) if config.kasa_config else (other, adapter_name)
                 raise ValueError(
                     f"KaSA (kasa_config) changes the base weights, so either all adapters use it or none: {one!r} does,"
                     f" {no!r} does not."
                 )
-        for name, other in self.peft_config.items():
+        for name, other in self.configs.items():
             if config.layer_replication and name != adapter_name and not _same(config, other):
                 raise ValueError(
                     f"layer_replication={config.layer_replication} changes the layers that adapter {name!r} is on"
@@ -80,8 +80,8 @@ class LoraModel(BaseTuner):
         self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # What the layers started with: tutorials have the configuration say True by now.
-        starts = [layer.lora_start.get(adapter_name) for layer in self.layers() if isinstance(layer, LoraLayer)]
-        variant = variant_of(self.peft_config[adapter_name])
+        starts = [layer.lora_start.get(adapter_name) for layer in self.tuner.layers() if isinstance(layer, LoraLayer)]
+        variant = variant_of(self.configs[adapter_name])
         if not any(start is not None and start.takes_product for start in starts):
             return super().without_start(adapter_name, tensors, content, initial)
         if variant is not None and not isinstance(variant, Dora):
@@ -112,31 +112,23 @@ class LoraModel(BaseTuner):
 
     # ---- adapters that are called for by tokens
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def added(self, adapter_name: str) -> None:
         self._watch_calls()
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
+    def removed(self, adapter_name: str) -> None:
         self._watch_calls()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        base = super()._unload_and_optionally_merge(*args, **kwargs)
-        self._watch_calls(wanted=False)
-        return base
-
-    def _watch_calls(self, wanted: bool = True) -> None:
+    def _watch_calls(self) -> None:
         """Sees to it that the base model's calls are watched as long as some adapter needs that."""
-        handles = self.__dict__.get("_watch", ())
-        watch = Watch(self.peft_config)
-        wanted = wanted and bool(watch.tokens())
-        if wanted and not handles:
+        wanted = bool(Watch(self).tokens())
+        if wanted and not self._watching:
+            watch = Watch(self)
             before = self.model.register_forward_pre_hook(watch.before, with_kwargs=True)
-            self.__dict__["_watch"] = before, self.model.register_forward_hook(watch.after, always_call=True)
-        elif not wanted and handles:
-            for handle in handles:
+            self._watching = before, self.model.register_forward_hook(watch.after, always_call=True)
+        elif not wanted:
+            for handle in self._watching:
                 handle.remove()
-            del self.__dict__["_watch"]
+            self._watching = ()
 
     def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
         return self._generating(args, kwargs)
@@ -144,7 +136,7 @@ class LoraModel(BaseTuner):
     @contextmanager
     def _generating(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        watch = Watch(self.peft_config)
+        watch = Watch(self)
         facts = watch.prompt(prompt) if watch.tokens() else {}
         with super().around_generate(args, kwargs), calling(**facts):
             yield
@@ -175,8 +167,8 @@ class LoraModel(BaseTuner):
     _get_kasa_loss, _get_monteclora_loss = kasa_loss, monteclora_loss
 
     def _variants(self, kind: type, adapter_names: str | Sequence[str] | None) -> Iterator[tuple[Any, str, Any]]:
-        names = self.active_adapters if adapter_names is None else self.check_names(adapter_names)
-        for layer in self.layers():
+        names = self.tuner.active_adapters if adapter_names is None else self.tuner.check_names(adapter_names)
+        for layer in self.tuner.layers():
             for name in names:
                 variant = layer.lora_variant.get(name) if isinstance(layer, LoraLayer) else None
                 if isinstance(variant, kind):
@@ -196,10 +188,10 @@ class LoraModel(BaseTuner):
         for setting in ("r", "lora_alpha", "scaling"):
             getattr(layer, setting)[adapter_name] = getattr(to, setting)[adapter_name]
 
-    def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> Callable[[], None] | None:
-        if not peft_config.layer_replication or any(_same(peft_config, other) for other in self.peft_config.values()):
+    def prepare_model(self, config: LoraConfig, model: nn.Module) -> Callable[[], None] | None:
+        if not config.layer_replication or any(_same(config, other) for other in self.configs.values()):
             return None  # nothing to do, or done for another adapter
-        return replicate_layers(model, peft_config.layer_replication)
+        return replicate_layers(model, config.layer_replication)
 
     def add_weighted_adapter(
         self,
@@ -241,6 +233,14 @@ class LoraModel(BaseTuner):
         """
         how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         add_weighted_adapter(self, adapters, weights, adapter_name, how)
+
+
+class LoraModel(BaseTuner):
+    """A model with LoRA adapters on its layers (arXiv:2106.09685)."""
+
+    prefix = "lora_"
+    layer_class = LoraLayer
+    method_class = LoraMethod
 
 
 def _same(config: LoraConfig, other: LoraConfig) -> bool:

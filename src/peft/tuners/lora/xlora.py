@@ -27,7 +27,7 @@ from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.kinds import Embedding, Linear
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.model import LoraMethod, LoraModel
 from peft.tuners.lora.variants import VARIANTS
 
 _NO_ROUTES = "adapter_names (a mixed batch) cannot be used with X-LoRA, which weighs all experts itself."
@@ -239,45 +239,20 @@ class _Holder(nn.Module):
         self.model = model
 
 
-class XLoraModel(LoraModel):
-    """A model with a mixture of LoRA adapters (arXiv:2402.07148).
+class XLoraMethod(LoraMethod):
+    """What X-LoRA says about a whole model: what its experts are, and that each pass is weighed by one before it."""
 
-    `internal_xlora_classifier` weighs the experts, which are LoRA adapters with configurations in `peft_config` under
-    their own names.
-    """
-
-    prefix = "xlora_"
-    layer_class = XLoraLayer
-    injectable = False
-    holder = "lora_model.model"
-
-    internal_xlora_classifier: XLoraClassifier
+    tuner: XLoraModel
 
     @classmethod
     def start_is_replaceable(cls, config: Any) -> bool:
         return isinstance(config, XLoraConfig) or super().start_is_replaceable(config)
 
-    def hold(self, model: nn.Module) -> None:
-        self.lora_model = _Holder(model)
-        self.mixture = Mixture()
-        #: name of the mixture; None while only experts are there
-        self.xlora_name: str | None = None
-        self._is_logging = False
-        self._log: list[Tensor] = []
-
-    @property
-    def model(self) -> nn.Module:  # type: ignore[override]
-        """The base model."""
-        return self.lora_model.model
-
-    @property
-    def xlora_config(self) -> XLoraConfig:
-        """The configuration of the mixture."""
-        return self.peft_config[self.xlora_name or ""]
-
     def members(self, adapter_name: str, config: XLoraConfig) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-        if self.xlora_name is not None:
-            raise ValueError(f"The model has an X-LoRA adapter ({self.xlora_name!r}); there cannot be a second one.")
+        if self.tuner.xlora_name is not None:
+            raise ValueError(
+                f"The model has an X-LoRA adapter ({self.tuner.xlora_name!r}); there cannot be a second one."
+            )
         model_config: Any = getattr(self.model, "config", None)
         if getattr(model_config, "use_cache", False):
             raise ValueError(
@@ -316,12 +291,12 @@ class XLoraModel(LoraModel):
         return places
 
     def owner(self, adapter_name: str) -> str | None:
-        return None if adapter_name == self.xlora_name else self.xlora_name
+        return None if adapter_name == self.tuner.xlora_name else self.tuner.xlora_name
 
     def make_layer(self, config: Any, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
         kind = XLoraEmbeddingLayer if isinstance(target, nn.Embedding) else XLoraLinearLayer
         layer = kind(target, parameter_name=parameter_name)
-        layer.mixture = self.mixture
+        layer.mixture = self.tuner.mixture
         return layer
 
     def check_config(self, adapter_name: str, config: Any) -> None:
@@ -334,6 +309,89 @@ class XLoraModel(LoraModel):
                     f"Expert {adapter_name!r} has {setting}={getattr(config, setting)!r}; X-LoRA mixes plain LoRA"
                     " adapters."
                 )
+
+    def key_map(self, adapter_name: str, config: Any) -> dict[str, str]:
+        if adapter_name != self.tuner.xlora_name:
+            return {}
+        name = "internal_xlora_classifier"
+        return {f"{name}.{key}": f"{name}.{key}" for key in self.tuner.internal_xlora_classifier.state_dict()}
+
+    # ---- forward
+
+    @contextmanager
+    def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+        if self.tuner.disabled or self.tuner.xlora_name is None:
+            yield
+            return
+        # `generate` calls the model many times, so what comes before a pass is a hook.
+        hook = self.model.register_forward_pre_hook(self._weigh, with_kwargs=True)
+        try:
+            with calling():
+                yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+        if kwargs.setdefault("use_cache", False) and not self.tuner.disabled:
+            raise ValueError("X-LoRA generates with use_cache=False only: weights change a token's keys and values.")
+        with self.around_forward(args, kwargs):
+            yield
+
+    def _weigh(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs the first pass and sets the weights for the second."""
+        if isinstance(fact(_WEIGHTS), float):
+            return  # this is the first pass
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("X-LoRA cannot go on from a cache (past_key_values): it runs all tokens twice.")
+        config, classifier = self.tuner.xlora_config, self.tuner.internal_xlora_classifier
+        first = {key: value for key, value in kwargs.items() if key != "labels"}
+        first.update(output_hidden_states=True, return_dict=True)
+        share = float(config.scaling_pass_value * config.global_scaling_weight)
+        with torch.no_grad(), calling(**{_WEIGHTS: share}):
+            hidden = module(*args, **first).hidden_states[-1]
+        scalings = classifier(hidden)
+        self.tuner.mixture.scalings = scalings
+        if self.tuner._is_logging:
+            self.tuner._log.append(scalings.detach())
+        if config.top_k_lora is not None or config.enable_softmax_topk:
+            scalings = choose(scalings, config.top_k_lora, config.enable_softmax_topk)
+        call = current()
+        assert call is not None  # `around_forward` has begun one
+        call.facts[_WEIGHTS] = scalings * config.global_scaling_weight
+
+
+class XLoraModel(LoraModel):
+    """A model with a mixture of LoRA adapters (arXiv:2402.07148).
+
+    `internal_xlora_classifier` weighs the experts, which are LoRA adapters with configurations in `peft_config` under
+    their own names.
+    """
+
+    prefix = "xlora_"
+    layer_class = XLoraLayer
+    method_class = XLoraMethod
+    holder = "lora_model.model"
+
+    internal_xlora_classifier: XLoraClassifier
+
+    def hold(self, model: nn.Module) -> None:
+        self.lora_model = _Holder(model)
+        self.mixture = Mixture()
+        #: name of the mixture; None while only experts are there
+        self.xlora_name: str | None = None
+        self._is_logging = False
+        self._log: list[Tensor] = []
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]
+        """The base model."""
+        return self.lora_model.model
+
+    @property
+    def xlora_config(self) -> XLoraConfig:
+        """The configuration of the mixture."""
+        return self.peft_config[self.xlora_name or ""]
 
     def inject_adapter(
         self,
@@ -399,12 +457,6 @@ class XLoraModel(LoraModel):
         for name in self.mixture.experts:
             super().delete_adapter(name)
 
-    def key_map(self, adapter_name: str) -> dict[str, str]:
-        if adapter_name != self.xlora_name:
-            return {}
-        name = "internal_xlora_classifier"
-        return {f"{name}.{key}": f"{name}.{key}" for key in self.internal_xlora_classifier.state_dict()}
-
     @contextmanager
     def routed(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
         if adapter_names is not None:
@@ -413,50 +465,6 @@ class XLoraModel(LoraModel):
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("An X-LoRA model mixes its adapters itself; combine them before.")
-
-    # ---- forward
-
-    @contextmanager
-    def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
-        if self.disabled or self.xlora_name is None:
-            yield
-            return
-        # `generate` calls the model many times, so what comes before a pass is a hook.
-        hook = self.model.register_forward_pre_hook(self._weigh, with_kwargs=True)
-        try:
-            with calling():
-                yield
-        finally:
-            hook.remove()
-
-    @contextmanager
-    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
-        if kwargs.setdefault("use_cache", False) and not self.disabled:
-            raise ValueError("X-LoRA generates with use_cache=False only: weights change a token's keys and values.")
-        with self.around_forward(args, kwargs):
-            yield
-
-    def _weigh(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Runs the first pass and sets the weights for the second."""
-        if isinstance(fact(_WEIGHTS), float):
-            return  # this is the first pass
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("X-LoRA cannot go on from a cache (past_key_values): it runs all tokens twice.")
-        config, classifier = self.xlora_config, self.internal_xlora_classifier
-        first = {key: value for key, value in kwargs.items() if key != "labels"}
-        first.update(output_hidden_states=True, return_dict=True)
-        share = float(config.scaling_pass_value * config.global_scaling_weight)
-        with torch.no_grad(), calling(**{_WEIGHTS: share}):
-            hidden = module(*args, **first).hidden_states[-1]
-        scalings = classifier(hidden)
-        self.mixture.scalings = scalings
-        if self._is_logging:
-            self._log.append(scalings.detach())
-        if config.top_k_lora is not None or config.enable_softmax_topk:
-            scalings = choose(scalings, config.top_k_lora, config.enable_softmax_topk)
-        call = current()
-        assert call is not None  # `around_forward` has begun one
-        call.facts[_WEIGHTS] = scalings * config.global_scaling_weight
 
     # ---- settings that may change, and what the classifier has said
 

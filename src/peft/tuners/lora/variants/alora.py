@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft.core.call import Call, begin, current, end, fact, remember_for_backward
 from peft.core.change import LowRank
+from peft.core.method import Method
 from peft.errors import PeftWarning
 from peft.tuners.lora.variants.base import Variant
 
@@ -63,17 +64,17 @@ class Watch:
     """Stands around the forward passes of a base model, whoever makes them, and finds the invocations in each.
 
     Args:
-        configs: configurations by adapter name, as the model holds them.
+        method: knows the configurations of the adapters.
     """
 
-    def __init__(self, configs: dict[str, Any]):
-        self.configs = configs
+    def __init__(self, method: Method):
+        self.method = method
         #: starts found in the last prompt, for calls that go on from its cache
         self._last: dict[tuple[int, ...], Tensor] = {}
 
     def tokens(self) -> list[tuple[int, ...]]:
         """The tokens that call for some adapter."""
-        asked = (getattr(config, "alora_invocation_tokens", None) for config in self.configs.values())
+        asked = (getattr(config, "alora_invocation_tokens", None) for config in self.method.configs.values())
         return list(dict.fromkeys(tuple(tokens) for tokens in asked if tokens))
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

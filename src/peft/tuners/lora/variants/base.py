@@ -9,6 +9,7 @@ from torch import nn
 
 from peft.core.base_op import BaseOp
 from peft.core.change import Change
+from peft.core.slots import Slot
 from peft.tuners.lora.starts import Remainder
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Variant:
     label: ClassVar[str] = ""
     #: kinds of base module it works on
     kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
-    #: names of the tensors that an adapter has beside A and B, and the kind of container that holds them
-    slots: ClassVar[dict[str, type[nn.Module]]] = {}
+    #: what an adapter has beside A and B
+    slots: ClassVar[dict[str, Slot]] = {}
     #: whether it changes the base weight when it starts
     changes_base: ClassVar[bool] = False
 

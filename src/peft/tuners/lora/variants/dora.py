@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft.core.base_op import ConvOp
 from peft.core.change import Change, Dropped, ScaleOutput
+from peft.core.slots import Slot
 from peft.core.storage import onloaded
 from peft.ops.memo import remember
 from peft.ops.norms import changed_row_norms, row_squares
@@ -45,7 +46,7 @@ class Dora(Variant):
 
     label = "DoRA (use_dora)"
     kinds = frozenset(("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"))
-    slots: ClassVar[dict[str, type[nn.Module]]] = {"lora_magnitude_vector": nn.ModuleDict}
+    slots: ClassVar[dict[str, Slot]] = {"lora_magnitude_vector": Slot(modules=True)}
 
     def __init__(self, setting: Any, key: str = ""):
         super().__init__(setting, key)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
+from peft.core.slots import Slot
 from peft.tuners.lora.starts import Remainder, base_matrix
 from peft.tuners.lora.variants.base import Variant
 
@@ -24,7 +25,7 @@ class Kasa(Variant):
     """
 
     label = "KaSA (kasa_config)"
-    slots: ClassVar[dict[str, type[nn.Module]]] = {"lora_diag": nn.ParameterDict}
+    slots: ClassVar[dict[str, Slot]] = {"lora_diag": Slot()}
     changes_base = True
 
     @classmethod

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft.core.change import LowRank
-from peft.core.shared import SharedTensors
+from peft.core.slots import Slot
 from peft.ops.velora import compressed_linear, group_width, mean_direction, unit
 from peft.tuners.lora.starts import Remainder
 from peft.tuners.lora.variants.base import Variant
@@ -25,7 +25,7 @@ class Velora(Variant):
     """
 
     label = "VeLoRA (velora_config)"
-    slots: ClassVar[dict[str, type[nn.Module]]] = {"lora_velora_embed": SharedTensors}
+    slots: ClassVar[dict[str, Slot]] = {"lora_velora_embed": Slot(trained=False)}
 
     def __init__(self, setting: Any, key: str = ""):
         super().__init__(setting, key)

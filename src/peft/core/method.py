@@ -9,33 +9,47 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from peft.core.layer import AdapterLayer
-from peft.core.plan import Plan
+from peft.core.plan import Plan, default_targets
+from peft.core.slots import Slot
 
 
-class MethodHooks(nn.Module):
-    """The questions that `BaseTuner` asks of a method, with the answers of one that has nothing special to say.
+class Method:
+    """The questions that a tuner asks of a method, with the answers of one that has nothing special to say.
 
-    Most methods set `prefix` and `layer_class`, and leave the rest.
+    A tuner has one for each PEFT type of its adapters. Public functions of it can be called on the tuner, too.
+
+    Args:
+        tuner: the tuner.
+        layer_class: the layer of the method.
+        prefix: beginning of the names of the method's tensors.
     """
 
-    #: beginning of the names of the method's tensors
-    prefix: str = ""
-    #: the layer of the method
-    layer_class: ClassVar[type[AdapterLayer]] = AdapterLayer
-    #: containers on this object that hold tensors which all layers of an adapter share
-    shared_names: tuple[str, ...] = ()
     #: whether merging for good also takes off the wrappers of modules that are trained in full
     unwraps_saved: ClassVar[bool] = True
-    #: path from this object to the base model
-    holder: ClassVar[str] = "model"
-    #: whether a model outside `PeftModel` can hold the method (its shared tensors need a place to live)
-    injectable: ClassVar[bool] = True
+
+    def __init__(self, tuner: Any, layer_class: type[AdapterLayer], prefix: str):
+        self.tuner, self.layer_class, self.prefix = tuner, layer_class, prefix
+        #: slot -> container of the tensors that layers share, by adapter
+        self.shared: dict[str, nn.Module] = {}
+        slots = {name: slot for name, slot in layer_class.slots.items() if slot.shared}
+        if slots:
+            there = next((layer for layer in tuner.layers() if isinstance(layer, layer_class)), None)
+            for name, slot in slots.items():
+                self.shared[name] = slot.container() if there is None else getattr(there, name)
+                setattr(tuner, name, self.shared[name])
+
+    @property
+    def model(self) -> nn.Module:
+        """The base model."""
+        return self.tuner.model
+
+    @property
+    def configs(self) -> dict[str, Any]:
+        """The configurations of the method's adapters."""
+        configs = self.tuner.peft_config
+        return {name: config for name, config in configs.items() if self.tuner.method(config) is self}
 
     # ---- before the first layer
-
-    def hold(self, model: nn.Module) -> None:
-        """Takes in the base model."""
-        self.model = model
 
     def members(self, adapter_name: str, config: Any) -> dict[str, list[tuple[str, dict[str, Any]]]]:
         """The saved adapters that a new adapter is made of, which are loaded before it.
@@ -52,8 +66,13 @@ class MethodHooks(nn.Module):
         """The adapter that this one is a member of; it is saved in a subfolder of that one's folder."""
         return None
 
-    def prepare_shared(self) -> None:
-        """Makes the containers of shared tensors; called once."""
+    def choose_targets(self, config: Any, model_config: dict[str, Any]) -> None:
+        """Sets `target_modules` where a configuration leaves them to the type of the model.
+
+        Raises:
+            ValueError: there are none for it.
+        """
+        config.target_modules = default_targets(config.peft_type, model_config.get("model_type"), self.model)
 
     def complete_config(self, config: Any, model_config: dict[str, Any]) -> None:
         """Fills in what a configuration leaves open, beside its targets."""
@@ -66,15 +85,20 @@ class MethodHooks(nn.Module):
         """Whether loading may leave out an adapter's start: it may not where that changes the base model."""
         return True
 
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> Callable[[], None] | None:
+    def prepare_model(self, config: Any, model: nn.Module) -> Callable[[], None] | None:
         """Changes the model's own structure before it gets adapters, where a configuration asks for it.
 
         Returns what undoes that.
         """
         return None
 
-    def prepare(self, plan: Plan, config: Any, adapter_name: str) -> None:
-        """Makes what the layers of an adapter share; called when the plan is settled, before the first layer."""
+    def share(self, plan: Plan, config: Any, adapter_name: str) -> dict[str, Any]:
+        """Makes what the layers of an adapter share; called when the plan is settled, before the first layer.
+
+        Returns:
+            Slot -> a tensor, or tensors by the name of a group of layers. They are moved to the device of the base.
+        """
+        return {}
 
     # ---- layer by layer
 
@@ -92,21 +116,42 @@ class MethodHooks(nn.Module):
             f"{type(self).__name__} cannot keep the adapters of tied modules the same (ensure_weight_tying)."
         )
 
+    def added(self, adapter_name: str) -> None:
+        """Called when an adapter is complete on all its layers, or has got its tensors from a file."""
+
+    def removed(self, adapter_name: str) -> None:
+        """Called when an adapter has been deleted, or (with all others) taken off the model."""
+
     # ---- while the model runs
 
-    def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Stands around a forward pass; takes out of `kwargs` what is the method's, not the model's."""
         return nullcontext()
 
-    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Stands around a generation, which is many forward passes."""
         return self.around_forward(args, kwargs)
 
+    def after_forward(self, output: Any) -> Any:
+        """The model's output, as the method wants it (with a penalty added to the loss, say)."""
+        return output
+
     # ---- in files
 
-    def key_map(self, adapter_name: str) -> dict[str, str]:
-        """Names of tensors that all layers of an adapter share: as files have them -> as this object has them."""
-        return {slot: f"{slot}.{adapter_name}" for slot in self.shared_names if adapter_name in getattr(self, slot)}
+    def key_map(self, adapter_name: str, config: Any) -> dict[str, str]:
+        """Names of tensors that layers of an adapter share: as files have them -> as the tuner has them."""
+        keys = {}
+        containers: dict[str, Any] = dict(self.shared)
+        for name, container in containers.items():
+            if self.slot(name).is_stored(config) and adapter_name in container:
+                held: Any = container[adapter_name]
+                groups = [""] if isinstance(held, Tensor) else [f".{group}" for group in held]
+                keys.update({f"{name}{group}": f"{name}.{adapter_name}{group}" for group in groups})
+        return keys
+
+    def slot(self, name: str) -> Slot:
+        """A slot of the method's layers."""
+        return self.layer_class.slots[name]
 
     @classmethod
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
