@@ -46,10 +46,10 @@ _CONSTANTS = {
     **_at("peft.checkpoint.state", "EMBEDDING_LAYER_NAMES"),
     **_at("peft.core.plan", "DUMMY_TARGET_MODULES INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR"),
     **_at("peft.integrations.backends", "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES"),
-    **_at("peft.core.target_tables", "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=FEEDFORWARD_TARGETS"),
+    **_at("peft.target_tables", "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=FEEDFORWARD_TARGETS"),
     **{
         f"TRANSFORMERS_MODELS_TO_{method.value.replace('_', '')}_TARGET_MODULES_MAPPING": (
-            f"peft.core.target_tables:DEFAULT_TARGETS[{method.value}]"
+            f"peft.target_tables:DEFAULT_TARGETS[{method.value}]"
         )
         for method in PeftType
         if method not in _NO_DEFAULTS

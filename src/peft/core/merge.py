@@ -62,7 +62,6 @@ def changed(layer: AdapterLayer, changes: Sequence[Change]) -> tuple[Tensor, Ten
     return weight, bias if bias is None else bias.to(native.dtype)
 
 
-@torch.no_grad()
 def difference(layer: AdapterLayer, name: str) -> Tensor:
     """What adapter `name` by itself changes the matrix by: [out, in], in the dtype of the adapter."""
     base = layer.get_base_layer()

@@ -17,8 +17,8 @@ from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.core.base_op import BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
-from peft.core.target_tables import DEFAULT_TARGETS
 from peft.errors import NoMatchingPeftModuleError, PeftWarning
+from peft.target_tables import DEFAULT_TARGETS
 
 #: stands for "nothing", for configurations whose targets come from elsewhere
 DUMMY_TARGET_MODULES = "dummy-target-modules"

@@ -24,10 +24,10 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import matching_entry
 from peft.core.slots import Slot
-from peft.core.target_tables import FEEDFORWARD_TARGETS
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import task_arithmetic
 from peft.registry import PeftType
+from peft.target_tables import FEEDFORWARD_TARGETS
 
 
 @dataclass

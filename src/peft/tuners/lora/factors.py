@@ -44,6 +44,7 @@ def adapter_rank(layer: AdapterLayer, rank: int) -> int:
     return rank * block_count(layer) if isinstance(layer.op, ConvOp) else rank
 
 
+@torch.no_grad()
 def change_blocks(layer: AdapterLayer, name: str) -> Tensor:
     """What an adapter of any method changes a layer's base weight by: [blocks, out, in].
 
