@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import peft
+from peft.core.merge import apply
 from tiny_models import Counting, assert_base_untouched, base_state, llama
 
 torch.set_num_threads(1)
@@ -53,7 +54,7 @@ def test_rotations_are_orthogonal_and_keep_the_angles_between_neurons(config, fi
     if config is peft.BOFTConfig:
         layer.boft_s["default"].data.fill_(1.0)  # its scale of the outputs is beside the rotation
     eye, weight = torch.eye(width, dtype=torch.float64), layer.weight.detach()
-    rotation, changed = layer.transform("default", eye), layer.transform("default", weight)
+    rotation, changed = (apply(layer, layer.changes(["default"]), matrix) for matrix in (eye, weight))
     torch.testing.assert_close(rotation @ rotation.T, eye, rtol=0, atol=1e-5)
     torch.testing.assert_close(changed @ changed.T, weight @ weight.T, rtol=0, atol=1e-5)
 

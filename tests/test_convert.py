@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import peft
 import tiny_models
 from peft import LoraConfig, PeftModel, PeftWarning, convert_to_lora, get_peft_model, save_as_lora
+from peft.core.merge import difference
 from test_conformance import BATCH, SUPPORTED, UNMERGEABLE, adapted, build, inputs_of, randomise
 
 over = pytest.mark.parametrize
@@ -185,7 +186,7 @@ def test_half_precision_base_loses_nothing_of_the_change():
     assert converted.errors["up"] < 1e-5
     a, b = (tensors[f"base_model.model.up.lora_{factor}.weight"] for factor in "AB")
     assert a.dtype == torch.float32
-    torch.testing.assert_close(b @ a, model.base_model.model.up.delta("default"), atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(b @ a, difference(model.base_model.model.up, "default"), atol=1e-7, rtol=1e-4)
 
 
 def test_the_task_and_the_base_model_are_kept(tmp_path):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.core.running import can_run_with_weight
 from safetensors.torch import load_file
 from torch import nn
 
 import peft
-from peft.core.running import can_run_with_weight
 
 torch.set_num_threads(1)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from peft import IA3Config, LoraConfig, PeftModel, PeftWarning, get_peft_model
+from peft.core.slots import Slot
 from peft.ops import merging as ops
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.tuners.lora.merging import COMBINATIONS
@@ -354,8 +355,8 @@ def test_a_call_that_raises_changes_nothing(fault):
 def with_magnitude(model: PeftModel) -> PeftModel:
     """Adapters with a tensor beside their factors, as variants of LoRA have them."""
     layer = model.base_model.model.linear
-    layer.lora_magnitude = nn.ParameterDict({name: torch.ones(12) for name in layer.adapter_names()})
-    layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_magnitude")
+    layer.add_slot("lora_magnitude", Slot())
+    layer.lora_magnitude.update({name: torch.ones(12) for name in layer.adapter_names()})
     return model
 
 

@@ -62,10 +62,8 @@ def weight_of(model: peft.PeftModel) -> Tensor:
 
 
 @pytest.mark.parametrize("r", [2, 12], ids=["thin", "dense"])
-def test_loha_forward_needs_no_product_where_it_is_thin(r):
-    model = adapt(linear(), peft.LoHaConfig, r=r)
-    assert model.base_model.model.target.cheap("default") == (r == 2)
-    same_as_merged(model, torch.randn(3, 24))
+def test_loha_of_any_rank(r):
+    same_as_merged(adapt(linear(), peft.LoHaConfig, r=r), torch.randn(3, 24))
 
 
 @pytest.mark.parametrize(
@@ -106,10 +104,10 @@ def test_kernels_are_decomposed_too(config, conv):
 
 def test_loha_exchanges_its_cores_in_two_gradients_as_the_reference_does():
     layer = adapt(Model(nn.Conv2d(4, 6, 3)), peft.LoHaConfig, r=2, use_effective_conv2d=True).base_model.model.target
-    a1, b1, a2, b2 = layer.factors("default")
+    a1, b1, a2, b2 = (getattr(layer, f"hada_w{i}_{side}")["default"] for i in "12" for side in "ab")
     t1, t2 = layer.hada_t1["default"], layer.hada_t2["default"]
     grad = torch.randn(6, 4 * 9)
-    layer.delta("default").backward(grad)
+    layer.get_delta_weight("default").flatten(1).backward(grad)
 
     def expand(core, a, b):
         return torch.einsum("ij...,ip,jq->pq...", core, a, b).flatten(1)

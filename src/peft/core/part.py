@@ -119,8 +119,10 @@ class Part(nn.Module):
 
     def move(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Moves the tensors of an adapter; those on the meta device become empty ones elsewhere."""
-        for entries in self.containers():
-            if name not in entries:
+        modules: Any = self._modules
+        for slot, kind in self.slots.items():
+            entries = modules[slot]
+            if name not in entries or (kind.shared and not kind.trained):
                 continue
             entry = entries[name]
             if isinstance(entry, nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.base_op import ParameterOp
-from peft.core.change import Change, LowRank, Weight
+from peft.core.change import Bias, Change, LowRank, Weight
 from peft.core.slots import Slot
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, empty_linear
@@ -29,7 +29,7 @@ class Linear(LoraLayer):
             change = added.delta().to(matrix.dtype)
             return matrix + change + change.detach()
 
-        return Weight(twice)
+        return (Weight(twice),) if added.offset is None else (Weight(twice), Bias(added.offset))
 
 
 class Embedding(LoraLayer):
