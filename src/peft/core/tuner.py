@@ -401,18 +401,18 @@ class BaseTuner(nn.Module):
     # ---- being the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        methods = self.methods()
-        with ExitStack() as stack:
-            stack.enter_context(calling())
-            for method in methods:
-                stack.enter_context(method.around_forward(args, kwargs))
-            output = self.model(*args, **kwargs)
-            call = current()
-            if call and torch.is_grad_enabled():
-                remember_for_backward(output, call)
-            for method in methods:
-                output = method.after_forward(output)
-            return output
+        with calling():
+            return self._forward(self.methods(), args, kwargs)
+
+    def _forward(self, methods: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output inside of what these methods put around it."""
+        if methods:
+            with methods[0].around_forward(args, kwargs):
+                return methods[0].after_forward(self._forward(methods[1:], args, kwargs))
+        output, call = self.model(*args, **kwargs), current()
+        if call and torch.is_grad_enabled():
+            remember_for_backward(output, call)
+        return output
 
     @contextmanager
     def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:

@@ -78,11 +78,13 @@ def add_rotated(x: Tensor, change: Tensor) -> Tensor:
     rows = x.reshape(-1, size) if count == 1 else x.reshape(-1, count, size)
     if count == 1:
         rotated = torch.addmm(rows, rows, change[0])
-    elif needs_plain(x, change) or not torch.is_grad_enabled() or not (x.requires_grad or change.requires_grad):
+    elif needs_plain(x, change):
+        rotated = rows + torch.bmm(rows.transpose(0, 1), change).transpose(0, 1)
+    elif not torch.is_grad_enabled() or not (x.requires_grad or change.requires_grad):
         rotated = _rotated(rows, change)
     else:
         rotated = _AddRotated.apply(rows, change)
-    return rotated.view(x.shape)
+    return rotated.reshape(x.shape)
 
 
 def _rotated(rows: Tensor, change: Tensor) -> Tensor:
