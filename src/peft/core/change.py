@@ -39,6 +39,11 @@ class Change:
     #: whether it adds something to the output that depends on the input alone
     additive: ClassVar[bool] = False
 
+    @property
+    def needs_bias(self) -> bool:
+        """Whether `leave` has to know the bias that is part of `y`."""
+        return False
+
     def acts(self, op: BaseOp) -> bool:
         """Whether it can be had by what goes in and comes out; else the module has to run with a changed weight."""
         return False
@@ -47,8 +52,17 @@ class Change:
         """The input that what comes before this change gets."""
         return x
 
-    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
-        """The output, where `y` is what came before it makes of `enter(x)`; with `fresh`, `y` may be written to."""
+    def leave(
+        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
+    ) -> Tensor:
+        """The output, where `y` is what came before it makes of `enter(x)`.
+
+        Args:
+            op, module, x: as for `enter`.
+            y: it.
+            bias: the bias that is part of y, where `needs_bias`.
+            fresh: whether y may be written to.
+        """
         return y
 
     def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
@@ -120,7 +134,9 @@ class LowRank(Change):
             up = up * self.middle
         return self.down, up if self.factors is None else up * self.factors[..., None]
 
-    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+    def leave(
+        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
+    ) -> Tensor:
         if self.where is not None:
             return self._leave_some(op, module, x, y)
         if self.is_product and op.linear:
@@ -199,7 +215,9 @@ class Add(Change):
     def acts(self, op: BaseOp) -> bool:
         return op.linear or op.kind == "Embedding" or (op.multiplies and self.dropout > 0)
 
-    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+    def leave(
+        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
+    ) -> Tensor:
         if x.is_floating_point():
             x = x.to(compute_dtype(x))
         change = op.product(module, F.dropout(x, self.dropout) if self.dropout else x, self.matrix)
@@ -223,7 +241,9 @@ class Bias(Change):
     def acts(self, op: BaseOp) -> bool:
         return op.scales_output
 
-    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+    def leave(
+        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
+    ) -> Tensor:
         return y + op.along_output(module, self.values.to(y.dtype))
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
@@ -253,13 +273,18 @@ class ScaleOutput(Change):
     values: Tensor
     with_bias: bool = True
 
+    @property
+    def needs_bias(self) -> bool:
+        return not self.with_bias
+
     def acts(self, op: BaseOp) -> bool:
         return op.scales_output
 
-    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+    def leave(
+        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
+    ) -> Tensor:
         scale = op.along_output(module, self.values.to(y.dtype))
-        bias = None if self.with_bias else getattr(module, op.bias_name, None) if op.bias_name else None
-        if bias is None or not bias.numel():
+        if self.with_bias or bias is None:
             return y * scale
         return torch.addcmul(op.along_output(module, bias.to(y.dtype)) * (1 - scale), y, scale)
 
@@ -306,12 +331,17 @@ class OnOutput(Change):
     map: Callable[[Tensor], Tensor]
     with_bias: bool = True
 
+    @property
+    def needs_bias(self) -> bool:
+        return not self.with_bias
+
     def acts(self, op: BaseOp) -> bool:
         return op.linear or op.kind == "Embedding"
 
-    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
-        bias = None if self.with_bias else getattr(module, op.bias_name, None) if op.bias_name else None
-        if bias is None or not bias.numel():
+    def leave(
+        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
+    ) -> Tensor:
+        if self.with_bias or bias is None:
             return self.map(y)
         bias = bias.to(y.dtype)
         return self.map(y - bias) + bias
@@ -338,7 +368,9 @@ class Rows(Change):
     def acts(self, op: BaseOp) -> bool:
         return op.kind in ("Embedding", "Linear") and self.index.numel() > 0
 
-    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+    def leave(
+        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
+    ) -> Tensor:
         # They go to their places in the output: that is less than putting them into the weight.
         values, index = self.values.to(y.dtype), self.index
         if op.kind != "Embedding":
@@ -391,7 +423,9 @@ class Beside(Change):
     def acts(self, op: BaseOp) -> bool:
         return True
 
-    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+    def leave(
+        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
+    ) -> Tensor:
         return y + self.function(x).to(y.dtype)
 
     def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
@@ -411,17 +445,24 @@ class Dropped(Change):
     dropout: float
     additive: ClassVar[bool] = True
 
+    @property
+    def needs_bias(self) -> bool:
+        return any(change.needs_bias for change in self.changes)
+
     def acts(self, op: BaseOp) -> bool:
         return all(change.acts(op) for change in self.changes)
 
-    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+    def leave(
+        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
+    ) -> Tensor:
         inputs = [F.dropout(x, self.dropout)]
         plain = module(inputs[0])
         for change in reversed(self.changes):
             inputs.append(change.enter(op, module, inputs[-1]))
         changed = plain if inputs[-1] is inputs[0] else module(inputs[-1])
         for change, seen in zip(self.changes, reversed(inputs[:-1]), strict=True):
-            changed = change.leave(op, module, seen, changed)
+            changed = change.leave(op, module, seen, changed, bias)
+            bias = change.bias(bias)
         return y + (changed - plain).to(y.dtype)
 
     def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:

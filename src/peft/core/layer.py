@@ -53,6 +53,7 @@ class AdapterLayer(Part):
     in_expert: bool
     ledger: merging.Ledger
     _live: list[str]
+    _merged: list[merging.Entry]
 
     def __init__(self, base_layer: nn.Module, parameter_name: str | None = None, op: BaseOp | None = None):
         super().__init__()
@@ -64,8 +65,9 @@ class AdapterLayer(Part):
             self._modules[slot] = self.slots[slot].container()
         ledger = base_layer.ledger if isinstance(base_layer, AdapterLayer) else merging.Ledger()
         self.__dict__.update(
-            op=found, parameter_name=parameter_name, is_read=False, in_expert=False, ledger=ledger, _live=[]
-        )
+            op=found, parameter_name=parameter_name, is_read=False, in_expert=False, ledger=ledger, _live=[],
+            _merged=ledger.entries,
+        )  # fmt: skip
 
     # ---- what a method writes
 
@@ -267,8 +269,16 @@ class AdapterLayer(Part):
     # ---- forward
 
     def refresh(self) -> None:
-        merged = self.ledger.of(self) if self.ledger.entries else ()
-        self.__dict__["_live"] = [name for name in self._active if self.has(name) and name not in merged]
+        entries = self.ledger.entries
+        merged = self.ledger.of(self) if entries else ()
+        live = [name for name in self._active if self.has(name) and name not in merged]
+        self.__dict__.update(_live=live, _merged=entries)
+
+    def live(self) -> list[str]:
+        """The active adapters that are not merged."""
+        if self._merged is not self.ledger.entries:  # another layer around the module has merged, or was interrupted
+            self.refresh()
+        return self._live
 
     def acting(self) -> Sequence[str]:
         """The adapters that act on the whole of the present call, those that are merged aside."""
@@ -276,7 +286,7 @@ class AdapterLayer(Part):
             return ()
         route = current_route()
         if route is None:
-            return self._live
+            return self.live()
         names = set(route.names)
         if len(names) > 1:
             raise ValueError(
@@ -284,6 +294,13 @@ class AdapterLayer(Part):
                 " adapters cannot differ from sample to sample (adapter_names)."
             )
         return [name for name in names if name != BASE and self.has(name)]
+
+    def bias_below(self) -> Tensor | None:
+        """The bias of the module that this layer is around, with what the layers below make of it."""
+        below = self.below
+        if below is None:
+            return self.get_base_bias()
+        return merging.apply_to_bias(below.changes(below.acting()), below.bias_below())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward, with the active adapters in effect; takes and returns what that takes and returns.
@@ -296,9 +313,10 @@ class AdapterLayer(Part):
         route = current_route() if names is None else Route(names)
         if route is not None:
             return self._forward_routed(route, x, *args, **kwargs)
-        if not self._live:
+        live = self.live()
+        if not live:
             return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
-        return run(self, self._live, x, *args, **kwargs)
+        return run(self, live, x, *args, **kwargs)
 
     def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the samples of each adapter with that adapter."""

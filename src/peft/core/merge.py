@@ -237,9 +237,6 @@ def rewrite(layer: AdapterLayer, entries: list[Entry], safe: bool = False, own: 
             raise
         ledger.entries, ledger.own = entries, own
         ledger.originals = {name: value for name, value in ledger.originals.items() if name in values}
-    for other in {id(one): one for one, _ in entries}.values():
-        other.refresh()
-    layer.refresh()
 
 
 def _values(base: nn.Module, ledger: Ledger, entries: Sequence[Entry]) -> dict[str, Tensor]:

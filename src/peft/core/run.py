@@ -42,9 +42,19 @@ def run(layer: AdapterLayer, names: Sequence[str], x: Tensor, *args: Any, **kwar
     for change in reversed(changes[1:]):
         inputs.append(change.enter(op, module, inputs[-1]))
     y, rest = _parts(_first(layer, changes[0], inputs.pop(), args, kwargs))
-    for change in changes[1:]:
-        y = change.leave(op, module, inputs.pop(), y, y.is_contiguous())
+    for place, change in enumerate(changes[1:], 1):
+        y = change.leave(op, module, inputs.pop(), y, _bias(layer, change, changes[:place]), y.is_contiguous())
     return y if rest is None else (y, *rest)
+
+
+def _bias(layer: AdapterLayer, change: Change, before: Sequence[Change] = ()) -> Tensor | None:
+    """The bias that is part of the output which a change acts on, where it has to know that."""
+    if not change.needs_bias:
+        return None
+    bias = layer.bias_below()
+    for other in before:
+        bias = other.bias(bias)
+    return bias
 
 
 def _parts(output: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
@@ -63,7 +73,7 @@ def _first(layer: AdapterLayer, change: Change, x: Tensor, args: tuple[Any, ...]
                 return y
     op, module, base = layer.op, layer.get_base_layer(), layer._modules["base_layer"]
     y, rest = _parts(base(change.enter(op, module, x), *args, **kwargs))  # type: ignore[misc]
-    y = change.leave(op, module, x, y, y.is_contiguous() and not is_watched(base))
+    y = change.leave(op, module, x, y, _bias(layer, change), y.is_contiguous() and not is_watched(base))
     return y if rest is None else (y, *rest)
 
 
@@ -226,7 +236,9 @@ def _add_groups(
     for name, index in groups:
         some_x, some_y = x.index_select(dim, index), y.index_select(dim, index)
         for change in changes.get(name, ()):
-            some_y = change.of_samples(route.samples(name)).leave(op, module, some_x, some_y, fresh=True)
+            some_y = change.of_samples(route.samples(name)).leave(
+                op, module, some_x, some_y, _bias(layer, change), fresh=True
+            )
         parts.append((index, some_y))
     return join_rows(parts, dim, len(x) if dim == 0 else x.shape[dim])
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from peft.config import PeftConfig
 from peft.core import injection, unloading
-from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.base_op import AttentionOp
 from peft.core.call import calling, current, remember_for_backward
 from peft.core.layer import AdapterLayer
@@ -288,16 +287,13 @@ class BaseTuner(nn.Module):
         if gone and self.peft_config:
             left = [next(iter(self.peft_config))]
             if active:
-                saved = (part for _, part in self.parts() if isinstance(part, AuxiliaryTrainingWrapper))
-                in_full = any(part.has(left[0]) for part in saved)
-                more = f" What it trains in full is not: call set_adapter({left[0]!r})." if in_full else ""
-                warnings.warn(
-                    f"Adapter {adapter_name!r} was active; {left[0]!r} is now.{more}", PeftWarning, stacklevel=2
-                )
+                warnings.warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now.", PeftWarning, stacklevel=2)
         for _, part in self.parts():
+            # A module that the deleted adapter did not train stays as it is, as in huggingface/peft.
+            takes_over = isinstance(part, AdapterLayer) or part.has(adapter_name)
             part.delete_adapter(adapter_name)
-            if gone and isinstance(part, AdapterLayer) and part.has_any():
-                part.set_adapter(left)
+            if gone and takes_over and part.has_any():
+                part.set_adapter(left, bool(left) and self.peft_config[left[0]].inference_mode)
         self.forget_shared(method, adapter_name)
         self._active = left
         method.removed(adapter_name)

@@ -279,12 +279,12 @@ class LoraLayer(AdapterLayer):
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scale of the active adapters."""
-        for name in self._live:
+        for name in self.live():
             self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale of the active adapters; without `scale`, sets it to what the configuration says."""
-        for name in self._live:
+        for name in self.live():
             self._set_scaling(name, self._initial_scaling(name) if scale is None else self.scaling[name] / scale)
 
     def _set_scaling(self, name: str, value: float) -> None:

@@ -77,7 +77,9 @@ class _ParallelLowRank(LowRank):
 
     modules: tuple[Any, Any] = (None, None)
 
-    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, fresh: bool = False) -> Tensor:
+    def leave(
+        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
+    ) -> Tensor:
         (a, b), dtype, parallel = self.modules, compute_dtype(x), op
         assert isinstance(parallel, ParallelLinearOp)
         x = F.dropout(x.to(dtype), self.dropout) if self.dropout else x.to(dtype)

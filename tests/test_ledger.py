@@ -1,0 +1,209 @@
+"""Nothing of a base weight is lost: layers around each other, moves while merged, interrupts, tied weights."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import peft
+from peft import LoraConfig, get_peft_model
+from peft.core.walk import base_parameters
+from tiny_models import gpt2, llama
+from tiny_models import tokens as token_ids
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.lin(x)))
+
+
+MIXED = {
+    "lora": LoraConfig(r=2, target_modules=["lin"]),
+    "dora": LoraConfig(r=2, target_modules=["lin"], use_dora=True),
+    "hra": peft.HRAConfig(r=2, target_modules=["lin"]),
+    "ia3": peft.IA3Config(target_modules=["lin"], feedforward_modules=[]),
+    "oft": peft.OFTConfig(oft_block_size=4, target_modules=["lin"]),
+    "ln": peft.LNTuningConfig(target_modules=["lin"]),
+    "lokr": peft.LoKrConfig(r=2, target_modules=["lin"]),
+}
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def mixed(first: str, second: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), MIXED[first], "first", mixed=True)
+    model.add_adapter("second", MIXED[second])
+    model.set_adapter(["first", "second"])
+    return randomise(model)
+
+
+def nested() -> nn.Module:
+    """A parameter and its module."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["lin"], target_parameters=["lin.weight"])
+    return randomise(get_peft_model(Net(), config))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in base_parameters(model.get_base_model())}
+
+
+def same(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    now = dict(base_parameters(model.get_base_model()))
+    return now.keys() == before.keys() and all(torch.equal(now[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("pair", [*itertools.permutations(MIXED, 2), None], ids=str)
+def test_methods_on_one_module_are_merged_disabled_and_taken_out(pair):
+    model, x = nested() if pair is None else mixed(*pair), torch.randn(4, 8)
+    before, expected = weights(model), model(x)
+    model.base_model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        assert same(model, before)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    model.base_model.unmerge_adapter()
+    assert same(model, before) and torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("pair", [("lora", "hra"), ("hra", "dora"), ("ia3", "lokr")], ids=str)
+def test_merged_one_after_the_other_in_any_order_is_merged_at_once(pair):
+    model, x = mixed(*pair), torch.randn(4, 8)
+    before, expected = weights(model), model(x)
+    for order in (("first", "second"), ("second", "first")):
+        for name in order:
+            model.base_model.merge_adapter([name])
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        model.base_model.unmerge_adapter()
+        assert same(model, before)
+    model.base_model.merge_adapter()
+    model.base_model.delete_adapter("first")
+    model.base_model.unmerge_adapter()
+    assert same(model, before)
+
+
+def test_doras_merged_in_two_calls_are_those_merged_in_one():
+    config, x = LoraConfig(r=2, target_modules=["lin", "out"], use_dora=True), torch.randn(4, 8)
+    model = get_peft_model(Net(), config, "a")
+    model.add_adapter("b", config)
+    model.base_model.set_adapter(["a", "b"])
+    expected = randomise(model)(x)
+    model.merge_adapter(["a"])
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    model.merge_adapter(["b"])
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_that_changes_its_dtype_while_merged(own):
+    model = randomise(get_peft_model(Net(), LoraConfig(r=2, target_modules=["lin"])))
+    if own:  # modules that share the weight keep the original
+        model.base_model.model.out.weight = model.base_model.model.lin.base_layer.weight
+    before = weights(model)
+    model.merge_adapter()
+    model.to(torch.float64)
+    model.unmerge_adapter()
+    for name, value in base_parameters(model.get_base_model()):
+        assert value.dtype == torch.float64 and torch.equal(value, before[name].double())
+
+
+def test_trained_tokens_of_tied_modules():
+    model = gpt2()
+    config = peft.TrainableTokensConfig(token_indices=[1, 3, 5])
+    model = randomise(get_peft_model(model, config))
+    before, ids = weights(model), token_ids()
+    expected = model(ids).logits
+    model.merge_adapter()
+    with model.disable_adapter():
+        pass
+    torch.testing.assert_close(model(ids).logits, expected)
+    model.unmerge_adapter()
+    assert same(model, before)
+    base = model.unload()
+    assert base.lm_head.weight is base.transformer.wte.weight
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the n-th line of the library that runs."""
+
+    def __init__(self, n: int):
+        self.left = n
+
+    def __call__(self, frame, event, arg):
+        if "/peft/" not in frame.f_code.co_filename.replace("\\", "/"):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+def _interrupted(call, n: int) -> bool:
+    sys.settrace(Interrupt(n))
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("operation", ["merge", "unmerge", "disable", "enable"])
+def test_an_interrupt_at_any_line_loses_no_base_weight(operation):
+    calls = {
+        "merge": lambda m: m.base_model.merge_adapter(),
+        "unmerge": lambda m: m.base_model.unmerge_adapter(),
+        "disable": lambda m: m.base_model.disable_adapter_layers(),
+        "enable": lambda m: m.base_model.enable_adapter_layers(),
+    }
+    chosen = random.Random(0)
+    n = 1
+    while True:
+        model = mixed("lora", "hra")
+        before, x = weights(model), torch.randn(2, 8)
+        expected = model(x)
+        if operation != "merge":
+            model.base_model.merge_adapter()
+        if operation == "enable":
+            model.base_model.disable_adapter_layers()
+        if not _interrupted(lambda model=model: calls[operation](model), n):
+            break
+        model.base_model.enable_adapter_layers()
+        if model.base_model.merge_memory():
+            model.base_model.unmerge_adapter()
+        assert same(model, before), f"lost at line {n}"
+        torch.testing.assert_close(model(x), expected)
+        n += chosen.randint(5, 40)
+    assert n > 20
+
+
+def test_a_head_is_that_of_the_adapter_that_is_active_after_a_deletion():
+    model = llama("LlamaForSequenceClassification")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"])
+    model = get_peft_model(model, config, "a")
+    model.add_adapter("b", config)
+    randomise(model)
+    ids = token_ids()
+    expected = model(ids).logits
+    model.set_adapter("b")
+    model.delete_adapter("b")
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "modules_to_save.a" in name)
