@@ -1,6 +1,8 @@
 """Old import paths: the table says where each name that was once importable from a path lives now.
 
-`install` makes them importable. Nothing is imported before a name is asked for, and nothing in this library uses them.
+`install` makes them importable, and lets what lies below a folder load when it is first asked for as an attribute:
+`import peft; peft.tuners.lora.layer.Linear` works. Nothing is imported before it is asked for, and nothing in this
+library uses them.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
@@ -175,6 +177,25 @@ ONE_FILE_METHODS = sorted(
     {method.module for method in METHODS.values() if not method.module.startswith("peft.tuners.lora")}
 )
 
+#: folders whose modules load on attribute access
+FOLDERS = ("peft.optimizers", "peft.tuners", "peft.tuners.lora")
+
+
+def submodule(package: str, name: str) -> ModuleType:
+    """The module `name` of a package, imported if need be.
+
+    Raises:
+        AttributeError: there is no such module.
+    """
+    path = f"{package}.{name}"
+    if not name.startswith("__"):
+        try:
+            return import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name != path:
+                raise
+    raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules.get(package))
+
 
 class OldPath(ModuleType):
     """A module without names of its own: reading, setting or deleting one does so where it lives.
@@ -193,7 +214,7 @@ class OldPath(ModuleType):
     def __getattr__(self, name: str) -> Any:
         home, attribute = self._home(name)
         if not home:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+            return submodule(self.__name__, name)
         attribute, _, key = attribute.partition("[")
         value = getattr(import_module(home), attribute)
         return value[key.removesuffix("]")] if key else value
@@ -220,15 +241,35 @@ class OldPath(ModuleType):
         )
 
 
+class FolderLoader(SourceFileLoader):
+    """Loads a file as it is; what is below it then loads when it is first asked for as an attribute."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        own = module.__dict__.get("__getattr__")
+
+        def load(name: str) -> Any:
+            if own is not None:
+                try:
+                    return own(name)
+                except AttributeError:
+                    pass
+            return submodule(module.__name__, name)
+
+        module.__dict__["__getattr__"] = load
+
+
 class OldPathFinder:
-    """Finds the old paths, for `sys.meta_path`."""
+    """Finds the old paths, and the folders they lie in, for `sys.meta_path`."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        if name in ONE_FILE_METHODS:
+        if name in FOLDERS or name in ONE_FILE_METHODS:
             # The file as it is, but as a package, so that what is below it is looked for at all.
             spec = PathFinder.find_spec(name, path)
             if spec is not None and spec.submodule_search_locations is None:
                 spec.submodule_search_locations = []
+            if spec is not None and type(spec.loader) is SourceFileLoader:
+                spec.loader = FolderLoader(spec.loader.name, spec.loader.path)
             return spec
         parent, _, leaf = name.rpartition(".")
         if name in OLD_PATHS or (parent in ONE_FILE_METHODS and leaf in ("config", "layer", "model")):
