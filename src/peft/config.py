@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from peft.errors import PeftWarning
 from peft.folder import read_at_rest, replace_files
+from peft.html import table
 from peft.hub import fetch, push, split_hub_arguments
 from peft.registry import PeftType, TaskType, method_of
 from peft.version import __version__
@@ -264,6 +265,16 @@ class PeftConfigMixin:
     def _get_peft_type(cls, model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:
         """The method of a saved adapter."""
         return read_config_file(model_id, subfolder, **split_hub_arguments(hub)[0])["peft_type"]
+
+    def _repr_html_(self) -> str:
+        """The fields that differ from their defaults, for notebooks."""
+        rows = [
+            (f.name, repr(_plain(value)))
+            for f in fields(self)
+            if (value := getattr(self, f.name))
+            != (f.default_factory() if f.default_factory is not MISSING else f.default)
+        ]
+        return table(type(self).__name__, ("field", "value"), rows)
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.folder import replace_files
+from peft.html import table
 from peft.hub import CARD_NAME, push, split_hub_arguments
 from peft.integrations.training import let_gradients_through_inputs
 from peft.integrations.transformers import (
@@ -38,6 +39,11 @@ from peft.integrations.transformers import (
     convert_peft_config_for_transformers,
 )
 from peft.registry import method_of
+
+if TYPE_CHECKING:
+    from peft.delegated import Delegated
+else:
+    Delegated = object  # `__getattr__` finds its names; a type checker that saw that would let every misspelling pass
 
 #: task type -> the class for it; filled by `peft.tasks`
 TASK_CLASSES: dict[str, type[PeftModel]] = {}
@@ -50,7 +56,7 @@ FOR_LOADING = {
 }  # fmt: skip
 
 
-class PeftModel(PromptHost):
+class PeftModel(PromptHost, Delegated):
     """A base model with adapters, each under a name of its own.
 
     `base_model` is the tuner, which holds the base model (`get_base_model()`); for soft prompts it is the base model.
@@ -145,13 +151,15 @@ class PeftModel(PromptHost):
         """The base model, with its adapter layers."""
         return self._tuner.model if self._tuner is not None else self.base_model
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_model, name)
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+                    raise
+                return getattr(self.base_model, name)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters."""
@@ -163,6 +171,17 @@ class PeftModel(PromptHost):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
+
+    def _repr_html_(self) -> str:
+        """The adapters, for notebooks."""
+        trainable, total = self.get_nb_trainable_parameters()
+        caption = f"{type(self).__name__} on {type(self.get_base_model()).__name__}: {trainable:,d} of {total:,d}"
+        active = self.active_adapters
+        rows = [
+            (name, _value(config.peft_type), "yes" if name in active else "no", getattr(config, "r", ""))
+            for name, config in self.peft_config.items()
+        ]
+        return table(f"{caption} parameters are trained", ("adapter", "method", "active", "rank"), rows)
 
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
         """The status of every adapted module, see [`get_layer_status`]."""
