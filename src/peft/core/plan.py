@@ -18,7 +18,7 @@ from peft.core.base_op import LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
 from peft.core.target_tables import DEFAULT_TARGETS
-from peft.errors import NoMatchingPeftModuleError, PeftWarning
+from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning
 
 #: stands for "nothing", for configurations whose targets come from elsewhere
 DUMMY_TARGET_MODULES = "dummy-target-modules"
@@ -391,7 +391,7 @@ def _check_matches(
                 unmatched.append(f"layers_pattern {pattern!r}")
     if unmatched:
         warnings.warn(
-            f"In {where}, nothing matches the " + "; nor the ".join(unmatched) + ".", PeftWarning, stacklevel=2
+            f"In {where}, nothing matches the " + "; nor the ".join(unmatched) + ".", PeftRuntimeWarning, stacklevel=2
         )
 
 
