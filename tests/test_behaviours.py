@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -21,6 +22,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.registry import METHODS
 from peft.tuners.lora.variants import dora
@@ -200,3 +202,44 @@ def test_caching_of_dora_for_a_while_and_for_good(monkeypatch):
     assert caching()() is None and looks_up()
     caching()(enabled=False)
     assert not looks_up()
+
+
+# ---- settings of LoRA
+
+
+@pytest.mark.parametrize(("name", "means"), [("OLoRA", "olora"), ("PiSSA", "pissa"), ("Gaussian", "gaussian")])
+def test_names_of_starts_are_understood_in_any_case(name, means):
+    config = lora(init_lora_weights=name, r=2)
+    assert config.init_lora_weights == means
+    get_peft_model(net(), config)
+
+
+def test_dora_and_megatron_exclude_each_other():
+    with pytest.raises(ValueError, match="megatron_config"):
+        lora(use_dora=True, megatron_config={"hidden_size": 8})
+
+
+def test_the_scale_of_velora_is_positive():
+    with pytest.raises(ValueError, match="scale must be positive"):
+        peft.VeloraConfig(scale=-1.0)
+
+
+# ---- the configuration of a model
+
+
+@dataclass
+class Settings:
+    model_type: str = "mine"
+
+
+class Speaks:
+    def to_dict(self):
+        return {"model_type": "mine"}
+
+
+@pytest.mark.parametrize("config", [{"model_type": "mine"}, Settings(), Speaks()])
+def test_a_models_configuration_is_read_whatever_holds_it(config):
+    model = net()
+    model.config = config
+    assert BaseTuner.get_model_config(model) == {"model_type": "mine"}
+    assert BaseTuner.get_model_config(net()) == {"model_type": "custom"}
