@@ -240,3 +240,10 @@ def test_default_targets_are_reachable_and_can_be_extended_under_their_old_name(
     with mock.patch.dict(targets, sequence=["0"]):
         assert "sequence" not in others
         assert get_peft_model(model, LoraConfig()).targeted_module_names == ["0"]
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.config = {"model_type": "sequence"}
+    with mock.patch("peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {"sequence": ["0"]}):
+        assert get_peft_model(model, LoraConfig()).targeted_module_names == ["0"]
+    from peft.utils.other import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as again
+
+    assert again is targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import peft
+from peft import compat
 
 SOURCE = Path(peft.__file__).parent
 #: what may be imported at the top of a module: the required dependencies, besides Python's own library
@@ -66,6 +68,42 @@ def test_names_are_listed_and_unknown_ones_say_so():
     assert set(peft.__all__) <= set(dir(peft))
     with pytest.raises(AttributeError, match="no attribute 'LoraConfg'"):
         peft.LoraConfg  # noqa: B018
+
+
+ATTRIBUTE_PATHS = [
+    *compat.OLD_PATHS,
+    *(f"{method}.{leaf}" for method in compat.ONE_FILE_METHODS for leaf in ("config", "layer", "model")),
+    *(f"peft.tuners.lora.{leaf}" for leaf in ("layer", "layer.Linear", "LoraLayer", "model", "eva", "variants")),
+    *("peft.tuners.LoraConfig", "peft.optimizers.loraplus", "peft.helpers"),
+]
+
+
+def test_submodules_and_old_paths_load_on_attribute_access():
+    # Each as if nothing of the library had been imported before; torch may stay, for it takes seconds.
+    code = f"""
+import sys, torch
+for path in {ATTRIBUTE_PATHS!r}:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        del sys.modules[name]
+    import peft
+    value = eval(path)
+    assert value.__name__ in (path, path.rpartition(".")[2]), (path, value)
+"""
+    loaded_after(code)
+
+
+def test_asking_a_folder_for_one_module_loads_no_other_method():
+    loaded = loaded_after("import peft; peft.tuners.hra.layer.HRALayer; peft.utils.other")
+    assert {name.split(".")[2] for name in loaded if name.startswith("peft.tuners.")} == {"hra"}
+    assert not any(name.startswith("torch") for name in loaded_after("import peft; peft.utils.other, peft.tuners"))
+
+
+@pytest.mark.parametrize("path", ["peft", "peft.tuners", "peft.tuners.hra", "peft.tuners.lora", "peft.utils"])
+def test_a_submodule_that_is_not_there_is_a_missing_attribute(path):
+    with pytest.raises(AttributeError, match=rf"module '{path}' has no attribute 'nothing'"):
+        importlib.import_module(path).nothing  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        exec(f"from {path} import nothing", {})
 
 
 def module_level_imports(tree: ast.Module) -> set[str]:

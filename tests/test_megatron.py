@@ -123,7 +123,7 @@ def test_sequence_parallelism(seen, alone):
         "object": "ValueError.*params_dtype",
         "sequence": "ValueError.*sequence_parallel=True.*sequence_parallel=False",
         "pissa": "ValueError.*pissa.*ParallelLinear",
-        "dora": "ValueError.*DoRA.*ParallelLinear",
+        "dora": "ValueError.*use_dora.*megatron_config",
         "bias": "ValueError.*lora_bias",
         "expert": "ValueError.*expert that 2 processes share",
         "engine": "ValueError.*TEColumnParallelLinear, which is not supported",

@@ -51,13 +51,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
-    if not name.startswith("_"):
-        try:  # submodules count as attributes, imported or not
-            return import_module(f"peft.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"peft.{name}":
-                raise
-    raise AttributeError(f"module 'peft' has no attribute {name!r}")
+    return compat.submodule("peft", name)  # submodules count as attributes, imported or not
 
 
 def __dir__() -> list[str]:

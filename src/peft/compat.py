@@ -1,6 +1,8 @@
 """Old import paths: the table says where each name that was once importable from a path lives now.
 
-`install` makes them importable. Nothing is imported before a name is asked for, and nothing in this library uses them.
+`install` makes them importable, and lets what lies below a folder load when it is first asked for as an attribute:
+`import peft; peft.tuners.lora.layer.Linear` works. Nothing is imported before it is asked for, and nothing in this
+library uses them.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
@@ -58,8 +60,16 @@ _CONSTANTS = {
 _STATE = _at("peft.checkpoint", "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict")
 _WRAPPERS = _at("peft.core.auxiliary", "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper")
 _TRAINING = _at("peft.integrations.training", "cast_mixed_precision_params prepare_model_for_kbit_training")
+_LINEAR = _at("peft.legacy", "check_adapters_to_merge transpose _get_in_out_features=get_in_out_features")
+_UNUSED = _at(
+    "peft.legacy",
+    "SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"
+    " check_file_exists_on_hf_hub match_target_against_key str_to_bool torch_load transpose"
+    " _freeze_adapter=freeze_adapter _get_batch_size=get_batch_size",
+)
 _OTHER = {
     **_CONSTANTS,
+    **_UNUSED,
     **_WRAPPERS,
     **_TRAINING,
     **_at("peft.checkpoint", "infer_device"),
@@ -67,6 +77,7 @@ _OTHER = {
     **_at("peft.core.walk", "_get_submodules=get_submodules"),
     **_at("peft.integrations.backends", "get_quantization_config id_tensor_storage"),
     **_at("peft.integrations.transformers", "fsdp_auto_wrap_policy shift_tokens_right"),
+    **_at("peft.integrations.backends", "is_gptqmodel_available is_xpu_available"),
 }
 _BACKENDS = _at(
     "peft.integrations.backends",
@@ -103,12 +114,26 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         **_STATE,
         **_at("peft.core.status", "TunerLayerStatus TunerModelStatus get_layer_status get_model_status"),
     },
+    "peft.tuners._buffer_dict": _at("peft.legacy", "BufferDict"),
     "peft.tuners.mixed": _at("peft.mixed", "MixedModel"),
     "peft.tuners.mixed.model": _at("peft.mixed", "MixedModel"),
     "peft.tuners.tuners_utils": {
         **_at("peft.core.layer", "BaseTunerLayer=AdapterLayer"),
         **_at("peft.core.tuner", "BaseTuner"),
         **_at("peft.core.plan", "check_target_module_exists"),
+        **_at(
+            "peft.legacy",
+            "DUMMY_MODEL_CONFIG SEQ_CLS_HEAD_NAMES BufferDict onload_layer _ExcludedModule=ExcludedModule"
+            " _maybe_include_all_linear_layers=maybe_include_all_linear_layers",
+        ),
+        **_LINEAR,
+        **_CONSTANTS,
+        **_ERRORS,
+        **_WARNING,
+        **_TYPES,
+        **_WRAPPERS,
+        **_at("peft.config", "PeftConfig"),
+        **_at("peft.core.walk", "_get_submodules=get_submodules"),
         **_at("peft.functional", "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
     },
     "peft.tuners.lora.arrow": _at("peft.helpers", "create_arrow_model"),
@@ -141,17 +166,25 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         }.items()
     },
     "peft.tuners.lora.tp_layer": _at("peft.tuners.lora.parallel", "LoraParallelLinear"),
-    "peft.utils": {**_OTHER, **_STATE, **_TYPES, **_ERRORS, **_WARNING},
-    "peft.utils.constants": _CONSTANTS,
+    "peft.utils": {
+        **_at("peft.helpers", "replace_lora_weights_loftq"),
+        **{**_OTHER, **_STATE, **_TYPES, **_ERRORS, **_WARNING},
+    },
+    "peft.utils.constants": {**_CONSTANTS, **_UNUSED, **_at("peft.legacy", "DUMMY_MODEL_CONFIG")},
     "peft.utils.error": _ERRORS,
+    "peft.utils.loftq_utils": _at("peft.helpers", "replace_lora_weights_loftq"),
     "peft.utils.hotswap": _at(
         "peft.checkpoint.hotswap",
         "CONFIG_KEYS_TO_CHECK check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict"
         " prepare_model_for_compiled_hotswap",
     ),
-    "peft.utils.integrations": _at(
-        "peft.integrations.backends", "dequantize_module_weight gather_params_ctx get_bnb_param_type init_empty_weights"
-    ),
+    "peft.utils.integrations": {
+        **_at("peft.legacy", "check_deepspeed_zero3_enabled dequantize_bnb_weight get_layer_device_map"),
+        **_at(
+            "peft.integrations.backends",
+            "dequantize_module_weight gather_params_ctx get_bnb_param_type init_empty_weights",
+        ),
+    },
     "peft.utils.merge_utils": _at(
         "peft.ops.merging",
         "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_prune prune task_arithmetic ties",
@@ -170,48 +203,107 @@ OLD_PATHS: dict[str, dict[str, str]] = {
     "peft.utils.warning": _WARNING,
 }
 
+#: names that files of today once had, and that nothing in them needs
+MORE_NAMES: dict[str, dict[str, str]] = {
+    "peft.auto": _MODELS,
+    "peft.helpers": _at("peft.core.layer", "BaseTunerLayer=AdapterLayer"),
+    "peft.tuners.lora": {**_BACKENDS, **_at("peft.helpers", "create_arrow_model")},
+    "peft.tuners.lora.layer": {
+        **_LINEAR,
+        **_at("peft.legacy", "BufferDict VARIANT_KWARG_KEYS"),
+        **_at("peft.core.layer", "BaseTunerLayer=AdapterLayer"),
+        **_at(
+            "peft.integrations.backends",
+            "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES dequantize_module_weight gather_params_ctx get_bnb_param_type",
+        ),
+    },
+    "peft.tuners.lora.model": {
+        **_at("peft.core.layer", "BaseTunerLayer=AdapterLayer"),
+        **_at("peft.legacy", "_freeze_adapter=freeze_adapter"),
+        **_at("peft.core.walk", "_get_submodules=get_submodules"),
+    },
+}
+
 #: methods that are one file here and were a folder: all names of the file, under the paths that the folder had
 ONE_FILE_METHODS = sorted(
     {method.module for method in METHODS.values() if not method.module.startswith("peft.tuners.lora")}
 )
 
+#: folders whose modules load on attribute access
+FOLDERS = ("peft.optimizers", "peft.tuners", "peft.tuners.lora")
+
+
+def submodule(package: str, name: str) -> ModuleType:
+    """The module `name` of a package, imported if need be.
+
+    Raises:
+        AttributeError: there is no such module.
+    """
+    path = f"{package}.{name}"
+    if not name.startswith("__"):
+        try:
+            return import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name != path:
+                raise
+    raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules.get(package))
+
+
+def _value_at(home: str) -> Any:
+    """What stands at `module:name` or `module:name[key]`."""
+    module, _, name = home.partition(":")
+    name, _, key = name.partition("[")
+    value = getattr(import_module(module), name)
+    return value[key.removesuffix("]")] if key else value
+
+
+def _put_at(home: str, value: Any) -> None:
+    """Puts something there."""
+    module, _, name = home.partition(":")
+    name, _, key = name.partition("[")
+    if key:
+        getattr(import_module(module), name)[key.removesuffix("]")] = value
+    else:
+        setattr(import_module(module), name, value)
+
 
 class OldPath(ModuleType):
-    """A module without names of its own: reading, setting or deleting one does so where it lives.
+    """A module without names of its own: reading or setting one does so where it lives; deleting undoes the setting.
 
     So what replaces a function under its old path replaces it for this library too.
     """
 
-    def _home(self, name: str) -> tuple[str, str]:
-        """(module, name) there."""
+    def _home(self, name: str) -> str:
+        """Where a name lives, as the table has it; empty if nowhere."""
         path = self.__name__
         if path in OLD_PATHS:
-            home, _, attribute = OLD_PATHS[path].get(name, "").partition(":")
-            return home, attribute
-        return (path.rpartition(".")[0], name) if not name.startswith("__") else ("", "")
+            return OLD_PATHS[path].get(name, "")
+        return f"{path.rpartition('.')[0]}:{name}" if not name.startswith("__") else ""
 
     def __getattr__(self, name: str) -> Any:
-        home, attribute = self._home(name)
-        if not home:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        attribute, _, key = attribute.partition("[")
-        value = getattr(import_module(home), attribute)
-        return value[key.removesuffix("]")] if key else value
+        home = self._home(name)
+        return _value_at(home) if home else submodule(self.__name__, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        home, attribute = self._home(name)
+        home = self._home(name)
         # What the import system sets, such as submodules, belongs to this module itself.
         if home and not isinstance(value, ModuleType):
-            setattr(import_module(home), attribute, value)
+            self._before(name).append(_value_at(home))
+            _put_at(home, value)
         else:
             super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        home, attribute = self._home(name)
-        if home and name not in self.__dict__:
-            delattr(import_module(home), attribute)
+        home = self._home(name)
+        if home and name not in self.__dict__ and self._before(name):
+            # As of a module without a name of its own: what shines through when the replacement is taken away.
+            _put_at(home, self._before(name).pop())
         else:
             super().__delattr__(name)
+
+    def _before(self, name: str) -> list[Any]:
+        """The values that were replaced under this name, the latest last."""
+        return self.__dict__.setdefault("__replaced__", {}).setdefault(name, [])
 
     def __dir__(self) -> list[str]:
         names = OLD_PATHS.get(self.__name__)
@@ -220,15 +312,36 @@ class OldPath(ModuleType):
         )
 
 
+class FileLoader(SourceFileLoader):
+    """Loads a file as it is; then what is below it, and what it once had, can be asked for as an attribute."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        own = module.__dict__.get("__getattr__")
+
+        def load(name: str) -> Any:
+            if own is not None:
+                try:
+                    return own(name)
+                except AttributeError:
+                    pass
+            more = MORE_NAMES.get(module.__name__, {})
+            return _value_at(more[name]) if name in more else submodule(module.__name__, name)
+
+        module.__dict__["__getattr__"] = load
+
+
 class OldPathFinder:
-    """Finds the old paths, for `sys.meta_path`."""
+    """Finds the old paths, and the files that have names or modules of old, for `sys.meta_path`."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        if name in ONE_FILE_METHODS:
-            # The file as it is, but as a package, so that what is below it is looked for at all.
+        if name in FOLDERS or name in ONE_FILE_METHODS or name in MORE_NAMES:
             spec = PathFinder.find_spec(name, path)
-            if spec is not None and spec.submodule_search_locations is None:
+            if spec is not None and name in ONE_FILE_METHODS and spec.submodule_search_locations is None:
+                # The file as it is, but as a package, so that what is below it is looked for at all.
                 spec.submodule_search_locations = []
+            if spec is not None and type(spec.loader) is SourceFileLoader:
+                spec.loader = FileLoader(spec.loader.name, spec.loader.path)
             return spec
         parent, _, leaf = name.rpartition(".")
         if name in OLD_PATHS or (parent in ONE_FILE_METHODS and leaf in ("config", "layer", "model")):

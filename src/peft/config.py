@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from peft.errors import PeftWarning
 from peft.folder import read_at_rest, replace_files
+from peft.html import table
 from peft.hub import fetch, push, split_hub_arguments
 from peft.registry import PeftType, TaskType, method_of
 from peft.version import __version__
@@ -157,18 +158,24 @@ class PeftConfigMixin:
         return [name for base in cls.__mro__ for name in base.__dict__.get(attribute, ())]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name; sub-configurations as dictionaries."""
-        return asdict(self)
+        """The fields that a file has, by name; sub-configurations as dictionaries."""
+        return {name: value for name, value in asdict(self).items() if name in self._written()}
+
+    def _written(self) -> set[str]:
+        """Names of the fields that a file has."""
+        plain = {f.name for f in fields(self)} - self.runtime_fields
+        return {name for name in plain if name not in self.beyond_reference or not self._is_default(name)}
+
+    def _is_default(self, name: str) -> bool:
+        f = self.__dataclass_fields__[name]
+        return getattr(self, name) == (f.default_factory() if f.default_factory is not MISSING else f.default)
 
     def to_json_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` holds."""
         content = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            default = f.default_factory() if f.default_factory is not MISSING else f.default
-            if f.name in self.runtime_fields or (f.name in self.beyond_reference and value == default):
-                continue
-            content[f.name] = _plain(value.to_dict() if hasattr(value, "to_dict") else _subfields(value))
+        for name in self._written():
+            value = getattr(self, name)
+            content[name] = _plain(value.to_dict() if hasattr(value, "to_dict") else _subfields(value))
         return content
 
     def save_pretrained(
@@ -243,9 +250,15 @@ class PeftConfigMixin:
         Raises:
             ValueError: there is no `adapter_config.json`.
             KeyError: it names a method that this version does not know.
+            TypeError: it has none of the fields that a configuration has.
         """
         hub, overrides = split_hub_arguments(kwargs)
         content = read_config_file(pretrained_model_name_or_path, subfolder, **hub)
+        if content and content.keys().isdisjoint(f.name for f in fields(cls)):
+            raise TypeError(
+                f"{CONFIG_NAME} of {os.fspath(pretrained_model_name_or_path)!r} is no adapter's: it"
+                f" has no peft_type, nor any other field of {cls.__name__}, but {', '.join(sorted(content)[:8])}."
+            )
         content.update({key: value for key, value in overrides.items() if key in content})
         return cls.from_peft_type(**content)
 
@@ -264,6 +277,12 @@ class PeftConfigMixin:
     def _get_peft_type(cls, model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:
         """The method of a saved adapter."""
         return read_config_file(model_id, subfolder, **split_hub_arguments(hub)[0])["peft_type"]
+
+    def _repr_html_(self) -> str:
+        """The fields that differ from their defaults, for notebooks."""
+        names = [f.name for f in fields(self) if not self._is_default(f.name)]
+        rows = [(name, repr(_plain(getattr(self, name)))) for name in names]
+        return table(type(self).__name__, ("field", "value"), rows)
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -357,6 +376,8 @@ class LayerConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            self.target_modules = "all-linear"
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):

@@ -11,3 +11,7 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
 
 class PeftWarning(UserWarning):
     """Something was asked for that has no effect, or an effect worth knowing about."""
+
+
+class PeftRuntimeWarning(PeftWarning, RuntimeWarning):
+    """Settings that match nothing in a model. A RuntimeWarning too, since that is the class that callers filter by."""

@@ -6,10 +6,10 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -28,8 +28,33 @@ from peft.tuners.lora.settings import ArrowConfig
 from peft.tuners.lora.variants.arrow import GENERAL_PREFIX, ROUTER, TASK_PREFIX
 from peft.tuners.lora.variants.dora import dora_caching
 
-#: While it lasts, evaluation keeps what DoRA computes of adapters that are still to be trained.
-DoraCaching = dora_caching
+
+class DoraCaching:
+    """Whether evaluation keeps what DoRA computes of adapters that are still to be trained.
+
+    `with DoraCaching(): ...` keeps it for a while, `DoraCaching()()` from now on, until `DoraCaching()(enabled=False)`.
+    """
+
+    #: what was entered and not left, the latest last; of the class, for it is one switch
+    _entered: ClassVar[list[AbstractContextManager[None]]] = []
+    _lasting: ClassVar[list[AbstractContextManager[None]]] = []
+
+    def __call__(self, enabled: bool = True) -> None:
+        while self._lasting:
+            self._lasting.pop().__exit__(None, None, None)
+        if enabled:
+            self._enter(self._lasting)
+
+    def __enter__(self) -> None:
+        self._enter(self._entered)
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(None, None, None)
+
+    @staticmethod
+    def _enter(held: list[AbstractContextManager[None]]) -> None:
+        held.append(dora_caching())
+        held[-1].__enter__()
 
 
 def update_forward_signature(model: Any) -> None:

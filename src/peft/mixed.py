@@ -13,7 +13,7 @@ from peft.config import PeftConfig
 from peft.core.injection import check_adapter_name
 from peft.core.method import Method
 from peft.core.tuner import BaseTuner
-from peft.model import PeftModel
+from peft.model import PeftModel, check_base_model, warn_of_name
 from peft.registry import METHODS, method_of
 
 
@@ -66,14 +66,16 @@ class PeftMixedModel(PeftModel):
     ):
         super(PeftModel, self).__init__()
         check_adapter_name(adapter_name)
+        check_base_model(model)
         self._check_new_adapter_config(peft_config, is_trainable=False)
+        warn_of_name(adapter_name, peft_config)
         self._peft_config = None
         self._active_prompt = None
         self.base_model = MixedModel(model, {}, adapter_name)
         self.base_model.inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
         )
-        self._prepare_for_gradient_checkpointing(model)
+        self.prepare_model_for_gradient_checkpointing(model)
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
         if not method_of(peft_config.peft_type or "").mixed:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.folder import replace_files
+from peft.html import table
 from peft.hub import CARD_NAME, push, split_hub_arguments
 from peft.integrations.training import let_gradients_through_inputs
 from peft.integrations.transformers import (
@@ -38,6 +39,11 @@ from peft.integrations.transformers import (
     convert_peft_config_for_transformers,
 )
 from peft.registry import method_of
+
+if TYPE_CHECKING:
+    from peft.delegated import Delegated
+else:
+    Delegated = object  # `__getattr__` finds its names; a type checker that saw that would let every misspelling pass
 
 #: task type -> the class for it; filled by `peft.tasks`
 TASK_CLASSES: dict[str, type[PeftModel]] = {}
@@ -50,7 +56,40 @@ FOR_LOADING = {
 }  # fmt: skip
 
 
-class PeftModel(PromptHost):
+def check_base_model(model: Any) -> None:
+    """Looks whether a model to be wrapped is a base model; warns where it has adapters from earlier.
+
+    Raises:
+        ValueError: it is wrapped already.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"The model is a {type(model).__name__} already, with adapter {', '.join(model.peft_config)}. Use"
+            " add_adapter() or load_adapter() for a further one, or unload() for the base model, to start afresh."
+        )
+    there = {name for _, part in parts_of(model) for name in part.adapter_names()}
+    if there:
+        warnings.warn(
+            f"The model has adapter {', '.join(sorted(there))} on its modules already: it stays there, and one of"
+            " the same name is replaced. To start afresh, use what unload() gives back.",
+            PeftWarning,
+            stacklevel=4,
+        )
+
+
+def warn_of_name(adapter_name: str, config: PeftConfig) -> None:
+    """Warns of a name of an adapter that is part of the names of its tensors, whatever the adapter is called."""
+    prefix = method_of(config.peft_type or "").prefix
+    if adapter_name in prefix:
+        warnings.warn(
+            f"An adapter called {adapter_name!r} is easily mistaken for the beginning of its tensors' names,"
+            f" {prefix!r}; better choose another name.",
+            PeftWarning,
+            stacklevel=4,
+        )
+
+
+class PeftModel(PromptHost, Delegated):
     """A base model with adapters, each under a name of its own.
 
     `base_model` is the tuner, which holds the base model (`get_base_model()`); for soft prompts it is the base model.
@@ -77,6 +116,7 @@ class PeftModel(PromptHost):
     ):
         super().__init__()
         check_adapter_name(adapter_name)
+        check_base_model(model)
         self.peft_type = peft_config.peft_type
         self._active_prompt: str | None = None
         if peft_config.is_prompt_learning:
@@ -89,7 +129,7 @@ class PeftModel(PromptHost):
             convert_peft_config_for_transformers(peft_config, model)
             self.base_model = tuner_class(model, {}, adapter_name)
             self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
-        self._prepare_for_gradient_checkpointing(model)
+        self.prepare_model_for_gradient_checkpointing(model)
         base_config: Any = getattr(self.get_base_model(), "config", None)
         if getattr(base_config, "pretraining_tp", 1) != 1:
             # Sharded linear layers of old Llama code would bypass the adapters.
@@ -138,20 +178,22 @@ class PeftModel(PromptHost):
 
     @property
     def config(self) -> Any:
-        """The base model's configuration; models without one count as custom."""
-        return getattr(self.get_base_model(), "config", {"model_type": "custom"})
+        """The base model's configuration; no attribute where that has none."""
+        return self.get_base_model().config
 
     def get_base_model(self) -> nn.Module:
         """The base model, with its adapter layers."""
         return self._tuner.model if self._tuner is not None else self.base_model
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_model, name)
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+                    raise
+                return getattr(self.base_model, name)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters."""
@@ -164,9 +206,24 @@ class PeftModel(PromptHost):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
+    def _repr_html_(self) -> str:
+        """The adapters, for notebooks."""
+        trainable, total = self.get_nb_trainable_parameters()
+        caption = f"{type(self).__name__} on {type(self.get_base_model()).__name__}: {trainable:,d} of {total:,d}"
+        active = self.active_adapters
+        rows = [
+            (name, _value(config.peft_type), "yes" if name in active else "no", getattr(config, "r", ""))
+            for name, config in self.peft_config.items()
+        ]
+        return table(f"{caption} parameters are trained", ("adapter", "method", "active", "rank"), rows)
+
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
         """The status of every adapted module, see [`get_layer_status`]."""
         return status.get_layer_status(self)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` works: not for soft prompts, nor where a layer's method has no such form."""
+        return self._tuner is not None and self._tuner.supports_lora_conversion(adapter_name)
 
     def get_model_status(self) -> status.TunerModelStatus:
         """The status of all adapters together, see [`get_model_status`]."""
@@ -198,6 +255,7 @@ class PeftModel(PromptHost):
 
     def _inject(self, name: str, config: PeftConfig, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
         """Adds an adapter with the saved ones that it is made of; all of them, or none."""
+        warn_of_name(name, config)
         with all_or_nothing():
             self._load_members(name, config)
             self.base_model.inject_adapter(
@@ -219,6 +277,7 @@ class PeftModel(PromptHost):
             raise ValueError("A prompt learning adapter that is loaded cannot be trainable; what made it is not saved.")
 
     def _add_prompt(self, name: str, config: PeftConfig) -> None:
+        warn_of_name(name, config)
         trained = [(parameter, parameter.requires_grad) for parameter in self.base_model.parameters()]
         active = self._active_prompt
 
@@ -306,6 +365,14 @@ class PeftModel(PromptHost):
                     part.enable_adapters(True)
             return
         was_disabled = tuner.disabled
+        if len({part.disable_adapters for _, part in tuner.parts()}) > 1:
+            warnings.warn(
+                "Adapters are switched off on some modules and on on others: afterwards they are "
+                + ("off" if was_disabled else "on")
+                + " on all of them.",
+                PeftWarning,
+                stacklevel=3,
+            )
         tuner.disable_adapter_layers()
         try:
             yield
@@ -353,8 +420,12 @@ class PeftModel(PromptHost):
             )
         return self._tuner.routed(names)
 
-    def _prepare_for_gradient_checkpointing(self, model: Any) -> None:
-        """Lets gradients reach adapters inside checkpointed blocks, whose inputs otherwise need none."""
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
+        """Lets gradients reach adapters inside checkpointed blocks, whose inputs otherwise need none.
+
+        Args:
+            model: the base model; nothing is done unless it checkpoints.
+        """
         # transformers renames the attribute, and warns of the old name.
         new = "is_activation_checkpointing"
         if not getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing", False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,25 @@ def _replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
             del owner.__dict__[name]
         else:
             owner.__dict__[name] = before
+
+
+@functools.cache
+def _signature(arguments: tuple[str, ...]) -> inspect.Signature:
+    """`(self, <arguments, each None if not given>, **kwargs)`."""
+    parameter, kind = inspect.Parameter, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named = (parameter(name, kind, default=None) for name in arguments)
+    return inspect.Signature([parameter("self", kind), *named, parameter("kwargs", parameter.VAR_KEYWORD)])
+
+
+def _with_arguments(forward: Callable[..., Any], arguments: tuple[str, ...]) -> Callable[..., Any]:
+    """`forward`, saying which arguments it has: trainers and pipelines look which columns a model takes."""
+
+    @functools.wraps(forward)
+    def forward_of_task(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    forward_of_task.__signature__ = _signature(arguments)  # type: ignore[attr-defined]
+    return forward_of_task
 
 
 class TaskModel(PeftModel):
@@ -72,20 +92,35 @@ class TaskModel(PeftModel):
                 config.modules_to_save = before
             raise
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if inspect.unwrap(cls.forward) is TaskModel.forward:
+            cls.forward = _with_arguments(TaskModel.forward, cls.arguments)  # type: ignore[method-assign]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass, with the active adapter.
 
         Args:
-            args: positional arguments; with a soft prompt they are `arguments`, in this order.
+            args: positional arguments, in the order of `arguments`; in the base model's own order if that does not
+                take the first of these, `input_ids`.
             kwargs: whatever the base model takes; `adapter_names` for a mixed batch; `task_ids` for methods that
                 tell tasks apart.
+
+        Raises:
+            TypeError: an argument is given twice, or there are too many.
         """
+        if args and (self.prompt_active or self._base_takes(self.arguments[0])):
+            given = _signature(self.arguments).bind(self, *args, **kwargs).arguments
+            args, kwargs = (), {name: given[name] for name in self.arguments if name in given} | given.get("kwargs", {})
         if not self.prompt_active:
             return super().forward(*args, **kwargs)
-        with self.routed(args, kwargs):
-            given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-            inputs = self._prompted(given)
-            return self._prompt.finish(self._run(inputs, given.get("input_ids")), inputs.get("labels"), given)
+        with self.routed((), kwargs):
+            inputs = self._prompted(kwargs)
+            return self._prompt.finish(self._run(inputs, kwargs.get("input_ids")), inputs.get("labels"), kwargs)
+
+    def _base_takes(self, name: str) -> bool:
+        """Whether the base model's forward pass has an argument of this name."""
+        return name in inspect.signature(self.get_base_model().forward).parameters
 
     def _prompted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.with_prompt(inputs, self.labels_by_token, self.labelled_positions)

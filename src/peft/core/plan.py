@@ -17,7 +17,7 @@ from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.core.base_op import BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
-from peft.errors import NoMatchingPeftModuleError, PeftWarning
+from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning
 from peft.target_tables import DEFAULT_TARGETS
 
 #: stands for "nothing", for configurations whose targets come from elsewhere
@@ -408,7 +408,7 @@ def _check_matches(
                 unmatched.append(f"layers_pattern {pattern!r}")
     if unmatched:
         warnings.warn(
-            f"In {where}, nothing matches the " + "; nor the ".join(unmatched) + ".", PeftWarning, stacklevel=2
+            f"In {where}, nothing matches the " + "; nor the ".join(unmatched) + ".", PeftRuntimeWarning, stacklevel=2
         )
 
 

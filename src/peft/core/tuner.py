@@ -20,7 +20,7 @@ from peft.core.part import Part, as_names
 from peft.core.plan import target_name
 from peft.core.routing import BASE, Route, in_expert
 from peft.core.tying import tied_embedding_modules
-from peft.core.walk import parts_of
+from peft.core.walk import model_config_of, parts_of
 from peft.errors import PeftWarning
 
 #: dtypes that adapters are not trained in
@@ -79,6 +79,11 @@ class BaseTuner(nn.Module):
                 state_dict=state_dict,
                 config=configs[adapter_name],
             )
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's configuration as a dictionary; of type "custom" where it has none."""
+        return model_config_of(model) or {"model_type": "custom"}
 
     def hold(self, model: nn.Module) -> None:
         """Takes in the base model."""

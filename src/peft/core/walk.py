@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from torch import nn
@@ -78,7 +79,11 @@ def model_config_of(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if config is None:
         return {}
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config) if isinstance(config, dict) else {}
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    return dict(config) if isinstance(config, dict) else {}
 
 
 def with_progress(items: list[Any], show: bool, label: str) -> Any:

@@ -123,6 +123,10 @@ class LoraConfig(LayerConfig):
         for name, kind in _SETTINGS.items():
             setattr(self, name, as_subconfig(name, getattr(self, name), kind))
         self.runtime_config = self.runtime_config or LoraRuntimeConfig()
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()  # "OLoRA" is "olora"
+        if self.use_dora and self.megatron_config:
+            raise ValueError("use_dora=True cannot be combined with megatron_config: it needs the weight as a whole.")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias=True cannot be combined with use_dora=True.")
         if self.lora_bias and self.init_lora_weights not in (True, False):

@@ -137,6 +137,7 @@ class VeloraConfig:
 
     def __post_init__(self) -> None:
         _need(self.num_groups > 0, "num_groups", self.num_groups, "positive")
+        _need(self.scale > 0, "scale", self.scale, "positive")
         known = ("batch_average", "batch_average_once", "random")
         _need(self.init_type in known, "init_type", self.init_type, f"one of {', '.join(known)}")
 

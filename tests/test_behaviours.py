@@ -1,0 +1,245 @@
+"""What users of huggingface/peft find here as they know it: attributes, warnings, classes of errors."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import peft
+from peft import (
+    HRAConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from peft.core.tuner import BaseTuner
+from peft.errors import PeftWarning
+from peft.registry import METHODS
+from peft.tuners.lora.variants import dora
+from tiny_models import llama
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def lora(**fields) -> LoraConfig:
+    return LoraConfig(**{"target_modules": ["0"], **fields})
+
+
+# ---- a model that is wrapped, or was
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_wrapping_a_wrapped_model_is_refused_and_loses_nothing(mixed):
+    model = get_peft_model(net(), lora(init_lora_weights=False))
+    x = torch.randn(2, 4)
+    before, names = model(x), [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="PeftModel already, with adapter default"):
+        get_peft_model(model, lora(), mixed=mixed)
+    assert torch.equal(model(x), before) and [name for name, _ in model.named_modules()] == names
+    assert list(model.peft_config) == ["default"] and model.active_adapter == "default"
+
+
+def test_loading_onto_a_wrapped_model_is_refused(tmp_path):
+    model = get_peft_model(net(), lora())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"load_adapter\(\)"):
+        PeftModel.from_pretrained(model, tmp_path)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_base_model_that_carries_adapters_is_warned_of(mixed):
+    base = net()
+    get_peft_model(base, lora())
+    with pytest.warns(PeftWarning, match="adapter default on its modules already"):
+        get_peft_model(base, lora(), mixed=mixed)
+    base = net()
+    get_peft_model(base, lora()).unload()
+    with warnings_as_errors():
+        get_peft_model(base, lora(), mixed=mixed)
+
+
+@contextmanager
+def warnings_as_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        yield
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_", "ora"])
+def test_a_name_that_is_part_of_those_of_its_tensors_is_warned_of(name, tmp_path):
+    saved = get_peft_model(net(), lora())
+    saved.save_pretrained(tmp_path)
+    for add in (
+        lambda: get_peft_model(net(), lora(), adapter_name=name),
+        lambda: get_peft_model(net(), lora(), adapter_name=name, mixed=True),
+        lambda: get_peft_model(net(), lora()).add_adapter(name, lora()),
+        lambda: get_peft_model(net(), lora()).load_adapter(tmp_path, name),
+    ):
+        with pytest.warns(PeftWarning, match="choose another name"):
+            add()
+
+
+def test_a_name_that_only_contains_the_prefix_is_no_trouble():
+    with warnings_as_errors():
+        get_peft_model(net(), lora(), adapter_name="my_lora_adapter")
+
+
+# ---- what a model says of itself
+
+
+def test_a_model_without_configuration_has_none():
+    model = get_peft_model(net(), lora())
+    assert not hasattr(model, "config") and not hasattr(model.base_model, "config")
+    assert get_peft_model(llama(), LoraConfig()).config.model_type == "llama"
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_soft_prompts_do_not_become_lora(config):
+    model = get_peft_model(llama(), config(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    assert model.supports_lora_conversion() is False
+
+
+def test_methods_that_change_weights_become_lora():
+    assert get_peft_model(net(), HRAConfig(target_modules=["0"])).supports_lora_conversion() is True
+
+
+def test_checkpointing_is_prepared_on_request():
+    model, base = get_peft_model(net(), lora()), llama()
+    model.prepare_model_for_gradient_checkpointing(base)
+    assert not base.get_input_embeddings()._forward_hooks, "it does not checkpoint"
+    base.gradient_checkpointing_enable()
+    model.prepare_model_for_gradient_checkpointing(base)
+    assert base.get_input_embeddings()(torch.tensor([1])).requires_grad
+
+
+def test_adapters_that_are_off_on_some_modules_are_noticed():
+    model = get_peft_model(net(), lora(target_modules=["0", "2"]))
+    model.base_model.model[0].enable_adapters(False)
+    with pytest.warns(PeftWarning, match="switched off on some modules"), model.disable_adapter():
+        pass
+
+
+# ---- configurations
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_dictionary_has_what_a_file_has(method, tmp_path):
+    needs = {
+        "ADALORA": {"total_step": 10},
+        "CPT": {"task_type": "CAUSAL_LM"},
+        "XLORA": {"hidden_size": 8, "adapters": {"0": "here"}},
+    }
+    config = METHODS[method].config_class(**needs.get(method, {}))
+    config.save_pretrained(tmp_path)
+    found = json.loads(json.dumps(config.to_dict(), default=sorted))
+    assert found == type(config).from_json_file(tmp_path / "adapter_config.json")
+
+
+def test_a_configuration_made_of_the_dictionary_of_another_is_the_same():
+    config = lora(target_parameters=["w"], rank_pattern={"0": 3}, exclude_modules={"x"})
+    assert LoraConfig(**{**config.to_dict(), "peft_type": None}).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("config_class", [PeftConfig, LoraConfig, PromptTuningConfig])
+def test_json_that_is_no_configuration_is_a_type_error(config_class, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"foo": 1}')
+    with pytest.raises(TypeError, match="no peft_type, nor any other field"):
+        config_class.from_pretrained(tmp_path)
+
+
+def test_all_linear_is_understood_in_any_case():
+    assert get_peft_model(net(), lora(target_modules="All-Linear")).targeted_module_names == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rank_pattern": {"no": 3}}, {"alpha_pattern": {"no": 3}}, {"target_parameters": ["no"]}]
+)
+def test_settings_that_match_nothing_are_a_runtime_warning(fields):
+    with pytest.warns(RuntimeWarning, match="nothing matches") as caught:
+        get_peft_model(net(), lora(**fields))
+    assert any(issubclass(warning.category, PeftWarning) for warning in caught)
+
+
+# ---- helpers
+
+
+def test_caching_of_dora_for_a_while_and_for_good(monkeypatch):
+    model = get_peft_model(net(), lora(use_dora=True)).eval()
+    x = torch.randn(2, 4)
+
+    computed = mock.Mock(side_effect=dora.changed_row_norms)
+    monkeypatch.setattr(dora, "changed_row_norms", computed)
+
+    def looks_up() -> bool:
+        """Whether a second pass computes no norm anew."""
+        with torch.no_grad():
+            model(x)
+            computed.reset_mock()
+            model(x)
+        return not computed.called
+
+    caching = peft.helpers.DoraCaching
+    assert not looks_up()
+    with caching():
+        assert looks_up()
+        with caching():
+            pass
+        assert looks_up()
+    assert not looks_up()
+    assert caching()() is None and looks_up()
+    caching()(enabled=False)
+    assert not looks_up()
+
+
+# ---- settings of LoRA
+
+
+@pytest.mark.parametrize(("name", "means"), [("OLoRA", "olora"), ("PiSSA", "pissa"), ("Gaussian", "gaussian")])
+def test_names_of_starts_are_understood_in_any_case(name, means):
+    config = lora(init_lora_weights=name, r=2)
+    assert config.init_lora_weights == means
+    get_peft_model(net(), config)
+
+
+def test_dora_and_megatron_exclude_each_other():
+    with pytest.raises(ValueError, match="megatron_config"):
+        lora(use_dora=True, megatron_config={"hidden_size": 8})
+
+
+def test_the_scale_of_velora_is_positive():
+    with pytest.raises(ValueError, match="scale must be positive"):
+        peft.VeloraConfig(scale=-1.0)
+
+
+# ---- the configuration of a model
+
+
+@dataclass
+class Settings:
+    model_type: str = "mine"
+
+
+class Speaks:
+    def to_dict(self):
+        return {"model_type": "mine"}
+
+
+@pytest.mark.parametrize("config", [{"model_type": "mine"}, Settings(), Speaks()])
+def test_a_models_configuration_is_read_whatever_holds_it(config):
+    model = net()
+    model.config = config
+    assert BaseTuner.get_model_config(model) == {"model_type": "mine"}
+    assert BaseTuner.get_model_config(net()) == {"model_type": "custom"}

@@ -1,0 +1,199 @@
+"""What other packages take of this one under names of old: that it is there, and that it does what it did."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from peft.utils import integrations, other, transpose
+from torch import nn
+
+import peft
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft.errors import PeftWarning
+from peft.tuners import tuners_utils
+from tiny_models import llama
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+import scan_packages
+
+NAMES = json.loads(scan_packages.DATA.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_published_packages_use_is_here_or_left_out_on_purpose(name):
+    assert scan_packages.is_here(name) or scan_packages.left_out(name)
+
+
+def test_a_name_that_is_nowhere_is_noticed():
+    assert not scan_packages.is_here("peft.tuners.lora.layer.nothing")
+    assert not scan_packages.is_here("peft.nothing.LoraLayer")
+    assert scan_packages.left_out("peft.BoneConfigs") is None
+
+
+def test_the_scan_sees_imports_attributes_strings_and_guards():
+    source = """
+import peft.tuners.lora.bnb as bnb
+def f():
+    from peft import LoraModel as M, LoraConfig
+    M._create_and_replace = M._create_new_module
+    bnb.Linear4bit
+    try:
+        from peft.utils import transpose
+    except ImportError:
+        pass
+    try:
+        from peft.utils import prune
+    except ValueError:
+        from peft.utils import ties
+    return find_spec("peft.tuners.lora.layer"), "peft is a library"
+"""
+    assert scan_packages.uses_in(source) == {
+        *(("peft.tuners.lora.bnb", False), ("peft.tuners.lora.bnb.Linear4bit", False)),
+        *(("peft.LoraModel", False), ("peft.LoraConfig", False), ("peft.LoraModel._create_new_module", False)),
+        *(("peft.utils.transpose", True), ("peft.utils.prune", False), ("peft.utils.ties", False)),
+        ("peft.tuners.lora.layer", False),
+    }
+
+
+# ---- what they do
+
+
+@pytest.fixture
+def layer():
+    model = get_peft_model(llama(), LoraConfig(init_lora_weights=False))
+    model.add_adapter("b", LoraConfig(init_lora_weights=False))
+    return model.base_model.model.model.layers[0].self_attn.q_proj
+
+
+def test_adapters_to_merge(layer):
+    check = tuners_utils.check_adapters_to_merge
+    assert check(layer) == ["default"]
+    assert check(layer, ["b", "default"]) == ["b", "default"]
+    assert check(layer, "b") == ["b"]
+    layer.merge()
+    with pytest.warns(PeftWarning, match="default is merged already"):
+        assert check(layer) == []
+    with pytest.warns(PeftWarning):
+        assert check(layer, ["b", "default"]) == ["b"]
+
+
+def test_all_linear_is_resolved_without_the_head():
+    resolve = tuners_utils._maybe_include_all_linear_layers
+    model = llama("LlamaForSequenceClassification")
+    config = LoraConfig(target_modules="All-Linear", task_type="SEQ_CLS")
+    found = resolve(config, model)
+    assert found is config
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert found.target_modules == names - {"score"}
+    assert "lm_head" not in resolve(LoraConfig(target_modules="all-linear"), llama()).target_modules
+    for other_config in (LoraConfig(target_modules=["q_proj"]), PromptTuningConfig(num_virtual_tokens=2)):
+        before = other_config.to_dict()
+        assert resolve(other_config, model).to_dict() == before
+
+
+def test_an_excluded_module_is_no_match():
+    found = tuners_utils.check_target_module_exists(LoraConfig(target_modules=["q"], exclude_modules=["q"]), "a.q")
+    assert not found and not tuners_utils._ExcludedModule()
+
+
+def test_transposing():
+    weight = nn.Parameter(torch.randn(2, 3))
+    assert transpose(weight, False) is weight
+    assert isinstance(transpose(weight, True), nn.Parameter)
+    assert torch.equal(transpose(weight.data, True), weight.data.T)
+
+
+@pytest.mark.parametrize(
+    ("module", "widths"),
+    [
+        (nn.Linear(2, 3), (2, 3)),
+        (nn.Conv1d(4, 6, 3, groups=2), (4, 6)),
+        (nn.Embedding(5, 6), (5, 6)),
+        (nn.MultiheadAttention(8, 2), (8, 24)),
+    ],
+)
+def test_the_widths_of_a_module(module, widths):
+    assert tuners_utils._get_in_out_features(module) == widths
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(3), nn.ReLU()])
+def test_the_widths_of_a_module_that_has_none(module):
+    with pytest.warns(PeftWarning, match="not known"):
+        assert tuners_utils._get_in_out_features(module) == (None, None)
+
+
+def test_offloaded_layers_are_there_for_a_while(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    weight = model.base_model.model[0].base_layer.weight.detach().clone()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    layer = model.base_model.model[0]
+    assert layer.base_layer.weight.is_meta
+    with tuners_utils.onload_layer(layer):
+        assert torch.equal(layer.base_layer.weight, weight)
+        assert not layer.lora_A["default"].weight.is_meta
+    assert layer.base_layer.weight.is_meta and layer.lora_A["default"].weight.is_meta
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_weights_of_bitsandbytes_are_read(kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 64) if kind == "4bit" else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    nn.init.uniform_(layer.weight, -1, 1)
+    weight = layer.weight.data.clone()
+    layer = layer.to("cpu")
+    if kind == "8bit":
+        with torch.no_grad():
+            layer(torch.randn(1, 64))
+    read = integrations.dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+    assert (read.float() - weight).abs().max() < 0.2 * weight.abs().max()
+    with pytest.raises(TypeError, match="parameters of bitsandbytes"):
+        integrations.dequantize_bnb_weight(nn.Parameter(weight))
+
+
+@pytest.mark.parametrize(("word", "value"), [("yes", 1), ("TRUE", 1), ("on", 1), ("0", 0), ("Off", 0), ("n", 0)])
+def test_words_for_true_and_false(word, value):
+    assert other.str_to_bool(word) == value
+    with pytest.raises(ValueError, match="neither true nor false"):
+        other.str_to_bool("maybe")
+
+
+def test_layers_by_device():
+    model = llama()
+    assert integrations.get_layer_device_map(model) is None
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 1}
+    assert integrations.get_layer_device_map(model) == {0: 0, 1: "cpu"}
+    model.hf_device_map = {"": 0}
+    assert integrations.get_layer_device_map(model) == {0: 0, 1: 0}
+
+
+def test_small_things(layer):
+    assert other._get_batch_size(torch.zeros(3, 2), None) == other._get_batch_size(None, torch.zeros(3, 2, 4)) == 3
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        other._get_batch_size(None, None)
+    other._freeze_adapter(layer, "default")
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == []
+    assert other.match_target_against_key(r".*\.q", "a.q") and not other.match_target_against_key("q", "a.q")
+    assert integrations.check_deepspeed_zero3_enabled() is False
+    with pytest.warns(PeftWarning, match="cannot be found out"):
+        assert other.check_file_exists_on_hf_hub("no such/repository/name", "x.json") is None
+
+
+def test_a_name_that_is_replaced_where_it_once_was_is_that_of_all_its_paths_until_the_replacement_goes():
+    before = transpose
+    for replaced in (pytest.MonkeyPatch.context, lambda: mock.patch("peft.utils.other.transpose", len)):
+        with replaced() as patch:
+            if isinstance(patch, pytest.MonkeyPatch):
+                patch.setattr("peft.utils.other.transpose", len)
+            assert peft.utils.transpose is peft.tuners.tuners_utils.transpose is len
+            with mock.patch("peft.utils.transpose", max):
+                assert other.transpose is max
+            assert other.transpose is len
+        assert peft.utils.transpose is other.transpose is before
+    with pytest.raises(AttributeError):
+        del other.transpose
