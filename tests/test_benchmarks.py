@@ -7,9 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SOME = "step: fp32$|decode: decode fp32|startup: (experts|files|merge)|methods: (LORA|IA3|PROMPT_TUNING)$"
 
@@ -35,23 +32,3 @@ def measured(text: str) -> list[list[str]]:
     lines = [line.strip("|") for line in text.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     return [row for row in rows if row[0] and row[0] != "---"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it measures models of real size")
-def test_the_gpu_benchmark_runs_tiny_on_a_cpu_and_becomes_a_part_of_the_page(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("# Benchmarks\n\nof the CPU\n\n# Benchmarks on a GPU\n\nof old\n", encoding="utf-8")
-    some = "8B: (step, dropout 0.1, gradient checkpointing|decode, (batch 32, torch.compile|mixed batch))$"
-    done = run("gpu.py", "--smoke", "--no-reference", "--verbose", "--only", some, "--out", str(page))
-    assert done.returncode == 0, done.stderr[-3000:]
-    text = page.read_text(encoding="utf-8")
-    assert "of the CPU" in text and "of old" not in text and text.count("# Benchmarks on a GPU\n") == 1
-    names = [row[0] for row in measured(text)]
-    assert len(names) == 8 and sum("kernels" in name for name in names) == 3
-    assert all(row[3] for row in measured(text))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no CUDA device")
-def test_the_gpu_benchmark_says_what_it_needs():
-    done = run("gpu.py")
-    assert done.returncode == 1 and "needs a CUDA device" in done.stderr

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft.core.running import can_run_with_weight
 from safetensors.torch import load_file
 from torch import nn
 
 import peft
+from peft.core import costs
+from peft.core.merge import difference
 
 torch.set_num_threads(1)
 
@@ -42,7 +43,8 @@ def outcomes(model, x):
 # ---- FourierFT and RandLoRA
 
 
-WAYS = {"FOURIERFT": "prefers_matrix", "RANDLORA": "prefers_weight"}
+#: what decides whether a layer runs with a changed weight
+WAYS = {"FOURIERFT": "add_as_weight", "RANDLORA": "low_rank_as_weight"}
 
 
 def small(method: str) -> peft.PeftConfig:
@@ -56,10 +58,9 @@ def small(method: str) -> peft.PeftConfig:
 def test_structured_products_and_the_matrix_compute_the_same(method, dtype, monkeypatch):
     model = peft.get_peft_model(build().to(dtype), small(method))
     x = torch.randn(2, 3, 8, dtype=dtype)
-    layer_class = type(model.base_model.model.first)
     ways = []
     for by_matrix in (False, True):
-        monkeypatch.setattr(layer_class, WAYS[method], lambda self, *args, by_matrix=by_matrix: by_matrix)
+        monkeypatch.setattr(costs, WAYS[method], lambda *args, by_matrix=by_matrix: by_matrix)
         ways.append(outcomes(model, x))
     for name, value in ways[0].items():
         error = (value - ways[1][name]).float().norm() / value.float().norm()
@@ -70,32 +71,29 @@ def test_structured_products_and_the_matrix_compute_the_same(method, dtype, monk
 def test_few_vectors_take_structured_products_and_many_the_matrix(method):
     config = {"FOURIERFT": peft.FourierFTConfig, "RANDLORA": peft.RandLoraConfig}[method](target_modules=["0"])
     layer = peft.get_peft_model(nn.Sequential(nn.Linear(256, 256)), config).base_model.model[0]
-    products = {"FOURIERFT": (1,), "RANDLORA": ()}[method]
-    prefers = getattr(layer, WAYS[method])
-    assert not prefers("default", 1, *products)
-    assert prefers("default", 1024, *products)
+    (change,), prefers = layer.changes(["default"]), getattr(costs, WAYS[method])
+    assert not prefers(change, 1, 256, 256) and prefers(change, 1024, 256, 256)
 
 
 @pytest.mark.parametrize("method", WAYS)
 def test_a_change_small_beside_the_weight_shows_in_half_precision(method, monkeypatch):
     """It would be rounded away in a changed weight."""
-    model = peft.get_peft_model(
-        nn.Sequential(nn.Linear(64, 64)).bfloat16(),
-        small(method).__class__(
-            target_modules=["0"], **({"n_frequency": 30} if method == "FOURIERFT" else {"r": 4}), init_weights=False
-        ),
-    )
+    fields = {"n_frequency": 30} if method == "FOURIERFT" else {"r": 4}
+    config = small(method).__class__(target_modules=["0"], **fields, init_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16(), config)
     layer = model.base_model.model[0]
-    layer.scaling = {"default": 1e-4} if method == "RANDLORA" else None
     if method == "FOURIERFT":
         layer.fourierft_scaling["default"] = 1e-1
-    monkeypatch.setattr(type(layer), WAYS[method], lambda self, *args: True)
-    x, zero = torch.randn(4, 64).bfloat16(), torch.zeros(4, 64).bfloat16()
-    delta = layer.delta("default")
+    else:
+        layer.scaling = {"default": 1e-4}
+    monkeypatch.setattr(costs, WAYS[method], lambda *args: True)
+    layer.base_layer.weight.data.fill_(1.0)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    x[0, :2] = torch.tensor([1.0, -1.0])  # so that the base gives zero
+    delta = difference(layer, "default").float()
     assert 0 < delta.abs().max() < 1e-3
-    added = layer.add("default", x, zero)
-    torch.testing.assert_close(added.float(), x.float() @ delta.T, rtol=0.05, atol=0.02 * delta.abs().max().item())
-    assert not can_run_with_weight(layer, layer.base_layer, x)
+    expected = x.float() @ delta.T
+    torch.testing.assert_close(layer(x).float(), expected, rtol=0.05, atol=0.02 * delta.abs().max().item())
 
 
 def test_fourierft_keeps_its_places_out_of_the_state_dict():

@@ -13,7 +13,6 @@ from peft import (
     LoraConfig,
     PeftWarning,
     PromptTuningConfig,
-    VeraConfig,
     functional,
     get_peft_model,
     get_peft_model_state_dict,
@@ -107,7 +106,6 @@ def test_adapters_of_two_methods_can_be_injected():
         (lambda m: inject_adapter_in_model(LoraConfig(target_modules=["lin1"]), m, "first"), "exists"),
         (lambda m: inject_adapter_in_model(LoraConfig(target_modules=["nope"]), m, "third"), "nope"),
         (lambda m: inject_adapter_in_model(PromptTuningConfig(num_virtual_tokens=2), m, "third"), "prompt"),
-        (lambda m: inject_adapter_in_model(VeraConfig(target_modules=["lin0"]), m, "third"), "get_peft_model"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_changes(model, call, message):

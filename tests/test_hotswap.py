@@ -16,6 +16,7 @@ from peft.utils.hotswap import (
 from torch import Tensor, nn
 
 from peft import IA3Config, LoraConfig, PeftModel, PeftWarning, get_peft_model, inject_adapter_in_model
+from peft.core.slots import Slot
 
 TARGETS = ["embed", "attention", "linear", "conv", "grouped"]
 
@@ -184,8 +185,8 @@ def test_tensors_beside_the_factors_are_swapped_as_they_are(saved):
     """Variants of LoRA have such; a layer that the new adapter has none for cannot do without."""
     model = loaded(saved(target_modules=["linear"]))
     layer = model.base_model.model.linear
-    layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_magnitude")
-    layer.lora_magnitude = nn.ParameterDict({"default": torch.ones(12)})
+    layer.add_slot("lora_magnitude", Slot())
+    layer.lora_magnitude["default"] = torch.ones(12)
     tensors = load_peft_weights(saved(target_modules=["linear"]))
     key = "base_model.model.linear.lora_magnitude"
     for wrong in (tensors, {}, {**tensors, key: torch.zeros(3)}):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft
 from peft.ops.dropout import draw_mask, drop_probability, mask_factors
-from peft.ops.lora import add_low_rank, lora_linear, lora_linear_few, lora_linear_plain
+from peft.ops.lora import add_low_rank, lora_linear, lora_linear_plain
 
 torch.set_num_threads(1)
 
@@ -343,33 +343,6 @@ def test_a_low_rank_change_is_added_in_fp32_and_rounded_once(shape, layout, dtyp
     assert outcome.dtype == dtype
     assert outcome.stride() == weight.stride()
     assert torch.equal(weight, before)
-
-
-# ---- few rows without gradients, as in decoding
-
-
-@pytest.mark.parametrize("rows", [(), (1,), (1, 1), (3, 1), (0, 4)])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
-)
-def test_few_rows_agree_with_the_formula(rows, dtype, tolerance):
-    x, weight, bias, a, b = (t.detach() for t in tensors(dtype, rows=rows, size=(16, 12), r=4))
-    factors = (a, b) if dtype == torch.float64 else (a.float(), b.float())  # adapters are kept in float32
-    got = lora_linear_few(x, weight, bias, *factors, 0.5)
-    if 0 in rows:
-        assert got is None
-        return
-    exact = lora_linear_plain(*(t.double() for t in (x, weight, bias)), None, a.double(), b.double(), 0.5, 0.0)
-    assert got.dtype == dtype and got.shape == (*rows, 12)
-    torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=10 * tolerance)
-
-
-def test_more_rows_than_the_rank_and_what_is_traced_are_left_to_others():
-    x, weight, bias, a, b = (t.detach() for t in tensors(rows=(2,)))
-    assert lora_linear_few(x, weight, bias, a, b, 0.5) is None
-    found = []
-    torch.func.vmap(lambda row: found.append(lora_linear_few(row, weight, bias, a, b, 0.5)) or row)(x)
-    assert found == [None]
 
 
 def watch_base(model):
