@@ -228,8 +228,9 @@ class AdapterLayer(Part):
         """Moves the fixed tensors of an adapter."""
         for slot in self.adapter_layer_names:
             entries: Any = self._modules[slot]
-            if not self.slots[slot].trained and name in entries and not entries[name].is_meta:
-                moved = entries[name].data.to(device)
+            fixed = entries[name] if not self.slots[slot].trained and name in entries else None
+            if isinstance(fixed, Tensor) and not fixed.is_meta:
+                moved = fixed.data.to(device)
                 entries[name] = nn.Parameter(moved, requires_grad=False) if self.slots[slot].parameter else moved
 
     def unsettle(self, before: Any) -> None:

@@ -137,7 +137,9 @@ class AdaLoraLayer(AdapterLayer):
     """
 
     slots: ClassVar[dict[str, Slot]] = {
-        **dict.fromkeys(_SLOTS, Slot()), "ranknum": Slot(trained=False, stored=False, parameter=True),
+        **dict.fromkeys(_SLOTS, Slot()),
+        "lora_dropout": Slot(trained=False, stored=False, modules=True),
+        "ranknum": Slot(trained=False, stored=False, parameter=True),
     }  # fmt: skip
     label = "adalora"
 
@@ -148,10 +150,6 @@ class AdaLoraLayer(AdapterLayer):
     r = Setting[int]()
     lora_alpha = Setting[float]()
     scaling = Setting[float]()
-
-    def __init__(self, base_layer: nn.Module, parameter_name: str | None = None):
-        super().__init__(base_layer, parameter_name)
-        self.lora_dropout = nn.ModuleDict()
 
     def create(self, name: str, config: AdaLoraConfig) -> None:
         self.r[name] = r = config.init_r

@@ -32,6 +32,8 @@ def empty_linear(in_features: int, out_features: int, bias: bool = False) -> nn.
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=device)
 
 
+#: modules that drop features of the input in training
+DROPOUT = Slot(trained=False, stored=False, modules=True)
 #: what other packages ask every layer for, though only some kinds have it
 _CONTAINERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 class TiedFactor(nn.Module):
@@ -82,7 +84,9 @@ class LoraLayer(AdapterLayer):
         parameter_name: the parameter to adapt, for modules that hold bare parameters.
     """
 
-    slots: ClassVar[dict[str, Slot]] = {"lora_A": Slot(modules=True), "lora_B": Slot(modules=True)}
+    slots: ClassVar[dict[str, Slot]] = {
+        "lora_A": Slot(modules=True), "lora_B": Slot(modules=True), "lora_dropout": DROPOUT,
+    }  # fmt: skip
     label = "lora"
     kinds = AdapterLayer.kinds | {ParallelLinearOp.kind}
 
@@ -109,7 +113,6 @@ class LoraLayer(AdapterLayer):
         **kwargs: Any,
     ):
         super().__init__(base_layer, parameter_name, op)
-        self._modules["lora_dropout"] = nn.ModuleDict()
         absent: dict[str, Any] = {name: {} for name in _CONTAINERS if name not in self.adapter_layer_names}
         self.__dict__.update(absent, fan_in_fan_out=self.op.kind == "Conv1D")
         if adapter_name is not None:
