@@ -1,0 +1,101 @@
+"""RoAd, GraLoRA, BEFT, C3A, DeLoRA and PVeRA: what is special about each.
+
+What all methods have in common is in test_conformance.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peft
+from peft.ops.rotations import rotate_pairs
+from tiny_models import fill_adapter
+
+torch.set_num_threads(1)
+over = pytest.mark.parametrize
+
+
+def linear(width: int = 16, out: int = 24, bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(width, out, bias=bias))
+
+
+def adapt(config: type, base: nn.Module | None = None, **settings) -> peft.PeftModel:
+    """A linear layer with an adapter that has an effect."""
+    model = peft.get_peft_model(linear() if base is None else base, config(target_modules=["0"], **settings))
+    return fill_adapter(model).eval()
+
+
+def layer_of(model: peft.PeftModel):
+    return model.base_model.model[0]
+
+
+# ---- RoAd
+
+
+def test_pairs_lie_half_a_group_apart():
+    x = torch.arange(12.0)
+    s, t = torch.randn(3, 2, 2), torch.randn(3, 2, 2)
+    rotated = rotate_pairs(x, s, t)
+    for group in range(3):
+        for i in range(2):
+            a, b = 4 * group + i, 4 * group + i + 2
+            assert rotated[a] == s[group, 0, i] * x[a] - t[group, 0, i] * x[b]
+            assert rotated[b] == s[group, 1, i] * x[b] + t[group, 1, i] * x[a]
+    same = [factors[:, :1] for factors in (s, t)]
+    torch.testing.assert_close(rotate_pairs(x, *same), rotate_pairs(x, *(factors.expand_as(s) for factors in same)))
+
+
+@over("variant, values", [("road_1", 24), ("road_2", 48), ("road_4", 96)])
+def test_variants_of_road(variant, values):
+    model = adapt(peft.RoadConfig, variant=variant, group_size=6)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == values
+    x = torch.randn(5, 16)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_angles_alone_keep_the_length_of_outputs():
+    model = adapt(peft.RoadConfig, group_size=8)
+    layer_of(model).road_alpha["default"].data.fill_(1.0)
+    x = torch.randn(5, 16)
+    with model.disable_adapter():
+        plain = model(x)
+    assert not torch.allclose(model(x), plain, atol=1e-2)
+    torch.testing.assert_close(model(x).norm(dim=-1), plain.norm(dim=-1))
+
+
+def test_small_angles_show_in_half_precision():
+    model = peft.get_peft_model(linear().bfloat16(), peft.RoadConfig(target_modules=["0"], group_size=8))
+    with torch.no_grad():
+        layer_of(model).road_alpha["default"].fill_(1.003)  # 1 in bfloat16
+        x = torch.randn(4096, 16, dtype=torch.bfloat16)
+        with model.disable_adapter():
+            plain = model(x).double()
+        assert (model(x).double().norm() / plain.norm()).item() == pytest.approx(1.003, abs=5e-4)
+
+
+def test_road_trains_on_little_more_than_the_output():
+    """Autograd keeps the outputs that are rotated, and no copies of them."""
+    layer = layer_of(adapt(peft.RoadConfig, linear(256, 256), group_size=64)).train()
+    x, kept = torch.randn(512, 256), {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    y.sum().backward()
+    assert sum(kept.values()) < 1.1 * y.numel() * y.element_size()
+
+
+def test_a_mixed_batch_of_road_runs_the_base_once():
+    model = adapt(peft.RoadConfig, group_size=8)
+    model.add_adapter("other", peft.RoadConfig(target_modules=["0"], group_size=8, variant="road_4"))
+    calls = []
+    layer_of(model).get_base_layer().register_forward_hook(lambda *args: calls.append(args))
+    model(torch.randn(4, 16), adapter_names=["default", "other", "__base__", "other"])
+    assert len(calls) == 1
