@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peft
+from peft.ops.granular import Granular
 from peft.ops.rotations import rotate_pairs
 from tiny_models import fill_adapter
 
@@ -99,3 +100,46 @@ def test_a_mixed_batch_of_road_runs_the_base_once():
     layer_of(model).get_base_layer().register_forward_hook(lambda *args: calls.append(args))
     model(torch.randn(4, 16), adapter_names=["default", "other", "__base__", "other"])
     assert len(calls) == 1
+
+
+# ---- GraLoRA
+
+
+@over("k, r", [(1, 3), (2, 4), (4, 8)])
+def test_granular_matrices_are_blocks_of_their_own_factors(k, r):
+    a, b = torch.randn(k, 16 // k, r).double(), torch.randn(k, r, 24 // k).double()
+    matrix, size = Granular(a, b), r // k
+    dense = matrix.dense()
+    for m in range(k):
+        for n in range(k):
+            block = dense[m * 24 // k : (m + 1) * 24 // k, n * 16 // k : (n + 1) * 16 // k]
+            ranks = slice(m * size, (m + 1) * size), slice(n * size, (n + 1) * size)
+            torch.testing.assert_close(block, (a[n][:, ranks[0]] @ b[m][ranks[1]]).T)
+    x, index = torch.randn(2, 3, 16).double(), torch.randint(16, (2, 4))
+    torch.testing.assert_close(matrix.apply(x), x @ dense.T)
+    torch.testing.assert_close(matrix.columns(index), dense.T[index])
+    assert torch.linalg.matrix_rank(dense) == min(k * r, 16)
+
+
+def test_gralora_has_the_values_of_a_lora_of_its_rank_and_a_rank_k_times_that():
+    model = adapt(peft.GraloraConfig, r=4, gralora_k=2)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4 * (16 + 24)
+    assert torch.linalg.matrix_rank(layer_of(model).get_delta_weight("default")) == 8
+
+
+def test_dropout_of_gralora_is_drawn_for_each_part_by_itself():
+    model = adapt(peft.GraloraConfig, r=4, hybrid_r=4, gralora_dropout=0.5).train()
+    x = torch.zeros(500, 16)
+    x[:, 3] = 1.0
+    with model.disable_adapter():
+        plain = model(x)
+    outcomes = (model(x) - plain).detach().mul(1e4).round().unique(dim=0)
+    assert len(outcomes) == 4  # neither part, one, the other, both
+
+
+@over("width, out", [(15, 24), (16, 25)])
+def test_blocks_of_gralora_have_to_fit(width, out):
+    base = linear(width, out)
+    with pytest.raises(ValueError, match="gralora_k=2"):
+        peft.get_peft_model(base, peft.GraloraConfig(target_modules=["0"]))
+    assert type(base[0]) is nn.Linear

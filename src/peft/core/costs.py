@@ -13,6 +13,7 @@ import torch
 
 from peft.core.change import Add, LowRank, OnInput
 from peft.ops.fourier import Spectrum
+from peft.ops.granular import Granular
 from peft.ops.hadamard import HadamardProduct
 from peft.ops.matrix import Dense
 from peft.ops.shards import Tiled
@@ -52,6 +53,7 @@ _AS_WEIGHT: dict[type, Callable[[Any, int, int, int], bool]] = {
     Tiled: lambda matrix, rows, narrow, wide: rows >= narrow,
     # A sampled product takes 8 times a dense one's work for each entry; looking entries up, for few tokens, less.
     Entries: lambda matrix, rows, narrow, wide: rows * matrix.values.numel() > narrow * wide,
+    Granular: lambda matrix, rows, narrow, wide: thin_costs_more(matrix.rank, rows, narrow, wide),
     HadamardProduct: lambda matrix, rows, narrow, wide: 3 * matrix.rank**2 * (narrow + wide) >= narrow * wide,
 }
 
