@@ -143,3 +143,36 @@ def test_blocks_of_gralora_have_to_fit(width, out):
     with pytest.raises(ValueError, match="gralora_k=2"):
         peft.get_peft_model(base, peft.GraloraConfig(target_modules=["0"]))
     assert type(base[0]) is nn.Linear
+
+
+# ---- BEFT
+
+
+def test_beft_adds_a_vector_and_merges_it_into_the_bias():
+    model, x = adapt(peft.BeftConfig), torch.randn(5, 16)
+    with model.disable_adapter():
+        plain = model(x)
+    expected = model(x)
+    vector = layer_of(model).beft_bias["default"].detach()
+    torch.testing.assert_close(expected, plain + vector)
+    weight, bias = (value.clone() for value in layer_of(model).get_base_layer().parameters())
+    merged = model.merge_and_unload()
+    assert torch.equal(merged[0].weight, weight) and torch.equal(merged[0].bias, bias + vector[0])
+
+
+def test_beft_on_a_module_without_bias_says_where_it_cannot_be_merged():
+    model, x = adapt(peft.BeftConfig, linear(bias=False)), torch.randn(5, 16)
+    expected = model(x)
+    with pytest.raises(ValueError, match="cannot be merged into"):
+        model.merge_adapter()
+    assert torch.equal(model(x), expected)
+    config, tensors = peft.convert_to_lora(adapt(peft.BeftConfig), rank=1)
+    assert config.lora_bias and any(key.endswith("lora_B.bias") for key in tensors)
+
+
+def test_beft_trains_on_nothing_but_what_goes_through():
+    """The gradient of a vector that is added needs neither input nor output."""
+    layer, kept = layer_of(adapt(peft.BeftConfig)).train(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda tensor: tensor):
+        layer(torch.randn(512, 16))
+    assert sum(tensor.numel() for tensor in kept) < 512

@@ -163,6 +163,7 @@ METHODS: dict[str, Method] = {
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
     "RANDLORA": Method("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),
     "GRALORA": Method("peft.tuners.gralora", "GraloraConfig", "GraloraModel", "gralora_"),
+    "BEFT": Method("peft.tuners.beft", "BeftConfig", "BeftModel", "beft_"),
     "ROAD": Method("peft.tuners.road", "RoadConfig", "RoadModel", "road_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning",
