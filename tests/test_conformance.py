@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict] = {
     "FOURIERFT": {"n_frequency": 20, "init_weights": True},
     "RANDLORA": {"r": 3, "randlora_alpha": 1},
     "GRALORA": {"r": 4, "hybrid_r": 2, "alpha": 6},
+    "C3A": {"block_size": 2, "init_weights": True},
     "ROAD": {"group_size": 4},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
     # variants, by the method's name and theirs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peft
+from peft.ops.circulant import BlockCirculant, circulant_blocks, circulant_product
 from peft.ops.granular import Granular
 from peft.ops.rotations import rotate_pairs
 from tiny_models import fill_adapter
@@ -176,3 +177,57 @@ def test_beft_trains_on_nothing_but_what_goes_through():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda tensor: tensor):
         layer(torch.randn(512, 16))
     assert sum(tensor.numel() for tensor in kept) < 512
+
+
+# ---- C3A
+
+
+@over("b", [1, 2, 5, 6])
+def test_circulant_products_are_those_of_the_matrix(b):
+    torch.manual_seed(0)
+    kernel = torch.randn(3, 2, b, dtype=torch.float64, requires_grad=True)
+    dense = circulant_blocks(kernel)
+    for i in range(b):
+        torch.testing.assert_close(dense[i::b, ::b], kernel[..., -i % b])
+        torch.testing.assert_close(dense[::b, i::b], kernel[..., i])
+    x, index = torch.randn(2, 3, 2 * b, dtype=torch.float64, requires_grad=True), torch.randint(2 * b, (2, 4))
+    torch.testing.assert_close(circulant_product(x, kernel), x @ dense.T)
+    torch.testing.assert_close(BlockCirculant(kernel).columns(index), dense.T[index])
+    assert torch.autograd.gradcheck(lambda kernel: circulant_product(x, kernel), (kernel,))
+    assert torch.autograd.gradgradcheck(lambda kernel: circulant_product(x.detach(), kernel), (kernel,))
+
+
+def test_the_gradient_of_the_input_is_that_of_a_reversed_one_as_in_the_reference():
+    x, kernel = torch.randn(3, 8, dtype=torch.float64, requires_grad=True), torch.randn(3, 2, 4, dtype=torch.float64)
+    grad = torch.randn(3, 12, dtype=torch.float64)
+    reversed_ = grad.unflatten(1, (3, 4))[..., [0, 3, 2, 1]].flatten(1)
+    mine = torch.autograd.grad(circulant_product(x, kernel), x, grad)[0]
+    torch.testing.assert_close(mine, reversed_ @ circulant_blocks(kernel))
+    traced = torch.func.vjp(lambda x: circulant_product(x, kernel), x.detach())[1](grad)[0]
+    torch.testing.assert_close(traced, mine)
+
+
+@over("rows, by_waves", [(1, True), (2000, False)])
+def test_c3a_computes_the_same_by_waves_and_as_a_weight(rows, by_waves, monkeypatch):
+    layer = layer_of(adapt(peft.C3AConfig, linear(64, 96), block_size=16))
+    products, apply = [], BlockCirculant.apply
+    monkeypatch.setattr(BlockCirculant, "apply", lambda self, x: products.append(x) or apply(self, x))
+    x = torch.randn(rows, 64)
+    with torch.no_grad():
+        y = layer(x)
+    assert bool(products) == by_waves
+    weight = layer.weight + circulant_blocks(layer.c3a_kernel["default"] / 64)
+    torch.testing.assert_close(y, nn.functional.linear(x, weight, layer.bias))
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_block_sizes_of_single_modules():
+    base = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 12))
+    config = peft.C3AConfig(target_modules=["0", "1"], block_size=8, block_size_pattern={"1": 4})
+    model = peft.get_peft_model(base, config).base_model.model
+    assert model[0].c3a_kernel["default"].shape == (3, 2, 8) and model[1].c3a_kernel["default"].shape == (3, 6, 4)
+    with pytest.raises(ValueError, match="block_size_pattern"):
+        peft.get_peft_model(nn.Sequential(nn.Linear(16, 12)), peft.C3AConfig(target_modules=["0"], block_size=8))
+    for settings in ({"block_size_pattern": {"1": 0}}, {"init_weights": "ones"}, {"block_size": 0}):
+        with pytest.raises(ValueError, match=r"init_weights|block"):
+            peft.C3AConfig(**settings)
