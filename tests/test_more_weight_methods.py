@@ -231,3 +231,68 @@ def test_block_sizes_of_single_modules():
     for settings in ({"block_size_pattern": {"1": 0}}, {"init_weights": "ones"}, {"block_size": 0}):
         with pytest.raises(ValueError, match=r"init_weights|block"):
             peft.C3AConfig(**settings)
+
+
+# ---- DeLoRA
+
+
+@over("spread", [0.01, 1.0, 100.0])
+def test_lambda_bounds_the_change_of_delora_whatever_the_factors(spread):
+    model = adapt(peft.DeloraConfig, r=3, delora_lambda=0)
+    layer = layer_of(model)
+    with torch.no_grad():
+        layer.delora_lambda["default"].fill_(5.0)
+        for factor in (layer.delora_A["default"], layer.delora_B["default"]):
+            factor.mul_(spread)
+    norms = layer.weight.norm(dim=0)
+    torch.testing.assert_close(layer.delora_w_norm["default"], norms.detach())
+    change = layer.get_delta_weight("default") / norms
+    assert 1.0 < change.norm() <= 5.0
+    ranks = torch.linalg.svdvals(change)
+    assert ranks[2] > 1e-3 and ranks[3] < 1e-5
+    # Factors of another length are the same change.
+    before = layer.get_delta_weight("default")
+    with torch.no_grad():
+        layer.delora_A["default"].mul_(torch.tensor([[2.0], [3.0], [4.0]]))
+    torch.testing.assert_close(layer.get_delta_weight("default"), before)
+
+
+def test_the_norms_of_the_columns_are_those_of_the_file(tmp_path):
+    model, x = adapt(peft.DeloraConfig, r=3), torch.randn(4, 16)
+    norms = layer_of(model).delora_w_norm["default"].clone()
+    model.save_pretrained(tmp_path)
+    other = linear()
+    other[0].weight.data.mul_(2.0)
+    loaded = peft.PeftModel.from_pretrained(other, tmp_path)
+    torch.testing.assert_close(layer_of(loaded).delora_w_norm["default"], norms)
+    base = layer_of(loaded).get_base_layer()
+    torch.testing.assert_close(loaded(x) - base(x), model(x) - layer_of(model).get_base_layer()(x))
+
+
+def test_norms_are_of_the_weight_without_what_is_merged():
+    norms = linear()[0].weight.norm(dim=0).detach()
+    model = peft.get_peft_model(linear(), peft.LoraConfig(target_modules=["0"], r=2), adapter_name="a", mixed=True)
+    fill_adapter(model, "a")
+    model.base_model.merge_adapter()
+    model.add_adapter("b", peft.DeloraConfig(target_modules=["0"]))
+    torch.testing.assert_close(model.base_model.model[0].delora_w_norm["b"], norms)
+
+
+def test_a_start_of_delora_learns():
+    """B starts at zero, where its norm has no slope."""
+    model = peft.get_peft_model(linear(), peft.DeloraConfig(target_modules=["0"], r=2)).train()
+    model(torch.randn(5, 16)).square().sum().backward()
+    layer = layer_of(model)
+    assert layer.delora_B["default"].grad.isfinite().all() and layer.delora_B["default"].grad.abs().max() > 0
+    assert layer.delora_A["default"].grad.isfinite().all()
+
+
+def test_patterns_of_delora():
+    base = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 12))
+    config = peft.DeloraConfig(target_modules=["0", "1"], rank_pattern={"1": 3}, lambda_pattern={"0": 2.5})
+    model = peft.get_peft_model(base, config).base_model.model
+    assert [len(layer.delora_A["default"]) for layer in model] == [8, 3]
+    assert [layer.delora_lambda["default"].item() for layer in model] == [2.5, 15.0]
+    for settings in ({"rank_pattern": {"0": 0}}, {"lambda_pattern": {"0": -1}}, {"delora_lambda": -0.5}):
+        with pytest.raises(ValueError, match=r"rank|lambda"):
+            peft.DeloraConfig(**settings)
