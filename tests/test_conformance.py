@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict] = {
     "GRALORA": {"r": 4, "hybrid_r": 2, "alpha": 6},
     "C3A": {"block_size": 2, "init_weights": True},
     "DELORA": {"r": 4, "delora_lambda": 3},
+    "PVERA": {"r": 6},
     "ROAD": {"group_size": 4},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
     # variants, by the method's name and theirs

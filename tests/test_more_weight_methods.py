@@ -296,3 +296,106 @@ def test_patterns_of_delora():
     for settings in ({"rank_pattern": {"0": 0}}, {"lambda_pattern": {"0": -1}}, {"delora_lambda": -0.5}):
         with pytest.raises(ValueError, match=r"rank|lambda"):
             peft.DeloraConfig(**settings)
+
+
+# ---- PVeRA
+
+
+def latent(model: peft.PeftModel, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations of z, by the formula."""
+    layer = layer_of(model)
+    halves = (x @ layer.pvera_A["default"].T * layer.pvera_lambda_d["default"]).chunk(2, dim=-1)
+    return halves[0], (0.5 * halves[1]).exp()
+
+
+def effect(model: peft.PeftModel, z: Tensor) -> Tensor:
+    layer = layer_of(model)
+    return z @ layer.pvera_B["default"].T * layer.pvera_lambda_b["default"]
+
+
+@over("settings, training", [({}, True), ({"sample_at_inference": True}, False), ({"generator_seed": 5}, True)])
+def test_pvera_draws_its_latent_from_the_distribution(settings, training):
+    model, x = adapt(peft.PveraConfig, r=4, **settings).train(training), torch.randn(3, 16)
+    mean, deviation = latent(model, x)
+    plain = layer_of(model).get_base_layer()(x)
+    torch.manual_seed(5)
+    noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(5) if "generator_seed" in settings else None)
+    torch.manual_seed(5)
+    torch.testing.assert_close(model(x), plain + effect(model, mean + deviation * noise))
+    assert not torch.allclose(model(x), model(x))
+
+
+def test_pvera_takes_the_mean_in_evaluation_and_in_the_weight():
+    for settings in ({}, {"sample_at_inference": True}):
+        model, x = adapt(peft.PveraConfig, r=4, **settings), torch.randn(3, 16)
+        expected = layer_of(model).get_base_layer()(x) + effect(model, latent(model, x)[0])
+        if not settings:
+            torch.testing.assert_close(model(x), expected)
+        model.train().merge_adapter()
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_pvera_trains_means_and_variances():
+    model = adapt(peft.PveraConfig, r=4).train()
+    model(torch.randn(6, 16)).square().sum().backward()
+    assert (layer_of(model).pvera_lambda_d["default"].grad != 0).all()
+    assert (layer_of(model).pvera_lambda_b["default"].grad != 0).all()
+
+
+@over("changes", [{"projection_prng_key": 1}, {"save_projection": False}])
+@over("config", [peft.VeraConfig, peft.PveraConfig, peft.RandLoraConfig])
+def test_projections_are_the_same_for_all_adapters_of_a_model(config, changes):
+    model = peft.get_peft_model(linear(), config(target_modules=["0"], r=4))
+    with pytest.raises(ValueError, match=f"same {next(iter(changes))}"):
+        model.add_adapter("other", config(target_modules=["0"], r=4, **changes))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_projections_of_pvera_come_back_from_the_seed(tmp_path):
+    model, x = adapt(peft.PveraConfig, r=4, save_projection=False, projection_prng_key=8), torch.randn(3, 16)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(linear(), tmp_path)
+    assert not [key for key in peft.get_peft_model_state_dict(loaded) if "pvera_A" in key]
+    assert torch.equal(loaded(x), model(x))
+
+
+# ---- settings
+
+
+@over(
+    "config, settings, words",
+    [
+        (peft.RoadConfig, {"variant": "road_3"}, "variant"),
+        (peft.RoadConfig, {"group_size": 7}, "even"),
+        (peft.RoadConfig, {"group_size": 0}, "group_size"),
+        (peft.GraloraConfig, {"r": 5}, "gralora_k"),
+        (peft.GraloraConfig, {"gralora_k": 0}, "gralora_k"),
+        (peft.GraloraConfig, {"hybrid_r": -1}, "hybrid_r"),
+        (peft.GraloraConfig, {"gralora_dropout": 1.0}, "gralora_dropout"),
+        (peft.DeloraConfig, {"r": 0}, "r must be"),
+        (peft.DeloraConfig, {"module_dropout": 1.0}, "module_dropout"),
+        (peft.PveraConfig, {"r": 0}, "r must be"),
+        (peft.PveraConfig, {"pvera_dropout": -0.1}, "pvera_dropout"),
+    ],
+)
+def test_settings_out_of_range(config, settings, words):
+    with pytest.raises(ValueError, match=words):
+        config(target_modules=["0"], **settings)
+
+
+@over(
+    "config, settings, module",
+    [
+        (peft.RoadConfig, {"group_size": 16}, nn.Linear(16, 24)),
+        (peft.RoadConfig, {"group_size": 16}, nn.MultiheadAttention(8, 2)),  # its output projection has 8 outputs
+        (peft.C3AConfig, {"block_size": 16}, nn.Linear(16, 24)),
+        (peft.GraloraConfig, {"r": 6, "gralora_k": 3}, nn.Linear(16, 24)),
+        (peft.GraloraConfig, {"gralora_dropout": 0.1}, nn.Embedding(16, 24)),
+        (peft.DeloraConfig, {"module_dropout": 0.1}, nn.Embedding(16, 24)),
+    ],
+)
+def test_what_does_not_fit_a_module_is_said_before_anything_is_changed(config, settings, module):
+    base = nn.Sequential(module)
+    with pytest.raises(ValueError, match=f"{list(settings)[-1]}|block size"):
+        peft.get_peft_model(base, config(target_modules=["0"], **settings))
+    assert base[0] is module and all(parameter.requires_grad for parameter in base.parameters())
