@@ -162,6 +162,12 @@ METHODS: dict[str, Method] = {
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
     "RANDLORA": Method("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),
+    "GRALORA": Method("peft.tuners.gralora", "GraloraConfig", "GraloraModel", "gralora_"),
+    "BEFT": Method("peft.tuners.beft", "BeftConfig", "BeftModel", "beft_"),
+    "C3A": Method("peft.tuners.c3a", "C3AConfig", "C3AModel", "c3a_"),
+    "DELORA": Method("peft.tuners.delora", "DeloraConfig", "DeloraModel", "delora_"),
+    "PVERA": Method("peft.tuners.pvera", "PveraConfig", "PveraModel", "pvera_lambda_"),
+    "ROAD": Method("peft.tuners.road", "RoadConfig", "RoadModel", "road_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning",
         "PromptTuningConfig",

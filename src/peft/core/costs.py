@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from peft.core.change import Add, LowRank, OnInput
+from peft.ops.circulant import BlockCirculant
 from peft.ops.fourier import Spectrum
+from peft.ops.granular import Granular
 from peft.ops.hadamard import HadamardProduct
 from peft.ops.matrix import Dense
 from peft.ops.shards import Tiled
@@ -44,6 +46,14 @@ def _spectrum(matrix: Spectrum, rows: int, narrow: int, wide: int) -> bool:
     return (2.5 if training else 1) * waves * rows > dense
 
 
+def _circulant(matrix: BlockCirculant, rows: int, narrow: int, wide: int) -> bool:
+    """Making the matrix takes 60 multiplications for each of its entries. Transforms of a vector take 150 for each of
+    its entries, the products of its waves 5 for each value of the kernel. With gradients, that of x would be another.
+    """
+    waves = rows * (150 * (narrow + wide) + 5 * matrix.kernel.numel())
+    return not torch.is_grad_enabled() and waves > 60 * narrow * wide
+
+
 #: kind of matrix -> whether it is better multiplied as the matrix that it stands for, by `rows` vectors
 _AS_WEIGHT: dict[type, Callable[[Any, int, int, int], bool]] = {
     Dense: lambda matrix, rows, narrow, wide: True,
@@ -52,6 +62,8 @@ _AS_WEIGHT: dict[type, Callable[[Any, int, int, int], bool]] = {
     Tiled: lambda matrix, rows, narrow, wide: rows >= narrow,
     # A sampled product takes 8 times a dense one's work for each entry; looking entries up, for few tokens, less.
     Entries: lambda matrix, rows, narrow, wide: rows * matrix.values.numel() > narrow * wide,
+    BlockCirculant: _circulant,
+    Granular: lambda matrix, rows, narrow, wide: thin_costs_more(matrix.rank, rows, narrow, wide),
     HadamardProduct: lambda matrix, rows, narrow, wide: 3 * matrix.rank**2 * (narrow + wide) >= narrow * wide,
 }
 

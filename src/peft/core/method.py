@@ -24,6 +24,8 @@ class Method:
         prefix: beginning of the names of the method's tensors.
     """
 
+    #: fields of the configuration that all adapters of a model have to agree in
+    common_fields: ClassVar[tuple[str, ...]] = ()
     #: whether merging for good also takes off the wrappers of modules that are trained in full
     unwraps_saved: ClassVar[bool] = True
 
@@ -79,6 +81,15 @@ class Method:
 
     def check_config(self, adapter_name: str, config: Any) -> None:
         """Raises ValueError where an adapter does not go together with those that are there."""
+        others = [other for name, other in self.configs.items() if name != adapter_name]
+        for field in self.common_fields:
+            values = {getattr(other, field) for other in (*others, config)}
+            if len(values) > 1:
+                kind, there, new = config.peft_type.value, getattr(others[0], field), getattr(config, field)
+                raise ValueError(
+                    f"All {kind} adapters of a model need the same {field}: {there!r} is there, {adapter_name!r} has"
+                    f" {new!r}."
+                )
 
     @classmethod
     def start_is_replaceable(cls, config: Any) -> bool:

@@ -203,8 +203,8 @@ def run_routed(layer: AdapterLayer, route: Route, x: Tensor, *args: Any, **kwarg
     if len(groups) == 1:
         return run(layer, here, x, *args, **kwargs)
     changes = {name: layer.changes([name]) for name in here}
-    if all(c.additive and c.acts(op) for some in changes.values() for c in some):
-        # The base module runs once over all samples.
+    if all(type(c).enter is Change.enter and c.acts(op) for some in changes.values() for c in some):
+        # What goes in is the same for all adapters, so the base module runs once over all samples.
         y, rest = _parts(layer.base_layer(x, *args, **kwargs))
         y = _add_groups(layer, route, groups, changes, x, y)
         return y if rest is None else (y, *rest)
@@ -224,7 +224,7 @@ def _add_groups(
     x: Tensor,
     y: Tensor,
 ) -> Tensor:
-    """The output with what each sample's adapter adds; `groups` are adapters and their samples."""
+    """The output as each sample's adapter leaves it; `groups` are adapters and their samples."""
     op, dim, module = layer.op, layer.op.batch_dim, layer.get_base_layer()
     products = [some[0] for some in changes.values() if len(some) == 1 and type(some[0]) is LowRank]
     plain = op.linear and len(products) == len(changes) and all(product.is_product for product in products)

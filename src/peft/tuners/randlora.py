@@ -111,17 +111,7 @@ class RandLoraLayer(AdapterLayer):
 class RandLoraMethod(Method):
     """What RandLoRA shares: the bases, as large as the largest of its layers."""
 
-    def check_config(self, adapter_name: str, config: RandLoraConfig) -> None:
-        configs = [*(other for name, other in self.configs.items() if name != adapter_name), config]
-        for setting, meaning in (
-            ("projection_prng_key", "seed of the bases"),
-            ("save_projection", "choice to save them"),
-        ):
-            values = {getattr(other, setting) for other in configs}
-            if len(values) > 1:
-                raise ValueError(
-                    f"All RandLoRA adapters of a model need the same {meaning}, got {setting}={sorted(values)}."
-                )
+    common_fields = ("projection_prng_key", "save_projection")
 
     def share(self, plan: Plan, config: RandLoraConfig, adapter_name: str) -> dict[str, Tensor]:
         ops = [target.op for target in plan.targets]

@@ -91,15 +91,7 @@ class VeraLayer(AdapterLayer):
 class VeraMethod(Method):
     """What VeRA shares: the projections, as large as the largest of its layers."""
 
-    def check_config(self, adapter_name: str, config: VeraConfig) -> None:
-        others = [other for name, other in self.configs.items() if name != adapter_name]
-        if any(other.projection_prng_key != config.projection_prng_key for other in others):
-            raise ValueError(
-                "All VeRA adapters of a model need the same projection key, got projection_prng_key="
-                f"{sorted({c.projection_prng_key for c in (*others, config)})}."
-            )
-        if any(other.save_projection != config.save_projection for other in others):
-            raise ValueError("Either all or none of a model's VeRA adapters save their projection (save_projection).")
+    common_fields = ("projection_prng_key", "save_projection")
 
     def share(self, plan: Plan, config: VeraConfig, adapter_name: str) -> dict[str, Tensor]:
         ops = [target.op for target in plan.targets]

@@ -1,0 +1,69 @@
+"""Bias-efficient fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import LayerConfig
+from peft.core.change import Bias
+from peft.core.layer import AdapterLayer
+from peft.core.slots import Slot
+from peft.core.tuner import BaseTuner
+from peft.registry import PeftType
+
+
+@dataclass
+class BeftConfig(LayerConfig):
+    """Bias-efficient fine-tuning (arXiv:2509.15974): y = W x + b + `beft_bias`, with a trained vector [1, out].
+
+    By default the value projections are the targets. A module without bias gets one as long as the adapter is there;
+    there is no place to merge it into.
+
+    Args:
+        init_weights: start at zero, without effect; False starts at random.
+    """
+
+    init_weights: bool = True
+
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(
+        ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.BEFT
+
+
+class BeftLayer(AdapterLayer):
+    """A module with a vector added to its output; not an embedding or a bare parameter, where biases are none."""
+
+    slots: ClassVar[dict[str, Slot]] = {"beft_bias": Slot()}
+    kinds = AdapterLayer.kinds - {"Embedding", "Parameter"}
+    label = "beft"
+
+    beft_bias: nn.ParameterDict
+
+    def create(self, name: str, config: BeftConfig) -> None:
+        shape = 1, self.out_features
+        self.beft_bias[name] = nn.Parameter(torch.zeros(shape) if config.init_weights else torch.randn(shape))
+
+    def change(self, name: str) -> Bias:
+        return Bias(self.beft_bias[name].flatten())
+
+    def check_merge(self, name: str) -> None:
+        if self.get_base_bias() is None:
+            raise ValueError(
+                f"Adapter {name!r} adds to the bias, and there is a {self.op.kind} without bias that it cannot be"
+                " merged into. Keep the adapter, or leave such modules out of target_modules."
+            )
+
+
+class BeftModel(BaseTuner):
+    """A model with trained vectors added to the outputs of its modules."""
+
+    prefix = "beft_"
+    layer_class = BeftLayer

@@ -1,0 +1,110 @@
+"""Circular convolution adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import Add
+from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.scaled import pattern_value
+from peft.core.slots import Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.ops.circulant import BlockCirculant
+from peft.registry import PeftType
+
+#: `init_weights` by name -> how the kernel is drawn
+STARTS: dict[str, Any] = {
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "kaiming_uniform": lambda kernel: nn.init.kaiming_uniform_(kernel, a=5**0.5),
+    "gaussian": nn.init.normal_,
+}
+
+
+@dataclass
+class C3AConfig(LayerConfig):
+    """Circular convolution adaptation (arXiv:2407.19342): W' = W + C / in.
+
+    C consists of circulant blocks of size b = block_size: block (m, n) has the entry w[m, n, (j - i) mod b] at (i, j),
+    for the trained `c3a_kernel` w [out / b, in / b, b]. Its rank is not bounded by the number of its values.
+
+    Args:
+        block_size: size of the blocks, which divides both sides of each weight; the larger, the fewer values.
+        block_size_pattern: block sizes of single modules: name or regular expression for its end -> size.
+        init_weights: how the kernel is drawn: `"xavier_uniform"`, `"kaiming_uniform"` or `"gaussian"`; True starts at
+            zero, without effect, False as `"xavier_uniform"`.
+    """
+
+    block_size: int = 256
+    block_size_pattern: dict[str, int] | None = field(default_factory=dict)
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
+
+    positive_fields = ("block_size",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+    pattern_fields: ClassVar[tuple[str, ...]] = ("block_size_pattern",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.C3A
+        self.block_size_pattern = self.block_size_pattern or {}
+        for pattern, size in self.block_size_pattern.items():
+            if size < 1:
+                raise ValueError(f"The block size must be a positive integer, got {size} for {pattern!r}.")
+        if not isinstance(self.init_weights, bool) and self.init_weights not in STARTS:
+            raise ValueError(f"init_weights must be True, False or one of {sorted(STARTS)}, got {self.init_weights!r}.")
+
+
+class C3ALayer(AdapterLayer):
+    """A module with a matrix of circulant blocks added to its weight."""
+
+    slots: ClassVar[dict[str, Slot]] = {"c3a_kernel": Slot()}
+    label = "c3a"
+
+    c3a_kernel: nn.ParameterDict
+    block_size = Setting[int]()
+
+    def create(self, name: str, config: C3AConfig, block_size: int = 0) -> None:
+        b = self.block_size[name] = block_size or config.block_size
+        kernel = torch.zeros(self.out_features // b, self.in_features // b, b)
+        if config.init_weights is not True:
+            STARTS[config.init_weights or "xavier_uniform"](kernel)
+        self.c3a_kernel[name] = nn.Parameter(kernel)
+
+    def change(self, name: str) -> Add:
+        kernel = self.c3a_kernel[name]
+        # There are transforms for single and double precision only.
+        kernel = kernel if kernel.dtype == torch.float64 else kernel.float()
+        return Add(BlockCirculant(kernel / self.in_features))
+
+    @classmethod
+    def check(cls, config: C3AConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        b = pattern_value(config.block_size_pattern or {}, key, config.block_size)
+        # The projections of attention, and experts, have blocks of their own.
+        rows = op.out_features // 3 if op.kind == "MultiheadAttention" else op.out_features
+        rows = getattr(op, "expert_out_features", rows)
+        if rows % b or op.in_features % b:
+            raise ValueError(
+                f"The block size must be a factor of both sides of a weight; {b} is none for {key!r}, which is"
+                f" {rows} x {op.in_features}. Choose another block_size, or one for this module in block_size_pattern."
+            )
+
+
+class C3AMethod(Method):
+    """The size of each module's blocks."""
+
+    def layer_settings(self, config: C3AConfig, key: str) -> dict[str, Any]:
+        return {"block_size": pattern_value(config.block_size_pattern or {}, key, config.block_size)}
+
+
+class C3AModel(BaseTuner):
+    """A model with circular convolution adapters."""
+
+    prefix = "c3a_"
+    layer_class = C3ALayer
+    method_class = C3AMethod

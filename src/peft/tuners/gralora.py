@@ -1,0 +1,124 @@
+"""Granular low-rank adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import Add, Change, LowRank
+from peft.core.layer import AdapterLayer
+from peft.core.slots import Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.ops.granular import Granular
+from peft.registry import PeftType
+
+
+@dataclass
+class GraloraConfig(LayerConfig):
+    """Granular low-rank adaptation (arXiv:2505.20355): W' = W + alpha / (r + hybrid_r) (M + B A).
+
+    M is cut into gralora_k x gralora_k blocks, each of rank r / gralora_k with factors of its own: `gralora_A`
+    [k, in / k, r] and `gralora_B` [k, r, out / k]. It has as many values as a matrix of rank r and is of rank
+    gralora_k * r. B A is of rank hybrid_r: `gralora_A_general` and `gralora_B_general`.
+
+    Args:
+        r: rank of a row of blocks, which gralora_k divides.
+        hybrid_r: rank of the part that has no blocks; 0 leaves it out.
+        alpha: numerator of the scale.
+        gralora_dropout: probability of dropout on the adapter's input.
+        gralora_k: blocks along each side of the weight, which it divides.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        init_weights: start with factors of zero on the side of the output, without effect; False starts at random.
+    """
+
+    r: int = 32
+    hybrid_r: int = 0
+    alpha: int = 64
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+    positive_fields = ("r", "gralora_k")
+    nonnegative_fields = ("hybrid_r", "alpha")
+    fraction_fields = ("gralora_dropout",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.GRALORA
+        if self.r % self.gralora_k:
+            raise ValueError(f"gralora_k must divide r, got r={self.r} and gralora_k={self.gralora_k}.")
+
+
+class GraloraLayer(AdapterLayer):
+    """A module with a matrix of low-rank blocks added to its weight."""
+
+    slots: ClassVar[dict[str, Slot]] = {
+        "gralora_A": Slot(), "gralora_B": Slot(),
+        "gralora_A_general": Slot(modules=True), "gralora_B_general": Slot(modules=True),
+    }  # fmt: skip
+    label = "gralora"
+
+    gralora_A: nn.ParameterDict
+    gralora_B: nn.ParameterDict
+    gralora_A_general: nn.ModuleDict
+    gralora_B_general: nn.ModuleDict
+    r = Setting[int]()
+    hybrid_r = Setting[int]()
+    scaling = Setting[float]()
+    gralora_dropout = Setting[float]()
+
+    def create(self, name: str, config: GraloraConfig) -> None:
+        self.r[name], self.hybrid_r[name] = config.r, config.hybrid_r
+        self.scaling[name] = config.alpha / (config.r + config.hybrid_r)
+        self.gralora_dropout[name] = config.gralora_dropout
+        k, random = config.gralora_k, not config.init_weights
+        downs, ups = [], []
+        for _ in range(k):
+            downs.append(_uniform(config.r, self.in_features // k).T)
+            shape = self.out_features // k, config.r
+            ups.append((_uniform(*shape) if random else torch.zeros(shape)).T)
+        self.gralora_A[name], self.gralora_B[name] = nn.Parameter(torch.stack(downs)), nn.Parameter(torch.stack(ups))
+        if config.hybrid_r:
+            down = nn.Linear(self.in_features, config.hybrid_r, bias=False)
+            up = nn.Linear(config.hybrid_r, self.out_features, bias=False)
+            down.reset_parameters()  # drawn twice, as by huggingface/peft, for the same start from the same seed
+            up.reset_parameters() if random else nn.init.zeros_(up.weight)
+            self.gralora_A_general[name], self.gralora_B_general[name] = down, up
+
+    def change(self, name: str) -> Iterator[Change]:
+        scale, p = self.scaling[name], self.gralora_dropout[name] if self.training else 0.0
+        yield Add(Granular(self.gralora_A[name], self.gralora_B[name] * scale), dropout=p)
+        if self.hybrid_r[name]:
+            down: Any = self.gralora_A_general[name]
+            up: Any = self.gralora_B_general[name]
+            yield LowRank(down.weight, up.weight, scale, p)
+
+    @classmethod
+    def check(cls, config: GraloraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if op.in_features % config.gralora_k or op.out_features % config.gralora_k:
+            raise ValueError(
+                f"gralora_k={config.gralora_k} must divide both sides of the weight of {key!r}, which is"
+                f" {op.out_features} x {op.in_features}."
+            )
+        if config.gralora_dropout and not op.linear:
+            raise ValueError(f"gralora_dropout needs linear layers; {key!r} is a {op.kind}.")
+
+
+def _uniform(out_features: int, in_features: int) -> torch.Tensor:
+    """What `nn.Linear` starts with: [out, in]."""
+    return nn.init.kaiming_uniform_(torch.empty(out_features, in_features), a=5**0.5)
+
+
+class GraloraModel(BaseTuner):
+    """A model with GraLoRA adapters."""
+
+    prefix = "gralora_"
+    layer_class = GraloraLayer

@@ -1,0 +1,137 @@
+"""Probabilistic vector-based random matrix adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import LowRank
+from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.plan import Plan
+from peft.core.slots import Buffers, Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.registry import PeftType
+
+
+@dataclass
+class PveraConfig(LayerConfig):
+    """Probabilistic VeRA (arXiv:2512.07703): y = W x + b * (B z), for z drawn from a normal distribution.
+
+    Its means and the logarithms of its variances are the two halves of d * (A x). A [2 r, in] and B [out, r] are
+    random, frozen and shared by all layers, cut to the size that each needs; the vectors d [2 r] and b [out] are
+    trained. In evaluation z is the mean, and so it is in a merged weight.
+
+    Args:
+        r: rank of the shared projections.
+        projection_prng_key: seed of the projections.
+        save_projection: store them in the checkpoint; without, they are made again from the seed.
+        pvera_dropout: probability of dropout on the adapter's input.
+        d_initial: start value of d.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        init_weights: start b at zero, without effect; False starts it at one, and d at random.
+        sample_at_inference: draw z in evaluation too.
+        generator_seed: seed of what each layer draws; None draws from torch's own generator.
+    """
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    pvera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+    sample_at_inference: bool = False
+    generator_seed: int | None = None
+
+    positive_fields = ("r",)
+    fraction_fields = ("pvera_dropout",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PVERA
+
+
+class PveraLayer(AdapterLayer):
+    """A linear module with vectors that scale the shared projections. Each vector of its input has a z of its own."""
+
+    slots: ClassVar[dict[str, Slot]] = {
+        "pvera_lambda_b": Slot(), "pvera_lambda_d": Slot(),
+        "pvera_A": Slot(trained=False, shared=True, stored="save_projection"),
+        "pvera_B": Slot(trained=False, shared=True, stored="save_projection"),
+    }  # fmt: skip
+    kinds = frozenset(("Linear", "Conv1D"))
+    label = "pvera"
+
+    pvera_lambda_b: nn.ParameterDict
+    pvera_lambda_d: nn.ParameterDict
+    pvera_A: Buffers
+    pvera_B: Buffers
+    r = Setting[int]()
+    pvera_dropout = Setting[float]()
+    sample_at_inference = Setting[bool]()
+    generator_seed = Setting[int | None]()
+    generator = Setting[torch.Generator]()
+
+    def create(self, name: str, config: PveraConfig) -> None:
+        self.r[name], self.pvera_dropout[name] = config.r, config.pvera_dropout
+        self.sample_at_inference[name], self.generator_seed[name] = config.sample_at_inference, config.generator_seed
+        if config.init_weights:
+            d, b = torch.full((2 * config.r,), float(config.d_initial)), torch.zeros(self.out_features)
+        else:
+            d, b = torch.randn(2 * config.r), torch.ones(self.out_features)
+        self.pvera_lambda_d[name], self.pvera_lambda_b[name] = nn.Parameter(d), nn.Parameter(b)
+
+    def change(self, name: str) -> LowRank:
+        b, d, r = self.pvera_lambda_b[name], self.pvera_lambda_d[name], self.r[name]
+        a = self.pvera_A[name][:, : self.in_features].to(d)
+        up = self.pvera_B[name][: self.out_features].to(b)
+        p = self.pvera_dropout[name] if self.training else 0.0
+        mean = LowRank(a[:r], up, dropout=p, middle=d[:r], factors=b)
+        if not (self.training or self.sample_at_inference[name]):
+            return mean
+        return replace(mean, down=a[:r] * d[:r, None], middle=None, low=lambda x: self.sample(name, x, a, d))
+
+    def sample(self, name: str, x: Tensor, a: Tensor, d: Tensor) -> Tensor:
+        """z for each vector of x [..., in]: [..., r]."""
+        mean, log_variance = (F.linear(x, a.to(x.dtype)) * d.to(x.dtype)).chunk(2, dim=-1)
+        noise = torch.randn(mean.shape, generator=self.noise(name, x), dtype=mean.dtype, device=mean.device)
+        return mean + noise * torch.exp(0.5 * log_variance)
+
+    def noise(self, name: str, x: Tensor) -> torch.Generator | None:
+        """The generator that adapter `name` draws from here; None for torch's own."""
+        seed, generator = self.generator_seed[name], self.generator.get(name)
+        if seed is not None and (generator is None or generator.device != x.device):
+            generator = self.generator[name] = torch.Generator(x.device).manual_seed(seed)
+        return generator
+
+
+class PveraMethod(Method):
+    """What PVeRA shares: the projections, as large as the largest of its layers."""
+
+    common_fields = ("projection_prng_key", "save_projection")
+
+    def share(self, plan: Plan, config: PveraConfig, adapter_name: str) -> dict[str, Tensor]:
+        ops: list[BaseOp] = [target.op for target in plan.targets]
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        a = torch.empty(2 * config.r, max(op.in_features for op in ops))
+        b = torch.empty(max(op.out_features for op in ops), config.r)
+        return {
+            "pvera_A": nn.init.kaiming_uniform_(a, generator=generator),
+            "pvera_B": nn.init.kaiming_uniform_(b, generator=generator),
+        }
+
+
+class PveraModel(BaseTuner):
+    """A model with PVeRA adapters; `pvera_A` and `pvera_B` hold the projections that an adapter's layers share."""
+
+    prefix = "pvera_lambda_"
+    layer_class = PveraLayer
+    method_class = PveraMethod
