@@ -81,8 +81,7 @@ def _fused(layer: AdapterLayer, change: Any, x: Tensor, weight: Tensor, bias: Te
     """The output of a frozen linear layer with one change; None where there is nothing to gain."""
     dtype = weight.dtype
     rows, (narrow, wide) = x.numel() // x.shape[-1], sorted(weight.shape)
-    # In half precision, a change that is small beside the weight would be rounded away in the sum.
-    summable = dtype.itemsize >= 4 and is_plain(layer.get_base_layer(), layer.op.weight_name)
+    summable = dtype.itemsize >= 4  # else a change that is small beside the weight would be rounded away in the sum
     if type(change) is LowRank:
         if summable and change.is_matrix and costs.low_rank_as_weight(change, rows, narrow, wide):
             down, up = (factor.to(dtype) for factor in change.folded())
@@ -110,17 +109,19 @@ def _frozen_linear(layer: AdapterLayer, x: Tensor) -> tuple[Tensor, Tensor | Non
     None where the module is more than that product, is trained, or is watched: then it has to be called.
     """
     base: Any = layer._modules["base_layer"]  # past `__getattr__`, which takes longer
-    if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
+    if (type(base) is not nn.Linear and type(base).__name__ != "Conv1D") or "forward" in base.__dict__:
         return None
-    if is_watched(base) or "forward" in base.__dict__ or type(base.weight) is not nn.Parameter:
+    held, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if type(held) is not nn.Parameter or held.requires_grad or (bias is not None and bias.requires_grad):
         return None
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+    if is_watched(base):
         return None
-    dtype, weight, bias = compute_dtype(x), layer.op.matrix(base.weight), base.bias
-    if weight.dtype != dtype:
-        if dtype == x.dtype:  # no autocast: the base itself says what it thinks of the mixture
-            return None
-        weight = weight.to(dtype)
+    dtype, weight = compute_dtype(x), layer.op.matrix(held)
+    if weight.dtype == dtype:
+        return weight, bias
+    if dtype == x.dtype:  # no autocast: the base itself says what it thinks of the mixture
+        return None
+    weight = weight.to(dtype)
     return weight, bias if bias is None else bias.to(dtype)
 
 

@@ -128,8 +128,14 @@ def needs_plain(*tensors: Tensor | None) -> bool:
 
 def _mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left right, computed in `dtype` whatever autocast says: it leaves products alone that are told where to go."""
+    if not torch.is_autocast_enabled(left.device.type):
+        return torch.mm(_as(left, dtype), _as(right, dtype))
     out = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
     return torch.mm(left.to(dtype), right.to(dtype), out=out)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float, overwrite: bool) -> Tensor:
@@ -141,7 +147,7 @@ def _add_product(out: Tensor, low: Tensor, b: Tensor, scaling: float, overwrite:
             return (flat + product).to(out.dtype).view(out.shape)
         flat.add_(product)
         return out
-    b = b.to(out.dtype)
+    b = _as(b, out.dtype)
     if overwrite:
         flat.addmm_(low, b.T, alpha=scaling)
         return out

@@ -218,8 +218,10 @@ class LoraLayer(AdapterLayer):
         """scaling B A, and the bias that belongs to it."""
         modules: Any = self._modules
         a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        offset = None if b.bias is None else b.bias * self.scaling[name]
-        change = LowRank(*self.flat_factors(*self.factors(name)), self.scaling[name], self.dropout_of(name), offset)
+        scaling = self.records[name].scaling
+        offset = None if b.bias is None else b.bias * scaling
+        down, up = self.flat_factors(_weight(a), _weight(b))
+        change = LowRank(down, up, scaling, self.dropout_of(name), offset)
         if self.op.linear and not (is_plain(a) and is_plain(b)):  # somebody wants to see them called
             change.low, change.high = partial(_call, a), partial(_call, b)
         return change
@@ -229,7 +231,7 @@ class LoraLayer(AdapterLayer):
         return self.low_rank(name).delta()
 
     def change(self, name: str) -> Change | Iterable[Change]:
-        variant = self.lora_variant.get(name)
+        variant = self.records[name].__dict__.get("lora_variant")
         return self.low_rank(name) if variant is None else variant.change(self, name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -253,7 +255,8 @@ class LoraLayer(AdapterLayer):
 
     def dropout_of(self, name: str) -> float:
         """Probability of dropout on the adapter's input at present."""
-        dropout = self.lora_dropout[name]
+        modules: Any = self._modules
+        dropout = modules["lora_dropout"]._modules[name]
         return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
     def key_map(self, name: str) -> dict[str, str]:
