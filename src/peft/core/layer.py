@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peft.config import PeftConfig
 from peft.core import merging
 from peft.core.base_op import BaseOp, NormOp, ParameterOp, base_op
-from peft.core.part import Part
+from peft.core.part import Part, as_names
 from peft.core.routing import Route
 from peft.core.running import RUN_BASE, RUN_CHAIN, RUN_WEIGHT, run_routed, run_with_weight
 from peft.core.storage import onloaded, place_of, storage_of
@@ -357,7 +357,7 @@ class AdapterLayer(Part):
 
     def names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         """Which adapters of this layer a merge of `adapter_names` (None: of the active ones) concerns."""
-        wanted = self._active if adapter_names is None else adapter_names
+        wanted = self._active if adapter_names is None else as_names(adapter_names)
         here = [name for name in wanted if self.has(name)]
         merged = [name for name in here if name in self._merged.names]
         if merged:

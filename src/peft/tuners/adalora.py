@@ -77,7 +77,7 @@ class AdaLoraConfig(LayerConfig):
     ensure_weight_tying: bool = False
     r: int = 8
     use_rslora: bool = False
-    alpha_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     loftq_config: Any = field(default_factory=dict)

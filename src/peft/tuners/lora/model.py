@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft.core.base_op import ParallelLinearOp, base_op
 from peft.core.layer import AdapterLayer
+from peft.core.part import as_names
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
@@ -237,6 +238,7 @@ class LoraModel(BaseTuner):
                 out of range or missing, or an adapter is on a bare parameter.
             RuntimeError: an unknown `majority_sign_method`.
         """
+        adapters = as_names(adapters)
         how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         add_weighted_adapter(self, adapters, weights, adapter_name, how)
 
