@@ -103,6 +103,8 @@ class PeftConfigMixin:
             check_value(field.name, value, kind, own_class.__name__)
             if "dropout" in field.name and isinstance(value, (int, float)) and not 0 <= value <= 1:
                 raise ValueError(f"{field.name} is a probability: at least 0 and at most 1; got {value}.")
+            if isinstance(value, (list, tuple, set)) and "" in value:
+                raise ValueError(f"{field.name} has an empty name in it: {shown(value)}.")
         for name in self._all_of("positive_fields"):
             value, kind = getattr(self, name), kinds.get(name, Any)
             if value is not None and not value > 0:
@@ -188,8 +190,9 @@ class PeftConfigMixin:
         if dropped:
             written_by = kwargs.get("peft_version")
             warnings.warn(
-                f"{config_class.__name__} has no field {', '.join(map(shown, dropped[:20]))}; ignored. The configuration"
-                f" was written by version {written_by or 'unknown'}, this is {__version__}: a newer version may be needed.",
+                f"{config_class.__name__} has no field {', '.join(map(shown, dropped[:20]))}; ignored. The file"
+                f" was written by version {shown(written_by or 'unknown')}, this is {__version__}: a newer one may be"
+                " needed.",
                 PeftWarning,
                 stacklevel=3,
             )

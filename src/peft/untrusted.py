@@ -101,7 +101,8 @@ def note_source(config: Any, source: str | os.PathLike, fields: Iterable[str], b
             patterns.check(pattern, trusted=False)
         except patterns.PatternError as error:
             raise ValueError(f"{field}: {error}.") from None
-    places = {field: copy.deepcopy(getattr(config, field)) for field in PLACES if field in said}
+    there = [field for field in PLACES if field in said and hasattr(config, field)]
+    places = {field: copy.deepcopy(getattr(config, field)) for field in there}
     config.__dict__["_said_by"] = (os.fspath(source), places)
 
 

@@ -107,7 +107,8 @@ def get_peft_model_state_dict(
     else:
         tensors = {}
         if _wants_embeddings(model, config, save_embedding_layers):
-            slots.update(_embedding_slots(model, config))
+            plain, adapted = _embedding_slots(model)
+            slots.update(adapted if adapted and not _vocabulary_changed(model, config) else plain | adapted)
     for key, slot in slots.items():
         tensors[key] = slot.tensor.detach() if state_dict is None else state_dict[slot.live_name]
     write_tensors = getattr(method_of(config.peft_type).model_class, "write_tensors", None)
@@ -162,11 +163,6 @@ def _names_embeddings(config: Any) -> bool:
     return bool(targets) and any(ends_with(target, set(EMBEDDING_LAYER_NAMES)) for target in targets)
 
 
-def _embeddings_are_meant(model: nn.Module, config: Any) -> bool:
-    """Whether it is to be expected that a file holds embeddings of the base model."""
-    return _names_embeddings(config) or bool(getattr(config, "trainable_token_indices", None))
-
-
 def _wants_embeddings(model: nn.Module, config: Any, choice: bool | str) -> bool:
     if choice != "auto":
         return bool(choice)
@@ -193,8 +189,8 @@ def _vocabulary_changed(model: nn.Module, config: Any) -> bool:
     return isinstance(before, int) and before != now
 
 
-def _embedding_slots(model: nn.Module, config: Any) -> dict[str, Slot]:
-    """The base weights of the embedding and the output layer: of those that have adapters, if one has."""
+def _embedding_slots(model: nn.Module) -> tuple[dict[str, Slot], dict[str, Slot]]:
+    """The base weights of the embedding and the output layer: of those without adapters, and of those with."""
     slots: dict[str, Slot] = {}
     adapted: dict[str, Slot] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -212,7 +208,7 @@ def _embedding_slots(model: nn.Module, config: Any) -> dict[str, Slot]:
         for name, _ in base.named_parameters(recurse=False):
             live = f"{path}{'.base_layer' * depth}.{name}"
             (adapted if depth else slots)[_in_files(model, live)] = Slot(live, base, name)
-    return adapted if adapted and not _vocabulary_changed(model, config) else slots | adapted
+    return slots, adapted
 
 
 def set_peft_model_state_dict(
@@ -286,7 +282,7 @@ class Places:
     """Where tensors out of a file may go, beside the slots of the adapter.
 
     Of the base model, those are the tensors that the configuration accounts for: biases that are trained, and the
-    embeddings, which are saved along where the vocabulary has grown.
+    embeddings, which are saved along where they have adapters or the vocabulary has grown.
     """
 
     def __init__(
@@ -294,10 +290,9 @@ class Places:
     ):
         self._model, self._injected, self._slots = model, not isinstance(model, PromptHost), slots
         self._biases = {_place(slot) for slot in _bias_slots(model, config, adapter_name).values()}
-        self._embeddings = set()
-        if not config.is_prompt_learning:
-            self._embeddings = {_place(slot) for slot in _embedding_slots(model, config).values()}
-        self._embeddings_accounted = not self._embeddings or _embeddings_are_meant(model, config)
+        plain, adapted = ({}, {}) if config.is_prompt_learning else _embedding_slots(model)
+        self._adapted = {_place(slot) for slot in adapted.values()}
+        self._embeddings = {_place(slot) for slot in plain.values()}
         self._raw = self._raw_names(adapter_name, [*keys])
         self._refused: list[str] = []
         self._replaced: list[str] = []
@@ -336,10 +331,10 @@ class Places:
         slot = base_slot(self._model, key)
         if slot is None:
             return None
-        if _place(slot) in self._biases:
+        if _place(slot) in self._biases | self._adapted:
             return slot
         if _place(slot) in self._embeddings:
-            if not self._embeddings_accounted and not same(slot.tensor, value):
+            if not same(slot.tensor, value):
                 self._replaced.append(key)
             return slot
         self._refused.append(key)

@@ -162,7 +162,8 @@ class VBLoRAModel(BaseTuner):
     def fill_in(self, adapter_name: str) -> None:
         bank = self.vblora_vector_bank[adapter_name]
         if bank.is_meta:
-            bank.data = _new_bank(self.peft_config[adapter_name]).to(bank.dtype)
+            made = _new_bank(self.peft_config[adapter_name]).to(bank.dtype)
+            self.vblora_vector_bank[adapter_name] = nn.Parameter(made, requires_grad=bank.requires_grad)
         super().fill_in(adapter_name)
 
     def make_layer(self, config: VBLoRAConfig, target: nn.Module, parameter_name: str | None, key: str) -> VBLoRALayer:
