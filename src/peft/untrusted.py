@@ -45,6 +45,15 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         raise AdapterFileError(f"{where} is no file.")
     with open(path, "rb") as file:
         text = file.read(MAX_BYTES + 1)
+    return parse_json(text, where)
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """The mapping that a text is; `where` says for messages where it comes from.
+
+    Raises:
+        AdapterFileError: it is none, or one that is too large or too deep.
+    """
     if len(text) > MAX_BYTES:
         raise AdapterFileError(f"{where} is larger than {MAX_BYTES >> 20} MiB, which no configuration is.")
     try:
@@ -59,7 +68,9 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         raise AdapterFileError(f"{where} holds a {type(content).__name__}, not a mapping of fields.")
     for field, value in content.items():
         if _depth(value) > MAX_DEPTH:
-            raise AdapterFileError(f"{where}: {field} has lists or mappings in each other more than {MAX_DEPTH} deep.")
+            raise AdapterFileError(
+                f"{where}: {shown(field)} has lists or mappings in each other more than {MAX_DEPTH} deep."
+            )
     return content
 
 
