@@ -87,8 +87,7 @@ def replace_files(
             _commit(folder, stage)
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # where it was not committed
-        with suppress(OSError):
-            _unlock(lock)
+        _unlock(lock)
     try:
         _sync(folder)
         settle(folder)
@@ -345,4 +344,5 @@ def _held(folder: str | os.PathLike, shared: bool = False, ask: bool = True) -> 
 
 def _unlock(descriptor: int | None) -> None:
     if descriptor is not None:
-        os.close(descriptor)
+        with suppress(OSError):
+            os.close(descriptor)
