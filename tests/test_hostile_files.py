@@ -461,7 +461,18 @@ def test_pickles_that_hold_something_else_are_named(tmp_path, kind, legacy):
     assert not (tmp_path / "harm").exists()
 
 
-@pytest.mark.parametrize("text", [b"", b"\0" * 999, b"PK\x03\x04", pickle.dumps({"a": 1}), b"\x80\x02}."])
+NO_PICKLES = {
+    "empty": b"",
+    "zeros": b"\0" * 999,
+    "cut short": b"PK\x03\x04",
+    "of other things": pickle.dumps({"a": 1}),
+    "nothing in it": b"\x80\x02}.",
+    "a text of two gigabytes": b"\x80\x02X\xff\xff\xff\x7fabc",
+    "one disk of several": b"PK\x06\x07\1" + b"\0" * 11 + b"\5\0\0\0" + b"PK\x05\x06" + b"\0" * 18,
+}
+
+
+@pytest.mark.parametrize("text", NO_PICKLES.values(), ids=NO_PICKLES)
 def test_pickles_that_are_none_are_named(tmp_path, text):
     folder = saved(tmp_path / "a")
     (folder / WEIGHTS).unlink()

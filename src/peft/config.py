@@ -103,7 +103,7 @@ class PeftConfigMixin:
             check_value(field.name, value, kind, own_class.__name__)
             if "dropout" in field.name and isinstance(value, (int, float)) and not 0 <= value <= 1:
                 raise ValueError(f"{field.name} is a probability: at least 0 and at most 1; got {value}.")
-            if isinstance(value, (list, tuple, set)) and "" in value:
+            if field.name == "modules_to_save" and "" in (value or ()):
                 raise ValueError(f"{field.name} has an empty name in it: {shown(value)}.")
         for name in self._all_of("positive_fields"):
             value, kind = getattr(self, name), kinds.get(name, Any)

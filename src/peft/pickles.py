@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import zipfile
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,19 +36,17 @@ def read_pickle(path: str, device: torch.device | str = "cpu", asked: bool = Tru
             f"{path} is a pickle, and with torch {torch.__version__} reading one may run code that it holds"
             " (CVE-2025-32434). Install torch 2.6 or later, or, if you trust it, pass use_safetensors=False."
         )
-    # Files older than torch 1.6 are not archives, and cannot be mapped into memory
-    archive = zipfile.is_zipfile(path)
     try:
-        if archive:
+        if zipfile.is_zipfile(path):
             _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:  # older than torch 1.6; out of memory, where a length that is wrong makes no room for so much
+            content = torch.load(BytesIO(Path(path).read_bytes()), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0]
         raise WeightsFileError(f"{path} is damaged, or holds more than tensors, which is not read: {reason}") from error
-    except MemoryError:
-        raise
     except Exception as error:  # torch lets through whatever comes up in it
         raise WeightsFileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
