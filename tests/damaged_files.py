@@ -9,21 +9,54 @@ import pickle
 import random
 import shutil
 import struct
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import peft
 import tiny_models
-from peft import get_peft_config, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_config, get_peft_model
+from peft.errors import AdapterFileError
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, WEIGHTS, PICKLE, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"
 #: the folder beside the adapter's that nothing may touch
 CANARY = "canary"
+
+
+def lora(**fields) -> LoraConfig:
+    return LoraConfig(**{"target_modules": ["lin0", "lin1"], "r": 4, "init_lora_weights": False, **fields})
+
+
+def saved(folder: Path, config: PeftConfig | None = None, model: torch.nn.Module | None = None, **options) -> Path:
+    torch.manual_seed(1)
+    get_peft_model(model or tiny_models.MLP(), config or lora()).save_pretrained(folder, **options)
+    return folder
+
+
+def change(folder: Path, **fields) -> None:
+    """Writes fields into the configuration of a saved adapter."""
+    content = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**content, **fields}))
+
+
+def refused(folder: Path, *words: str, model: torch.nn.Module | None = None, error: type = AdapterFileError) -> str:
+    """Loads what has to be refused at once, leaving the model as it was; the error names the folder and `words`."""
+    model = model or tiny_models.MLP()
+    before, start = tiny_models.state(model), time.process_time()
+    with warnings.catch_warnings(), pytest.raises(error) as raised:
+        warnings.simplefilter("ignore")
+        PeftModel.from_pretrained(model, folder)
+    assert time.process_time() - start < 2
+    tiny_models.assert_same_state(model, before)
+    for word in (str(folder), *words):
+        assert word in str(raised.value), (word, str(raised.value))
+    return str(raised.value)
 
 
 # ---- the valid adapters

@@ -259,13 +259,7 @@ def set_peft_model_state_dict(
         found.append((key, value, slot))
     places.warn()
     _warn_if_not_finite(adapter_name, found)
-    if wrong and not ignore_mismatched_sizes:
-        listed = "\n  ".join(text for _, text in wrong[:20]) + (
-            f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        )
-        raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {adapter_name!r}:\n  {listed}")
-    if wrong:
-        warnings.warn(f"Left out for their size: {'; '.join(text for _, text in wrong)}.", PeftWarning, stacklevel=2)
+    _report_sizes(adapter_name, [text for _, text in wrong], ignore_mismatched_sizes)
     with torch.no_grad():
         for key, value, slot in found:
             if slot is not None and slot.tensor.is_meta:
@@ -356,6 +350,15 @@ class Places:
                 PeftWarning,
                 stacklevel=3,
             )
+
+
+def _report_sizes(adapter_name: str, wrong: list[str], ignore: bool) -> None:
+    """Raises RuntimeError where shapes differ, or warns of it if they are to be left out."""
+    if wrong and not ignore:
+        listed = "\n  ".join(wrong[:20]) + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+        raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {adapter_name!r}:\n  {listed}")
+    if wrong:
+        warnings.warn(f"Left out for their size: {'; '.join(wrong)}.", PeftWarning, stacklevel=3)
 
 
 def same(tensor: Tensor, other: Tensor) -> bool:

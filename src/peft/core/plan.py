@@ -140,8 +140,7 @@ def get_pattern_key(entries: Iterable[str], key: str) -> str:
 
 def layer_index(key: str, layers_pattern: str | Iterable[str] | None) -> int | None:
     """The number of the layer that a module belongs to, as `layers_to_transform` counts: the outermost that fits."""
-    given = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
-    parts = key.split(".")
+    given, parts = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ()), key.split(".")
     for pattern in given or [r"[^.]*"]:
         for place in range(1, len(parts) - 1):
             before = ".".join(parts[:place])
@@ -381,8 +380,8 @@ def _check_matches(
         missing = sorted(set([wanted] if isinstance(wanted, int) else wanted) - indices)
         if missing:
             unmatched.append(f"layers_to_transform index {', '.join(map(str, missing))}")
-        given = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or ()
-        for pattern in given:
+        given = config.layers_pattern or ()
+        for pattern in [given] if isinstance(given, str) else given:
             if all(layer_index(name, pattern) is None for name in names):
                 unmatched.append(f"layers_pattern {pattern!r}")
     if unmatched:
