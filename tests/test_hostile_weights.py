@@ -231,3 +231,15 @@ def test_a_broken_configuration_of_the_base_model_stops_no_save(tmp_path, text):
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "a")
     assert not any("embed" in key for key in load_file(tmp_path / "a" / WEIGHTS))
+
+
+@pytest.mark.parametrize("method", ["LoraConfig", "AdaLoraConfig", "ShiraConfig", "VBLoRAConfig"])
+def test_a_number_in_place_of_a_matrix(tmp_path, method):
+    fields = {"AdaLoraConfig": {"total_step": 10}, "ShiraConfig": {"r": 2}}
+    fields["VBLoRAConfig"] = {"num_vectors": 8, "vector_length": 4}
+    config = getattr(peft, method)(target_modules=["lin0"], **fields.get(method, {}))
+    for key in load_file(saved(tmp_path / "a", config) / WEIGHTS):
+        folder = saved(tmp_path / key, config)
+        with_tensors(folder, **{key.replace(".", "__"): torch.tensor(1.0)})
+        with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|shape"):
+            PeftModel.from_pretrained(tiny_models.MLP(), folder)

@@ -31,7 +31,7 @@ ROUNDS = {"loftq_iter": 100, "num_cayley_neumann_terms": 100, "encoder_num_layer
 #: steps that matching all expressions of one file on all names of a model may take
 MANY_STEPS = 200_000_000
 #: parts of the names of integer fields that are no sizes
-_NO_SIZES = ("seed", "key", "step", "tinit", "tfinal", "deltaT", "mask", "task", "interval", "period")
+_NO_SIZES = ("seed", "key", "step", "tinit", "tfinal", "deltaT", "mask", "interval", "period")
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:

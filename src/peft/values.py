@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import types
 import typing
@@ -13,8 +12,8 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any
 
-#: integers are less than this, as those of tensors are
-_INTEGERS = 2**63
+#: integers are less than this, as those of tensors are; other numbers are no larger than a float32
+_INTEGERS, _LARGEST = 2**63, 3.4e38
 
 
 @cache
@@ -89,8 +88,8 @@ def check_value(name: str, value: Any, kind: Any, owner: str) -> None:
         elif isinstance(leaf, Integral):
             if not -_INTEGERS <= leaf < _INTEGERS:
                 raise ValueError(f"{name} of {owner} is too large a number: {shown(leaf)}.")
-        elif isinstance(leaf, Real) and not math.isfinite(leaf):
-            raise ValueError(f"{name} of {owner} must be finite, got {shown(value)}.")
+        elif isinstance(leaf, Real) and not abs(leaf) <= _LARGEST:
+            raise ValueError(f"{name} of {owner} must be finite, in float32 too; got {shown(value)}.")
 
 
 def _is_text(value: str) -> bool:

@@ -390,7 +390,7 @@ class AdaLoraModel(BaseTuner):
         config.rank_pattern = {name.removesuffix(end): kept for name, kept in config.rank_pattern.items()}
         for name, kept in config.rank_pattern.items():
             key = _key_in(tensors, name)
-            if key is None or len(tensors[key]) != len(kept):
+            if key is None or not tensors[key].ndim or len(tensors[key]) != len(kept):
                 continue  # read from a file that has left them out already
             index = torch.tensor(kept, dtype=torch.bool, device=tensors[key].device)
             for slot in _SLOTS:
@@ -404,7 +404,7 @@ class AdaLoraModel(BaseTuner):
         for path, layer in parts_of(model):
             if isinstance(layer, AdaLoraLayer) and layer.has(adapter_name):
                 key = _key_in(tensors, f"{path}.lora_E")
-                if key is not None and len(tensors[key]) != layer.r[adapter_name]:
+                if key is not None and tensors[key].ndim and len(tensors[key]) != layer.r[adapter_name]:
                     layer.resize(adapter_name, len(tensors[key]))
         return tensors
 
