@@ -81,8 +81,8 @@ def test_json_that_is_none(tmp_path, text, words):
     [
         ("r", None), ("r", "8"), ("r", 8.5), ("r", True), ("r", 10**30), ("r", 10**9), ("r", [8]),
         ("lora_alpha", math.nan), ("lora_alpha", math.inf), ("lora_alpha", 1e308), ("lora_dropout", 1.5),
-        ("lora_dropout", -0.1), ("lora_dropout", None), ("target_modules", ["lin0", None]), ("target_modules", [["lin0"]]),
-        ("target_modules", "("), ("target_modules", "a\x00b"), ("target_modules", ["\ud800"]),
+        ("lora_dropout", -0.1), ("lora_dropout", None), ("target_modules", ["lin0", None]),
+        ("target_modules", [["lin0"]]), ("target_modules", "("), ("target_modules", "a\x00b"), ("target_modules", ["\ud800"]),
         ("target_modules", [f"m{i}" for i in range(5000)]), ("exclude_modules", "["), ("modules_to_save", [None]),
         ("modules_to_save", "lin1"), ("modules_to_save", [""]), ("layers_to_transform", [[1]]),
         ("rank_pattern", {"lin(": 2}), ("rank_pattern", {"lin0": "2"}), ("rank_pattern", {"lin0": 10**9}),
