@@ -1,5 +1,6 @@
 # make test    everything in tests/, on all cores       make lint   style, types, architecture
 # make demo    train, save, load, merge a LoRA here     make bench  speed and memory against the reference
+# make fuzz    20,000 damaged and hostile files, in processes with limits of time and memory (Linux)
 # The first of them makes .venv with the pinned packages of constraints.txt; nothing outside the folder is changed.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: setup test lint style types architecture demo bench clean
+.PHONY: setup test lint style types architecture demo bench fuzz clean
 
 setup: $(READY)
 
@@ -43,6 +44,10 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# FUZZ="500 --start 40000" runs other inputs, or fewer
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_files.py $(FUZZ)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

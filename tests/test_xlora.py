@@ -183,7 +183,9 @@ def test_experts_are_found_elsewhere_when_told_so(experts, tmp_path):
     adapters = experts()
     model = mixture(adapters)
     model.save_pretrained(tmp_path / "all", selected_adapters=["default"])
-    model = PeftModel.from_pretrained(plain(), tmp_path / "all")  # by the places in the configuration
+    with pytest.raises(ValueError, match=r"'math' was not found.*adapters="):  # a file names no place to load from
+        PeftModel.from_pretrained(plain(), tmp_path / "all")
+    model = PeftModel.from_pretrained(plain(), tmp_path / "all", adapters=adapters)
     swapped = {"math": adapters["law"], "law": adapters["math"]}
     other = PeftModel.from_pretrained(plain(), tmp_path / "all", adapters=swapped)
     assert other.base_model.model.model.layers[0].self_attn.q_proj.r == {"math": 4, "law": 2}

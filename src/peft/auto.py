@@ -12,6 +12,7 @@ from peft.hub import fetch, split_hub_arguments
 from peft.model import PeftModel
 from peft.registry import TaskType
 from peft.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.values import shown
 
 #: packages from which a saved configuration may name the class of its base model
 IMPORT_ALLOWLIST = ("diffusers", "lerobot", "megatron-core", "transformers")
@@ -130,6 +131,8 @@ class AutoPeftModel:
                 " model cannot be loaded. Load it yourself and use PeftModel.from_pretrained(model, ...), or use the"
                 f" class for your task: {', '.join(kind.__name__ for kind in AutoPeftModel.__subclasses__())}."
             )
+        if not isinstance(library, str) or not isinstance(name, str):
+            raise ValueError(f"auto_mapping must name a class and its module by two texts, got {shown(mapping)}.")
         # A downloaded configuration must not decide what is imported, and thereby run, here.
         allowed = IMPORT_ALLOWLIST if import_allowlist is None else import_allowlist
         if not any(library == package or library.startswith(f"{package}.") for package in allowed):
@@ -137,7 +140,13 @@ class AutoPeftModel:
                 f"The configuration wants {name!r} imported from {library!r}, which is not among the packages that may"
                 f" be imported ({', '.join(allowed) or 'none'}). If you trust it, pass import_allowlist=[{library!r}]."
             )
-        return getattr(import_module(library), name)
+        try:
+            found = getattr(import_module(library), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"The class of the base model, {name!r} of {library!r}, cannot be had: {error}") from error
+        if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+            raise ValueError(f"{name!r} of {library!r} is no class of models that from_pretrained() loads.")
+        return found
 
 
 def _make_room_for_tokens(

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import types
-import typing
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
-from functools import cache
-from numbers import Integral, Real
 from typing import Any, ClassVar
 
-from peft.errors import PeftWarning
+from peft import patterns
+from peft.errors import AdapterFileError, NoAdapterError, PeftWarning, UnknownMethodError
 from peft.folder import read_at_rest, replace_files
 from peft.html import table
 from peft.hub import fetch, push, split_hub_arguments
 from peft.registry import PeftType, TaskType, method_of
+from peft.untrusted import note_source, read_json
+from peft.values import check_value, dataclass_in, field_types, is_of, shown
 from peft.version import __version__
 
 CONFIG_NAME = "adapter_config.json"
@@ -43,49 +42,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
-@cache
-def _field_types(config_class: type) -> dict[str, Any]:
-    """The types of a configuration's fields; what a class from elsewhere names and does not import may be anything."""
-    try:
-        return typing.get_type_hints(config_class)
-    except NameError:
-        return {}
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type, elements aside. An int is a float, and a tuple or set is a list."""
-    origin = typing.get_origin(kind) or kind
-    if kind is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_of(value, member) for member in typing.get_args(kind))
-    if origin is typing.Literal:
-        return any(_is_of(value, type(entry)) for entry in typing.get_args(kind))
-    if origin in (int, float):
-        return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
-    if origin in (list, tuple, set):
-        return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
-    if is_dataclass(origin) and isinstance(value, Mapping):  # as files have it
-        return True
-    if origin is dict:
-        return isinstance(value, Mapping)
-    if origin is str or (isinstance(origin, type) and issubclass(origin, Enum)):
-        return isinstance(value, (str, os.PathLike, origin))
-    return not isinstance(origin, type) or isinstance(value, origin)
-
-
-def _spelled(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
-
-
 def as_subconfig(name: str, value: Any, kind: type) -> Any:
     """`value` as an instance of the sub-configuration class `kind`: itself, or built from a mapping (as JSON has it).
 
-    Raises TypeError where it is neither.
+    Raises TypeError where it is neither, or a field is unknown or of another type.
     """
     if value is None or isinstance(value, kind):
         return value
     if isinstance(value, Mapping):
+        kinds = field_types(kind)
+        for field, entry in value.items():
+            if field not in kinds:
+                raise TypeError(f"{name} has no field {shown(field)}; a {kind.__name__} has {', '.join(kinds)}.")
+            check_value(f"{name}.{field}", entry, kinds[field], kind.__name__)
         return kind(**value)
     raise TypeError(f"{name} must be a {kind.__name__} or a mapping of its fields, got {type(value).__name__}.")
 
@@ -127,19 +96,21 @@ class PeftConfigMixin:
             ValueError: a number is out of range, or there is no such task.
         """
         own_class: Any = type(self)
-        kinds = _field_types(own_class)
+        kinds = field_types(own_class)
         for field in fields(self):
             value, kind = getattr(self, field.name), kinds.get(field.name, Any)
-            if value is not None and not _is_of(value, kind):
-                raise TypeError(
-                    f"{field.name} of {type(self).__name__} must be {_spelled(kind)}, got {value!r}"
-                    f" ({type(value).__name__})."
-                )
+            if value is None and not is_of(None, kind) and not _is_scalar(kind):
+                continue  # an empty list or mapping, as older files say it
+            check_value(field.name, value, kind, own_class.__name__)
+            if "dropout" in field.name and isinstance(value, (int, float)) and not 0 <= value <= 1:
+                raise ValueError(f"{field.name} is a probability: at least 0 and at most 1; got {value}.")
+            if field.name == "modules_to_save" and "" in (value or ()):
+                raise ValueError(f"{field.name} has an empty name in it: {shown(value)}.")
         for name in self._all_of("positive_fields"):
             value, kind = getattr(self, name), kinds.get(name, Any)
             if value is not None and not value > 0:
                 raise ValueError(
-                    f"{name} must be {'positive' if _is_of(0.5, kind) else 'a positive integer'}, got {value}."
+                    f"{name} must be {'positive' if is_of(0.5, kind) else 'a positive integer'}, got {value}."
                 )
         for name in self._all_of("nonnegative_fields"):
             value = getattr(self, name)
@@ -218,11 +189,17 @@ class PeftConfigMixin:
         known = {f.name for f in fields(config_class) if f.init}
         given = {key: value for key, value in kwargs.items() if key in known}
         dropped = sorted(set(kwargs) - known)
+        for key, value in given.items():
+            inner = dataclass_in(field_types(config_class).get(key))
+            if inner is not None and isinstance(value, Mapping):
+                given[key] = {name: entry for name, entry in value.items() if name in field_types(inner)}
+                dropped += [f"{key}.{name}" for name in value if name not in field_types(inner)]
         if dropped:
             written_by = kwargs.get("peft_version")
             warnings.warn(
-                f"{config_class.__name__} has no field {', '.join(map(repr, dropped))}; ignored. The configuration was"
-                f" written by version {written_by or 'unknown'}, this is {__version__}: a newer version may be needed.",
+                f"{config_class.__name__} has no field {', '.join(map(shown, dropped[:20]))}; ignored. The file"
+                f" was written by version {shown(written_by or 'unknown')}, this is {__version__}: a newer one may be"
+                " needed.",
                 PeftWarning,
                 stacklevel=3,
             )
@@ -245,10 +222,11 @@ class PeftConfigMixin:
         Args:
             pretrained_model_name_or_path: a folder, or a repository id.
             subfolder: where in it the adapter lies.
-            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` go to the hub; others override fields.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` go to the hub; others override fields. With
+                `trust_remote_code=True`, what the file says of places and of code is believed.
 
         Raises:
-            ValueError: there is no `adapter_config.json`.
+            ValueError: there is no `adapter_config.json`, or it says what a file may not say.
             KeyError: it names a method that this version does not know.
             TypeError: it has none of the fields that a configuration has.
         """
@@ -259,16 +237,12 @@ class PeftConfigMixin:
                 f"{CONFIG_NAME} of {os.fspath(pretrained_model_name_or_path)!r} is no adapter's: it"
                 f" has no peft_type, nor any other field of {cls.__name__}, but {', '.join(sorted(content)[:8])}."
             )
-        content.update({key: value for key, value in overrides.items() if key in content})
-        return cls.from_peft_type(**content)
+        return build_config(content, pretrained_model_name_or_path, overrides, cls)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
         """The content of a configuration file, as a dictionary."""
-        with open(path_json_file, encoding="utf-8") as file:
-            content = json.load(file)
-        if not isinstance(content, dict):
-            raise ValueError(f"{os.fspath(path_json_file)} holds a {type(content).__name__}, not a mapping of fields.")
+        content = read_json(path_json_file)
         # Files that carry the settings of a run-time only optimisation of other tools
         content.pop("runtime_config", None)
         return {**content, **kwargs}
@@ -293,6 +267,11 @@ class PeftConfigMixin:
     def is_adaption_prompt(self) -> bool:
         """Whether the method is adaption prompt (Llama-Adapter)."""
         return False
+
+
+def _is_scalar(kind: Any) -> bool:
+    """Whether a field of this type holds one number, text or switch."""
+    return any(is_of(value, kind) for value in (0, 0.5, False, ""))
 
 
 def _subfields(value: Any) -> Any:
@@ -322,13 +301,47 @@ def _read_config_file(source: str | os.PathLike, subfolder: str | None, **hub: A
     try:
         path = fetch(source, CONFIG_NAME, subfolder=subfolder, **hub)
     except Exception as error:
-        raise ValueError(f"Can't find {CONFIG_NAME!r} at {where}: {error}") from error
+        raise NoAdapterError(f"Can't find {CONFIG_NAME!r} at {where}: {error}") from error
     if path is None:
-        raise ValueError(f"Can't find {CONFIG_NAME!r} at {where}. A saved adapter is a folder that holds this file.")
+        raise NoAdapterError(
+            f"Can't find {CONFIG_NAME!r} at {where}. A saved adapter is a folder that holds this file."
+        )
+    return PeftConfigMixin.from_json_file(path)
+
+
+def build_config(
+    content: Mapping[str, Any],
+    source: str | os.PathLike,
+    overrides: Mapping[str, Any] | None = None,
+    config_class: type[PeftConfigMixin] = PeftConfigMixin,
+) -> Any:
+    """The configuration that the content of an `adapter_config.json` makes.
+
+    Args:
+        content: what the file holds; nothing of it is trusted, see `untrusted`.
+        source: where it lies, for messages.
+        overrides: fields by name, as the caller wants them; those that the file does not have are left out.
+            `trust_remote_code=True` trusts the file.
+        config_class: the class for content that names no method.
+
+    Raises:
+        AdapterFileError: a field is of the wrong type or out of range, or says what a file may not say.
+        UnknownMethodError: there is no such method.
+    """
+    overrides = dict(overrides or {})
+    trusted = bool(overrides.pop("trust_remote_code", False))
+    given = {key: value for key, value in overrides.items() if key in content}
     try:
-        return PeftConfigMixin.from_json_file(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        method = content.get("peft_type")
+        if method is not None and not isinstance(method, str):
+            raise TypeError(f"peft_type must be a text, got {shown(method)}")
+        config = config_class.from_peft_type(**{**content, **given})
+        note_source(config, source, content, believed=content if trusted else given)
+    except UnknownMethodError as error:
+        raise UnknownMethodError(f"{CONFIG_NAME} of {os.fspath(source)!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{CONFIG_NAME} of {os.fspath(source)!r}: {error}") from error
+    return config
 
 
 @dataclass
@@ -382,8 +395,17 @@ class LayerConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        if isinstance(self.target_parameters, str):
-            raise TypeError("target_parameters must be a list of names, got a str.")
+            elif isinstance(value, str):
+                _check_expression(name, value)
+        for name in self.pattern_fields:
+            for pattern in getattr(self, name, None) or ():
+                _check_expression(name, pattern)
+        if isinstance(self.layers_to_transform, (list, tuple)) and not self.layers_to_transform:
+            self.layers_to_transform = None
+        if not self.layers_pattern:
+            self.layers_pattern = None
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
+            _check_expression("layers_pattern", pattern)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -393,6 +415,14 @@ class LayerConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform: give both or neither.")
+
+
+def _check_expression(field: str, pattern: Any) -> None:
+    """Raises ValueError where a field holds no regular expression."""
+    try:
+        patterns.check(str(pattern))
+    except patterns.PatternError as error:
+        raise ValueError(f"{field}: {error}.") from None
 
 
 @dataclass

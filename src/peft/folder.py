@@ -8,18 +8,19 @@ How a set of files is replaced, so that a process may be killed between any two 
    here on, what lies in ``.peft-saved`` counts before what lies at the usual place.
 3. *Settle.* The files move from ``.peft-saved/<save>/`` to their usual places, and ``.peft-saved`` goes away.
 
-Whoever finds a ``.peft-saved`` settles it first, readers too; on a folder that cannot be written they read through it
-instead. No lock is needed for that: every step is a rename out of, or into, a folder whose name belongs to this one
-save, so it happens once, whoever does it. Who reads several files reads them again if they were replaced meanwhile,
-and after some turns asks the writers to wait, by a lock that is a courtesy: nothing breaks without it. Only a program
-that does not know all this can see a set of files half replaced, if it reads during step 3 or after a process was
-killed there.
+Who saves settles the ``.peft-saved`` that is there first; who reads reads through it, follows no link in it, and writes
+nothing: the folder may be anybody's. No lock is needed for that: every step is a rename out of, or into, a folder whose
+name belongs to this one save, so it happens once, whoever does it. Who reads several files reads them again if they
+were replaced meanwhile, and after some turns asks the writers to wait, by a lock that is a courtesy: nothing breaks
+without it. Only a program that does not know all this can see a set of files half replaced, if it reads during step 3
+or after a process was killed there.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 import time
@@ -34,6 +35,8 @@ from peft.errors import PeftWarning
 STAGED = ".peft-saving-"
 COMMITTED = ".peft-saved"
 GONE = "-"
+#: what the folder of one save is called
+_SAVE_NAME = re.compile(r"[0-9a-f]{12}")
 
 #: how often files are read again that are replaced at the same time
 ATTEMPTS = 50
@@ -82,26 +85,56 @@ def replace_files(
         _sync(stage)
         with _held(folder):
             _commit(folder, stage)
-        _sync(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # where it was not committed
         _unlock(lock)
-    settle(folder)
+    try:
+        _sync(folder)
+        settle(folder)
+    except OSError as error:  # the save counts by now
+        warnings.warn(
+            f"Saved, but the files still lie in {os.path.join(folder, COMMITTED)!r}, where this library finds them and"
+            f" other programs do not; the next save moves them to their places. {error}",
+            PeftWarning,
+            stacklevel=2,
+        )
 
 
 def find(folder: str | os.PathLike, name: str) -> str | None:
     """Path of the file ``name`` as the last completed `replace_files` left it, or None if there is none."""
     folder = os.fspath(folder)
-    with suppress(OSError):  # a folder that cannot be written is read through instead
-        settle(folder)
-    for save in _entries(os.path.join(folder, COMMITTED)):
-        inside = os.path.join(folder, COMMITTED, save)
-        if os.path.exists(os.path.join(inside, GONE + name)):
+    for inside in _saves(folder):
+        if _is_file(os.path.join(inside, GONE + name)):
             return None
-        if os.path.isfile(os.path.join(inside, name)):
+        if _is_file(os.path.join(inside, name)):
             return os.path.join(inside, name)
     path = os.path.join(folder, name)
     return path if os.path.isfile(path) else None
+
+
+def _saves(folder: str) -> list[str]:
+    """The folders of committed saves: only what a save makes, and no links."""
+    committed = os.path.join(folder, COMMITTED)
+    if not _is_folder(committed):
+        return []
+    inside = [os.path.join(committed, entry) for entry in _entries(committed) if _SAVE_NAME.fullmatch(entry)]
+    return [path for path in inside if _is_folder(path)]
+
+
+def _kind(path: str) -> int:
+    """What lies at a path itself, links not followed; 0 if nothing does."""
+    try:
+        return stat.S_IFMT(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def _is_file(path: str) -> bool:
+    return _kind(path) == stat.S_IFREG
+
+
+def _is_folder(path: str) -> bool:
+    return _kind(path) == stat.S_IFDIR
 
 
 def read_at_rest(folder: str | os.PathLike, name: str, read: Callable[[], T]) -> T:
@@ -141,9 +174,10 @@ def read_at_rest(folder: str | os.PathLike, name: str, read: Callable[[], T]) ->
 def settle(folder: str) -> None:
     """Moves the files of a committed save to their places; does nothing where there is none."""
     committed = os.path.join(folder, COMMITTED)
-    for save in _entries(committed):
-        inside = os.path.join(committed, save)
+    for inside in _saves(folder):
         for entry in sorted(_entries(inside)):
+            if not _is_file(os.path.join(inside, entry)) or entry.removeprefix(GONE) in ("", ".", ".."):
+                continue
             # FileNotFoundError: somebody else is settling the same save, and was faster
             with suppress(FileNotFoundError):
                 if entry.startswith(GONE):
@@ -153,10 +187,26 @@ def settle(folder: str) -> None:
                 else:
                     os.replace(os.path.join(inside, entry), os.path.join(folder, entry))
         _sync(folder)
+        _remove(inside)
+    if _is_folder(committed):
+        for entry in _entries(committed):
+            path = os.path.join(committed, entry)
+            if not (_SAVE_NAME.fullmatch(entry) and _is_folder(path)):  # a stray, which would be in the next save's way
+                _remove(path)
         with suppress(OSError):
-            os.rmdir(inside)
-    with suppress(OSError):
-        os.rmdir(committed)
+            os.rmdir(committed)
+    elif _kind(committed):
+        with suppress(FileNotFoundError):
+            os.unlink(committed)
+
+
+def _remove(path: str) -> None:
+    """Removes a folder with what is in it, or a file or a link."""
+    if _is_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _entries(path: str) -> list[str]:
@@ -242,9 +292,9 @@ def _new_stage(folder: str) -> tuple[str, int | None]:
 def _sweep(folder: str) -> None:
     """Removes what killed processes have staged and not committed."""
     for entry in _entries(folder):
-        if entry.startswith(STAGED):
-            path = os.path.join(folder, entry)
-            with suppress(BlockingIOError, FileNotFoundError):
+        path = os.path.join(folder, entry)
+        if entry.startswith(STAGED) and _is_folder(path):
+            with suppress(OSError):
                 lock = _lock(path)
                 if lock is not None or time.time() - os.stat(path).st_mtime > 86400:
                     shutil.rmtree(path, ignore_errors=True)
@@ -294,4 +344,5 @@ def _held(folder: str | os.PathLike, shared: bool = False, ask: bool = True) -> 
 
 def _unlock(descriptor: int | None) -> None:
     if descriptor is not None:
-        os.close(descriptor)
+        with suppress(OSError):
+            os.close(descriptor)

@@ -41,7 +41,16 @@ def inject_adapter_in_model(
         ValueError: a soft prompt, or a method whose layers share tensors that live outside the model; or the
             configuration does not fit the model, which is then as before.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be the base model, an nn.Module; got {type(model).__name__}.")
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}.")
     method = method_of(peft_config.peft_type or "")
+    if state_dict is not None and not any(f".{method.prefix}" in f".{key}" for key in state_dict):
+        raise ValueError(
+            f"state_dict has no tensors of a {method.prefix.rstrip('_')} adapter, whose names would say which modules"
+            " get one; leave it out to have target_modules decide."
+        )
     if method.prompt:
         raise ValueError(
             f"{peft_config.peft_type} is a soft prompt (prompt learning), which has no place inside a model: use"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft.errors import PeftWarning
 from peft.folder import find
 from peft.version import __version__
 
@@ -152,7 +154,11 @@ def _other_format(name: str) -> str | None:
 def _add_tags(path: Path, tags: list[str]) -> None:
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
-    there = card.data.get("tags") or []
+    try:
+        card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
+        there = card.data.get("tags") or []
+    except Exception as error:  # what a person or another program wrote
+        warnings.warn(f"The tags {', '.join(tags)} are left out: the {CARD_NAME} cannot be read. {error}", PeftWarning)
+        return
     card.data["tags"] = list(dict.fromkeys([*([there] if isinstance(there, str) else there), *tags]))
     card.save(path)

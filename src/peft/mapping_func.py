@@ -39,6 +39,8 @@ def get_peft_model(
     Raises:
         ValueError: the configuration does not fit the model, which is then as before.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be the base model, an nn.Module; got {type(model).__name__}.")
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}.")
     named = peft_config.base_model_name_or_path

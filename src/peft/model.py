@@ -20,16 +20,17 @@ from peft.checkpoint import (
 )
 from peft.checkpoint.files import load_peft_weights
 from peft.checkpoint.state import IncompatibleKeys
-from peft.config import PeftConfig
+from peft.config import CONFIG_NAME, PeftConfig, build_config
 from peft.core import status
 from peft.core.auxiliary import save_modules, unsave_modules
 from peft.core.injection import check_adapter_name
+from peft.core.part import as_names
 from peft.core.plan import modules_named
 from peft.core.prompt import PromptHost
 from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
-from peft.errors import PeftWarning
+from peft.errors import AdapterFileError, NoAdapterError, PeftWarning
 from peft.folder import replace_files
 from peft.html import table
 from peft.hub import CARD_NAME, push, split_hub_arguments
@@ -39,6 +40,7 @@ from peft.integrations.transformers import (
     convert_peft_config_for_transformers,
 )
 from peft.registry import method_of
+from peft.untrusted import check_sizes
 
 if TYPE_CHECKING:
     from peft.delegated import Delegated
@@ -52,8 +54,19 @@ TASK_CLASSES: dict[str, type[PeftModel]] = {}
 FOR_HUB = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 #: those of loading that are not the hub's; the last ones speak of the base model, and other packages pass them along
 FOR_LOADING = {
-    "subfolder", "torch_device", "ignore_mismatched_sizes", "trust_remote_code", "torch_dtype", "dtype", "adapters"
+    "subfolder", "torch_device", "ignore_mismatched_sizes", "trust_remote_code", "torch_dtype", "dtype", "adapters",
+    "use_safetensors",
 }  # fmt: skip
+
+
+#: fields in which an adapter may differ from the file that is loaded over it: they say nothing of what it does
+_MAY_DIFFER = {
+    "inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type",
+    "target_modules", "exclude_modules", "rank_pattern", "total_step", "layers_pattern", "fan_in_fan_out",
+    "modules_to_save",
+}  # fmt: skip
+#: those that say how an adapter started, where that leaves the base model alone
+_STARTS = {"init_lora_weights", "init_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
 
 
 def check_base_model(model: Any) -> None:
@@ -116,6 +129,10 @@ class PeftModel(PromptHost, Delegated):
     ):
         super().__init__()
         check_adapter_name(adapter_name)
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(
+                f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}."
+            )
         check_base_model(model)
         self.peft_type = peft_config.peft_type
         self._active_prompt: str | None = None
@@ -306,7 +323,7 @@ class PeftModel(PromptHost, Delegated):
         if self._tuner is not None:
             self._tuner.set_adapter(adapter_name, inference_mode)
             return
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = as_names(adapter_name)
         missing = [name for name in names if name not in self.peft_config]
         if missing:
             raise ValueError(f"Adapter {', '.join(missing)} not found; there are {', '.join(self.peft_config)}.")
@@ -411,6 +428,11 @@ class PeftModel(PromptHost, Delegated):
     def _mixed(self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
         if self._tuner is None:
             raise ValueError("adapter_names (a mixed batch) cannot be used with soft prompts; use set_adapter.")
+        if isinstance(names, str):
+            raise ValueError(
+                f"adapter_names={names!r} is one name, and one for each sample is needed; set_adapter({names!r}) is for"
+                " whole batches."
+            )
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
         # Batches come first, or second (sequence first).
         if tensors and not any(len(names) in value.shape[:2] for value in tensors):
@@ -439,7 +461,7 @@ class PeftModel(PromptHost, Delegated):
         self,
         save_directory: str | os.PathLike,
         safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
+        selected_adapters: str | Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
@@ -466,7 +488,7 @@ class PeftModel(PromptHost, Delegated):
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"{os.fspath(save_directory)!r} is a file; a directory is needed to save adapters.")
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        names = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(
@@ -515,7 +537,8 @@ class PeftModel(PromptHost, Delegated):
             facts["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
         return facts
 
-    def _card(self, folder: str | os.PathLike) -> str:
+    def _card(self, folder: str | os.PathLike) -> str | None:
+        """The text of a folder's model card; None where the one that is there is to be left alone."""
         base_config = getattr(self.get_base_model(), "config", None)
         quantization: Any = getattr(base_config, "quantization_config", None)
         config = next(iter(self.peft_config.values()))
@@ -533,7 +556,9 @@ class PeftModel(PromptHost, Delegated):
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Writes the model card (`README.md`) of a folder, or brings the one that is there up to date."""
-        replace_files(output_dir, {CARD_NAME: self._card(output_dir).encode()})
+        text = self._card(output_dir)
+        if text is not None:
+            replace_files(output_dir, {CARD_NAME: text.encode()})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Commits the adapters to a hub repository, which is made if need be.
@@ -581,8 +606,12 @@ class PeftModel(PromptHost, Delegated):
             ValueError: there is no adapter, or it does not fit; the model is as before.
             RuntimeError: its tensors have other shapes; the model is as before.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be the base model, an nn.Module; got {type(model).__name__}.")
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}.")
+        if not isinstance(model_id, (str, os.PathLike)) or not os.fspath(model_id):
+            raise ValueError(f"model_id must be a folder or a repository id, got {model_id!r}.")
         source = _Source.read(model_id, key_mapping, kwargs, config, is_trainable, ephemeral_gpu_offload)
         source.fit(model)
         if cls is PeftModel and source.config.task_type in TASK_CLASSES:
@@ -616,7 +645,7 @@ class PeftModel(PromptHost, Delegated):
     ) -> IncompatibleKeys:
         """Loads a saved adapter beside those that are there; the active adapter stays the active one.
 
-        Where an adapter of that name exists, its tensors are replaced.
+        Where an adapter of that name exists, its tensors are replaced; its settings have to be those of the file.
 
         Args:
             model_id: a folder, or a repository id on the hub.
@@ -634,14 +663,16 @@ class PeftModel(PromptHost, Delegated):
             ValueError: there is no adapter, or it does not fit; the model is as before.
             RuntimeError: its tensors have other shapes; the model is as before.
         """
-        new = adapter_name not in self.peft_config
-        config = None if new else self.peft_config[adapter_name]
+        check_adapter_name(adapter_name)
+        there = self.peft_config.get(adapter_name)
         kwargs["torch_device"] = torch_device
-        source = _Source.read(model_id, key_mapping, kwargs, config, is_trainable, ephemeral_gpu_offload)
+        source = _Source.read(model_id, key_mapping, kwargs, None, is_trainable, ephemeral_gpu_offload)
         source.fit(self.get_base_model())
+        self._check_new_adapter_config(source.config, is_trainable)
+        if there is not None:
+            self._check_replaceable(adapter_name, source.config)
         with all_or_nothing():
-            if new:
-                self._check_new_adapter_config(source.config, is_trainable)
+            if there is None:
                 self.add_adapter(
                     adapter_name,
                     source.config,
@@ -649,9 +680,36 @@ class PeftModel(PromptHost, Delegated):
                     autocast_adapter_dtype=autocast_adapter_dtype,
                 )
             result = self._load_tensors(adapter_name, source, kwargs)
+        if there is not None:
+            there.inference_mode = not is_trainable
         if not is_trainable:
             self.eval()
+        elif self._tuner is not None:
+            self._tuner.set_requires_grad(adapter_name)
         return result
+
+    def _check_replaceable(self, adapter_name: str, new: PeftConfig) -> None:
+        """Raises ValueError where loading tensors into an adapter would not make it the one that was saved."""
+        if any(adapter_name in part.merged_adapters for _, part in parts_of(self.base_model)):
+            raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before loading over it.")
+        old = self.peft_config[adapter_name]
+        values = [config.to_json_dict() for config in (old, new)]
+        replaceable = self._tuner is None or all(map(self._tuner.method(old).start_is_replaceable, (old, new)))
+        ignored = _MAY_DIFFER | (_STARTS if replaceable else set())
+        differ = [
+            field
+            for field in values[0].keys() | values[1].keys()
+            if field not in ignored and values[0].get(field) != values[1].get(field)
+        ]
+        if differ:
+            listed = "; ".join(
+                f"{field} is {values[0].get(field)!r} there and {values[1].get(field)!r} in the file"
+                for field in sorted(differ)
+            )
+            raise ValueError(
+                f"The saved adapter cannot be loaded over {adapter_name!r}, which has other settings: {listed}. Call"
+                f" delete_adapter({adapter_name!r}) first, or load it under another name."
+            )
 
     def _load_members(self, adapter_name: str, config: PeftConfig) -> None:
         """Loads the saved adapters that a new one is made of, if its method is of that kind."""
@@ -710,15 +768,16 @@ class _Source:
         _warn_of_unknown(set(rest) - FOR_LOADING, "Loading")
         subfolder = options.get("subfolder")
         device = options.get("torch_device") or "cpu"
+        hub["use_safetensors"] = options.get("use_safetensors")
         if config is None:
             content, tensors = read_adapter(model_id, subfolder, device=device, key_mapping=key_mapping, **hub)
             if not content.get("peft_type"):
                 raise ValueError(f"The adapter_config.json of {os.fspath(model_id)!r} names no method (peft_type).")
-            config = PeftConfig.from_peft_type(**content)
-            config.inference_mode = not is_trainable
+            trust = {"trust_remote_code": options.get("trust_remote_code", False)}
+            config = build_config(content, model_id, trust)
         else:
             tensors = load_peft_weights(model_id, device, key_mapping, subfolder=subfolder, **hub)
-            config.inference_mode = not is_trainable
+        config.inference_mode = not is_trainable
         config.was_read(model_id, options)
         runtime = getattr(config, "runtime_config", None)
         if runtime is not None and ephemeral_gpu_offload:
@@ -727,23 +786,23 @@ class _Source:
 
     @classmethod
     def read_first(cls, name: str, candidates: Sequence[tuple[str, dict[str, Any]]]) -> _Source:
-        """The saved adapter at the first of the places that has one, with tensors of its method unless it is the last.
+        """The saved adapter at the first of the places where there is one; that it is broken sends nobody elsewhere.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it cannot be read.
         """
         reasons = []
         for place, options in candidates:
             try:
-                source = cls.read(place, None, options, None, False, False)
-            except (ValueError, OSError) as error:
+                return cls.read(place, None, options, None, False, False)
+            except NoAdapterError as error:
                 reasons.append(str(error))
-                continue
-            prefix = method_of(source.config.peft_type or "").prefix
-            if (place, options) == candidates[-1] or any(prefix in key for key in source.tensors):
-                return source
-            reasons.append(f"{place!r} holds a configuration, but no tensors {prefix!r}.")
-        raise ValueError(f"Adapter {name!r} was not found. {' '.join(reasons)}")
+            except (ValueError, OSError) as error:
+                raise AdapterFileError(f"Adapter {name!r} cannot be read. {error}") from error
+        raise NoAdapterError(
+            f"Adapter {name!r} was not found. {' '.join(reasons)} What a file says of other places is not followed: if"
+            f" it lies elsewhere, say where, from_pretrained(..., adapters={{{name!r}: place, ...}})."
+        )
 
     @property
     def needs_no_start(self) -> bool:
@@ -753,6 +812,14 @@ class _Source:
 
     def fit(self, model: nn.Module) -> None:
         """Names layers as the base model has them now: transformers fuses experts that older files have one by one."""
+        if hasattr(self.config, "_said_by"):  # a file's, not the caller's own
+            sizes = {size for tensor in self.tensors.values() for size in tensor.shape}
+            sizes |= {size for parameter in model.parameters() for size in parameter.shape}
+            modules = sum(1 for _ in model.modules())
+            try:
+                check_sizes(self.config, sizes, len(self.tensors), modules)
+            except ValueError as error:
+                raise AdapterFileError(f"{CONFIG_NAME} of {self.name!r}: {error}") from error
         convert_peft_config_for_transformers(self.config, model, state_dict=self.tensors)
         self.tensors = convert_peft_adapter_state_dict_for_transformers(model, self.config, self.tensors)
 

@@ -9,6 +9,8 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
+from peft.errors import UnknownMethodError
+
 
 class PeftType(str, Enum):
     """The methods, by the name that `adapter_config.json` holds."""
@@ -217,7 +219,7 @@ def method_of(peft_type: str | PeftType) -> Method:
     name = peft_type.value if isinstance(peft_type, Enum) else str(peft_type)
     name = RENAMED.get(name, name)
     if name not in METHODS:
-        raise KeyError(f"Unknown peft_type {name!r}. This version knows {', '.join(sorted(METHODS))}.")
+        raise UnknownMethodError(f"Unknown peft_type {name[:50]!r}. This version knows {', '.join(sorted(METHODS))}.")
     return METHODS[name]
 
 

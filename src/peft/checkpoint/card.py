@@ -46,6 +46,9 @@ model = {auto_class}.from_pretrained("<this repository or folder>")
 ```
 """
 
+#: bytes that a card may have
+MAX_BYTES = 8 << 20
+
 _ADAPTER_TAG = "base_model:adapter:"
 _PROCEDURE = "## Training procedure"
 _VERSIONS = "### Framework versions"
@@ -59,11 +62,12 @@ def model_card(
     task_type: str | None = None,
     tags: Iterable[str] = (),
     quantization: Mapping[str, Any] | None = None,
-) -> str:
+) -> str | None:
     """Text of the model card: the one in `folder` brought up to date, or a new one.
 
     What a person or another program wrote into an existing card stays; its metadata gains what is known about the
-    adapter. A card that cannot be understood is returned as it is, with a warning.
+    adapter. A card that cannot be understood is left alone: it is returned as it is, or None if it is no text, with a
+    warning.
 
     Args:
         folder: where a `README.md` may lie; None for a new card.
@@ -77,17 +81,24 @@ def model_card(
     from huggingface_hub import ModelCard
 
     base_id = base_model if base_model and _is_hub_id(base_model) else None
-    text = None if folder is None else read_at_rest(folder, CARD_NAME, lambda: _text(find(folder, CARD_NAME)))
-    if text is not None:
-        try:
-            card = ModelCard(text)
-        except Exception as error:
-            path = os.path.join(folder or "", CARD_NAME)
-            warnings.warn(f"{path} is left as it is, its metadata cannot be read: {error}", PeftWarning)
-            return text
-    else:
-        card = ModelCard(_new_card(method, base_model, base_id, task_type))
+    path = os.path.join(folder or "", CARD_NAME)
+    text = None
+    try:
+        if folder is not None:
+            text = read_at_rest(folder, CARD_NAME, lambda: _text(folder))
+        card = ModelCard(_new_card(method, base_model, base_id, task_type) if text is None else text)
+        _bring_up_to_date(card, method, base_id, task_type, tags)
+        card.text = _with_version(_with_quantization(card.text, quantization))
+        return str(card)
+    except Exception as error:
+        if text is None and not (folder is not None and os.path.lexists(path)):
+            raise
+        warnings.warn(f"{path} is left as it is, it cannot be read: {error}", PeftWarning)
+        return text
 
+
+def _bring_up_to_date(card: Any, method: str, base_id: str | None, task_type: str | None, tags: Iterable[str]) -> None:
+    """Lets the card's metadata say what is known of the adapter."""
     data = card.data
     data["library_name"] = "peft"
     data["tags"] = _tags(_as_list(data.get("tags")), method, base_id, tags)
@@ -95,12 +106,18 @@ def model_card(
         data["base_model"] = base_id
     if not data.get("pipeline_tag") and task_type in PIPELINE_TAGS:
         data["pipeline_tag"] = PIPELINE_TAGS[task_type]
-    card.text = _with_version(_with_quantization(card.text, quantization))
-    return str(card)
 
 
-def _text(path: str | None) -> str | None:
-    return None if path is None else Path(path).read_text("utf-8-sig")
+def _text(folder: str | os.PathLike) -> str | None:
+    """The card in a folder; None if there is none. Raises where it is no text, or too long for one."""
+    path = find(folder, CARD_NAME)
+    if path is None:
+        if os.path.isdir(os.path.join(folder, CARD_NAME)):
+            raise IsADirectoryError("it is a directory.")
+        return None
+    if os.path.getsize(path) > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB.")
+    return Path(path).read_text("utf-8-sig")
 
 
 def _is_hub_id(name: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peft.config import CONFIG_NAME, dump_config, read_config_file
+from peft.errors import NoAdapterError
 from peft.folder import read_at_rest, replace_files
 from peft.hub import CARD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, fetch, pinned, split_hub_arguments
+from peft.pickles import WeightsFileError, read_pickle
 
 
 def infer_device() -> str:
@@ -123,12 +124,14 @@ def read_adapter(
     Raises:
         ValueError: configuration or weights are missing.
     """
+    safe = hub.pop("use_safetensors", None)
     hub, unknown = split_hub_arguments(hub)
     _refuse(unknown, "read_adapter")
 
     def read() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         config = read_config_file(source, subfolder, **hub)
-        return config, load_peft_weights(source, device, key_mapping, subfolder=subfolder, **hub)
+        weights = load_peft_weights(source, device, key_mapping, subfolder=subfolder, use_safetensors=safe, **hub)
+        return config, weights
 
     if os.path.isdir(source):
         return read_at_rest(os.path.join(source, subfolder or ""), CONFIG_NAME, read)
@@ -157,32 +160,39 @@ def load_peft_weights(
         key_mapping: regular expressions and what to put in place of their matches, applied to each name without the
             `base_model.model.` it begins with; for each name, the first expression that matches counts.
         hf_hub_download_kwargs: `subfolder` says where in the folder or repository the adapter lies; `revision`,
-            `token`, `cache_dir`, `local_files_only` and `force_download` go to the hub.
+            `token`, `cache_dir`, `local_files_only` and `force_download` go to the hub. With `use_safetensors=True` no
+            pickle (`.bin`) is read, with False nothing else; by default one is where there is no safetensors file, and
+            torch is 2.6 or later. Whatever else than tensors a pickle holds is refused.
 
     Raises:
-        ValueError: there are no weights, or `key_mapping` fits the names badly.
+        ValueError: there are no weights, or they are damaged, or `key_mapping` fits the names badly.
         LocalEntryNotFoundError: the hub cannot be reached and its cache has no weights.
     """
     subfolder = hf_hub_download_kwargs.pop("subfolder", None)
+    safe = hf_hub_download_kwargs.pop("use_safetensors", None)
     hub, unknown = split_hub_arguments(hf_hub_download_kwargs)
     _refuse(unknown, "load_peft_weights")
     target = torch.device(infer_device() if device is None else device)
 
     def read() -> dict[str, torch.Tensor]:
-        path = _weights_path(model_id, subfolder, hub)
-        return _load_safetensors(path, target) if path.endswith(".safetensors") else _load_pickle(path, target)
+        path = _weights_path(model_id, subfolder, hub, safe)
+        if path.endswith(".safetensors"):
+            return _load_safetensors(path, target)
+        return read_pickle(path, target, asked=safe is False)
 
     local = os.path.isdir(model_id)
     tensors = read_at_rest(os.path.join(model_id, subfolder or ""), CONFIG_NAME, read) if local else read()
     return _renamed(tensors, key_mapping) if key_mapping else tensors
 
 
-def _weights_path(source: str | os.PathLike, subfolder: str | None, hub: dict[str, Any]) -> str:
-    """Path of the weights, safetensors before pickle."""
+def _weights_path(source: str | os.PathLike, subfolder: str | None, hub: dict[str, Any], safe: bool | None) -> str:
+    """Path of the weights, safetensors before pickle; only the one or the other where `safe` says so."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     reason: Exception | None = None
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+    wanted = {None: (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), True: (SAFETENSORS_WEIGHTS_NAME,)}
+    names = wanted.get(safe, (WEIGHTS_NAME,))
+    for name in names:
         try:
             path = fetch(source, name, subfolder=subfolder, **hub)
         except LocalEntryNotFoundError as error:  # offline: the other format may be in the cache
@@ -191,10 +201,10 @@ def _weights_path(source: str | os.PathLike, subfolder: str | None, hub: dict[st
         if path is not None:
             return path
     where = f"{os.fspath(source)!r}" + (f", subfolder {subfolder!r}" if subfolder else "")
-    missing = f"Can't find the weights of an adapter at {where}: no {SAFETENSORS_WEIGHTS_NAME} and no {WEIGHTS_NAME}"
+    missing = f"Can't find the weights of an adapter at {where}: no {' and no '.join(names)}"
     if reason is not None:
         raise LocalEntryNotFoundError(f"{missing} in the cache, and the hub was not reached. {reason}") from reason
-    raise ValueError(f"{missing} in that " + ("folder." if os.path.isdir(source) else "repository of the hub."))
+    raise NoAdapterError(f"{missing} in that " + ("folder." if os.path.isdir(source) else "repository of the hub."))
 
 
 def _load_safetensors(path: str, device: torch.device) -> dict[str, torch.Tensor]:
@@ -202,14 +212,13 @@ def _load_safetensors(path: str, device: torch.device) -> dict[str, torch.Tensor
     direct = device.type not in ("cpu", "mps", "meta")
     try:
         tensors = load_file(path, device=str(device) if direct else "cpu")
-    except SafetensorError as error:
-        raise SafetensorError(f"{path} is damaged or not a safetensors file: {error}") from error
+    except FileNotFoundError:  # replaced at this moment: the caller reads again
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # safetensors has a class of its own, and Python's for what it does not foresee
+        raise WeightsFileError(f"{path} is damaged or not a safetensors file: {error}") from error
     return tensors if direct or device.type == "cpu" else {key: value.to(device) for key, value in tensors.items()}
-
-
-def _load_pickle(path: str, device: torch.device) -> dict[str, torch.Tensor]:
-    # Files older than torch 1.6 are not archives, and cannot be mapped into memory
-    return torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _renamed(tensors: dict[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:

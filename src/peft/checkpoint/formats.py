@@ -21,9 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft.config import build_config
 from peft.folder import replace_files
+from peft.pickles import WeightsFileError
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import alpha_of, rank_of
+from peft.untrusted import parse_json
 
 FORMATS = ("kohya", "diffusers")
 _ROOT = "base_model.model."
@@ -92,9 +95,14 @@ def read_lora_file(
         ValueError: the format is unknown, the part is missing or not the only one, a name is no module's, or a module
             has no whole LoRA.
     """
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise WeightsFileError(f"{os.fspath(path)} is damaged or not a safetensors file: {error}") from error
     found = _kohya_modules(tensors, names) if format_of(tensors) == "kohya" else _diffusers_modules(tensors)
     if part is None and len(found) > 1:
         raise ValueError(f"{os.fspath(path)!r} holds LoRAs for {', '.join(sorted(found))}: say which part is wanted.")
@@ -106,7 +114,7 @@ def read_lora_file(
         missing = {"lora_A.weight", "lora_B.weight"} - set(leaves)
         if missing:
             raise ValueError(f"{name!r} has no {' and no '.join(sorted(missing))}.")
-    config = _config(modules, _settings(metadata, part))
+    config = _config(modules, _settings(metadata, part, os.fspath(path)), path)
     return config, {
         f"{_ROOT}{name}.{leaf}": value.contiguous()
         for name, leaves in modules.items()
@@ -148,17 +156,19 @@ def _diffusers_modules(tensors: Mapping[str, Tensor]) -> Modules:
     return found
 
 
-def _settings(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
+def _settings(metadata: Mapping[str, str], part: str, path: str) -> dict[str, Any]:
     """What a file's metadata says of the configuration of a part; empty if nothing."""
     prefix = f"{part}."
-    known = json.loads(metadata.get(_METADATA, "{}"))
+    known = parse_json(metadata.get(_METADATA, "{}").encode(), f"{_METADATA} in the header of {path}")
     fields = {key[len(prefix) :]: value for key, value in known.items() if key.startswith(prefix)}
     return {key: value for key, value in fields.items() if key in set(LoraConfig.__dataclass_fields__) - {"peft_type"}}
 
 
-def _config(modules: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, Any]) -> LoraConfig:
+def _config(
+    modules: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, Any], path: str | os.PathLike
+) -> LoraConfig:
     if "lora_alpha" in settings:
-        return LoraConfig(**settings)
+        return build_config({"peft_type": "LORA", **settings}, path)
     ranks = {name: leaves["lora_A.weight"].shape[0] for name, leaves in modules.items()}
     alphas = {name: float(leaves.get("alpha", ranks[name])) for name, leaves in modules.items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peft.checkpoint.files import read_adapter
-from peft.checkpoint.state import Slot, adapter_slots, base_slot, config_of
-from peft.config import PeftConfig
+from peft.checkpoint.state import Places, Slot, adapter_slots, config_of
+from peft.config import PeftConfig, build_config
 from peft.core.combine import fill
 from peft.core.plan import ends_with, target_name
 from peft.core.walk import parts_of
@@ -78,7 +78,7 @@ def hotswap_adapter(
         KeyError: there is no such adapter.
     """
     content, tensors = read_adapter(model_name_or_path, kwargs.pop("subfolder", None), device=torch_device, **kwargs)
-    config = PeftConfig.from_peft_type(**content)
+    config = build_config(content, model_name_or_path)
     check_hotswap_configs_compatible(config_of(_plain(model), adapter_name), config)
     hotswap_adapter_from_state_dict(model, tensors, adapter_name, config)
 
@@ -212,6 +212,7 @@ def _sorted_out(
 
     slots = adapter_slots(model, name)
     by_live_name = {slot.live_name: key for key, slot in slots.items()}
+    places = Places(model, config, name, slots, ())
     given: dict[str, Tensor] = {}
     beside: list[tuple[Slot, Tensor]] = []
     unexpected = []
@@ -221,7 +222,7 @@ def _sorted_out(
         here = bare if here not in slots and bare in slots else here
         slot = slots.get(here)
         if slot is None and not ends_with(here.rpartition(".")[0], config.modules_to_save or ()):
-            slot = base_slot(model, here)  # embeddings and biases of the base model that were saved along
+            slot = places.of_base(here, value)  # embeddings and biases of the base model that were saved along
         if slot is None:
             unexpected.append(key)
         elif here in slots:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,9 @@ from peft.core.prompt import PromptHost
 from peft.core.tuner import BaseTuner
 from peft.core.walk import live_modules, parts_of
 from peft.errors import PeftWarning
+from peft.hub import fetch
 from peft.registry import method_of
+from peft.untrusted import read_json
 
 #: last parts of the names of embeddings and output layers
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -105,11 +107,24 @@ def get_peft_model_state_dict(
     else:
         tensors = {}
         if _wants_embeddings(model, config, save_embedding_layers):
-            slots.update(_embedding_slots(model, config))
+            plain, adapted = _embedding_slots(model)
+            slots.update(adapted if adapted and not _vocabulary_changed(model, config) else plain | adapted)
     for key, slot in slots.items():
         tensors[key] = slot.tensor.detach() if state_dict is None else state_dict[slot.live_name]
     method = getattr(method_of(config.peft_type).model_class, "method_class", None)
-    return tensors if method is None else method.write_tensors(model, adapter_name, tensors)
+    return _unaliased(tensors if method is None else method.write_tensors(model, adapter_name, tensors))
+
+
+def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own, as `safetensors.torch.save_file` wants them."""
+    seen: set[Any] = set()
+    for key, tensor in tensors.items():
+        if not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
+            memory = (tensor.device, tensor.untyped_storage().data_ptr())
+            if memory in seen and tensor.numel():
+                tensors[key] = tensor.clone()
+            seen.add(memory)
+    return tensors
 
 
 def _bias_slots(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Slot]:
@@ -140,16 +155,18 @@ def _depth(layer: AdapterLayer) -> int:
     return 1 + (_depth(inner) if isinstance(inner, AdapterLayer) else 0)
 
 
+def _names_embeddings(config: Any) -> bool:
+    """Whether an adapter targets embedding layers, as far as its configuration says."""
+    targets: Any = getattr(config, "target_modules", None)
+    if isinstance(targets, str):
+        return any(name in targets for name in EMBEDDING_LAYER_NAMES)
+    return bool(targets) and any(ends_with(target, set(EMBEDDING_LAYER_NAMES)) for target in targets)
+
+
 def _wants_embeddings(model: nn.Module, config: Any, choice: bool | str) -> bool:
     if choice != "auto":
         return bool(choice)
-    targets: Any = getattr(config, "target_modules", None)
-    named = (
-        any(name in targets for name in EMBEDDING_LAYER_NAMES)
-        if isinstance(targets, str)
-        else bool(targets) and any(ends_with(target, set(EMBEDDING_LAYER_NAMES)) for target in targets)
-    )
-    if named and config.stores_embeddings:
+    if _names_embeddings(config) and config.stores_embeddings:
         warnings.warn(
             "The adapter targets embedding layers, so their base weights are saved along (save_embedding_layers=True).",
             PeftWarning,
@@ -164,23 +181,16 @@ def _vocabulary_changed(model: nn.Module, config: Any) -> bool:
     name, now = config.base_model_name_or_path, getattr(getattr(model, "config", None), "vocab_size", None)
     if not name or now is None:
         return False
-    import json
-
-    from peft.hub import fetch
-
     try:
         path = fetch(name, "config.json")
-    except Exception:
+        before = None if path is None else read_json(path).get("vocab_size")
+    except Exception:  # whatever lies there is somebody else's, and saving goes on without it
         return False
-    if path is None:
-        return False
-    with open(path, encoding="utf-8") as file:
-        before = json.load(file).get("vocab_size")
-    return before is not None and before != now
+    return isinstance(before, int) and before != now
 
 
-def _embedding_slots(model: nn.Module, config: Any) -> dict[str, Slot]:
-    """The base weights of the embedding and the output layer: of those that have adapters, if one has."""
+def _embedding_slots(model: nn.Module) -> tuple[dict[str, Slot], dict[str, Slot]]:
+    """The base weights of the embedding and the output layer: of those without adapters, and of those with."""
     slots: dict[str, Slot] = {}
     adapted: dict[str, Slot] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -198,7 +208,7 @@ def _embedding_slots(model: nn.Module, config: Any) -> dict[str, Slot]:
         for name, _ in base.named_parameters(recurse=False):
             live = f"{path}{'.base_layer' * depth}.{name}"
             (adapted if depth else slots)[_in_files(model, live)] = Slot(live, base, name)
-    return adapted if adapted and not _vocabulary_changed(model, config) else slots | adapted
+    return slots, adapted
 
 
 def set_peft_model_state_dict(
@@ -234,11 +244,10 @@ def set_peft_model_state_dict(
         prompt = model.prompt_encoder[adapter_name].stored_tensors()  # type: ignore[operator]
     found: list[tuple[str, Tensor, Slot | None]] = []
     unexpected, wrong = [], []
-    injected = not isinstance(model, PromptHost)
+    places = Places(model, config, adapter_name, slots, peft_model_state_dict)
     for key, value in peft_model_state_dict.items():
-        if injected:
-            key = key.removeprefix("base_model.model.")  # a file of a PeftModel, for injected adapters
-        slot = slots.get(key) or (None if key in prompt else base_slot(model, key))
+        key = places.file_key(key)
+        slot = slots.get(key) or (None if key in prompt else places.of_base(key, value))
         if slot is None and key not in prompt:
             unexpected.append(key)
             continue
@@ -246,14 +255,11 @@ def set_peft_model_state_dict(
         if target.shape != value.shape:
             wrong.append((key, f"{key}: the file has {tuple(value.shape)}, the model {tuple(target.shape)}"))
             continue
+        _check_kind(key, value, target)
         found.append((key, value, slot))
-    if wrong and not ignore_mismatched_sizes:
-        listed = "\n  ".join(text for _, text in wrong[:20]) + (
-            f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        )
-        raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {adapter_name!r}:\n  {listed}")
-    if wrong:
-        warnings.warn(f"Left out for their size: {'; '.join(text for _, text in wrong)}.", PeftWarning, stacklevel=2)
+    places.warn()
+    _warn_if_not_finite(adapter_name, found)
+    _report_sizes(adapter_name, [text for _, text in wrong], ignore_mismatched_sizes)
     with torch.no_grad():
         for key, value, slot in found:
             if slot is not None and slot.tensor.is_meta:
@@ -264,6 +270,141 @@ def set_peft_model_state_dict(
     missing = [slot.live_name for key, slot in slots.items() if key not in given]
     missing += [f"prompt_encoder.{adapter_name}.{key}" for key in prompt if key not in given]
     return IncompatibleKeys(missing, unexpected)
+
+
+class Places:
+    """Where tensors out of a file may go, beside the slots of the adapter.
+
+    Of the base model, those are the tensors that the configuration accounts for: biases that are trained, and the
+    embeddings, which are saved along where they have adapters or the vocabulary has grown.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Any, adapter_name: str, slots: Mapping[str, Slot], keys: Iterable[str]
+    ):
+        self._model, self._injected, self._slots = model, not isinstance(model, PromptHost), slots
+        self._biases = {_place(slot) for slot in _bias_slots(model, config, adapter_name).values()}
+        plain, adapted = ({}, {}) if config.is_prompt_learning else _embedding_slots(model)
+        self._adapted = {_place(slot) for slot in adapted.values()}
+        self._embeddings = {_place(slot) for slot in plain.values()}
+        self._raw = self._raw_names(adapter_name, [*keys])
+        self._refused: list[str] = []
+        self._replaced: list[str] = []
+
+    def _raw_names(self, adapter_name: str, keys: list[str]) -> dict[str, str]:
+        """The names that a model's own state dict has, with an adapter's name in them -> those that files have."""
+        if all(key in self._slots for key in keys):
+            return {}
+        by_rest: dict[tuple[str, str], str] = {}
+        for file_name, slot in self._slots.items():
+            for before, part, after in _cuts(slot.live_name):
+                if part == adapter_name:
+                    by_rest[before, after] = file_name
+        raw: dict[str, dict[str, str]] = {}
+        for key in keys:
+            for before, part, after in _cuts(key) if key not in self._slots else ():
+                if (before, after) in by_rest:
+                    raw.setdefault(part, {})[key] = by_rest[before, after]
+        # Of several adapters in the file, the one of that name; else "default"; else the only one.
+        names = [name for name in (adapter_name, "default") if name in raw] or (list(raw) if len(raw) == 1 else [])
+        return raw[names[0]] if names else {}
+
+    def file_key(self, key: str) -> str:
+        """The name that a file has for the tensor that is called `key`."""
+        if self._injected:
+            key = key.removeprefix("base_model.model.")  # a file of a PeftModel, for injected adapters
+        key = self._raw.get(key, key)
+        if key not in self._slots:  # a module trained in full that other adapters were on before
+            path, _, name = key.rpartition(".")
+            inner = f"{path}.base_layer.{name}"
+            key = inner if inner in self._slots else key
+        return key
+
+    def of_base(self, key: str, value: Tensor) -> Slot | None:
+        """The place in the base model, where the configuration accounts for the tensor."""
+        slot = base_slot(self._model, key)
+        if slot is None:
+            return None
+        if _place(slot) in self._biases | self._adapted:
+            return slot
+        if _place(slot) in self._embeddings:
+            if not same(slot.tensor, value):
+                self._replaced.append(key)
+            return slot
+        self._refused.append(key)
+        return None
+
+    def warn(self) -> None:
+        """Names what was refused, and what was taken and may surprise."""
+        if self._refused:
+            warnings.warn(
+                f"Refused: the file has weights of the base model that the adapter's configuration does not account"
+                f" for: {_listed(self._refused)}. Modules that are trained in full stand in modules_to_save.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        if self._replaced:
+            warnings.warn(
+                f"The file replaces embeddings of the base model, {_listed(self._replaced)}, as a save with"
+                " save_embedding_layers=True makes it; unloading or deleting the adapter does not bring the old back.",
+                PeftWarning,
+                stacklevel=3,
+            )
+
+
+def _report_sizes(adapter_name: str, wrong: list[str], ignore: bool) -> None:
+    """Raises RuntimeError where shapes differ, or warns of it if they are to be left out."""
+    if wrong and not ignore:
+        listed = "\n  ".join(wrong[:20]) + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+        raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {adapter_name!r}:\n  {listed}")
+    if wrong:
+        warnings.warn(f"Left out for their size: {'; '.join(wrong)}.", PeftWarning, stacklevel=3)
+
+
+def same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape and values."""
+    return tensor.shape == other.shape and torch.equal(tensor, other.to(tensor))
+
+
+def _cuts(name: str) -> Iterator[tuple[str, str, str]]:
+    """Every part of a dotted name, with what is before and after it."""
+    parts = name.split(".")
+    return ((".".join(parts[:i]), part, ".".join(parts[i + 1 :])) for i, part in enumerate(parts))
+
+
+def _place(slot: Slot) -> tuple[int, str]:
+    return id(slot.owner), slot.attribute
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+def _check_kind(key: str, value: Any, target: Tensor) -> None:
+    """Raises ValueError where values cannot be what they are to replace."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        raise ValueError(f"{key} in the file is no plain tensor but a {type(value).__name__}.")
+    kinds = [(t.is_complex(), t.is_floating_point()) for t in (value, target)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{key} is {value.dtype} in the file, and {target.dtype} in the model.")
+
+
+def _warn_if_not_finite(adapter_name: str, found: list[tuple[str, Tensor, Slot | None]]) -> None:
+    bad = [key for key, value, _ in found if not _is_finite(value)]
+    if bad:
+        warnings.warn(
+            f"Adapter {adapter_name!r}: values that are not finite (NaN or Inf) are in {_listed(bad)}.",
+            PeftWarning,
+            stacklevel=3,
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    if value.is_meta or not (value.is_floating_point() or value.is_complex()):
+        return True
+    value = value if value.dtype.itemsize > 1 else value.float()
+    # A sum is one pass without a second tensor; it may overflow where no entry does.
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
 def base_slot(model: nn.Module, key: str) -> Slot | None:

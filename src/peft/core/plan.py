@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
+from peft import patterns
 from peft.config import LayerConfig
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.core.base_op import BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
@@ -26,7 +26,7 @@ ALL_LINEAR = "all-linear"
 #: heads that the task classes add to `modules_to_save` without knowing which of them a model has
 CLASSIFIER_NAMES = frozenset(("classifier", "score"))
 HEAD_NAMES = CLASSIFIER_NAMES | {"qa_outputs"}
-#: from as many names on, a list of whole names is written shorter
+#: from as many names on, a list of whole names is written shorter; and so many that match nothing are named
 _MANY = 20
 
 
@@ -147,29 +147,25 @@ def matching_entry(wanted: str | Iterable[str] | None, key: str) -> str | None:
     if wanted is None:
         return None
     if isinstance(wanted, str):
-        return wanted if re.fullmatch(wanted, key) else None
+        return wanted if patterns.fullmatch(wanted, key) else None
     return ends_with(key, wanted)
 
 
-def get_pattern_key(patterns: Iterable[str], key: str) -> str:
-    """The first of `patterns` (regular expressions for the end of a name) that fits `key`; `key` if none does."""
-    return next((pattern for pattern in patterns if _name_end(pattern).match(key)), key)
-
-
-@lru_cache(maxsize=1 << 16)  # a rank for each module of a large model is more than `re` remembers
-def _name_end(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
+def get_pattern_key(entries: Iterable[str], key: str) -> str:
+    """The first of `entries` (regular expressions for the end of a name) that fits `key`; `key` if none does."""
+    return next((entry for entry in entries if patterns.fullmatch(rf"(.*\.)?({entry})", key)), key)
 
 
 def layer_index(key: str, layers_pattern: str | Iterable[str] | None) -> int | None:
     """The number of the layer that a module belongs to, as `layers_to_transform` counts: the outermost that fits."""
-    patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
-    for pattern in patterns or [r"[^.]*"]:
-        found = re.match(rf".*?\.{pattern}\.(\d+)\.", key) or (
-            re.match(rf"{pattern}\.(\d+)\.", key) if patterns else None
-        )
-        if found:
-            return int(found.group(1))
+    given, parts = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ()), key.split(".")
+    for pattern in given or [r"[^.]*"]:
+        for place in range(1, len(parts) - 1):
+            before = ".".join(parts[:place])
+            if parts[place].isdecimal() and (
+                patterns.fullmatch(rf".*\.(?:{pattern})", before) or (given and patterns.fullmatch(pattern, before))
+            ):
+                return int(parts[place])
     return None
 
 
@@ -380,13 +376,13 @@ def _check_matches(
     if only is None and isinstance(config.target_modules, (set, list)) and not from_table:
         unmatched += [
             f"target_modules entry {entry!r}" + _did_you_mean(entry, names)
-            for entry in sorted(set(config.target_modules) - used)
+            for entry in sorted(set(config.target_modules) - used)[:_MANY]
         ]
-    for entry in sorted(parameters - used):
+    for entry in sorted(parameters - used)[:_MANY]:
         unmatched.append(
             f"target_parameters entry {entry!r}" + _did_you_mean(entry, [n for n, _ in model.named_parameters()])
         )
-    for entry in sorted(set(config.modules_to_save or ()) - used - HEAD_NAMES):
+    for entry in sorted(set(config.modules_to_save or ()) - used - HEAD_NAMES)[:_MANY]:
         unmatched.append(f"modules_to_save entry {entry!r}" + _did_you_mean(entry, names))
     excludes = config.exclude_modules or ()
     for entry in [excludes] if isinstance(excludes, str) else sorted(excludes):
@@ -402,8 +398,8 @@ def _check_matches(
         missing = sorted(set([wanted] if isinstance(wanted, int) else wanted) - indices)
         if missing:
             unmatched.append(f"layers_to_transform index {', '.join(map(str, missing))}")
-        patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or ()
-        for pattern in patterns:
+        given = config.layers_pattern or ()
+        for pattern in [given] if isinstance(given, str) else given:
             if all(layer_index(name, pattern) is None for name in names):
                 unmatched.append(f"layers_pattern {pattern!r}")
     if unmatched:

@@ -37,7 +37,7 @@ class ScaledConfig(LayerConfig):
     r: int = 8
     alpha: float = 8
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
-    alpha_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False

@@ -243,9 +243,11 @@ class BaseTuner(nn.Module):
         """Makes these adapters the active ones; trainable unless `inference_mode`, all others not.
 
         Raises:
-            ValueError: an adapter does not exist, or two of them train the same module in full.
+            ValueError: none is named or one does not exist, or two of them train the same module in full.
         """
         names = self.check_names(adapter_name)
+        if not names:
+            raise ValueError("set_adapter() needs the name of an adapter; disable_adapter() does without any.")
         parts = [part for _, part in self.parts()]
         for part in parts:
             part.check_active(names)

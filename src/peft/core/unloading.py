@@ -12,6 +12,7 @@ from torch import nn
 from peft.core import merge as merging
 from peft.core.auxiliary import TrainableTokensLayer
 from peft.core.layer import AdapterLayer
+from peft.core.part import as_names
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import live_key, put_back, with_progress
 from peft.errors import PeftWarning
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def check_merge(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
     """Warns of names that do not exist; raises NotImplementedError where some layer cannot merge an adapter."""
-    names = tuner.active_adapters if adapter_names is None else adapter_names
+    names = tuner.active_adapters if adapter_names is None else as_names(adapter_names)
     unknown = [name for name in names if name not in tuner.peft_config]
     if unknown:
         warnings.warn(f"Adapter {', '.join(unknown)} does not exist and is not merged.", PeftWarning, stacklevel=4)
@@ -35,7 +36,7 @@ def check_merge(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
 def check_finite(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
     """Raises ValueError where merging would write what is not finite."""
     for layer in tuner.layers():
-        names = tuner.active_adapters if adapter_names is None else adapter_names
+        names = tuner.active_adapters if adapter_names is None else as_names(adapter_names)
         here = [name for name in names if layer.has(name) and name not in layer.merged_adapters]
         if here:
             merging.check_finite(layer, here)
@@ -68,6 +69,7 @@ def unload(
 ) -> nn.Module:
     """Takes all parts off the model, after merging for good if `merge`, and returns it."""
     model: nn.Module = tuner.model
+    adapter_names = None if adapter_names is None else as_names(adapter_names)
     parts = list(reversed(tuner.parts()))
     shared = _shared_weights(model) if merge else set()
     tied = _tied_alike(tuner, tuner.active_adapters if adapter_names is None else adapter_names) if merge else []

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft import patterns
 from peft.config import LayerConfig, PeftConfig
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
@@ -259,7 +260,7 @@ def _drop_converted_targets(config: Any, model: nn.Module) -> None:
         key for key, module in model_modules(model) if isinstance(module, AdapterLayer) or base_op(module) is not None
     ]
     if isinstance(config.target_modules, str):
-        if not any(re.fullmatch(config.target_modules, key) for key in layers):
+        if not any(patterns.fullmatch(config.target_modules, key) for key in layers):
             config.target_modules = set()
     else:
         config.target_modules = {

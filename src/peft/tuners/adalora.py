@@ -77,7 +77,7 @@ class AdaLoraConfig(LayerConfig):
     ensure_weight_tying: bool = False
     r: int = 8
     use_rslora: bool = False
-    alpha_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     loftq_config: Any = field(default_factory=dict)
@@ -356,7 +356,7 @@ class AdaLoraMethod(Method):
         config.rank_pattern = {name.removesuffix(end): kept for name, kept in config.rank_pattern.items()}
         for name, kept in config.rank_pattern.items():
             key = _key_in(tensors, name)
-            if key is None or len(tensors[key]) != len(kept):
+            if key is None or not tensors[key].ndim or len(tensors[key]) != len(kept):
                 continue  # read from a file that has left them out already
             index = torch.tensor(kept, dtype=torch.bool, device=tensors[key].device)
             for slot in _SLOTS:
@@ -370,7 +370,7 @@ class AdaLoraMethod(Method):
         for path, layer in parts_of(model):
             if isinstance(layer, AdaLoraLayer) and layer.has(adapter_name):
                 key = _key_in(tensors, f"{path}.lora_E")
-                if key is not None and len(tensors[key]) != layer.r[adapter_name]:
+                if key is not None and tensors[key].ndim and len(tensors[key]) != layer.r[adapter_name]:
                     layer.resize(adapter_name, len(tensors[key]))
         return tensors
 

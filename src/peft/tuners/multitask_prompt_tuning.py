@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.routing import check_task_ids
+from peft.pickles import read_pickle
 from peft.registry import PeftType
 from peft.tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
+from peft.untrusted import check_allowed
 
 
 class MultitaskPromptTuningInit(str, Enum):
@@ -101,6 +103,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
     @torch.no_grad()
     def _start_from_source(self, config: Any) -> None:
+        check_allowed(config, "prompt_tuning_init_state_dict_path")
         path, start = config.prompt_tuning_init_state_dict_path, config.prompt_tuning_init
         source = _read(path)
         wanted = ["prompt_embeddings"]
@@ -151,4 +154,4 @@ def _read(path: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_pickle(path)

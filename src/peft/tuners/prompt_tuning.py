@@ -13,6 +13,7 @@ from peft.config import PromptLearningConfig
 from peft.core.prompt import VirtualTokens
 from peft.core.storage import place_of
 from peft.registry import PeftType
+from peft.untrusted import check_allowed
 
 
 class PromptTuningInit(str, Enum):
@@ -87,6 +88,8 @@ class PromptEmbedding(VirtualTokens):
             return torch.randint(0, word_embeddings.num_embeddings, (count,)).to(device)
         from transformers import AutoTokenizer
 
+        for name in ("tokenizer_name_or_path", "tokenizer_kwargs"):
+            check_allowed(config, name)
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
         ids = torch.tensor(tokenizer(config.prompt_tuning_init_text)["input_ids"], device=device)
         if not len(ids):

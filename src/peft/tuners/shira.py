@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Buffers, Setting, Slot
 from peft.core.tuner import BaseTuner
+from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.ops.memo import remember
 from peft.ops.sparse import Entries, random_positions
@@ -131,3 +132,24 @@ class ShiraModel(BaseTuner):
 
     prefix = "shira_"
     layer_class = ShiraLayer
+
+    def fill_in(self, adapter_name: str) -> None:
+        super().fill_in(adapter_name)
+        for layer in self.layers():
+            if isinstance(layer, ShiraLayer) and layer.has(adapter_name) and layer.shira_indices[adapter_name].is_meta:
+                count = layer.shira_weight[adapter_name].numel()
+                positions = layer.choose(adapter_name, self.peft_config[adapter_name], count)
+                layer.shira_indices[adapter_name] = positions.to(layer.shira_weight[adapter_name].device)
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        for path, layer in parts_of(model):
+            positions = tensors.get(f"{path}.shira_indices") if isinstance(layer, ShiraLayer) else None
+            if positions is not None and positions.ndim == 2 and positions.shape[0] == 2 and positions.numel():
+                least, most = positions.amin(1).tolist(), positions.amax(1).tolist()
+                if min(least) < 0 or most[0] >= layer.out_features or most[1] >= layer.in_features:
+                    raise ValueError(
+                        f"{path}.shira_indices names rows {least[0]} to {most[0]}, columns {least[1]} to {most[1]} of a"
+                        f" weight [{layer.out_features}, {layer.in_features}]."
+                    )
+        return tensors

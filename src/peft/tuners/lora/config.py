@@ -91,7 +91,7 @@ class LoraConfig(LayerConfig):
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None

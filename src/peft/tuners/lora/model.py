@@ -14,6 +14,7 @@ from peft.core.base_op import ParallelLinearOp, base_op
 from peft.core.call import calling
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
+from peft.core.part import as_names
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod
 from peft.tuners.lora.config import LoraConfig
@@ -231,6 +232,7 @@ class LoraMethod(Method):
                 out of range or missing, or an adapter is on a bare parameter.
             RuntimeError: an unknown `majority_sign_method`.
         """
+        adapters = as_names(adapters)
         how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         add_weighted_adapter(self, adapters, weights, adapter_name, how)
 

@@ -15,11 +15,13 @@ from peft.core.base_op import LinearOp, TransposedOp, base_op
 from peft.core.plan import ALL_LINEAR, all_linear, default_targets, make_plan
 from peft.core.storage import storage_of
 from peft.core.walk import model_config_of, with_progress
+from peft.pickles import read_pickle
 from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, rank_of
 from peft.tuners.lora.settings import CordaConfig, LoraGAConfig
 from peft.tuners.lora.starts import CORDA, GRADIENT
+from peft.untrusted import check_allowed
 
 
 def targeted(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -77,6 +79,8 @@ def preprocess_corda(
     """
     setting: CordaConfig = lora_config.corda_config or CordaConfig()  # type: ignore[assignment]
     layers = targeted(model, lora_config)
+    if setting.cache_file or setting.covariance_file:
+        check_allowed(lora_config, "corda_config")
     kept = _read(setting.cache_file)
     if kept is None:
         covariances = _covariances(layers, lora_config, setting, run_model, hooked_model)
@@ -214,7 +218,7 @@ def _read(path: str | None) -> dict[str, Tensor] | None:
     """The tensors in a file; None if there is none, or it is empty."""
     if path is None or not os.path.exists(path) or not os.path.getsize(path):
         return None
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_pickle(path)
 
 
 def _write(path: str | None, tensors: dict[str, Tensor]) -> None:

@@ -88,6 +88,8 @@ def without_product(layer: LoraLayer, name: str) -> Remainder:
 
 def _in_two(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """A and B that share the singular values evenly, with s B A = u diag(s) vh."""
+    if not scaling > 0:
+        raise ValueError(f"A start from singular values needs a scale above zero, and lora_alpha makes it {scaling}.")
     root = (s / scaling).sqrt()
     return root[:, None] * vh, u * root
 

@@ -29,6 +29,7 @@ from peft.tuners.lora.kinds import Embedding, Linear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraMethod, LoraModel
 from peft.tuners.lora.variants import VARIANTS
+from peft.untrusted import is_said_by_file
 
 _NO_ROUTES = "adapter_names (a mixed batch) cannot be used with X-LoRA, which weighs all experts itself."
 
@@ -45,7 +46,7 @@ class XLoraConfig(PeftConfig):
     Args:
         hidden_size: width of the model's hidden states; read from the model if None.
         adapters: name of each expert -> folder or hub repository of a saved LoRA. A saved X-LoRA has its experts along,
-            in subfolders of these names, which come before these places.
+            in subfolders of these names; where a file names other places, pass `adapters=...` to load from there.
         enable_softmax: make the weights of a token sum to one.
         enable_softmax_topk: the same, over the experts that `top_k_lora` has left; instead of `enable_softmax`.
         layerwise_scalings: weights of their own for each adapted layer.
@@ -102,6 +103,7 @@ class XLoraConfig(PeftConfig):
     def was_read(self, source: str | os.PathLike, options: Mapping[str, Any]) -> None:
         if options.get("adapters") is not None:
             self.adapters = dict(options["adapters"])
+            self.__dict__.pop("_said_by", None)  # the caller has named the places
         else:
             self._saved_in = os.fspath(source), dict(options)
 
@@ -278,6 +280,8 @@ class XLoraMethod(LoraMethod):
             )
         for name in config.adapters:
             check_adapter_name(name)
+            if "/" in name or "\\" in name:
+                raise ValueError(f"{name!r} cannot name an expert: it is saved in a folder of that name.")
             if name == adapter_name:
                 raise ValueError(f"Adapter name {name!r} is that of the mixture; call the expert otherwise.")
         places: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -288,6 +292,8 @@ class XLoraMethod(LoraMethod):
             for name, candidates in places.items():
                 subfolder = "/".join(part for part in (options.get("subfolder"), name) if part)
                 candidates.insert(0, (source, {**options, "subfolder": subfolder}))
+                if is_said_by_file(config, "adapters"):
+                    del candidates[1:]
         return places
 
     def owner(self, adapter_name: str) -> str | None:

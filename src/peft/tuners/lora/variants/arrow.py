@@ -92,6 +92,8 @@ class Arrow(Variant):
         return others, general if self.setting.use_gks else []
 
     def _stacked(self, layer: LoraLayer, names: list[str], general: list[str], dtype: torch.dtype) -> Experts:
+        if not names:
+            raise ValueError("Arrow has no experts to choose from: load other adapters beside it, or deactivate it.")
         a, b = (torch.stack(factors) for factors in zip(*(layer.factors(name) for name in names), strict=True))
         if general:
             mean_a, mean_b = (
