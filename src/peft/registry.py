@@ -146,6 +146,7 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "HRA": Method("peft.tuners.hra", "HRAConfig", "HRAModel", "hra_"),
+    "HIRA": Method("peft.tuners.hira", "HiraConfig", "HiraModel", "hira_"),
     "IA3": Method("peft.tuners.ia3", "IA3Config", "IA3Model", "ia3_"),
     "VERA": Method("peft.tuners.vera", "VeraConfig", "VeraModel", "vera_lambda_"),
     "LOHA": Method("peft.tuners.loha", "LoHaConfig", "LoHaModel", "hada_"),

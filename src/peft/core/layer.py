@@ -155,6 +155,14 @@ class AdapterLayer(Part):
         """The base weight as `get_base_weight` gives it, without what is merged into it."""
         return self.ledger.original(self.get_base_layer(), self.op.weight_name)
 
+    def original_matrix(self) -> Tensor:
+        """`original_weight` as a matrix [out, in] without gradient, also where it is offloaded at present."""
+        weight = self.original_weight()
+        if weight.is_meta:
+            with onloaded(self.get_base_layer()):
+                weight = self.original_weight()
+        return self.op.matrix(weight.detach())
+
     def original_bias(self) -> Tensor | None:
         """The base bias without what is merged into it, or None."""
         if self.get_base_bias() is None or self.op.bias_name is None:

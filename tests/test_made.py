@@ -1,0 +1,143 @@
+"""Methods whose change depends on the base weight: what it is, and what a training step keeps of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import peft
+from peft.ops.made import Made, made_linear, product_with
+
+torch.set_num_threads(1)
+over = pytest.mark.parametrize
+
+
+def adapted(config: peft.PeftConfig, module: nn.Module | None = None, seed: int = 0) -> peft.PeftModel:
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(nn.Sequential(module or nn.Linear(24, 20)), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def layer_of(model: peft.PeftModel):
+    return model.base_model.model[0]
+
+
+# ---- the mathematics
+
+
+def _operands():
+    torch.manual_seed(0)
+    shapes = (3, 5, 6), (4, 6), (4,), (4, 2), (2, 6)
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def test_a_made_matrix_multiplies_and_learns_like_one_that_is_kept():
+    x, weight, bias, *factors = _operands()
+    inputs = [x.requires_grad_(), *(factor.requires_grad_() for factor in factors)]
+    make = lambda b, a: weight * torch.tanh(b @ a)
+    made = lambda x, *factors: made_linear(x, make, factors, bias)
+    torch.testing.assert_close(made(*inputs), x @ make(*factors).T + bias)
+    torch.testing.assert_close(Made(make, factors).linear(x, weight, bias), x @ (weight + make(*factors)).T + bias)
+    assert torch.autograd.gradcheck(made, inputs)
+    assert torch.autograd.gradgradcheck(made, inputs)
+    factors[0].requires_grad_(False)  # a frozen one gets none
+    made(*inputs).sum().backward()
+    assert factors[0].grad is None and factors[1].grad is not None
+
+
+def test_a_product_with_a_weight_that_is_read_anew():
+    _, weight, _, factor, _ = _operands()
+    reads = []
+    read = lambda: reads.append(1) or weight
+    rows = factor.T.contiguous().requires_grad_()
+    assert torch.equal(product_with(rows, read), rows @ weight)
+    assert torch.autograd.gradcheck(lambda rows: product_with(rows, read), [rows])
+    assert torch.autograd.gradgradcheck(lambda rows: product_with(rows, read), [rows])
+    reads.clear()
+    product_with(rows, read).sum().backward()
+    assert len(reads) == 2
+
+
+# ---- a training step keeps no second matrix of the size of W
+
+KEEPS_NOTHING = [
+    peft.HiraConfig(r=2),
+    peft.HiraConfig(r=2, hira_dropout=0.5),
+]
+
+
+@over("dtype", [torch.float32, torch.bfloat16])
+@over("config", KEEPS_NOTHING, ids=repr)
+def test_nothing_of_the_size_of_the_weight_is_kept_for_backward(config, dtype):
+    config.target_modules = ["0"]
+    model = adapted(config, nn.Linear(24, 20).to(dtype)).train()
+    weight = layer_of(model).get_base_layer().weight
+    kept = []
+
+    def keep(tensor):
+        if tensor.numel() >= weight.numel() and tensor.data_ptr() != weight.data_ptr():
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    x = torch.randn(3, 24, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(x).float().square().sum()
+    assert not kept
+    loss.backward()
+    assert all(p.grad is not None for p in (x, *model.parameters()) if p.requires_grad)
+
+
+# ---- HiRA
+
+
+def test_hira_multiplies_the_weight_entry_by_entry():
+    model = adapted(peft.HiraConfig(r=3, target_modules=["0"]))
+    layer = layer_of(model)
+    factor = layer.hira_B["default"] @ layer.hira_A["default"]
+    weight, bias = layer.get_base_layer().weight, layer.get_base_layer().bias
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(model(x), nn.functional.linear(x, weight * (1 + factor), bias))
+    assert torch.linalg.matrix_rank(layer.get_delta_weight("default")) > 3
+
+
+def test_hira_ranks_and_starts():
+    pair = nn.Sequential(nn.Linear(6, 8), nn.Embedding(9, 6))
+    config = peft.HiraConfig(r=4, rank_pattern={"1": 2}, target_modules=["0", "1"], init_weights="gaussian")
+    linear, embedding = peft.get_peft_model(pair, config).base_model.model
+    assert linear.hira_A["default"].shape == (4, 6) and not linear.hira_B["default"].any()
+    assert embedding.hira_embedding_A["default"].shape == (2, 9) and not embedding.hira_embedding_A["default"].any()
+    random = adapted(peft.HiraConfig(r=4, target_modules=["0"], init_weights=None))
+    assert layer_of(random).hira_B["default"].any()
+
+
+def test_hira_dropout_is_on_the_input_of_the_change_alone():
+    model = adapted(peft.HiraConfig(r=3, hira_dropout=0.5, target_modules=["0"])).train()
+    layer, x = layer_of(model), torch.randn(5, 24)
+    torch.manual_seed(1)
+    output = model(x)
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(x, 0.5)
+    torch.testing.assert_close(output, layer.get_base_layer()(x) + dropped @ layer.get_delta_weight("default").T)
+    with pytest.raises(ValueError, match="hira_dropout"):
+        adapted(peft.HiraConfig(hira_dropout=0.5, target_modules=["0"]), nn.MultiheadAttention(8, 2))
+
+
+# ---- settings
+
+OUT_OF_RANGE = [
+    (peft.HiraConfig, dict(r=0), "r must be a positive integer"),
+    (peft.HiraConfig, dict(rank_pattern={"0": 0}), "rank_pattern"),
+    (peft.HiraConfig, dict(hira_dropout=1.0), "hira_dropout"),
+    (peft.HiraConfig, dict(init_weights="zeros"), "init_weights"),
+]
+
+
+@over("config, settings, words", OUT_OF_RANGE)
+def test_settings_out_of_range(config, settings, words):
+    with pytest.raises(ValueError, match=words):
+        config(**settings)
