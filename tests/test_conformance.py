@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 #: settings that a method needs to fit the small modules here, beyond its targets
 SETTINGS: dict[str, dict] = {
     "LORA": {"r": 4, "lora_alpha": 6},
+    "DEFT": {"r": 4},
     "HIRA": {"r": 3},
     "HRA": {"r": 4},
     "IA3": {"feedforward_modules": []},

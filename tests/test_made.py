@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import peft
+from peft.ops.dropout import draw_mask, mask_factors
 from peft.ops.made import Made, made_linear, product_with
 
 torch.set_num_threads(1)
@@ -68,6 +69,8 @@ def test_a_product_with_a_weight_that_is_read_anew():
 KEEPS_NOTHING = [
     peft.HiraConfig(r=2),
     peft.HiraConfig(r=2, hira_dropout=0.5),
+    peft.DeftConfig(r=2),
+    peft.DeftConfig(r=2, decomposition_method="qr", deft_dropout=0.5),
 ]
 
 
@@ -127,6 +130,69 @@ def test_hira_dropout_is_on_the_input_of_the_change_alone():
         adapted(peft.HiraConfig(hira_dropout=0.5, target_modules=["0"]), nn.MultiheadAttention(8, 2))
 
 
+# ---- DEFT
+
+
+@over("alpha, scale", [(None, 1.0), (8, 2.0)])
+def test_deft_takes_a_part_out_and_puts_another_in(alpha, scale):
+    layer = layer_of(adapted(peft.DeftConfig(r=4, alpha=alpha, target_modules=["0"])))
+    p, r, weight = layer.deft_P["default"], layer.deft_R["default"], layer.get_base_layer().weight
+    expected = scale * p @ r - p @ p.relu().T @ weight
+    torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+
+
+def test_deft_by_a_basis_projects():
+    """Without R, the outputs have nothing left of the subspace, and taking it out again changes nothing."""
+    model = adapted(peft.DeftConfig(r=4, decomposition_method="qr", para=True, target_modules=["0"]))
+    layer = layer_of(model)
+    assert not layer.deft_R
+    weight = layer.get_base_layer().weight
+    left = weight + layer.get_delta_weight("default")
+    assert torch.linalg.matrix_rank(left) == 20 - 4
+    torch.testing.assert_close(layer.deft_P["default"].T @ left, torch.zeros(4, 24), rtol=0, atol=1e-5)
+
+
+@over("method", ["relu", "qr"])
+def test_deft_starts_without_effect_whatever_alpha(method):
+    torch.manual_seed(0)
+    base = nn.Linear(24, 20)
+    config = peft.DeftConfig(r=50, alpha=8, decomposition_method=method, target_modules=["0"])
+    layer = layer_of(peft.get_peft_model(nn.Sequential(base), config))
+    assert layer.deft_P["default"].shape == (20, 20)
+    torch.testing.assert_close(layer.get_delta_weight("default"), torch.zeros(20, 24), rtol=0, atol=1e-6)
+
+
+def test_deft_drops_the_input_of_what_is_put_in_alone():
+    model = adapted(peft.DeftConfig(r=4, deft_dropout=0.5, target_modules=["0"])).train()
+    layer, x = layer_of(model), torch.randn(5, 24)
+    torch.manual_seed(1)
+    output = model(x)
+    torch.manual_seed(1)
+    expected = layer.get_base_layer()(x) - x @ (layer.deft_P["default"] @ layer.taken_out("default")).T
+    put_in = layer.deft_P["default"] @ layer.deft_R["default"]
+    torch.testing.assert_close(output, expected + _dropped(x, 0.5) @ put_in.T)
+
+
+def _dropped(x, p):
+    """x with the mask that a fused low-rank product draws."""
+    return x * mask_factors(draw_mask(x.numel(), p, x.device), p, x)
+
+
+@over("config", [peft.DeftConfig(r=4), peft.DeftConfig(r=4, decomposition_method="qr")], ids=repr)
+def test_what_a_frozen_adapter_keeps_follows_the_weight(config):
+    config.target_modules = ["0"]
+    model = adapted(config).eval()
+    model.requires_grad_(False)
+    layer, x = layer_of(model), torch.randn(5, 24)
+    weight = layer.get_base_layer().weight
+    for _ in range(2):
+        torch.testing.assert_close(model(x), layer.get_base_layer()(x) + x @ layer.get_delta_weight("default").T)
+        before = layer.get_delta_weight("default")
+        with torch.no_grad():
+            weight.mul_(2.0)
+        assert not torch.allclose(layer.get_delta_weight("default"), before)
+
+
 # ---- settings
 
 OUT_OF_RANGE = [
@@ -134,6 +200,11 @@ OUT_OF_RANGE = [
     (peft.HiraConfig, dict(rank_pattern={"0": 0}), "rank_pattern"),
     (peft.HiraConfig, dict(hira_dropout=1.0), "hira_dropout"),
     (peft.HiraConfig, dict(init_weights="zeros"), "init_weights"),
+    (peft.DeftConfig, dict(r=-1), "r must be a positive integer"),
+    (peft.DeftConfig, dict(alpha=0), "alpha must be a positive integer"),
+    (peft.DeftConfig, dict(init_scale=-1.0), "init_scale must not be negative"),
+    (peft.DeftConfig, dict(decomposition_method="lu"), "decomposition_method"),
+    (peft.DeftConfig, dict(deft_dropout=1.0), "deft_dropout"),
 ]
 
 

@@ -8,7 +8,7 @@ it changes (`change`); how the module is run with that is decided in `run`, how 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from peft.core.run import run, run_routed
 from peft.core.slots import Record, Slot
 from peft.core.storage import onloaded, place_of, storage_of
 from peft.errors import PeftWarning
+from peft.ops.memo import remember
 
 
 class AdapterLayer(Part):
@@ -162,6 +163,13 @@ class AdapterLayer(Part):
             with onloaded(self.get_base_layer()):
                 weight = self.original_weight()
         return self.op.matrix(weight.detach())
+
+    def remembered(self, parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` makes of a tensor of an adapter and the base weight; once, where both stay as they are."""
+        weight = self.get_base_layer()._parameters.get(self.op.weight_name)
+        if type(weight) is not nn.Parameter:  # packed: it has no memory of its own to tell it by
+            return compute()
+        return remember(parameter, "with base", compute, weight)
 
     def original_bias(self) -> Tensor | None:
         """The base bias without what is merged into it, or None."""

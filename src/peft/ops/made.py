@@ -1,4 +1,4 @@
-"""Matrices made of a frozen weight and a few small tensors: made again for the backward pass rather than kept for it."""
+"""Matrices made of a frozen weight and small tensors: made again for the backward pass rather than kept for it."""
 
 from __future__ import annotations
 
@@ -103,19 +103,22 @@ def product_with(rows: Tensor, read: Callable[[], Tensor]) -> Tensor:
         read: gives W [out, in], the same each time.
 
     Returns:
-        [n, in], in the dtype of `rows`.
+        [n, in], in the dtype and on the device of `rows`; computed where W is.
     """
-    if needs_plain(rows):
-        return rows @ read().to(rows)
-    return _ProductWith.apply(rows, read)
+    return _product(rows, read) if needs_plain(rows) else _ProductWith.apply(rows, read)
+
+
+def _product(rows: Tensor, read: Callable[[], Tensor]) -> Tensor:
+    weight = read()
+    with torch.autocast(weight.device.type, enabled=False):
+        return (rows.to(weight.device) @ weight.to(rows.dtype)).to(rows.device)
 
 
 class _ProductWith(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, read: Callable[[], Tensor]) -> Tensor:
         ctx.read = read
-        with torch.autocast(rows.device.type, enabled=False):
-            return rows @ read().to(rows)
+        return _product(rows, read)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
