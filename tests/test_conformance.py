@@ -22,6 +22,7 @@ torch.set_num_threads(1)
 SETTINGS: dict[str, dict] = {
     "LORA": {"r": 4, "lora_alpha": 6},
     "DEFT": {"r": 4},
+    "GLORA": {"r": 2},
     "HIRA": {"r": 3},
     "HRA": {"r": 4},
     "IA3": {"feedforward_modules": []},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import peft
@@ -71,6 +72,9 @@ KEEPS_NOTHING = [
     peft.HiraConfig(r=2, hira_dropout=0.5),
     peft.DeftConfig(r=2),
     peft.DeftConfig(r=2, decomposition_method="qr", deft_dropout=0.5),
+    peft.GloraConfig(r=2),
+    peft.GloraConfig(config_A_B="vector", config_C="vector", config_D_E="vector"),
+    peft.GloraConfig(config_A_B="constant", config_C="none"),
 ]
 
 
@@ -193,6 +197,50 @@ def test_what_a_frozen_adapter_keeps_follows_the_weight(config):
         assert not torch.allclose(layer.get_delta_weight("default"), before)
 
 
+# ---- GLoRA
+
+FORMS = [("lora", "lora", "constant"), ("vector", "vector", "vector"), ("constant", "none", "constant")]
+FORMS += [("none", "lora", "none"), ("lora", "none", "none")]
+
+
+@over("with_bias", [True, False])
+@over("a_b, c, d_e", FORMS)
+def test_glora_scales_and_shifts_weight_and_bias(a_b, c, d_e, with_bias):
+    config = peft.GloraConfig(r=2, config_A_B=a_b, config_C=c, config_D_E=d_e, target_modules=["0"])
+    model = adapted(config, nn.Linear(24, 20, bias=with_bias))
+    layer, x = layer_of(model), torch.randn(5, 24)
+    weight, bias = layer.get_base_layer().weight, layer.get_base_layer().bias
+
+    def part(slot):
+        tensors = getattr(layer, slot)["default"]
+        return tensors["Xd"] @ tensors["Xu"] if "Xd" in tensors else dict(tensors).get("X", 0.0)
+
+    a, b, c, d, e = (part(f"glora_{letter}") for letter in "ABCDE")
+    if with_bias:
+        bias = bias + bias * d + e + (0.0 if isinstance(c, float) else (weight @ c).squeeze(1))
+    else:
+        assert c == d == e == 0.0
+    torch.testing.assert_close(model(x), nn.functional.linear(x, weight + weight * a + b, bias))
+    fresh = peft.get_peft_model(nn.Sequential(nn.Linear(24, 20, bias=with_bias)), config)
+    assert torch.equal(fresh(x), fresh.get_base_model()[0].get_base_layer()(x))
+
+
+def test_glora_files_hold_zeros_for_what_is_left_out(tmp_path):
+    """They have the shape of what is left out; in memory there is nothing."""
+    config = peft.GloraConfig(config_A_B="none", config_C="vector", config_D_E="none", target_modules=["0"])
+    model = adapted(config)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 24
+    assert not list(model.buffers())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    shapes = {key.removeprefix("base_model.model.0.glora_"): tuple(value.shape) for key, value in tensors.items()}
+    zeros = {"A.zeros": (20, 24), "B.zeros": (20, 24), "D.zeros": (20,), "E.zeros": (20,)}
+    assert shapes == {**zeros, "C.X": (24, 1)}
+    loaded = peft.PeftModel.from_pretrained(nn.Sequential(layer_of(model).get_base_layer()), tmp_path)
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
 # ---- settings
 
 OUT_OF_RANGE = [
@@ -200,6 +248,11 @@ OUT_OF_RANGE = [
     (peft.HiraConfig, dict(rank_pattern={"0": 0}), "rank_pattern"),
     (peft.HiraConfig, dict(hira_dropout=1.0), "hira_dropout"),
     (peft.HiraConfig, dict(init_weights="zeros"), "init_weights"),
+    (peft.GloraConfig, dict(r=0), "r must be a positive integer"),
+    (peft.GloraConfig, dict(config_A_B="matrix"), "config_A_B"),
+    (peft.GloraConfig, dict(config_C="constant"), "config_C"),
+    (peft.GloraConfig, dict(config_D_E="lora"), "config_D_E"),
+    (peft.GloraConfig, dict(config_A_B="none", config_C="none", config_D_E="none"), "nothing to train"),
     (peft.DeftConfig, dict(r=-1), "r must be a positive integer"),
     (peft.DeftConfig, dict(alpha=0), "alpha must be a positive integer"),
     (peft.DeftConfig, dict(init_scale=-1.0), "init_scale must not be negative"),

@@ -154,6 +154,7 @@ METHODS: dict[str, Method] = {
     "OFT": Method("peft.tuners.oft", "OFTConfig", "OFTModel", "oft_"),
     "BOFT": Method("peft.tuners.boft", "BOFTConfig", "BOFTModel", "boft_"),
     "DEFT": Method("peft.tuners.deft", "DeftConfig", "DeftModel", "deft_"),
+    "GLORA": Method("peft.tuners.glora", "GloraConfig", "GloraModel", "glora_"),
     "LN_TUNING": Method("peft.tuners.ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_"),
     "SHIRA": Method("peft.tuners.shira", "ShiraConfig", "ShiraModel", "shira_"),
     "MISS": Method("peft.tuners.miss", "MissConfig", "MissModel", "miss_"),

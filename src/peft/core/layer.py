@@ -164,12 +164,12 @@ class AdapterLayer(Part):
                 weight = self.original_weight()
         return self.op.matrix(weight.detach())
 
-    def remembered(self, parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` makes of a tensor of an adapter and the base weight; once, where both stay as they are."""
+    def remembered(self, compute: Callable[[], Tensor], parameter: Tensor, *others: Tensor) -> Tensor:
+        """What `compute` makes of tensors of an adapter and the base weight; once, where all stay as they are."""
         weight = self.get_base_layer()._parameters.get(self.op.weight_name)
         if type(weight) is not nn.Parameter:  # packed: it has no memory of its own to tell it by
             return compute()
-        return remember(parameter, "with base", compute, weight)
+        return remember(parameter, "with base", compute, weight, *others)
 
     def original_bias(self) -> Tensor | None:
         """The base bias without what is merged into it, or None."""

@@ -97,7 +97,7 @@ class DeftLayer(AdapterLayer):
     def taken_out(self, name: str) -> Tensor:
         """P'^T W, [r, in]."""
         _, left = self.basis(name)
-        return self.remembered(self.deft_P[name], lambda: product_with(left.T, self.original_matrix))
+        return self.remembered(lambda: product_with(left.T, self.original_matrix), self.deft_P[name])
 
     def change(self, name: str) -> LowRank | tuple[LowRank, LowRank]:
         q, _ = self.basis(name)
