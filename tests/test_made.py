@@ -10,6 +10,7 @@ from torch import nn
 import peft
 from peft.ops.dropout import draw_mask, mask_factors
 from peft.ops.made import Made, made_linear, product_with
+from peft.ops.principal import principal_factors
 
 torch.set_num_threads(1)
 over = pytest.mark.parametrize
@@ -241,6 +242,69 @@ def test_glora_files_hold_zeros_for_what_is_left_out(tmp_path):
     torch.testing.assert_close(loaded(x), model(x))
 
 
+# ---- PSOFT
+
+
+@over("iterations", [None, 4])
+@over("even", [True, False])
+def test_principal_factors(even, iterations):
+    torch.manual_seed(0)
+    matrix = torch.randn(20, 6) @ torch.randn(6, 24)
+    state = torch.random.get_rng_state()
+    a, b = principal_factors(matrix, 6, 2.0, even, iterations, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.testing.assert_close(2 * b @ a, matrix, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(a @ a.T, b.T @ b if even else torch.eye(6), rtol=1e-3, atol=1e-3)
+    again = principal_factors(matrix, 6, 2.0, even, iterations, seed=3)
+    assert torch.equal(again[0], a) and torch.equal(again[1], b)
+
+
+@over("magnitudes", [(True, True), (True, False), (False, True), (False, False)])
+@over("orthogonal", [True, False])
+def test_psoft_rotates_the_principal_part_and_leaves_the_rest(orthogonal, magnitudes):
+    rows, columns = magnitudes
+    config = peft.PsoftConfig(
+        r=4, psoft_alpha=8, psoft_orth=orthogonal, psoft_mag_b=rows, psoft_mag_a=columns, target_modules=["0"]
+    )
+    layer = layer_of(adapted(config).requires_grad_(False))
+    left, values, right = torch.linalg.svd(layer.get_base_layer().weight, full_matrices=False)
+    changed = layer.get_base_layer().weight + layer.get_delta_weight("default")
+    inside = left[:, :4].T @ changed @ right[:4].T  # b R a times the singular values
+    torch.testing.assert_close(changed - left[:, :4] @ inside @ right[:4], left[:, 4:] * values[4:] @ right[4:])
+    rotation = inside / values[:4, None]
+    r = layer.psoft_R["default"]
+    rotation = rotation / (r.vector_b[:, None] if rows else 1.0) / (r.vector_a if columns else 1.0)
+    if orthogonal:
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(4), rtol=0, atol=1e-4)
+    else:
+        torch.testing.assert_close(rotation, r.weight, rtol=0, atol=1e-4)
+
+
+def test_psoft_by_a_series_stays_within_its_radius():
+    config = peft.PsoftConfig(
+        r=4, use_cayley_neumann=True, num_cayley_neumann_terms=30, cayley_neumann_eps=0.5, target_modules=["0"]
+    )
+    rotation = layer_of(adapted(config)).psoft_R["default"]
+    with torch.no_grad():
+        rotation.weight.mul_(10)
+        rotation.vector_a.fill_(1.0)
+        rotation.vector_b.fill_(1.0)
+    r = rotation.change() + torch.eye(4)
+    torch.testing.assert_close(r @ r.T, torch.eye(4), rtol=0, atol=1e-5)
+    skew = torch.linalg.solve(torch.eye(4) + r, r - torch.eye(4))
+    torch.testing.assert_close(skew.norm(), torch.tensor(0.5))
+    rotation.weight.data.zero_()
+    rotation.change().sum().backward()
+    assert rotation.weight.grad.isfinite().all()
+
+
+def test_psoft_wants_a_subspace_that_there_is():
+    with pytest.raises(ValueError, match="shorter side"):
+        adapted(peft.PsoftConfig(r=21, target_modules=["0"]))
+    with pytest.warns(UserWarning, match="cayley_neumann_eps has no effect"):
+        peft.PsoftConfig(cayley_neumann_eps=0.5)
+
+
 # ---- settings
 
 OUT_OF_RANGE = [
@@ -253,6 +317,14 @@ OUT_OF_RANGE = [
     (peft.GloraConfig, dict(config_C="constant"), "config_C"),
     (peft.GloraConfig, dict(config_D_E="lora"), "config_D_E"),
     (peft.GloraConfig, dict(config_A_B="none", config_C="none", config_D_E="none"), "nothing to train"),
+    (peft.PsoftConfig, dict(r=0), "r must be a positive integer"),
+    (peft.PsoftConfig, dict(psoft_alpha=0), "psoft_alpha must be a positive integer"),
+    (peft.PsoftConfig, dict(num_cayley_neumann_terms=0), "num_cayley_neumann_terms"),
+    (peft.PsoftConfig, dict(psoft_svd_lowrank_niter=-1), "psoft_svd_lowrank_niter must not be negative"),
+    (peft.PsoftConfig, dict(use_cayley_neumann=True, cayley_neumann_eps=1.0), "between 0 and 1"),
+    (peft.PsoftConfig, dict(ab_svd_init="svd"), "ab_svd_init"),
+    (peft.PsoftConfig, dict(psoft_svd="fast"), "psoft_svd"),
+    (peft.PsoftConfig, dict(psoft_dropout=-0.1), "psoft_dropout"),
     (peft.DeftConfig, dict(r=-1), "r must be a positive integer"),
     (peft.DeftConfig, dict(alpha=0), "alpha must be a positive integer"),
     (peft.DeftConfig, dict(init_scale=-1.0), "init_scale must not be negative"),
