@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict] = {
     "GLORA": {"r": 2},
     "HIRA": {"r": 3},
     "HRA": {"r": 4},
+    "PEANUT": {"r": 4, "depth": 1, "act_fn": "gelu"},
     "PSOFT": {"r": 3, "psoft_alpha": 6},
     "IA3": {"feedforward_modules": []},
     "VERA": {"r": 6},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -76,6 +78,8 @@ KEEPS_NOTHING = [
     peft.GloraConfig(r=2),
     peft.GloraConfig(config_A_B="vector", config_C="vector", config_D_E="vector"),
     peft.GloraConfig(config_A_B="constant", config_C="none"),
+    peft.PsoftConfig(r=2),
+    peft.PeanutConfig(r=2, depth=2, act_fn="gelu"),
 ]
 
 
@@ -183,19 +187,28 @@ def _dropped(x, p):
     return x * mask_factors(draw_mask(x.numel(), p, x.device), p, x)
 
 
-@over("config", [peft.DeftConfig(r=4), peft.DeftConfig(r=4, decomposition_method="qr")], ids=repr)
+FROM_BASE = [
+    peft.DeftConfig(r=4),
+    peft.DeftConfig(r=4, decomposition_method="qr"),
+    peft.PeanutConfig(r=4, depth=1),
+    peft.GloraConfig(r=2),
+]
+
+
+@over("config", FROM_BASE, ids=repr)
 def test_what_a_frozen_adapter_keeps_follows_the_weight(config):
     config.target_modules = ["0"]
     model = adapted(config).eval()
     model.requires_grad_(False)
-    layer, x = layer_of(model), torch.randn(5, 24)
-    weight = layer.get_base_layer().weight
+    x, weight = torch.randn(5, 24), layer_of(model).get_base_layer().weight
     for _ in range(2):
-        torch.testing.assert_close(model(x), layer.get_base_layer()(x) + x @ layer.get_delta_weight("default").T)
-        before = layer.get_delta_weight("default")
+        kept = model(x)
+        assert torch.equal(model(x), kept)
+        # Nothing is kept of what may be trained.
+        torch.testing.assert_close(kept, copy.deepcopy(model).requires_grad_(True)(x))
         with torch.no_grad():
             weight.mul_(2.0)
-        assert not torch.allclose(layer.get_delta_weight("default"), before)
+        assert not torch.allclose(model(x), kept)
 
 
 # ---- GLoRA
@@ -305,6 +318,32 @@ def test_psoft_wants_a_subspace_that_there_is():
         peft.PsoftConfig(cayley_neumann_eps=0.5)
 
 
+# ---- PEANuT
+
+
+@over("depth", [0, 1, 3])
+@over("act_fn", ["tanh", "gelu"])
+def test_peanut_puts_the_weight_through_a_network(depth, act_fn):
+    model = adapted(peft.PeanutConfig(r=3, depth=depth, act_fn=act_fn, scaling=0.5, target_modules=["0"]))
+    layer, f = layer_of(model), {"tanh": torch.tanh, "gelu": nn.functional.gelu}[act_fn]
+    rows = [f(layer.peanut_A["default"](layer.get_base_layer().weight.T))]  # [in, r], as linear layers have it
+    for encoder in layer.peanut_encoders["default"] if depth else ():
+        rows.append(f(encoder(rows[-1])))
+    h = rows[-1]
+    for i, decoder in enumerate(layer.peanut_decoders["default"] if depth else ()):
+        h = f(decoder(h)) + rows[depth - 1 - i]
+    expected = 0.5 * layer.peanut_B["default"](h).T
+    torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(model(x), layer.get_base_layer()(x) + x @ expected.T)
+
+
+@over("act_fn, words", [("step", "transformers has"), ("xielu", "values of its own")])
+def test_peanut_wants_an_activation_that_it_can_use(act_fn, words):
+    with pytest.raises(ValueError, match=words):
+        adapted(peft.PeanutConfig(r=3, act_fn=act_fn, target_modules=["0"]))
+
+
 # ---- settings
 
 OUT_OF_RANGE = [
@@ -317,6 +356,8 @@ OUT_OF_RANGE = [
     (peft.GloraConfig, dict(config_C="constant"), "config_C"),
     (peft.GloraConfig, dict(config_D_E="lora"), "config_D_E"),
     (peft.GloraConfig, dict(config_A_B="none", config_C="none", config_D_E="none"), "nothing to train"),
+    (peft.PeanutConfig, dict(r=0), "r must be a positive integer"),
+    (peft.PeanutConfig, dict(depth=-1), "depth must not be negative"),
     (peft.PsoftConfig, dict(r=0), "r must be a positive integer"),
     (peft.PsoftConfig, dict(psoft_alpha=0), "psoft_alpha must be a positive integer"),
     (peft.PsoftConfig, dict(num_cayley_neumann_terms=0), "num_cayley_neumann_terms"),

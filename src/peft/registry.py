@@ -156,6 +156,7 @@ METHODS: dict[str, Method] = {
     "DEFT": Method("peft.tuners.deft", "DeftConfig", "DeftModel", "deft_"),
     "GLORA": Method("peft.tuners.glora", "GloraConfig", "GloraModel", "glora_"),
     "PSOFT": Method("peft.tuners.psoft", "PsoftConfig", "PsoftModel", "psoft_"),
+    "PEANUT": Method("peft.tuners.peanut", "PeanutConfig", "PeanutModel", "peanut_"),
     "LN_TUNING": Method("peft.tuners.ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_"),
     "SHIRA": Method("peft.tuners.shira", "ShiraConfig", "ShiraModel", "shira_"),
     "MISS": Method("peft.tuners.miss", "MissConfig", "MissModel", "miss_"),
