@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from peft.ops.principal import principal_factors
 
 torch.set_num_threads(1)
 over = pytest.mark.parametrize
+WEIGHTS = "adapter_model.safetensors"
 
 
 def adapted(config: peft.PeftConfig, module: nn.Module | None = None, seed: int = 0) -> peft.PeftModel:
@@ -125,6 +127,24 @@ def test_hira_ranks_and_starts():
     assert embedding.hira_embedding_A["default"].shape == (2, 9) and not embedding.hira_embedding_A["default"].any()
     random = adapted(peft.HiraConfig(r=4, target_modules=["0"], init_weights=None))
     assert layer_of(random).hira_B["default"].any()
+
+
+def test_hira_files_that_have_one_rank_in_spite_of_rank_pattern(tmp_path):
+    """huggingface/peft writes such files: there, `rank_pattern` has no effect."""
+    pair = nn.Sequential(nn.Linear(6, 8), nn.Embedding(9, 6))
+    config = peft.HiraConfig(r=4, target_modules=["0", "1"], init_weights=False)
+    peft.get_peft_model(copy.deepcopy(pair), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": {"0": 3, "1": 2}}))
+    loaded = peft.PeftModel.from_pretrained(pair, tmp_path)
+    assert loaded.base_model.model[1].r["default"] == 4
+    tensors = peft.get_peft_model_state_dict(loaded)
+    assert all(torch.equal(tensors[key], value) for key, value in load_file(tmp_path / WEIGHTS).items())
+    again = peft.get_peft_model(nn.Sequential(nn.Linear(6, 8)), peft.HiraConfig(r=4, target_modules=["0"]))
+    wrong = {key: value for key, value in tensors.items() if ".0." in key}
+    wrong = {key: value[:2] if "hira_A" in key else value[:, :2] for key, value in wrong.items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.set_peft_model_state_dict(again, wrong)
 
 
 def test_hira_dropout_is_on_the_input_of_the_change_alone():
@@ -246,7 +266,7 @@ def test_glora_files_hold_zeros_for_what_is_left_out(tmp_path):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 24
     assert not list(model.buffers())
     model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / WEIGHTS)
     shapes = {key.removeprefix("base_model.model.0.glora_"): tuple(value.shape) for key, value in tensors.items()}
     zeros = {"A.zeros": (20, 24), "B.zeros": (20, 24), "D.zeros": (20,), "E.zeros": (20,)}
     assert shapes == {**zeros, "C.X": (24, 1)}

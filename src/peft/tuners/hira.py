@@ -18,6 +18,7 @@ from peft.core.method import Method
 from peft.core.scaled import pattern_value
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
+from peft.core.walk import parts_of
 from peft.ops.made import Made
 from peft.registry import PeftType
 
@@ -93,6 +94,15 @@ class HiraLayer(AdapterLayer):
         slots = (self.hira_embedding_A, self.hira_embedding_B) if embedding else (self.hira_A, self.hira_B)
         slots[0][name], slots[1][name] = nn.Parameter(a), nn.Parameter(b)
 
+    def resize(self, name: str, r: int) -> None:
+        """Gives adapter `name` another rank, its values open."""
+        self.r[name] = r
+        for slot, dim in ((self.hira_A, 0), (self.hira_B, 1), (self.hira_embedding_A, 0), (self.hira_embedding_B, 1)):
+            if name in slot:
+                old = slot[name]
+                shape = (*old.shape[:dim], r, *old.shape[dim + 1 :])
+                slot[name] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+
     def change(self, name: str) -> Add:
         if name in self.hira_embedding_A:
             a, b = self.hira_embedding_A[name], self.hira_embedding_B[name]
@@ -117,6 +127,18 @@ class HiraMethod(Method):
 
     def layer_settings(self, config: HiraConfig, key: str) -> dict[str, Any]:
         return {"r": pattern_value(config.rank_pattern or {}, key, config.r)}
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """In files of huggingface/peft, modules that `rank_pattern` names have the rank r as all others."""
+        config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+        for path, layer in parts_of(model):
+            if isinstance(layer, HiraLayer) and layer.has(adapter_name) and layer.r[adapter_name] != config.r:
+                names = (f"{path}.{slot}" for slot in ("hira_A", "hira_embedding_A"))
+                keys = [key for name in names for key in (name, f"base_model.model.{name}") if key in tensors]
+                if keys and len(tensors[keys[0]]) == config.r:
+                    layer.resize(adapter_name, config.r)
+        return tensors
 
 
 class HiraModel(BaseTuner):

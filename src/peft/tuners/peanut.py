@@ -71,10 +71,12 @@ class PeanutLayer(AdapterLayer):
         self.peanut_scaling[name], self.peanut_act_fn[name] = config.scaling, config.act_fn
         a, b = nn.Linear(out, r, bias=False), nn.Linear(r, out, bias=False)
         encoders, decoders = ([nn.Linear(r, r, bias=False) for _ in range(config.depth)] for _ in range(2))
-        for layer in (a, *encoders, *decoders, b):  # drawn anew, in the order in which huggingface/peft draws them
+        for layer in (a, *encoders, *decoders):  # drawn anew, in the order in which huggingface/peft draws them
             layer.reset_parameters()
         if config.init_weights:
             nn.init.zeros_(b.weight)
+        else:
+            b.reset_parameters()
         self.peanut_A[name], self.peanut_B[name] = a, b
         if config.depth:
             self.peanut_encoders[name], self.peanut_decoders[name] = nn.ModuleList(encoders), nn.ModuleList(decoders)
