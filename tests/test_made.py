@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file
 from torch import nn
 
@@ -104,6 +105,25 @@ def test_nothing_of_the_size_of_the_weight_is_kept_for_backward(config, dtype):
     assert not kept
     loss.backward()
     assert all(p.grad is not None for p in (x, *model.parameters()) if p.requires_grad)
+
+
+OFFLOADED = [peft.HiraConfig(r=2), peft.DeftConfig(r=2), peft.GloraConfig(r=2), peft.PsoftConfig(r=2)]
+
+
+@over("config", [*OFFLOADED, peft.PeanutConfig(r=2)], ids=repr)
+def test_base_weights_that_are_offloaded(config):
+    config.target_modules = ["0"]
+    base = nn.Linear(24, 20)
+    whole = nn.Sequential(copy.deepcopy(base))
+    cpu_offload(whole, torch.device("cpu"))
+    offloaded = whole[0]
+    expected, model = adapted(config, base), adapted(config, offloaded)
+    assert offloaded.weight.is_meta
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(model(x), expected(x))
+    model(x).sum().backward()
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-4, atol=1e-5)
 
 
 # ---- HiRA

@@ -154,15 +154,11 @@ class AdapterLayer(Part):
 
     def original_weight(self) -> Tensor:
         """The base weight as `get_base_weight` gives it, without what is merged into it."""
-        return self.ledger.original(self.get_base_layer(), self.op.weight_name)
+        return self._original(self.op.weight_name)
 
     def original_matrix(self) -> Tensor:
-        """`original_weight` as a matrix [out, in] without gradient, also where it is offloaded at present."""
-        weight = self.original_weight()
-        if weight.is_meta:
-            with onloaded(self.get_base_layer()):
-                weight = self.original_weight()
-        return self.op.matrix(weight.detach())
+        """`original_weight` as a matrix [out, in], without gradient."""
+        return self.op.matrix(self.original_weight().detach())
 
     def remembered(self, compute: Callable[[], Tensor], parameter: Tensor, *others: Tensor) -> Tensor:
         """What `compute` makes of tensors of an adapter and the base weight; once, where all stay as they are."""
@@ -175,7 +171,16 @@ class AdapterLayer(Part):
         """The base bias without what is merged into it, or None."""
         if self.get_base_bias() is None or self.op.bias_name is None:
             return None
-        return self.ledger.original(self.get_base_layer(), self.op.bias_name)
+        return self._original(self.op.bias_name)
+
+    def _original(self, name: str) -> Tensor:
+        """A tensor of the base module without what is merged into it, there also while it is offloaded."""
+        base = self.get_base_layer()
+        value = self.ledger.original(base, name)
+        if value.is_meta:
+            with onloaded(base):
+                value = self.ledger.original(base, name)
+        return value
 
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor in the module's shape, whatever it is stored as."""
