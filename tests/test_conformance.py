@@ -21,7 +21,12 @@ torch.set_num_threads(1)
 #: settings that a method needs to fit the small modules here, beyond its targets
 SETTINGS: dict[str, dict] = {
     "LORA": {"r": 4, "lora_alpha": 6},
+    "DEFT": {"r": 4},
+    "GLORA": {"r": 2},
+    "HIRA": {"r": 3},
     "HRA": {"r": 4},
+    "PEANUT": {"r": 4, "depth": 1, "act_fn": "gelu"},
+    "PSOFT": {"r": 3, "psoft_alpha": 6},
     "IA3": {"feedforward_modules": []},
     "VERA": {"r": 6},
     "LOHA": {"r": 1},

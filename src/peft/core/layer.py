@@ -8,7 +8,7 @@ it changes (`change`); how the module is run with that is decided in `run`, how 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from peft.core.run import run, run_routed
 from peft.core.slots import Record, Slot
 from peft.core.storage import onloaded, place_of, storage_of
 from peft.errors import PeftWarning
+from peft.ops.memo import remember
 
 
 class AdapterLayer(Part):
@@ -155,13 +156,33 @@ class AdapterLayer(Part):
 
     def original_weight(self) -> Tensor:
         """The base weight as `get_base_weight` gives it, without what is merged into it."""
-        return self.ledger.original(self.get_base_layer(), self.op.weight_name)
+        return self._original(self.op.weight_name)
+
+    def original_matrix(self) -> Tensor:
+        """`original_weight` as a matrix [out, in], without gradient."""
+        return self.op.matrix(self.original_weight().detach())
+
+    def remembered(self, compute: Callable[[], Tensor], parameter: Tensor, *others: Tensor) -> Tensor:
+        """What `compute` makes of tensors of an adapter and the base weight; once, where all stay as they are."""
+        weight = self.get_base_layer()._parameters.get(self.op.weight_name)
+        if type(weight) is not nn.Parameter:  # packed: it has no memory of its own to tell it by
+            return compute()
+        return remember(parameter, "with base", compute, weight, *others)
 
     def original_bias(self) -> Tensor | None:
         """The base bias without what is merged into it, or None."""
         if self.get_base_bias() is None or self.op.bias_name is None:
             return None
-        return self.ledger.original(self.get_base_layer(), self.op.bias_name)
+        return self._original(self.op.bias_name)
+
+    def _original(self, name: str) -> Tensor:
+        """A tensor of the base module without what is merged into it, there also while it is offloaded."""
+        base = self.get_base_layer()
+        value = self.ledger.original(base, name)
+        if value.is_meta:
+            with onloaded(base):
+                value = self.ledger.original(base, name)
+        return value
 
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor in the module's shape, whatever it is stored as."""

@@ -14,19 +14,21 @@ T = TypeVar("T")
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def remember(parameter: Tensor, key: Hashable, compute: Callable[[], T]) -> T:
+def remember(parameter: Tensor, key: Hashable, compute: Callable[[], T], *others: Tensor) -> T:
     """What `compute` makes of `parameter`; of a frozen one, once, until it is written to or moved.
 
     Parameters that are trained are left out: optimisers may write to them in ways that leave no trace.
 
     Args:
-        parameter: what the value is computed from.
+        parameter: what the value is computed from, and kept with.
         key: tells values of the same parameter apart.
         compute: makes the value, of nothing else that changes.
+        others: what else it is computed from.
     """
-    if torch.compiler.is_compiling() or parameter.requires_grad or parameter.is_inference() or parameter.is_meta:
+    sources = (parameter, *others)
+    if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() or t.is_meta for t in sources):
         return compute()
-    stamp = (parameter._version, parameter.data_ptr(), parameter.dtype)
+    stamp = tuple((t._version, t.data_ptr(), t.dtype) for t in sources)
     values = _kept.setdefault(parameter, {})
     if key not in values or values[key][0] != stamp:
         with torch.inference_mode(False):  # it may be needed where gradients are wanted next

@@ -1,0 +1,63 @@
+"""The principal subspace of a matrix, and changes inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def principal_factors(
+    matrix: Tensor, rank: int, scale: float = 1.0, even: bool = False, iterations: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] with scale B A the best approximation of a matrix [out, in] by one of rank r.
+
+    Computed where the matrix is, in single precision at least. The signs of the singular vectors are those that torch
+    finds there.
+
+    Args:
+        matrix: [out, in].
+        rank: r.
+        scale: what the product is multiplied with.
+        even: share the singular values evenly; else B has them all, and the rows of A are orthonormal.
+        iterations: approximate the singular vectors by this many power iterations (arXiv:0909.4061); None is exact.
+        seed: what the approximation starts from.
+    """
+    work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if iterations is None:
+        left, values, right = torch.linalg.svd(work, full_matrices=False)
+    else:
+        with _seeded(work.device, seed):
+            left, values, columns = torch.svd_lowrank(work, q=rank, niter=iterations)
+        right = columns.T
+    values = values[:rank] / scale
+    inner, outer = (values.sqrt(), values.sqrt()) if even else (torch.ones_like(values), values)
+    return inner[:, None] * right[:rank], left[:, :rank] * outer
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """While it lasts, random numbers on one device begin at `seed`; then they go on as if nothing had been."""
+    if device.type == "cpu":
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(seed)
+            yield
+        return
+    module = torch.get_device_module(device)
+    with torch.random.fork_rng([device], device_type=device.type), module.device(device):
+        module.manual_seed(seed)
+        yield
+
+
+def scaled_change(change: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """diag(rows) R diag(columns) - I out of R - I, without taking the difference of numbers that are nearly the same.
+
+    Args:
+        change: R - I, [r, r].
+        rows, columns: [r]; None for ones.
+    """
+    ones = torch.ones_like(change[0])
+    rows, columns = ones if rows is None else rows, ones if columns is None else columns
+    return rows[:, None] * change * columns + torch.diag((rows - 1) * columns + (columns - 1))

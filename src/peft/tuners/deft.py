@@ -1,0 +1,121 @@
+"""Decompositional fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import LowRank
+from peft.core.layer import AdapterLayer
+from peft.core.slots import Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.ops.made import product_with
+from peft.ops.memo import remember
+from peft.ops.orthogonal import orthonormal_basis
+from peft.registry import PeftType
+
+
+@dataclass
+class DeftConfig(LayerConfig):
+    """Decompositional fine-tuning (arXiv:2509.22793): a part of the weight is taken out and learned anew.
+
+    W' = W - Q P'^T W + s Q R, with `deft_P` [out, r] and `deft_R` [r, in]. Q is P and P' is relu(P), or both are an
+    orthonormal basis of the columns of P, so that Q P'^T is a projection.
+
+    Args:
+        r: rank; at most the number of outputs, where it is larger.
+        decomposition_method: `"relu"` or `"qr"`, for the one or the other.
+        init_scale: factor of the spread that a random R starts with.
+        alpha: s is alpha / r; None makes it 1.
+        para: only take out: there is no R.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        deft_dropout: probability of dropout on the input of R.
+        init_weights: True starts R as what is taken out, so that the adapter has no effect (with `para` it has one from
+            the start); False starts it at random.
+    """
+
+    r: int = 8
+    decomposition_method: Literal["relu", "qr"] = "relu"
+    init_scale: float = 1.0
+    alpha: int | None = None
+    para: bool = False
+    fan_in_fan_out: bool = False
+    deft_dropout: float = 0.0
+    init_weights: bool = True
+
+    positive_fields = ("r", "alpha")
+    nonnegative_fields = ("init_scale",)
+    fraction_fields = ("deft_dropout",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.DEFT
+        if self.decomposition_method not in ("relu", "qr"):
+            raise ValueError(f"decomposition_method must be 'relu' or 'qr', got {self.decomposition_method!r}.")
+
+
+class DeftLayer(AdapterLayer):
+    """A module with a part of its weight exchanged."""
+
+    slots: ClassVar[dict[str, Slot]] = {"deft_P": Slot(), "deft_R": Slot()}
+    label = "deft"
+
+    deft_P: nn.ParameterDict
+    deft_R: nn.ParameterDict
+    deft_scaling = Setting[float]()
+    deft_orthonormal = Setting[bool]()
+    deft_dropout = Setting[float]()
+
+    def create(self, name: str, config: DeftConfig) -> None:
+        r = min(config.r, self.out_features)
+        self.deft_scaling[name] = 1.0 if config.alpha is None else config.alpha / r
+        self.deft_orthonormal[name] = config.decomposition_method == "qr"
+        self.deft_dropout[name] = config.deft_dropout
+        self.deft_P[name] = nn.Parameter(0.02 * torch.randn(self.out_features, r))
+        if config.para:
+            return
+        if config.init_weights and not self.deft_P[name].is_meta:
+            start = self.taken_out(name).detach() / self.deft_scaling[name]
+        else:
+            start = 0.02 * config.init_scale * torch.randn(r, self.in_features)
+        self.deft_R[name] = nn.Parameter(start)
+
+    def basis(self, name: str) -> tuple[Tensor, Tensor]:
+        """Q and P', both [out, r]."""
+        p = self.deft_P[name]
+        if not self.deft_orthonormal[name]:
+            return p, p.relu()
+        q = remember(p, "basis", lambda: orthonormal_basis(p))
+        return q, q
+
+    def taken_out(self, name: str) -> Tensor:
+        """P'^T W, [r, in]."""
+        _, left = self.basis(name)
+        return self.remembered(lambda: product_with(left.T, self.original_matrix), self.deft_P[name])
+
+    def change(self, name: str) -> LowRank | tuple[LowRank, LowRank]:
+        q, _ = self.basis(name)
+        scale, p = self.deft_scaling[name], self.deft_dropout[name] if self.training else 0.0
+        if name not in self.deft_R:
+            return LowRank(self.taken_out(name), q, scale=-1.0)
+        if p:
+            return LowRank(self.deft_R[name], q, scale, p), LowRank(self.taken_out(name), q, scale=-1.0)
+        return LowRank(scale * self.deft_R[name] - self.taken_out(name), q)
+
+    @classmethod
+    def check(cls, config: DeftConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if config.deft_dropout and not op.linear:
+            raise ValueError(f"deft_dropout needs linear layers; {key!r} is a {op.kind}.")
+
+
+class DeftModel(BaseTuner):
+    """A model with parts of its weights exchanged."""
+
+    prefix = "deft_"
+    layer_class = DeftLayer

@@ -1,0 +1,180 @@
+"""Generalised low-rank adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.change import Add, Bias, Change
+from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.slots import Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.core.walk import parts_of
+from peft.ops.made import Made, product_with
+from peft.registry import PeftType
+
+#: slot of each part -> the setting that says what form it has, and the forms there are
+_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "glora_A": ("config_A_B", ("lora", "vector", "constant", "none")),
+    "glora_B": ("config_A_B", ("lora", "vector", "constant", "none")),
+    "glora_C": ("config_C", ("lora", "vector", "none")),
+    "glora_D": ("config_D_E", ("vector", "constant", "none")),
+    "glora_E": ("config_D_E", ("vector", "constant", "none")),
+}
+
+
+@dataclass
+class GloraConfig(LayerConfig):
+    """Generalised low-rank adaptation (arXiv:2306.07967): W' = W + W * A + B and b' = b + b * D + E + W C.
+
+    A product with * is elementwise. Each of A to E is a product of two matrices `Xd` and `Xu` of rank r (`"lora"`), a
+    `"vector"` X, a `"constant"` X, or left out (`"none"`). A vector in A or B has a value for each output, one in C a
+    value for each input. A module without a bias has A and B alone.
+
+    Args:
+        r: rank of the products.
+        config_A_B: the form of A and B.
+        config_C: the form of C.
+        config_D_E: the form of D and E.
+        init_weights: start without effect; False starts all at random.
+    """
+
+    r: int = 8
+    config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
+    config_C: Literal["lora", "vector", "none"] = "lora"
+    config_D_E: Literal["vector", "constant", "none"] = "constant"
+    init_weights: bool = True
+
+    positive_fields = ("r",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(
+        ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.GLORA
+        for field, forms in dict(_PARTS.values()).items():
+            if getattr(self, field) not in forms:
+                raise ValueError(f"{field} must be one of {', '.join(forms)}, got {getattr(self, field)!r}.")
+        if {self.config_A_B, self.config_C, self.config_D_E} == {"none"}:
+            raise ValueError("config_A_B, config_C and config_D_E are all 'none', so there is nothing to train.")
+
+
+class GloraLayer(AdapterLayer):
+    """A module whose weight and bias are scaled and shifted."""
+
+    slots: ClassVar[Mapping[str, Slot]] = dict.fromkeys(_PARTS, Slot(modules=True))
+    label = "glora"
+
+    glora_A: nn.ModuleDict
+    glora_B: nn.ModuleDict
+    glora_C: nn.ModuleDict
+    glora_D: nn.ModuleDict
+    glora_E: nn.ModuleDict
+    glora_r = Setting[int]()
+
+    def create(self, name: str, config: GloraConfig) -> None:
+        self.glora_r[name] = config.r
+        for slot, shape in self.shapes().items():
+            form = getattr(config, _PARTS[slot][0])
+            if self.get_base_bias() is None and slot not in ("glora_A", "glora_B"):
+                form = "none"
+            part = _start(form, shape, config.r, config.init_weights)
+            getattr(self, slot)[name] = nn.ParameterDict({key: nn.Parameter(value) for key, value in part.items()})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What each part is added to, or multiplied with."""
+        matrix, vector = (self.out_features, self.in_features), (self.out_features,)
+        column = (self.in_features, 1)
+        return dict(zip(_PARTS, (matrix, matrix, column, vector, vector), strict=True))
+
+    def part(self, slot: str, name: str) -> tuple[Tensor, ...]:
+        """The tensors of a part: X, or Xd and Xu; none where it is left out."""
+        return tuple(getattr(self, slot)[name].values())
+
+    def change(self, name: str) -> Iterator[Change]:
+        a, b, c, d, e = (self.part(slot, name) for slot in _PARTS)
+        if a:
+            yield Add(Made(self.weight_change, (*a, *b), self.column_changes))
+        shift: Tensor | None = None
+        if d and (bias := self.original_bias()) is not None:
+            shift = bias.detach() * d[0] + e[0]
+        if c:
+            added = self.remembered(lambda: product_with(_whole(c).T, lambda: self.original_matrix().T), *c)[0]
+            shift = added if shift is None else shift + added
+        if shift is not None:
+            yield Bias(shift)
+
+    def weight_change(self, *tensors: Tensor) -> Tensor:
+        """W * A + B."""
+        a, b = _halves(tensors)
+        return self.original_matrix().to(tensors[0]) * _whole(a) + _whole(b)
+
+    def column_changes(self, index: Tensor, *tensors: Tensor) -> Tensor:
+        """The columns of W * A + B at `index` [...]: [..., out]."""
+        a, b = (_columns(part, index) for part in _halves(tensors))
+        return F.embedding(index, self.original_matrix().T).to(a.dtype) * a + b
+
+
+def _start(form: str, shape: tuple[int, ...], r: int, init_weights: bool) -> dict[str, Tensor]:
+    """The tensors that a part starts with."""
+    if form == "none":
+        return {}
+    if form == "lora":
+        up = nn.init.kaiming_uniform_(torch.empty(r, shape[1]), a=5**0.5)
+        down = torch.zeros(shape[0], r)
+        return {"Xd": down if init_weights else nn.init.kaiming_uniform_(down, a=5**0.5), "Xu": up}
+    if form == "constant":
+        return {"X": torch.zeros(1) if init_weights else 0.02 * torch.randn(1)}
+    vector = torch.zeros(shape[0], *[1] * (len(shape) - 1))
+    bound = 1.0 if len(shape) == 2 else shape[0] ** -0.5
+    return {"X": vector if init_weights else vector.uniform_(-bound, bound)}
+
+
+def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Those of A, and those of B, which has the same form."""
+    return tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+
+
+def _whole(part: Sequence[Tensor]) -> Tensor:
+    """A part in the shape of what it is added to or multiplied with, or one that spreads to it."""
+    return part[0] if len(part) == 1 else part[0] @ part[1]
+
+
+def _columns(part: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Columns of a part of a matrix: [..., out], or what spreads to it."""
+    return part[0].flatten() if len(part) == 1 else F.linear(F.embedding(index, part[1].T), part[0])
+
+
+class GloraMethod(Method):
+    """What is left out stands in files as zeros of its full shape: huggingface/peft looks for them."""
+
+    @classmethod
+    def write_tensors(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        written = dict(tensors)
+        for path, layer in parts_of(model):
+            if isinstance(layer, GloraLayer) and layer.has(adapter_name):
+                for slot, shape in layer.shapes().items():
+                    if not layer.part(slot, adapter_name):
+                        written[f"{path}.{slot}.zeros"] = torch.zeros(shape, dtype=layer.dtype_of(adapter_name))
+        return written
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        endings = tuple(f"{slot}.zeros" for slot in _PARTS)
+        return {key: value for key, value in tensors.items() if not key.endswith(endings)}
+
+
+class GloraModel(BaseTuner):
+    """A model with generalised low-rank adapters."""
+
+    prefix = "glora_"
+    layer_class = GloraLayer
+    method_class = GloraMethod

@@ -1,0 +1,149 @@
+"""Hadamard high-rank adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp, ConvOp
+from peft.core.change import Add
+from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.scaled import pattern_value
+from peft.core.slots import Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.core.walk import parts_of
+from peft.ops.made import Made
+from peft.registry import PeftType
+
+
+@dataclass
+class HiraConfig(LayerConfig):
+    """Hadamard high-rank adaptation (openreview.net/forum?id=TwJrTz9cRS): W' = W + W * (B A), elementwise.
+
+    A is `hira_A` [r, in] and B is `hira_B` [out, r], for convolutions [r, in, *kernel] and [out, r, 1, ...]; for
+    embeddings they are `hira_embedding_A` [r, tokens] and `hira_embedding_B` [dim, r].
+
+    Args:
+        r: rank of the factor B A; the change W * (B A) has a higher one.
+        hira_dropout: probability of dropout on the adapter's input; embeddings have none.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        init_weights: True starts A at random and B at zero, without effect, `"gaussian"` with a normal A; embeddings
+            have A at zero. False or None starts both at random.
+        rank_pattern: ranks of single modules: name or regular expression for its end -> rank.
+    """
+
+    r: int = 32
+    hira_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool | Literal["gaussian"] | None = True
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+
+    positive_fields = ("r",)
+    fraction_fields = ("hira_dropout",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.HIRA
+        self.rank_pattern = self.rank_pattern or {}
+        if self.init_weights not in (True, False, None, "gaussian"):
+            raise ValueError(f"init_weights must be True, False, None or 'gaussian', got {self.init_weights!r}.")
+        for pattern, r in self.rank_pattern.items():
+            if r < 1:
+                raise ValueError(f"The rank must be a positive integer, got {r} for {pattern!r} in rank_pattern.")
+
+
+class HiraLayer(AdapterLayer):
+    """A module whose weight is multiplied, entry by entry, by one plus a low-rank matrix."""
+
+    slots: ClassVar[Mapping[str, Slot]] = dict.fromkeys(
+        ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"), Slot()
+    )
+    label = "hira"
+
+    hira_A: nn.ParameterDict
+    hira_B: nn.ParameterDict
+    hira_embedding_A: nn.ParameterDict
+    hira_embedding_B: nn.ParameterDict
+    r = Setting[int]()
+    hira_dropout = Setting[float]()
+
+    def create(self, name: str, config: HiraConfig, r: int = 0) -> None:
+        r = self.r[name] = r or config.r
+        self.hira_dropout[name] = config.hira_dropout
+        kernel = self.get_base_layer().kernel_size if isinstance(self.op, ConvOp) else ()
+        inside = (self.get_base_layer().weight.shape[1], *kernel) if kernel else (self.in_features,)
+        a, b = torch.randn(r, *inside), torch.randn(self.out_features, r, *[1] * len(kernel))
+        embedding = self.op.kind == "Embedding"
+        if config.init_weights and embedding:
+            nn.init.zeros_(a)
+            nn.init.normal_(b)
+        elif config.init_weights:
+            if config.init_weights == "gaussian":
+                nn.init.normal_(a, std=1 / r)
+            else:
+                nn.init.kaiming_uniform_(a, a=5**0.5)
+            nn.init.zeros_(b)
+        slots = (self.hira_embedding_A, self.hira_embedding_B) if embedding else (self.hira_A, self.hira_B)
+        slots[0][name], slots[1][name] = nn.Parameter(a), nn.Parameter(b)
+
+    def resize(self, name: str, r: int) -> None:
+        """Gives adapter `name` another rank, its values open."""
+        self.r[name] = r
+        for slot, dim in ((self.hira_A, 0), (self.hira_B, 1), (self.hira_embedding_A, 0), (self.hira_embedding_B, 1)):
+            if name in slot:
+                old = slot[name]
+                shape = (*old.shape[:dim], r, *old.shape[dim + 1 :])
+                slot[name] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+
+    def change(self, name: str) -> Add:
+        if name in self.hira_embedding_A:
+            a, b = self.hira_embedding_A[name], self.hira_embedding_B[name]
+        else:
+            a, b = self.hira_A[name].flatten(1), self.hira_B[name].flatten(1)
+
+        def rows(index: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return F.embedding(index, self.original_matrix().T).to(b) * F.linear(F.embedding(index, a.T), b)
+
+        matrix = Made(lambda a, b: self.original_matrix().to(b) * (b @ a), (a, b), rows)
+        dropout = self.hira_dropout[name] if self.training and self.op.kind != "Embedding" else 0.0
+        return Add(matrix, dropout=dropout)
+
+    @classmethod
+    def check(cls, config: HiraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if config.hira_dropout and not op.multiplies:
+            raise ValueError(f"hira_dropout needs layers with an input of their own; {key!r} is a {op.kind}.")
+
+
+class HiraMethod(Method):
+    """The rank of each module."""
+
+    def layer_settings(self, config: HiraConfig, key: str) -> dict[str, Any]:
+        return {"r": pattern_value(config.rank_pattern or {}, key, config.r)}
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """In files of huggingface/peft, modules that `rank_pattern` names have the rank r as all others."""
+        config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+        for path, layer in parts_of(model):
+            if isinstance(layer, HiraLayer) and layer.has(adapter_name) and layer.r[adapter_name] != config.r:
+                names = (f"{path}.{slot}" for slot in ("hira_A", "hira_embedding_A"))
+                keys = [key for name in names for key in (name, f"base_model.model.{name}") if key in tensors]
+                if keys and len(tensors[keys[0]]) == config.r:
+                    layer.resize(adapter_name, config.r)
+        return tensors
+
+
+class HiraModel(BaseTuner):
+    """A model with Hadamard high-rank adapters."""
+
+    prefix = "hira_"
+    layer_class = HiraLayer
+    method_class = HiraMethod

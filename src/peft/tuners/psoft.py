@@ -1,0 +1,179 @@
+"""Orthogonal fine-tuning in the principal subspace of the weight."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import LowRank
+from peft.core.layer import AdapterLayer
+from peft.core.slots import Buffers, Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.errors import PeftWarning
+from peft.ops.memo import remember
+from peft.ops.orthogonal import cayley, cayley_neumann, skew_symmetric
+from peft.ops.principal import principal_factors, scaled_change
+from peft.registry import PeftType
+
+
+@dataclass
+class PsoftConfig(LayerConfig):
+    """Orthogonal fine-tuning in the principal subspace (arXiv:2505.11235): W' = W + s B (diag(b) R diag(a) - I) A.
+
+    s B A is the part of W with the r largest singular values, and s = psoft_alpha / r. A [r, in] and B [out, r] are
+    fixed; they are made of the base weight again when an adapter is loaded, on the device where that is. R [r, r] is
+    the rotation (I + Q) (I - Q)^-1 of a skew-symmetric Q, whose upper triangle is trained.
+
+    Args:
+        r: width of the subspace; at most the shorter side of the weight.
+        psoft_alpha: numerator of the scale.
+        psoft_dropout: probability of dropout on the adapter's input.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        ab_svd_init: `"psoft_init"` gives the singular values to B, so that A has orthonormal rows; `"pissa_init"`
+            shares them evenly.
+        psoft_svd: `"full"`, or `"lowrank"` for an approximation that is faster for large weights.
+        psoft_svd_lowrank_niter: power iterations of the approximation.
+        random_seed: what the approximation starts from.
+        psoft_orth: keep R a rotation; False trains its entries.
+        psoft_mag_b: train b, which scales the rows of R.
+        psoft_mag_a: train a, which scales its columns.
+        use_cayley_neumann: make R by a series in place of the inverse, which is nearly a rotation.
+        num_cayley_neumann_terms: terms of the series.
+        cayley_neumann_eps: largest norm (Frobenius) of the Q that the series gets, between 0 and 1; None for any.
+        init_weights: start without effect; False starts R at random.
+    """
+
+    r: int = 32
+    psoft_alpha: int = 32
+    psoft_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
+    psoft_svd: Literal["full", "lowrank"] = "full"
+    psoft_svd_lowrank_niter: int = 10
+    random_seed: int = 0
+    psoft_orth: bool = True
+    psoft_mag_b: bool = True
+    psoft_mag_a: bool = True
+    use_cayley_neumann: bool = False
+    num_cayley_neumann_terms: int = 5
+    cayley_neumann_eps: float | None = None
+    init_weights: bool = True
+
+    positive_fields = ("r", "psoft_alpha", "num_cayley_neumann_terms")
+    nonnegative_fields = ("psoft_svd_lowrank_niter",)
+    fraction_fields = ("psoft_dropout",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PSOFT
+        for name, known in (("ab_svd_init", ("psoft_init", "pissa_init")), ("psoft_svd", ("full", "lowrank"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        if self.cayley_neumann_eps is not None:
+            if not 0 < self.cayley_neumann_eps < 1:
+                raise ValueError(f"cayley_neumann_eps must be between 0 and 1, got {self.cayley_neumann_eps}.")
+            if not self.use_cayley_neumann:
+                warnings.warn("cayley_neumann_eps has no effect without use_cayley_neumann.", PeftWarning, stacklevel=3)
+
+
+class PsoftRotation(nn.Module):
+    """R with its scales: `weight` [r (r - 1) / 2], or [r, r] where R is free; `vector_b` and `vector_a` [r]."""
+
+    def __init__(self, config: PsoftConfig):
+        super().__init__()
+        r = self.r = config.r
+        self.orthogonal = config.psoft_orth
+        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.radius = config.cayley_neumann_eps
+        start = torch.zeros(r * (r - 1) // 2) if config.psoft_orth else torch.eye(r)
+        self.weight = nn.Parameter(start if config.init_weights else start + 0.1 * torch.randn(start.shape))
+        self.vector_b = nn.Parameter(torch.ones(r)) if config.psoft_mag_b else None
+        self.vector_a = nn.Parameter(torch.ones(r)) if config.psoft_mag_a else None
+
+    def change(self) -> Tensor:
+        """diag(b) R diag(a) - I, [r, r]; computed in single precision at least."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        vectors = (vector if vector is None else vector.to(dtype) for vector in (self.vector_b, self.vector_a))
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return scaled_change(self._plain_change(self.weight.to(dtype)), *vectors)
+
+    def _plain_change(self, weight: Tensor) -> Tensor:
+        """R - I."""
+        if not self.orthogonal:
+            return weight - torch.eye(self.r, dtype=weight.dtype, device=weight.device)
+        skew = skew_symmetric(weight[None], self.r)
+        if self.terms is None:
+            return cayley(-skew)[0]
+        if self.radius is not None:
+            norm = torch.linalg.matrix_norm(skew, keepdim=True)
+            skew = torch.where(norm > self.radius, skew * (self.radius / norm.clamp(min=self.radius)), skew)
+        return cayley_neumann(skew, self.terms)[0]
+
+
+class PsoftLayer(AdapterLayer):
+    """A module with the principal part of its weight rotated."""
+
+    slots: ClassVar[dict[str, Slot]] = {
+        "psoft_R": Slot(modules=True),
+        "psoft_A": Slot(trained=False, stored=False), "psoft_B": Slot(trained=False, stored=False),
+    }  # fmt: skip
+    label = "psoft"
+
+    psoft_R: nn.ModuleDict
+    psoft_A: Buffers
+    psoft_B: Buffers
+    psoft_scaling = Setting[float]()
+    psoft_dropout = Setting[float]()
+
+    def create(self, name: str, config: PsoftConfig) -> None:
+        self.psoft_scaling[name] = config.psoft_alpha / config.r
+        self.psoft_dropout[name] = config.psoft_dropout
+        self.psoft_R[name] = PsoftRotation(config)
+
+    def draw(self, name: str, config: PsoftConfig) -> None:
+        weight = self.original_matrix()
+        if weight.is_meta:
+            a = torch.empty(config.r, self.in_features, device="meta")
+            b = torch.empty(self.out_features, config.r, device="meta")
+        else:
+            iterations = config.psoft_svd_lowrank_niter if config.psoft_svd == "lowrank" else None
+            even = config.ab_svd_init == "pissa_init"
+            a, b = principal_factors(weight, config.r, self.psoft_scaling[name], even, iterations, config.random_seed)
+        self.psoft_A[name], self.psoft_B[name] = a, b
+
+    def change(self, name: str) -> LowRank:
+        rotation: Any = self.psoft_R[name]
+        b, vectors = self.psoft_B[name], list(rotation.parameters())[1:]
+
+        def rotated() -> Tensor:
+            change = rotation.change()
+            return b.to(change) @ change
+
+        # On the side of the outputs: a training step then keeps x A^T, and x is not needed.
+        up = remember(rotation.weight, "up", rotated, b, *vectors)
+        p = self.psoft_dropout[name] if self.training else 0.0
+        return LowRank(self.psoft_A[name].to(up.dtype), up, self.psoft_scaling[name], p)
+
+    @classmethod
+    def check(cls, config: PsoftConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if config.r > min(op.in_features, op.out_features):
+            raise ValueError(
+                f"r={config.r} is more than the shorter side of the weight of {key!r}, which is {op.out_features} x"
+                f" {op.in_features}; choose a smaller r, or leave the module out."
+            )
+        if config.psoft_dropout and not op.linear:
+            raise ValueError(f"psoft_dropout needs linear layers; {key!r} is a {op.kind}.")
+
+
+class PsoftModel(BaseTuner):
+    """A model with the principal parts of its weights rotated."""
+
+    prefix = "psoft_"
+    layer_class = PsoftLayer
