@@ -162,6 +162,7 @@ METHODS: dict[str, Method] = {
     "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
     "RANDLORA": Method("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),
+    "TINYLORA": Method("peft.tuners.tinylora", "TinyLoraConfig", "TinyLoraModel", "tinylora_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning",
         "PromptTuningConfig",

@@ -79,6 +79,7 @@ def inject(
             _apply(tuner, plan, config, adapter_name)
             save_modules(model, plan.save, adapter_name, tied)
             train_tokens(model, adapter_name, tokens)
+        method.planned = {}
         tuner._parts = None
         tuner.targeted_module_names = list(dict.fromkeys(tuner.targeted_module_names + plan.module_names))
         tuner.targeted_parameter_names = list(dict.fromkeys(tuner.targeted_parameter_names + plan.parameter_names))
@@ -98,7 +99,11 @@ def inject(
 
 
 def _share(method: Method, plan: Plan, config: Any, adapter_name: str) -> None:
-    """Makes what the layers of an adapter share, on the device of the base."""
+    """Makes what the layers of an adapter share, on the device of the base, and works out the place of each."""
+    settings = method.plan_settings(plan, config)
+    method.planned = {
+        (id(layer.base), layer.parameter_name): settings[layer.name] for layer in plan.layers if layer.name in settings
+    }
     if not method.shared or not plan.targets:
         return
     device = place_of(plan.targets[0].base)[0]
@@ -251,6 +256,7 @@ def _take_out(tuner: BaseTuner, method: Method, model: nn.Module, adapter_name: 
         else:
             put_back(model, key, part.wrapped)
     tuner.forget_shared(method, adapter_name)
+    method.planned = {}
     tuner._parts = None
     tuner.peft_config.pop(adapter_name, None)
     before.restore(tuner, model)

@@ -14,7 +14,7 @@ from torch import nn
 
 from peft.config import LayerConfig
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.core.base_op import BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
+from peft.core.base_op import AttentionOp, BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
 from peft.errors import NoMatchingPeftModuleError, PeftWarning
@@ -80,6 +80,17 @@ class Plan:
     @property
     def module_names(self) -> list[str]:
         return [target.key for target in self.targets if target.parameter_name is None]
+
+    @cached_property
+    def layers(self) -> list[Target]:
+        """Every layer that gets the adapter: the targets, and after each attention module its output projection."""
+        layers = []
+        for target in self.targets:
+            layers.append(target)
+            if isinstance(target.op, AttentionOp):
+                inner: Any = target.base
+                layers.append(Target(f"{target.key}.out_proj", inner.out_proj, inner, "out_proj"))
+        return layers
 
     @property
     def parameter_names(self) -> list[str]:
