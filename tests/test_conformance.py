@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict] = {
     "RANDLORA": {"r": 3, "randlora_alpha": 1},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
     "TINYLORA": {"r": 2, "u": 6},
+    "UNILORA": {"r": 2, "theta_d_length": 20, "init_theta_d_bound": 1e-3},
     # variants, by the method's name and theirs
     "LORA DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
     "LORA BD-LoRA": {"r": 4, "use_bdlora": {"nblocks": 2, "target_modules_bd_b": ["target"]}},

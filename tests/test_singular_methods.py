@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peft
+from peft.ops.shared_vector import assign_entries, take_entries
 from peft.ops.singular import leading_factors
 
 torch.set_num_threads(1)
@@ -95,3 +96,46 @@ def test_tinylora_refuses_what_it_cannot_mean():
     with pytest.raises(ValueError, match="tinylora_dropout needs linear layers"):
         config = peft.TinyLoraConfig(target_modules=["0"], tinylora_dropout=0.5)
         peft.get_peft_model(nn.Sequential(nn.Embedding(9, 4)), config)
+
+
+# ---- Uni-LoRA
+
+
+@pytest.mark.parametrize("count, length", [(50, 7), (49, 7), (5, 7)])
+def test_entries_are_dealt_out_evenly_and_keep_the_norm(count, length):
+    index, scale = assign_entries(count, length, 3)
+    times = index.bincount(minlength=length)
+    assert times.max() - times.min() <= 1 and len(index) == len(scale) == count
+    vector = torch.randn(length) * (times > 0)
+    torch.testing.assert_close(take_entries(vector, index, scale).norm(), vector.norm())
+    assert not torch.equal(index, index.sort().values)
+
+
+def test_unilora_layers_are_one_projection_of_one_vector():
+    model = peft.get_peft_model(chain(8, 6, 8), peft.UniLoraConfig(target_modules=["0", "1"], r=2, theta_d_length=5))
+    index, scale = assign_entries(2 * (8 + 6) * 2, 5, 42)
+    values = model.base_model.unilora_theta_d["default"][index] * scale
+    for layer, part in zip(model.base_model.layers(), values.split(28), strict=True):
+        a, b = part[: 2 * layer.in_features].view(2, -1), part[2 * layer.in_features :].view(-1, 2)
+        torch.testing.assert_close(layer.get_delta_weight("default"), b @ a)
+
+
+def test_unilora_files_hold_the_vector_and_its_use_only_if_asked(tmp_path):
+    def config(**settings):
+        return peft.UniLoraConfig(target_modules=["0", "1"], r=2, theta_d_length=9, **settings)
+
+    x = torch.randn(2, 8)
+    model = peft.get_peft_model(chain(8, 6, 8), config(init_weights=False))
+    assert {key: value.shape for key, value in saved(model, tmp_path / "a").items()} == {
+        "base_model.unilora_theta_d": (9,)
+    }
+    assert torch.equal(peft.PeftModel.from_pretrained(chain(8, 6, 8), tmp_path / "a")(x), model(x))
+    model = peft.get_peft_model(chain(8, 6, 8), config(init_weights=False, save_indices=True))
+    tensors = saved(model, tmp_path / "b")
+    assert len(tensors) == 9 and tensors["base_model.model.0.unilora_indices_A"].dtype == torch.int64
+    key = "base_model.model.1.unilora_indices_B"
+    tensors[key] = tensors[key].flip(0).contiguous()  # what the file says counts, not the seed
+    save_file(tensors, tmp_path / "b" / "adapter_model.safetensors")
+    loaded = peft.PeftModel.from_pretrained(chain(8, 6, 8), tmp_path / "b")
+    assert torch.equal(saved(loaded, tmp_path / "c")[key], tensors[key])
+    assert not torch.allclose(loaded(x), model(x))

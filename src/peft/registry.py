@@ -163,6 +163,7 @@ METHODS: dict[str, Method] = {
     "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
     "RANDLORA": Method("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),
     "TINYLORA": Method("peft.tuners.tinylora", "TinyLoraConfig", "TinyLoraModel", "tinylora_"),
+    "UNILORA": Method("peft.tuners.unilora", "UniLoraConfig", "UniLoraModel", "unilora_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning",
         "PromptTuningConfig",
