@@ -139,3 +139,100 @@ def test_unilora_files_hold_the_vector_and_its_use_only_if_asked(tmp_path):
     loaded = peft.PeftModel.from_pretrained(chain(8, 6, 8), tmp_path / "b")
     assert torch.equal(saved(loaded, tmp_path / "c")[key], tensors[key])
     assert not torch.allclose(loaded(x), model(x))
+
+
+# ---- Lily
+
+
+class Blocks(nn.Module):
+    """`count` blocks with two linear layers of one shape and one of another, and a last layer named like the first."""
+
+    def __init__(self, count: int = 3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(8, 8), "v": nn.Linear(8, 8), "o": nn.Linear(8, 8)}) for _ in range(count)
+        )
+        self.q = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer["o"](layer["q"](x) + layer["v"](x).tanh())
+        return self.q(x)
+
+
+def lily(**settings) -> peft.LilyConfig:
+    return peft.LilyConfig(target_modules=["q", "v"], **{"r": 2, "num_B": 3, "init_weights": False, **settings})
+
+
+def test_lily_shares_by_name_shape_and_stride():
+    model = peft.get_peft_model(Blocks(), lily(stride_A=2))
+    held = {}
+    for key, module in model.base_model.model.named_modules():
+        if hasattr(module, "lily_A"):
+            held[key] = module.lily_A["default"].weight, module.lily_B["default"].weight
+    alike = {
+        (one, other, i)
+        for one in held
+        for other in held
+        for i in (0, 1)
+        if one < other and held[one][i] is held[other][i]
+    }
+    last, first, second = (f"layers.{i}" for i in (2, 0, 1))
+    assert alike == {
+        *((f"{first}.{name}", f"{second}.{name}", 0) for name in "qv"),
+        *((f"{one}.{name}", f"{other}.{name}", 1) for name in "qv" for one, other in ((first, second), (first, last))),
+        *((f"{second}.{name}", f"{last}.{name}", 1) for name in "qv"),
+    }
+    routers = {id(parameter) for key, parameter in model.named_parameters() if "lily_router" in key}
+    assert len(routers) == 7
+
+
+def test_lily_adds_what_its_formula_says():
+    model = peft.get_peft_model(chain(6, 5), peft.LilyConfig(target_modules=["0"], r=2, num_B=3, scaling=0.7))
+    layer = model.base_model.model[0]
+    nn.init.normal_(layer.lily_B["default"].weight)
+    x = torch.randn(4, 3, 6)
+    low = x @ layer.lily_A["default"].weight.T
+    p = (low @ layer.lily_router["default"].weight.T).softmax(-1).mean((0, 1))
+    factors = layer.lily_B["default"].weight.chunk(3)
+    added = 0.7 * sum(share * (low @ factor) for share, factor in zip(p, factors, strict=True))
+    torch.testing.assert_close(model(x), layer.base_layer(x) + added)
+    empty = model(x[:0])
+    empty.sum().backward()
+    assert empty.shape == (0, 3, 5) and layer.lily_B["default"].weight.grad.isfinite().all()
+
+
+def test_a_lily_file_may_hold_shared_factors_once(tmp_path, recwarn):
+    model = peft.get_peft_model(Blocks(), lily(stride_A=2))
+    x = torch.randn(2, 8)
+    tensors = saved(model, tmp_path)
+    assert len(tensors) == 7 * 3
+    once = {}
+    for key, value in tensors.items():
+        if not any(torch.equal(value, other) for other in once.values()):
+            once[key] = value
+    assert len(once) == 5 + 3 + 7
+    for content in (tensors, once):
+        save_file(content, tmp_path / "adapter_model.safetensors")
+        recwarn.clear()
+        loaded = peft.PeftModel.from_pretrained(Blocks(), tmp_path, is_trainable=True)
+        assert not recwarn.list
+        assert torch.equal(loaded(x), model(x))
+        a, b = (loaded.base_model.model.layers[i]["q"].lily_A["default"].weight for i in (0, 1))
+        assert a is b and a.requires_grad
+
+
+def test_factors_of_lily_that_a_file_lacks_are_fresh_and_still_shared(tmp_path):
+    tensors = saved(peft.get_peft_model(Blocks(), lily()), tmp_path)
+    rest = {key: value for key, value in tensors.items() if not key.endswith("v.lily_B.weight")}
+    save_file(rest, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(peft.errors.PeftWarning, match="has no value for"):
+        loaded = peft.PeftModel.from_pretrained(Blocks(), tmp_path)
+    factors = [loaded.base_model.model.layers[i]["v"].lily_B["default"].weight for i in range(3)]
+    assert not factors[0].is_meta and factors[0].abs().max() > 0 and all(factor is factors[0] for factor in factors)
+
+
+def test_lily_needs_a_choice():
+    with pytest.raises(ValueError, match="num_B=1"):
+        lily(num_B=1)

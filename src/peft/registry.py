@@ -164,6 +164,7 @@ METHODS: dict[str, Method] = {
     "RANDLORA": Method("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),
     "TINYLORA": Method("peft.tuners.tinylora", "TinyLoraConfig", "TinyLoraModel", "tinylora_"),
     "UNILORA": Method("peft.tuners.unilora", "UniLoraConfig", "UniLoraModel", "unilora_"),
+    "LILY": Method("peft.tuners.lily", "LilyConfig", "LilyModel", "lily_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning",
         "PromptTuningConfig",

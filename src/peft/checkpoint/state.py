@@ -261,7 +261,13 @@ def set_peft_model_state_dict(
             else:
                 (prompt[key] if slot is None else slot.tensor).copy_(value)
     given = {key for key, _, _ in found} | {key for key, _ in wrong}
-    missing = [slot.live_name for key, slot in slots.items() if key not in given]
+    # A tensor that several layers hold may be in the file once.
+    filled = {(id(slot.owner), slot.attribute) for _, _, slot in found if slot is not None}
+    missing = [
+        slot.live_name
+        for key, slot in slots.items()
+        if key not in given and (id(slot.owner), slot.attribute) not in filled
+    ]
     missing += [f"prompt_encoder.{adapter_name}.{key}" for key in prompt if key not in given]
     return IncompatibleKeys(missing, unexpected)
 
