@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import peft
 from peft.ops.shared_vector import assign_entries, take_entries
-from peft.ops.singular import leading_factors
+from peft.ops.singular import Framed, common_basis, coordinates, leading_factors
+from peft.ops.sparse import Entries, in_row_order, off_diagonal_positions
+from peft.tuners.frod import kind_of
 
 torch.set_num_threads(1)
 
@@ -236,3 +238,109 @@ def test_factors_of_lily_that_a_file_lacks_are_fresh_and_still_shared(tmp_path):
 def test_lily_needs_a_choice():
     with pytest.raises(ValueError, match="num_B=1"):
         lily(num_B=1)
+
+
+# ---- FRoD
+
+
+@pytest.mark.parametrize("rows", [(6, 6), (9, 4, 5), (2, 3)])
+def test_matrices_are_diagonal_in_their_common_basis(rows):
+    matrices = [torch.randn(count, 6) for count in rows]
+    basis = common_basis(matrices, 1e-3)
+    for matrix in matrices:
+        left, lengths = coordinates(matrix, basis)
+        torch.testing.assert_close(left @ torch.diag(lengths) @ basis.T, matrix, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(left.norm(dim=0), torch.ones(6))
+
+
+def test_coordinates_of_a_matrix_that_is_not_of_full_rank():
+    matrix = torch.randn(5, 2) @ torch.randn(2, 4)
+    basis = common_basis([matrix, torch.zeros(3, 4)], 1e-3)
+    basis[:, 0] = basis[:, 1]  # singular, and what is in its span can still be told
+    matrix = torch.randn(5, 4) @ basis.T
+    left, lengths = coordinates(matrix, basis)
+    torch.testing.assert_close(left @ torch.diag(lengths) @ basis.T, matrix, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_framed_matrices_multiply_as_what_they_stand_for(tokens):
+    generator = torch.Generator().manual_seed(0)
+    positions = off_diagonal_positions(6, 9, generator)
+    assert len(set(map(tuple, positions.T.tolist()))) == 9 and (positions[0] != positions[1]).all()
+    assert off_diagonal_positions(6, 99, generator).unique(dim=1).shape == (2, 30)
+    values = torch.randn(9, requires_grad=True)
+    order, sorted_positions = in_row_order(positions)
+    diagonal, left, right = torch.randn(6, requires_grad=True), torch.randn(4, 6), torch.randn(6, 6)
+    core = torch.zeros(6, 6).index_put(tuple(positions), values) + torch.diag(diagonal)
+    plain = left @ core @ right.T
+    framed = Framed(left, Entries(sorted_positions, values[order], (6, 6)), diagonal, right)
+    flipped = Framed(left, framed.core, diagonal, right, transposed=True)
+    x = torch.randn(tokens, 6, requires_grad=True)
+    torch.testing.assert_close(framed.dense(), plain)
+    torch.testing.assert_close(flipped.dense(), plain.T)
+    torch.testing.assert_close(flipped.columns(torch.tensor([[1, 3]])), plain[torch.tensor([[1, 3]])])
+    grad = torch.randn(tokens, 4)
+    mine = torch.autograd.grad(framed.apply(x), (x, values, diagonal), grad, retain_graph=True)
+    torch.testing.assert_close(framed.apply(x), x @ plain.T)
+    torch.testing.assert_close(mine, torch.autograd.grad(x @ plain.T, (x, values, diagonal), grad))
+
+
+def test_names_of_kinds():
+    assert kind_of("model.layers.0.self_attn.q_proj") == "self_attn_q_proj"
+    assert kind_of("layers.0.q") == "q" and kind_of("3") == "3" and kind_of("a.b.1") == "b_1"
+
+
+def frod(**settings) -> peft.FrodConfig:
+    return peft.FrodConfig(target_modules=["q"], progressbar=False, sparse_rate=0.1, init_weights=False, **settings)
+
+
+def filled(model: peft.PeftModel) -> peft.PeftModel:
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_frod_is_the_same_after_loading_whatever_the_signs_of_its_basis(tmp_path, stored, monkeypatch):
+    model = filled(peft.get_peft_model(Blocks(), frod(save_projection=stored)))
+    x = torch.randn(2, 8)
+    tensors = saved(model, tmp_path)
+    assert any("frod_V" in key for key in tensors) == stored
+    assert not any(key.endswith(("frod_U", "frod_start")) for key in tensors)
+    eigh = torch.linalg.eigh
+    if stored:  # as on a machine that computes otherwise
+        monkeypatch.setattr(torch.linalg, "eigh", lambda m: (eigh(m)[0], -eigh(m)[1].flip(1)))
+    for low_cpu_mem_usage in (True, False):
+        loaded = peft.PeftModel.from_pretrained(Blocks(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        torch.testing.assert_close(loaded(x), model(x))
+    fresh = peft.get_peft_model(Blocks(), frod(save_projection=stored))
+    peft.set_peft_model_state_dict(fresh, tensors)
+    torch.testing.assert_close(fresh(x), model(x))
+
+
+def test_a_basis_that_a_frod_file_lacks_is_made_from_the_weights(tmp_path):
+    model = filled(peft.get_peft_model(Blocks(), frod()))
+    tensors = {key: value for key, value in saved(model, tmp_path).items() if "frod_V" not in key}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(peft.errors.PeftWarning, match="has no value for"):
+        loaded = peft.PeftModel.from_pretrained(Blocks(), tmp_path)
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_frod_layers_of_one_name_and_two_widths_have_two_bases():
+    net = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(width, 5)}) for width in (4, 4, 7)])
+    model = peft.get_peft_model(net, frod())
+    assert {key: basis.shape for key, basis in model.base_model.frod_V["default"].named_buffers()} == {
+        "q": (4, 4), "q_7": (7, 7),
+    }  # fmt: skip
+
+
+def test_frod_refuses_what_it_cannot_mean():
+    with pytest.raises(ValueError, match="sparse_rate"):
+        peft.FrodConfig(sparse_rate=1.5)
+    model = peft.get_peft_model(Blocks(), frod())
+    with pytest.raises(ValueError, match="same projection key"):
+        model.add_adapter("other", frod(projection_prng_key=3))

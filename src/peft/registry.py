@@ -165,6 +165,7 @@ METHODS: dict[str, Method] = {
     "TINYLORA": Method("peft.tuners.tinylora", "TinyLoraConfig", "TinyLoraModel", "tinylora_"),
     "UNILORA": Method("peft.tuners.unilora", "UniLoraConfig", "UniLoraModel", "unilora_"),
     "LILY": Method("peft.tuners.lily", "LilyConfig", "LilyModel", "lily_"),
+    "FROD": Method("peft.tuners.frod", "FrodConfig", "FrodModel", "frod_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning",
         "PromptTuningConfig",

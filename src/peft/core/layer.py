@@ -83,6 +83,9 @@ class AdapterLayer(Part):
         where a file is about to bring it.
         """
 
+    def loaded(self, name: str) -> None:
+        """Called when tensors of adapter `name`, shared ones too, have come from a file; some may be missing."""
+
     def change(self, name: str) -> Change | Iterable[Change]:
         """What adapter `name` does to the module at present; several changes act one after the other."""
         raise NotImplementedError
@@ -166,15 +169,9 @@ class AdapterLayer(Part):
         return self.ledger.original(self.get_base_layer(), self.op.bias_name)
 
     def start_matrix(self) -> Tensor:
-        """The original base weight as a matrix [out, in] that the tensors of a new adapter are made of.
-
-        In float32, or float64 where the weight is. On the meta device where it has no memory itself, or where a file
-        is about to bring what is made of it.
-        """
+        """The original base weight as a matrix [out, in], for what a new adapter has of it (see `making.start_of`)."""
         with onloaded(self.get_base_layer()):
-            weight = self.op.matrix(self.original_weight().detach())
-        weight = weight.to("meta") if self.waits_for_file else weight
-        return weight if weight.dtype == torch.float64 else weight.float()
+            return making.start_of(self.op.matrix(self.original_weight()), self.waits_for_file)
 
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor in the module's shape, whatever it is stored as."""

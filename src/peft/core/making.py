@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from peft.core.layer import AdapterLayer
 
 
+def start_of(matrix: Tensor, waits_for_file: bool) -> Tensor:
+    """A base weight as the tensors of a new adapter are made of it: in float32, or float64 where it is.
+
+    On the meta device where it has no memory itself, or where a file is about to bring what is made of it.
+    """
+    matrix = matrix.detach()
+    matrix = matrix.to("meta") if waits_for_file else matrix
+    return matrix if matrix.dtype == torch.float64 else matrix.float()
+
+
 def make(layer: AdapterLayer, name: str, config: Any, planned: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Makes adapter `name`, beside the base weight; on the meta device where that is the default device."""
     device = layer.place()[0]

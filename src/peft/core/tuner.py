@@ -180,6 +180,7 @@ class BaseTuner(nn.Module):
 
     def fill_in(self, adapter_name: str) -> None:
         """Gives tensors of an adapter that are still without memory the values of a fresh adapter."""
+        injection.share_again(self, adapter_name)
         for key, part in self.parts():
             if not isinstance(part, AdapterLayer) or not part.has(adapter_name):
                 continue

@@ -98,7 +98,8 @@ class LilyLayer(AdapterLayer):
 
     def mixture(self, name: str, x: Tensor) -> Tensor:
         """What adapter `name` adds to the output, for inputs [..., in]: [..., out]."""
-        a, b, router = (held[name].weight for held in (self.lily_A, self.lily_B, self.lily_router))
+        factors: list[Any] = [self.lily_A[name], self.lily_B[name], self.lily_router[name]]
+        a, b, router = (factor.weight for factor in factors)
         low = F.linear(x.to(a.dtype), a)
         shares = F.linear(low, router).softmax(-1).flatten(0, -2)
         shares = shares.sum(0) / max(len(shares), 1)
