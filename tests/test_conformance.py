@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict] = {
     "UNILORA": {"r": 2, "theta_d_length": 20, "init_theta_d_bound": 1e-3},
     "LILY": {"r": 4},
     "FROD": {"sparse_rate": 0.1, "progressbar": False},
+    "OSF": {"effective_rank": 2},
     # variants, by the method's name and theirs
     "LORA DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
     "LORA BD-LoRA": {"r": 4, "use_bdlora": {"nblocks": 2, "target_modules_bd_b": ["target"]}},

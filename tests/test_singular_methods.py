@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peft
 from peft.ops.shared_vector import assign_entries, take_entries
-from peft.ops.singular import Framed, common_basis, coordinates, leading_factors
+from peft.ops.singular import Framed, common_basis, coordinates, keeping_off, leading_factors
 from peft.ops.sparse import Entries, in_row_order, off_diagonal_positions
 from peft.tuners.frod import kind_of
 
@@ -344,3 +344,74 @@ def test_frod_refuses_what_it_cannot_mean():
     model = peft.get_peft_model(Blocks(), frod())
     with pytest.raises(ValueError, match="same projection key"):
         model.add_adapter("other", frod(projection_prng_key=3))
+
+
+# ---- OSF
+
+
+def test_gradients_keep_off_a_basis():
+    parameter = torch.randn(6, 3, requires_grad=True)
+    basis = torch.linalg.qr(torch.randn(6, 2))[0]
+    same = keeping_off(parameter, basis)
+    assert torch.equal(same, parameter)
+    gradient = torch.randn(6, 3)
+    (got,) = torch.autograd.grad(same, parameter, gradient)
+    torch.testing.assert_close(got, gradient - basis @ basis.T @ gradient)
+    assert (basis.T @ got).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("again", ["at once", "loaded", "moved"])
+def test_training_osf_leaves_the_large_directions_alone(tmp_path, again):
+    """Also where the parameters are not those of the beginning any more."""
+    net = chain(8, 6)
+    weight = net[0].weight.detach().clone()
+    model = peft.get_peft_model(net, peft.OSFConfig(target_modules=["0"], effective_rank=2))
+    if again == "loaded":
+        model.save_pretrained(tmp_path)
+        model = peft.PeftModel.from_pretrained(chain(8, 6), tmp_path, is_trainable=True)
+    elif again == "moved":
+        model.base_model.model[0].move("default", dtype=torch.float64)
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(torch.randn(16, 8)) - 1).square().sum().backward()
+        optimizer.step()
+    changed = model.base_model.model[0].effective()[0].detach().float()
+    assert (changed - weight).abs().max() > 0.01
+    torch.testing.assert_close(left[:, :2].T @ changed @ right[:2].T, torch.diag(values[:2]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(left[:, :2].T @ changed, values[:2, None] * right[:2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(changed @ right[:2].T, left[:, :2] * values[:2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, trained",
+    [
+        ({}, [8, 8]), ({"effective_rank": 0.25}, [12, 12]), ({"effective_rank": 1.0}, [0, 0]),
+        ({"effective_rank": 99}, [0, 0]), ({"effective_rank": 2, "rank_pattern": {"0": 3}}, [13, 14]),
+        ({"rank_pattern": {"^1$": 0.25}}, [8, 12]),
+    ],
+)  # fmt: skip
+def test_osf_keeps_as_many_directions_as_asked(settings, trained):
+    model = peft.get_peft_model(chain(20, 16, 20), peft.OSFConfig(target_modules=["0", "1"], **settings))
+    assert [len(layer.osf_svd_params["default"]["S_low"]) for layer in model.base_model.layers()] == trained
+
+
+def test_osf_refuses_to_keep_nothing_and_takes_all_linear_layers_of_unknown_models():
+    for wrong in ({"effective_rank": 0}, {"effective_rank": 0.01}, {"rank_pattern": {"0": -1}}):
+        with pytest.raises(ValueError, match="effective_rank"):
+            peft.get_peft_model(chain(8, 6), peft.OSFConfig(target_modules=["0"], **wrong))
+    assert peft.get_peft_model(chain(8, 6, 4), peft.OSFConfig()).peft_config["default"].target_modules == {"0", "1"}
+
+
+def test_osf_files_hold_what_is_trained(tmp_path):
+    model = filled(peft.get_peft_model(chain(8, 6, 4), peft.OSFConfig(effective_rank=2)))
+    assert {key: value.shape for key, value in saved(model, tmp_path).items()} == {
+        "base_model.model.0.osf_svd_params.U_low": (6, 4), "base_model.model.0.osf_svd_params.S_low": (4,),
+        "base_model.model.0.osf_svd_params.V_low": (4, 8), "base_model.model.1.osf_svd_params.U_low": (4, 2),
+        "base_model.model.1.osf_svd_params.S_low": (2,), "base_model.model.1.osf_svd_params.V_low": (2, 6),
+    }  # fmt: skip
+    x = torch.randn(2, 8)
+    for low_cpu_mem_usage in (True, False):
+        loaded = peft.PeftModel.from_pretrained(chain(8, 6, 4), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        torch.testing.assert_close(loaded(x), model(x))

@@ -166,6 +166,7 @@ METHODS: dict[str, Method] = {
     "UNILORA": Method("peft.tuners.unilora", "UniLoraConfig", "UniLoraModel", "unilora_"),
     "LILY": Method("peft.tuners.lily", "LilyConfig", "LilyModel", "lily_"),
     "FROD": Method("peft.tuners.frod", "FrodConfig", "FrodModel", "frod_"),
+    "OSF": Method("peft.tuners.osf", "OSFConfig", "OSFModel", "osf_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning",
         "PromptTuningConfig",

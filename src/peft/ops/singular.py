@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,3 +97,31 @@ class Framed(Matrix):
 
     def columns(self, index: Tensor) -> Tensor:
         return self._rows(F.embedding(index, self.left)) if self.transposed else super().columns(index)
+
+
+def keeping_off(parameter: Tensor, basis: Tensor) -> Tensor:
+    """The parameter itself, whose gradient has no part in the span of a basis: g - B B^T g.
+
+    Args:
+        parameter: [n, m].
+        basis: B [n, k], with orthonormal columns; fixed.
+    """
+    return _KeepingOff.apply(parameter, basis)
+
+
+class _KeepingOff(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter: Tensor, basis: Tensor) -> Tensor:
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (basis,) = ctx.saved_tensors
+        basis = basis.to(grad.dtype)
+        return grad - basis @ (basis.T @ grad), None
