@@ -175,6 +175,11 @@ METHODS: dict[str, Method] = {
     "DELORA": Method("peft.tuners.delora", "DeloraConfig", "DeloraModel", "delora_"),
     "PVERA": Method("peft.tuners.pvera", "PveraConfig", "PveraModel", "pvera_lambda_"),
     "ROAD": Method("peft.tuners.road", "RoadConfig", "RoadModel", "road_"),
+    "TINYLORA": Method("peft.tuners.tinylora", "TinyLoraConfig", "TinyLoraModel", "tinylora_"),
+    "UNILORA": Method("peft.tuners.unilora", "UniLoraConfig", "UniLoraModel", "unilora_"),
+    "LILY": Method("peft.tuners.lily", "LilyConfig", "LilyModel", "lily_"),
+    "FROD": Method("peft.tuners.frod", "FrodConfig", "FrodModel", "frod_"),
+    "OSF": Method("peft.tuners.osf", "OSFConfig", "OSFModel", "osf_"),
     "PROMPT_TUNING": Method(
         "peft.tuners.prompt_tuning",
         "PromptTuningConfig",

@@ -51,7 +51,8 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
         if not isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper, BaseTuner)):
             continue
         prefix = f"{path}." if path else ""
-        device = module.place()[0] if isinstance(module, AdapterLayer) else None
+        layer = next(module.layers(), None) if isinstance(module, BaseTuner) else module
+        device = layer.place()[0] if isinstance(layer, AdapterLayer) else None
         for file_name, live in module.key_map(adapter_name).items():
             owner_path, _, attribute = live.rpartition(".")
             owner = module.get_submodule(owner_path) if owner_path else module
@@ -266,8 +267,17 @@ def set_peft_model_state_dict(
                 _assign(slot, value)
             else:
                 (prompt[key] if slot is None else slot.tensor).copy_(value)
+    for _, part in parts_of(model):
+        if isinstance(part, AdapterLayer) and part.has(adapter_name):
+            part.loaded(adapter_name)
     given = {key for key, _, _ in found} | {key for key, _ in wrong}
-    missing = [slot.live_name for key, slot in slots.items() if key not in given]
+    # A tensor that several layers hold may be in the file once.
+    filled = {(id(slot.owner), slot.attribute) for _, _, slot in found if slot is not None}
+    missing = [
+        slot.live_name
+        for key, slot in slots.items()
+        if key not in given and (id(slot.owner), slot.attribute) not in filled
+    ]
     missing += [f"prompt_encoder.{adapter_name}.{key}" for key in prompt if key not in given]
     return IncompatibleKeys(missing, unexpected)
 

@@ -73,12 +73,13 @@ def inject(
         before = Before(tuner, model)
         undo.callback(_take_out, tuner, method, model, adapter_name, before)
         tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
-        without_memory = low_cpu_mem_usage and method.start_is_replaceable(config)
-        _share(method, plan, config, adapter_name)
+        without_memory = plan.waits_for_file = low_cpu_mem_usage and method.start_is_replaceable(config)
+        share(method, plan, config, adapter_name)
         with torch.device("meta") if without_memory else nullcontext():
             _apply(tuner, plan, config, adapter_name)
             save_modules(model, plan.save, adapter_name, tied)
             train_tokens(model, adapter_name, tokens)
+        method.planned = {}
         tuner._parts = None
         tuner.targeted_module_names = list(dict.fromkeys(tuner.targeted_module_names + plan.module_names))
         tuner.targeted_parameter_names = list(dict.fromkeys(tuner.targeted_parameter_names + plan.parameter_names))
@@ -97,24 +98,63 @@ def inject(
         hand_over(undo)
 
 
-def _share(method: Method, plan: Plan, config: Any, adapter_name: str) -> None:
-    """Makes what the layers of an adapter share, on the device of the base."""
+def share(method: Method, plan: Plan, config: Any, adapter_name: str) -> None:
+    """Makes what the layers of an adapter share, on the device of the base, and works out the place of each.
+
+    What a file is about to bring may be made without memory.
+    """
+    settings = method.plan_settings(plan, config)
+    method.planned = {
+        (id(layer.base), layer.parameter_name): settings[layer.name] for layer in plan.layers if layer.name in settings
+    }
     if not method.shared or not plan.targets:
         return
-    device = place_of(plan.targets[0].base)[0]
-    device = None if device is None or device.type == "meta" else device
     with torch.device("cpu"):  # also where the adapter itself is made without memory: it may not be in the file
         made = method.share(plan, config, adapter_name)
+        if plan.waits_for_file and any(
+            _is_blank(made[name]) and not method.slot(name).is_stored(config) for name in made
+        ):
+            plan.waits_for_file = False
+            made = method.share(plan, config, adapter_name)
+    device = place_of(plan.targets[0].base)[0]
+
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor if device is None or device.type == "meta" or tensor.is_meta else tensor.to(device)
+
     for name, value in made.items():
         container: Any = method.shared[name]
         if isinstance(value, Tensor):
-            value = value.to(device)
-            container[adapter_name] = nn.Parameter(value) if method.slot(name).trained else value
+            container[adapter_name] = nn.Parameter(placed(value)) if method.slot(name).trained else placed(value)
         else:
             groups = nn.ParameterDict() if method.slot(name).trained else Buffers(container.persistent)
             for group, tensor in value.items():
-                groups[group] = tensor.to(device)
+                groups[group] = placed(tensor)
             container[adapter_name] = groups
+
+
+def share_again(tuner: BaseTuner, adapter_name: str) -> None:
+    """Makes what the layers of an adapter share and no file has brought."""
+    config = tuner.peft_config[adapter_name]
+    method = tuner.method(config)
+    every: dict[str, Any] = dict(method.shared)
+    containers = {name: held for name, held in every.items() if adapter_name in held}
+    if not any(_is_blank(held[adapter_name]) for held in containers.values()):
+        return
+    before = {name: held[adapter_name] for name, held in containers.items()}
+    share(method, Plan.of_layers(tuner.parts(), adapter_name), config, adapter_name)
+    method.planned = {}
+    for name, old in before.items():
+        new = containers[name][adapter_name]
+        if isinstance(old, Tensor):
+            containers[name][adapter_name] = new if old.is_meta else old
+        else:
+            for group in old:
+                new[group] = new[group] if old[group].is_meta else old[group]
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a tensor, or one of those of a group each, has no memory."""
+    return any(tensor.is_meta for tensor in ([value] if isinstance(value, Tensor) else (value[key] for key in value)))
 
 
 def _warn_of_lost_gradients(model: nn.Module, config: Any) -> None:
@@ -251,6 +291,7 @@ def _take_out(tuner: BaseTuner, method: Method, model: nn.Module, adapter_name: 
         else:
             put_back(model, key, part.wrapped)
     tuner.forget_shared(method, adapter_name)
+    method.planned = {}
     tuner._parts = None
     tuner.peft_config.pop(adapter_name, None)
     before.restore(tuner, model)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
+from peft.core import making
 from peft.core import merge as merging
 from peft.core.base_op import BaseOp, NormOp, base_op
 from peft.core.call import current_route
@@ -55,6 +55,8 @@ class AdapterLayer(Part):
     ledger: merging.Ledger
     _live: list[str]
     _merged: list[merging.Entry]
+    #: whether the tensors of the adapter that is being made come from a file, those that files hold
+    waits_for_file: bool
 
     def __init__(self, base_layer: nn.Module, parameter_name: str | None = None, op: BaseOp | None = None):
         super().__init__()
@@ -67,7 +69,7 @@ class AdapterLayer(Part):
         ledger = base_layer.ledger if isinstance(base_layer, AdapterLayer) else merging.Ledger()
         self.__dict__.update(
             op=found, parameter_name=parameter_name, is_read=False, in_expert=False, ledger=ledger, _live=[],
-            _merged=ledger.entries,
+            _merged=ledger.entries, waits_for_file=False,
         )  # fmt: skip
 
     # ---- what a method writes
@@ -79,8 +81,12 @@ class AdapterLayer(Part):
     def draw(self, name: str, config: Any) -> None:
         """Makes the fixed tensors of adapter `name`, which its configuration and the base weight determine.
 
-        Called after `create`, and on a real device even where that is not.
+        Called after `create`, and on a real device even where that is not. What is made of `start_matrix` has no memory
+        where a file is about to bring it.
         """
+
+    def loaded(self, name: str) -> None:
+        """Called when tensors of adapter `name`, shared ones too, have come from a file; some may be missing."""
 
     def change(self, name: str) -> Change | Iterable[Change]:
         """What adapter `name` does to the module at present; several changes act one after the other."""
@@ -184,6 +190,11 @@ class AdapterLayer(Part):
                 value = self.ledger.original(base, name)
         return value
 
+    def start_matrix(self) -> Tensor:
+        """The original base weight as a matrix [out, in], for what a new adapter has of it (see `making.start_of`)."""
+        with onloaded(self.get_base_layer()):
+            return making.start_of(self.op.matrix(self.original_weight()), self.waits_for_file)
+
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor in the module's shape, whatever it is stored as."""
         base = self.get_base_layer()
@@ -209,22 +220,18 @@ class AdapterLayer(Part):
 
     # ---- the life of an adapter
 
-    def add_adapter(self, name: str, config: PeftConfig | None, **settings: Any) -> None:
-        """Makes adapter `name` and puts it where the base weight is; it is not active yet."""
-        device = self.place()[0]
-        self.new_record(name, config)
-        # Beside a weight without memory, tensors would lose their values at once: they are made without as well.
-        with device if device is not None and device.type == "meta" else nullcontext():
-            self.create(name, config, **settings)
-        with torch.device("cpu"):
-            self.draw(name, config)
-        parameters = list(self.adapter_parameters(name))
-        for parameter in parameters:
-            parameter.requires_grad = False
-        if not any(parameter.is_meta for parameter in parameters):  # else loading will bring them
-            self.move(name, device)
-        elif device is not None and device.type != "meta":
-            self.move_fixed(name, device)
+    def add_adapter(
+        self, name: str, config: PeftConfig | None, planned: Mapping[str, Any] | None = None, **settings: Any
+    ) -> None:
+        """Makes adapter `name` and puts it where the base weight is; it is not active yet.
+
+        Args:
+            name: its name.
+            config: its configuration.
+            planned: settings that `create` finds made, see `Method.plan_settings`.
+            settings: arguments of `create`.
+        """
+        making.make(self, name, config, planned or {}, settings)
         if name in self._active:
             self.refresh()
 
@@ -245,29 +252,11 @@ class AdapterLayer(Part):
         """Takes in the containers of the slots that layers share."""
         self._modules.update(containers)
 
-    def move_fixed(self, name: str, device: torch.device) -> None:
-        """Moves the fixed tensors of an adapter."""
-        for slot in self.adapter_layer_names:
-            entries: Any = self._modules[slot]
-            fixed = entries[name] if not self.slots[slot].trained and name in entries else None
-            if isinstance(fixed, Tensor) and not fixed.is_meta:
-                moved = fixed.data.to(device)
-                entries[name] = nn.Parameter(moved, requires_grad=False) if self.slots[slot].parameter else moved
-
     def unsettle(self, before: Any) -> None:
         """Gives the base weight back that `settle` changed."""
         base = self.get_base_layer()
         with onloaded(base):
             storage_of(base, self.op.weight_name).restore(base, self.op.weight_name, before)
-
-    def fill_in(self, name: str, config: Any, settings: dict[str, Any]) -> None:
-        """Gives those tensors of an adapter that have no memory the values of a fresh adapter."""
-        before = list(self.adapter_parameters(name))
-        self.create(name, config, **settings)
-        self.move(name, *place_of(self.get_base_layer()))
-        for old, new in zip(before, self.adapter_parameters(name), strict=True):
-            new.data = new.data.to(old.dtype) if old.is_meta else old.data
-            new.requires_grad_(old.requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches the adapters on or off, merged ones too; what was trainable before is so again after."""

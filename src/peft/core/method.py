@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from peft.core.layer import AdapterLayer
@@ -33,6 +34,8 @@ class Method:
         self.tuner, self.layer_class, self.prefix = tuner, layer_class, prefix
         #: slot -> container of the tensors that layers share, by adapter
         self.shared: dict[str, nn.Module] = {}
+        #: base module and name of its parameter -> what `plan_settings` says of the layer, while an adapter is added
+        self.planned: dict[tuple[int, str | None], dict[str, Any]] = {}
         slots = {name: slot for name, slot in layer_class.slots.items() if slot.shared}
         if slots:
             there = next((layer for layer in tuner.layers() if isinstance(layer, layer_class)), None)
@@ -111,6 +114,15 @@ class Method:
         """
         return {}
 
+    def plan_settings(self, plan: Plan, config: Any) -> dict[str, dict[str, Any]]:
+        """What depends on all layers that an adapter gets: its place among them, the group that it shares with.
+
+        Returns:
+            Name of a layer in `plan.layers` -> settings of the adapter there, which its `create` and `draw` may use;
+            `groups` among them, where layers share by groups.
+        """
+        return {}
+
     # ---- layer by layer
 
     def layer_settings(self, config: Any, key: str) -> dict[str, Any]:
@@ -132,6 +144,15 @@ class Method:
 
     def removed(self, adapter_name: str) -> None:
         """Called when an adapter has been deleted, or (with all others) taken off the model."""
+
+    def cast_shared(self, adapter_name: str, dtype: torch.dtype | None) -> None:
+        """Brings the trained tensors that the layers of an adapter share to a dtype."""
+        containers: dict[str, Any] = dict(self.shared)
+        for slot, container in containers.items():
+            if dtype is not None and self.slot(slot).trained and adapter_name in container:
+                held = container[adapter_name]
+                for parameter in [held] if isinstance(held, Tensor) else held.parameters():
+                    parameter.data = parameter.data.to(dtype)
 
     # ---- while the model runs
 

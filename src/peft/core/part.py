@@ -28,6 +28,8 @@ class Part(nn.Module):
 
     #: adapter -> its configuration and settings
     records: dict[str, Record]
+    #: shared slot -> the group of layers that it shares the slot's tensor with, where there are groups
+    groups = Setting[dict[str, str]]()
 
     if TYPE_CHECKING:
         # torch says of every attribute of a module that it is a tensor or a module.
@@ -92,11 +94,23 @@ class Part(nn.Module):
                 continue
             entries = modules[slot]
             entry = entries._modules.get(name)  # looked for here first: asked of every layer in every change of state
-            if entry is not None:
+            if entry is not None and kind.shared:
+                parameters += self._own_group(slot, name)
+            elif entry is not None:
                 parameters += _parameters_of(entry)
             elif name in entries and isinstance(entries[name], nn.Parameter):
                 parameters.append(entries[name])
         return parameters
+
+    def shared_tensor(self, slot: str, name: str) -> Tensor:
+        """What adapter `name` has in a shared slot: the one of all layers, or of the group that this layer is in."""
+        held = self._modules[slot][name]  # type: ignore[index]
+        return held if isinstance(held, Tensor) else held[self.groups[name][slot]]
+
+    def _own_group(self, slot: str, name: str) -> list[nn.Parameter]:
+        """The parameter of the group that this layer is in, if the adapter is here."""
+        here = name in self.groups and slot in self.groups[name]
+        return [self.shared_tensor(slot, name)] if here else []  # type: ignore[list-item]
 
     def trainable_parameters(self, name: str) -> Iterable[nn.Parameter]:
         """Those of them that training changes; all unless the method says otherwise."""

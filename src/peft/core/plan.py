@@ -9,14 +9,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft import patterns
 from peft.config import LayerConfig
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.core.base_op import BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
+from peft.core.base_op import AttentionOp, BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
-from peft.core.storage import storage_of
+from peft.core.making import start_of
+from peft.core.storage import onloaded, storage_of
 from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning
 from peft.target_tables import DEFAULT_TARGETS
 
@@ -62,6 +63,13 @@ class Target:
             raise ValueError(f"{self.key!r} is a {type(self.base).__name__}, which has no weight to be adapted.")
         return op
 
+    def start_matrix(self, waits_for_file: bool) -> Tensor:
+        """The original base weight as a matrix [out, in], for what a new adapter has of it (see `making.start_of`)."""
+        base, name, module = self.base, self.op.weight_name, self.module
+        with onloaded(base):
+            read = module.ledger.original if isinstance(module, AdapterLayer) else storage_of(base, name).read
+            return start_of(self.op.matrix(read(base, name)), waits_for_file)
+
 
 @dataclass
 class Plan:
@@ -71,15 +79,39 @@ class Plan:
         targets: modules and parameters that get the adapter, in the order of the model.
         save: names of the modules that are copied and trained in full.
         left_out: modules that matched and were excluded.
+        waits_for_file: whether what the layers share comes from a file, where files hold it.
     """
 
     targets: list[Target] = field(default_factory=list)
     save: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    waits_for_file: bool = False
+
+    @classmethod
+    def of_layers(cls, parts: Iterable[tuple[str, Any]], adapter_name: str) -> Plan:
+        """The targets of an adapter that has been added, given the parts of its model by name."""
+        plan = cls()
+        for path, layer in parts:
+            if isinstance(layer, AdapterLayer) and layer.has(adapter_name) and not layer.is_read:
+                key, parameter = target_name(path, layer), layer.parameter_name
+                key = key if parameter is None else key.removesuffix(f".{parameter}")
+                plan.targets.append(Target(key, layer, layer, "", parameter))
+        return plan
 
     @property
     def module_names(self) -> list[str]:
         return [target.key for target in self.targets if target.parameter_name is None]
+
+    @cached_property
+    def layers(self) -> list[Target]:
+        """Every layer that gets the adapter: the targets, and after each attention module its output projection."""
+        layers = []
+        for target in self.targets:
+            layers.append(target)
+            if isinstance(target.op, AttentionOp):
+                inner: Any = target.base
+                layers.append(Target(f"{target.key}.out_proj", inner.out_proj, inner, "out_proj"))
+        return layers
 
     @property
     def parameter_names(self) -> list[str]:

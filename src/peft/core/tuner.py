@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
-from peft.core import injection, unloading
+from peft.core import injection, making, unloading
 from peft.core.base_op import AttentionOp
 from peft.core.call import calling, current, remember_for_backward
 from peft.core.layer import AdapterLayer
@@ -156,7 +156,8 @@ class BaseTuner(nn.Module):
             layer.share(method.shared)
             layer.in_expert = in_expert(current_key)
             self._replace_module(parent, target_name, layer, target)
-        layer.add_adapter(adapter_name, peft_config, **settings)
+        planned = method.planned.get((id(layer.get_base_layer()), parameter_name))
+        layer.add_adapter(adapter_name, peft_config, planned, **settings)
         if isinstance(layer.op, AttentionOp):
             # Its output projection is a module that is read, not called, and gets a layer of its own. What the
             # configuration says of the attention module (a rank, say) holds for both.
@@ -183,25 +184,30 @@ class BaseTuner(nn.Module):
 
     def fill_in(self, adapter_name: str) -> None:
         """Gives tensors of an adapter that are still without memory the values of a fresh adapter."""
+        injection.share_again(self, adapter_name)
         for key, part in self.parts():
             if not isinstance(part, AdapterLayer) or not part.has(adapter_name):
                 continue
-            if any(parameter.is_meta for parameter in part.adapter_parameters(adapter_name)):
+            if making.lacks(part, adapter_name):
                 config = self.peft_config[adapter_name]
                 settings = self.method(config).layer_settings(config, target_name(key, part))
-                part.fill_in(adapter_name, config, settings)
+                making.fill_in(part, adapter_name, config, settings)
         if getattr(self.peft_config[adapter_name], "ensure_weight_tying", False):
             injection.tie_layers(self, self.model, tied_embedding_modules(self.model), adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Brings an adapter to the dtype it is trained in: its base weight's, but float32 in place of halves."""
+        shared: torch.dtype | None = None  # what layers share is as in the first of them
         for _, part in self.parts():
             if isinstance(part, AdapterLayer) and part.has(adapter_name):
                 _, dtype = part.place()
                 if autocast_adapter_dtype and dtype in UPCAST_DTYPES:
                     dtype = torch.float32
+                shared = shared or dtype
                 if dtype is not None and part.dtype_of(adapter_name) != dtype:
                     part.move(adapter_name, dtype=dtype)
+        for method in self._methods.values():
+            method.cast_shared(adapter_name, shared)
 
     # ---- adapters and their state
 

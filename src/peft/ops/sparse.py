@@ -31,6 +31,23 @@ def flat_index(positions: Tensor, columns: int) -> Tensor:
     return remember(positions, ("flat", columns), lambda: positions[0].long() * columns + positions[1].long())
 
 
+def in_row_order(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """What brings the values at positions [2, n] into the order of rows [n], and the positions in that order, int32."""
+
+    def sort() -> tuple[Tensor, Tensor]:
+        order = (positions[0].long() * (int(positions.max()) + 1) + positions[1]).argsort()
+        return order, positions[:, order].int()
+
+    return remember(positions, "row order", sort)
+
+
+def off_diagonal_positions(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` different positions of a square matrix off its diagonal, drawn at random: [2, count]."""
+    chosen = torch.randperm(size * (size - 1), generator=generator)[:count]
+    rows, columns = chosen // max(size - 1, 1), chosen % max(size - 1, 1)
+    return torch.stack((rows, columns + (columns >= rows)))
+
+
 def add_at(matrix: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     """`matrix` with `values` [n] added at `positions` [2, n], no two of them the same."""
     index = flat_index(positions, matrix.shape[1])
@@ -49,7 +66,8 @@ class Entries(Matrix):
     def apply(self, x: Tensor) -> Tensor:
         rows, columns = self.positions.long()
         if x.numel() * self.values.numel() > self.shape[0] * self.shape[1] ** 2:
-            return super().apply(x)
+            nothing = x.new_zeros(()).expand(self.shape)  # takes no memory
+            return sparse_linear(x, nothing, None, self.positions, self.values.to(x.dtype))
         # For a few tokens, the entries are looked up rather than put into a matrix.
         change = x.index_select(-1, columns) * self.values.to(x.dtype)
         return x.new_zeros(*x.shape[:-1], self.shape[0]).index_add(-1, rows, change)

@@ -1,0 +1,127 @@
+"""The parts of a matrix by its singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft.ops.matrix import Matrix
+from peft.ops.sparse import Entries
+
+
+def leading_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a matrix by one of low rank, as two factors that share its singular values evenly.
+
+    Args:
+        matrix: [rows, columns], in single or double precision.
+        rank: r; as many as there are singular values where that is less.
+
+    Returns:
+        B [rows, r] and A [r, columns], with B^T B = A A^T a diagonal matrix of the largest singular values.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]
+
+
+def common_basis(matrices: Sequence[Tensor], ridge: float) -> Tensor:
+    """A basis V [columns, columns] in which several matrices W_i [rows, columns] look alike: W_i = U_i diag(l_i) V^T.
+
+    V is that of the generalised singular value decomposition of higher order, whose U_i
+    are as near to orthogonal as they can be together; with fewer rows than columns in all, the right singular vectors.
+
+    Args:
+        matrices: with the same number of columns.
+        ridge: added to the diagonal of what is inverted.
+    """
+    stacked = torch.cat(list(matrices))
+    rows, columns = stacked.shape
+    if rows < columns:
+        return torch.linalg.svd(stacked, full_matrices=True)[2].T.contiguous()
+    parts, triangle = torch.linalg.qr(stacked)
+    mean = torch.zeros_like(triangle)
+    for part in parts.split([len(matrix) for matrix in matrices]):
+        mean += torch.linalg.inv(part.T @ part + ridge * torch.eye(columns, dtype=part.dtype, device=part.device))
+    return triangle.T @ torch.linalg.eigh(mean / len(matrices))[1]
+
+
+def coordinates(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """U [rows, columns] with columns of length 1, and l [columns], with U diag(l) V^T = W, in single precision.
+
+    Args:
+        matrix: W [rows, columns].
+        basis: V [columns, columns].
+    """
+    exact, target = basis.double(), matrix.double().T
+    try:
+        left = torch.linalg.solve(exact, target).T
+    except torch.linalg.LinAlgError:  # W may still be in what V spans
+        left = (torch.linalg.pinv(exact) @ target).T
+    lengths = left.norm(dim=0)
+    return (left / lengths.clamp(min=1e-30)).to(matrix.dtype), lengths.to(matrix.dtype)
+
+
+class Framed(Matrix):
+    """U (S + diag(d)) V^T, or its transpose.
+
+    Args:
+        left: U [rows, n].
+        core: S [n, n].
+        diagonal: d [n].
+        right: V [n, n].
+        transposed: whether it is the transpose.
+    """
+
+    def __init__(self, left: Tensor, core: Entries, diagonal: Tensor, right: Tensor, transposed: bool = False):
+        self.left, self.core, self.diagonal, self.right, self.transposed = left, core, diagonal, right, transposed
+
+    def _rows(self, left: Tensor) -> Tensor:
+        """left (S + diag(d)) V^T, for some rows of U."""
+        inner = left * self.diagonal + left @ self.core.dense()
+        return inner @ self.right.T
+
+    def dense(self) -> Tensor:
+        rows = self._rows(self.left)
+        return rows.T if self.transposed else rows
+
+    def apply(self, x: Tensor) -> Tensor:
+        if self.transposed:
+            return super().apply(x)
+        inner = x @ self.right.to(x.dtype)
+        inner = inner * self.diagonal.to(x.dtype) + self.core.apply(inner)
+        return F.linear(inner, self.left.to(x.dtype))
+
+    def columns(self, index: Tensor) -> Tensor:
+        return self._rows(F.embedding(index, self.left)) if self.transposed else super().columns(index)
+
+
+def keeping_off(parameter: Tensor, basis: Tensor) -> Tensor:
+    """The parameter itself, whose gradient has no part in the span of a basis: g - B B^T g.
+
+    Args:
+        parameter: [n, m].
+        basis: B [n, k], with orthonormal columns; fixed.
+    """
+    return _KeepingOff.apply(parameter, basis)
+
+
+class _KeepingOff(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter: Tensor, basis: Tensor) -> Tensor:
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (basis,) = ctx.saved_tensors
+        basis = basis.to(grad.dtype)
+        return grad - basis @ (basis.T @ grad), None

@@ -1,0 +1,194 @@
+"""Full-rank adaptation in a basis that layers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import Add
+from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.plan import Plan
+from peft.core.slots import Buffers, Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.ops.singular import Framed, common_basis, coordinates
+from peft.ops.sparse import Entries, in_row_order, off_diagonal_positions
+from peft.registry import PeftType
+
+_SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
+
+
+@dataclass
+class FrodConfig(LayerConfig):
+    """FRoD: W' = U (S + diag(l)) V^T, a change of full rank with few values.
+
+    Layers of a kind, those whose names end alike, share a basis V [in, in], which comes from all their weights: without
+    the adapter, W = U diag(l) V^T with a U [out, in] of each layer, whose columns have length 1. l [in] is trained, and
+    so are the entries of the sparse S [in, in], at random places off the diagonal that the layers share, too. For an
+    embedding, W is its weight as it is held, one row for each vector.
+
+    V and U take as much memory as the weights; V costs a QR decomposition of all weights of a kind, once, and U a
+    system of equations for each layer, whenever the adapter is made or loaded.
+
+    Args:
+        projection_prng_key: seed of the places.
+        save_projection: store V and the places in the checkpoint; without, they are made again from weights and seed.
+        frod_dropout: probability of dropout on the adapter's input.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        init_weights: start S at zero, without effect; False starts it at random.
+        sparse_rate: how many entries of S are trained, as a share of all: between 0 and 1; at least one is.
+        regularization_alpha: added to the diagonals of what is inverted on the way to V.
+        progressbar: show one while the bases are made.
+        runtime_offload_base_weight: accepted for the sake of files; the base weight is part of the computation here, so
+            it stays where it is.
+
+    Raises:
+        ValueError: `sparse_rate` is not between 0 and 1.
+    """
+
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    frod_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+    sparse_rate: float = 0.01
+    regularization_alpha: float = 0.001
+    progressbar: bool = True
+    runtime_offload_base_weight: bool = False
+
+    nonnegative_fields = ("regularization_alpha",)
+    fraction_fields = ("frod_dropout",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.FROD
+        if not 0 <= self.sparse_rate <= 1:
+            raise ValueError(f"sparse_rate must be between 0 and 1, got {self.sparse_rate}.")
+
+
+class FrodLayer(AdapterLayer):
+    """A module whose weight is changed in the basis that its kind shares."""
+
+    slots: ClassVar[dict[str, Slot]] = {
+        "frod_lambda_l": Slot(), "frod_lambda_s_values": Slot(),
+        "frod_U": Slot(trained=False, stored=False), "frod_start": Slot(trained=False, stored=False),
+        **{name: Slot(trained=False, shared=True, stored="save_projection") for name in _SHARED},
+    }  # fmt: skip
+    label = "frod"
+
+    frod_lambda_l: nn.ParameterDict
+    frod_lambda_s_values: nn.ParameterDict
+    frod_U: Buffers
+    #: l as it is without the adapter
+    frod_start: Buffers
+    frod_dropout = Setting[float]()
+
+    def create(self, name: str, config: FrodConfig) -> None:
+        self.frod_dropout[name] = config.frod_dropout
+        self.find_coordinates(name)
+        start = self.frod_start[name]
+        values = torch.zeros(self.shared_tensor("frod_s_indices", name).shape[1])
+        self.frod_lambda_l[name] = nn.Parameter(start.clone())
+        self.frod_lambda_s_values[name] = nn.Parameter(values if config.init_weights else values.normal_(std=0.05))
+
+    def draw(self, name: str, config: FrodConfig) -> None:
+        if self.frod_U[name].is_meta:
+            self.find_coordinates(name)
+
+    def loaded(self, name: str) -> None:
+        # The basis of the file may differ from the one that was here by signs, or in its last digits.
+        dtype = self.frod_U[name].dtype
+        self.find_coordinates(name)
+        for held in (self.frod_U, self.frod_start):
+            held[name] = held[name].to(dtype)
+
+    def find_coordinates(self, name: str) -> None:
+        """Works out U and the start of l."""
+        weight, basis = self.start_matrix(), self.shared_tensor("frod_V", name)
+        weight = weight.T if self.op.kind == "Embedding" else weight
+        if basis.is_meta:
+            weight = weight.to("meta")
+        self.frod_U[name], self.frod_start[name] = coordinates(weight, basis.to(weight.device))
+
+    def change(self, name: str) -> Add:
+        diagonal, values = self.frod_lambda_l[name], self.frod_lambda_s_values[name]
+        order, positions = in_row_order(self.shared_tensor("frod_s_indices", name))
+        left, basis = self.frod_U[name].to(diagonal), self.shared_tensor("frod_V", name).to(diagonal)
+        core = Entries(positions, values[order], (len(basis), len(basis)))
+        moved = diagonal - self.frod_start[name].to(diagonal)
+        matrix = Framed(left, core, moved, basis, transposed=self.op.kind == "Embedding")
+        return Add(matrix, dropout=self.frod_dropout[name] if self.training else 0.0)
+
+    @classmethod
+    def check(cls, config: FrodConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if config.frod_dropout and not op.linear:
+            raise ValueError(f"frod_dropout needs linear layers; {key!r} is a {op.kind}.")
+
+
+class FrodMethod(Method):
+    """What FRoD shares: for each kind of layer a basis, and the places of the sparse entries."""
+
+    def check_config(self, adapter_name: str, config: FrodConfig) -> None:
+        others = [other for name, other in self.configs.items() if name != adapter_name]
+        if any(other.projection_prng_key != config.projection_prng_key for other in others):
+            raise ValueError(
+                "All FRoD adapters of a model need the same projection key, got projection_prng_key="
+                f"{sorted({c.projection_prng_key for c in (*others, config)})}."
+            )
+
+    def plan_settings(self, plan: Plan, config: FrodConfig) -> dict[str, dict[str, Any]]:
+        sizes: dict[str, int] = {}
+        settings = {}
+        for layer in plan.layers:
+            kind, size = kind_of(layer.name), basis_size(layer.op)
+            if sizes.setdefault(kind, size) != size:
+                kind = f"{kind}_{size}"
+            settings[layer.name] = {"groups": dict.fromkeys(_SHARED, kind)}
+        return settings
+
+    def share(self, plan: Plan, config: FrodConfig, adapter_name: str) -> dict[str, dict[str, Tensor]]:
+        from tqdm import tqdm
+
+        kinds: dict[str, list[Any]] = {}
+        for layer in plan.layers:
+            kind = self.planned[id(layer.base), layer.parameter_name]["groups"]["frod_V"]
+            kinds.setdefault(kind, []).append(layer)
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        shared: dict[str, dict[str, Tensor]] = {name: {} for name in _SHARED}
+        hidden = not config.progressbar or plan.waits_for_file
+        for kind in tqdm(sorted(kinds), desc="FRoD bases", disable=hidden):
+            size = basis_size(kinds[kind][0].op)
+            matrices = []
+            for layer in kinds[kind]:
+                matrix = layer.start_matrix(plan.waits_for_file)
+                matrices.append(matrix.T if layer.op.kind == "Embedding" else matrix)
+            count = max(1, int(size * size * config.sparse_rate))
+            shared["frod_V"][kind] = common_basis(matrices, config.regularization_alpha)
+            shared["frod_s_indices"][kind] = off_diagonal_positions(size, count, generator)
+            shared["frod_s_size"][kind] = torch.tensor([size, size])
+        return shared
+
+
+def kind_of(key: str) -> str:
+    """What layers with alike names are called together: the last two parts of the name, or one after a number."""
+    *_, before, last = ("", *key.split("."))
+    return last if not before or before.isdigit() else f"{before}_{last}"
+
+
+def basis_size(op: BaseOp) -> int:
+    """The number of columns of a weight, of rows for an embedding."""
+    return op.out_features if op.kind == "Embedding" else op.in_features
+
+
+class FrodModel(BaseTuner):
+    """A model with FRoD adapters; `frod_V` holds the bases, one for each kind of an adapter's layers."""
+
+    prefix = "frod_"
+    layer_class = FrodLayer
+    method_class = FrodMethod

@@ -1,0 +1,135 @@
+"""Low-rank interconnected adaptation across layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.change import Beside
+from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.plan import Plan
+from peft.core.slots import Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.registry import PeftType
+
+
+@dataclass
+class LilyConfig(LayerConfig):
+    """Lily (arXiv:2407.09946): y = W x + scaling * (p_1 B_1 + ... + p_n B_n) A x, with the p of a router.
+
+    The factors B_e [out, r] are shared by all layers whose names end alike and whose weights have the same shape; each
+    A [r, in] by `stride_A` neighbours of those. Every layer has a router [n, r] of its own: p is the softmax of the
+    router of A x, averaged over all positions of all samples. What is in a batch, its padding too, has a part in what
+    an adapter does.
+
+    Args:
+        r: rank of each factor.
+        stride_A: number of neighbouring layers that share one A.
+        num_B: number n of factors B; at least 2.
+        scaling: factor of what is added.
+        init_weights: start the B at zero, without effect; False starts them at random.
+
+    Raises:
+        ValueError: a number that is not positive, or `num_B` less than 2.
+    """
+
+    r: int = 32
+    stride_A: int = 1
+    num_B: int = 2
+    scaling: float = 1.0
+    init_weights: bool = True
+
+    positive_fields = ("r", "stride_A")
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LILY
+        if self.num_B < 2:
+            raise ValueError(f"num_B={self.num_B} leaves the router nothing to choose from; use 2 or more.")
+
+
+class LilyLayer(AdapterLayer):
+    """A linear layer with a router, and factors that it shares with other layers.
+
+    `lily_A` and `lily_B` hold modules, the very same in the layers that share them, for files have them once a layer.
+    """
+
+    slots: ClassVar[dict[str, Slot]] = {
+        "lily_A": Slot(modules=True), "lily_B": Slot(modules=True), "lily_router": Slot(modules=True),
+    }  # fmt: skip
+    # What is added depends on the whole batch, so only what acts on the activations can be adapted.
+    kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
+    label = "lily"
+
+    lily_A: nn.ModuleDict
+    lily_B: nn.ModuleDict
+    lily_router: nn.ModuleDict
+    #: the factors of the adapter that have been made, by slot and group; the same for all its layers
+    lily_made = Setting[dict[tuple[str, str], nn.Linear]]()
+    scaling = Setting[float]()
+
+    def create(self, name: str, config: LilyConfig) -> None:
+        self.scaling[name] = config.scaling
+        self.lily_A[name] = self.shared_factor("lily_A", name, self.in_features, config.r)
+        # A B_e is held as [r, out], one on top of the other.
+        b = self.shared_factor("lily_B", name, self.out_features, config.num_B * config.r)
+        if config.init_weights:
+            nn.init.zeros_(b.weight)
+        self.lily_B[name] = b
+        self.lily_router[name] = nn.Linear(config.r, config.num_B, bias=False)
+
+    def shared_factor(self, slot: str, name: str, width: int, rows: int) -> nn.Linear:
+        """The factor of the layer's group, made by the first of them."""
+        made, key = self.lily_made[name], (slot, self.groups[name][slot])
+        if key not in made or (made[key].weight.is_meta and torch.get_default_device().type != "meta"):
+            made[key] = nn.Linear(width, rows, bias=False)
+        return made[key]
+
+    def change(self, name: str) -> Beside:
+        return Beside(lambda x: self.mixture(name, x), "what Lily adds depends on the whole batch")
+
+    def mixture(self, name: str, x: Tensor) -> Tensor:
+        """What adapter `name` adds to the output, for inputs [..., in]: [..., out]."""
+        factors: list[Any] = [self.lily_A[name], self.lily_B[name], self.lily_router[name]]
+        a, b, router = (factor.weight for factor in factors)
+        low = F.linear(x.to(a.dtype), a)
+        shares = F.linear(low, router).softmax(-1).flatten(0, -2)
+        shares = shares.sum(0) / max(len(shares), 1)
+        mixed = (shares.to(b.dtype) @ b.view(len(shares), -1)).view(len(a), -1)
+        return low @ mixed.to(low.dtype) * self.scaling[name]
+
+    def check_merge(self, name: str) -> None:
+        raise NotImplementedError(
+            "A Lily adapter changes the weight differently for each batch, so it cannot be merged into it."
+        )
+
+
+class LilyMethod(Method):
+    """Which layers share what."""
+
+    def plan_settings(self, plan: Plan, config: LilyConfig) -> dict[str, dict[str, Any]]:
+        made: dict[tuple[str, str], nn.Linear] = {}
+        before: Counter[str] = Counter()
+        settings = {}
+        for layer in plan.layers:
+            alike = f"{layer.name.rpartition('.')[2]} {layer.op.out_features}x{layer.op.in_features}"
+            groups = {"lily_A": f"{alike} {before[alike] // config.stride_A}", "lily_B": alike}
+            before[alike] += 1
+            settings[layer.name] = {"groups": groups, "lily_made": made}
+        return settings
+
+
+class LilyModel(BaseTuner):
+    """A model with Lily adapters."""
+
+    prefix = "lily_"
+    layer_class = LilyLayer
+    method_class = LilyMethod

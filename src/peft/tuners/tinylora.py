@@ -1,0 +1,135 @@
+"""Low-rank adaptation with a handful of values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import LowRank
+from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.plan import Plan
+from peft.core.slots import Buffers, Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.ops.singular import leading_factors
+from peft.registry import PeftType
+
+
+@dataclass
+class TinyLoraConfig(LayerConfig):
+    """TinyLoRA (arXiv:2602.04118): W' = W + B R A, where R = v_1 P_1 + ... + v_u P_u is a matrix [r, r].
+
+    B [out, r] and A [r, in] are the part of W with the r largest singular values, shared evenly between them; the P
+    [u, r, r] are random. Only v [u] is trained, and layers may share it.
+
+    Args:
+        r: rank; at most the smaller side of a layer's weight.
+        u: length of v.
+        weight_tying: 0 gives each layer a v of its own, 1 all layers the same one; in between, neighbours share one:
+            there are (1 - weight_tying) * layers of them, rounded.
+        projection_seed: seed of P; each layer draws its own.
+        save_projection: store P in the checkpoint; without, it is made again from the seed.
+        init_v_bound: bound of the uniform start.
+        tinylora_dropout: probability of dropout on the adapter's input.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        init_weights: start v at zero, without effect; "uniform" or False starts it between -init_v_bound and
+            init_v_bound.
+
+    Raises:
+        ValueError: `weight_tying` is not between 0 and 1, or the start is unknown.
+    """
+
+    r: int = 2
+    u: int = 64
+    weight_tying: float = 0.0
+    projection_seed: int = 42
+    save_projection: bool = True
+    init_v_bound: float = 0.02
+    tinylora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool | str = True
+
+    positive_fields = ("r", "u")
+    nonnegative_fields = ("init_v_bound",)
+    fraction_fields = ("tinylora_dropout",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.TINYLORA
+        if not 0 <= self.weight_tying <= 1:
+            raise ValueError(f"weight_tying must be between 0 (none) and 1 (all), got {self.weight_tying}.")
+        if self.init_weights not in (True, False, "uniform"):
+            raise ValueError(f"init_weights={self.init_weights!r} is not known; use True (zeros) or 'uniform'.")
+
+
+class TinyLoraLayer(AdapterLayer):
+    """A module with factors of its own weight, and a small mixed matrix between them."""
+
+    slots: ClassVar[dict[str, Slot]] = {
+        "tinylora_A": Slot(trained=False), "tinylora_B": Slot(trained=False),
+        "tinylora_P": Slot(trained=False, stored="save_projection"), "tinylora_v": Slot(shared=True),
+    }  # fmt: skip
+    label = "tinylora"
+
+    tinylora_A: Buffers
+    tinylora_B: Buffers
+    tinylora_P: Buffers
+    tinylora_v: nn.ParameterDict
+    #: place of the layer among those of the adapter
+    tinylora_index = Setting[int]()
+    tinylora_dropout = Setting[float]()
+
+    def create(self, name: str, config: TinyLoraConfig) -> None:
+        self.tinylora_dropout[name] = config.tinylora_dropout
+
+    def draw(self, name: str, config: TinyLoraConfig) -> None:
+        matrix = self.start_matrix()
+        # Files have the factors of an embedding's weight as it is held: [vectors, features].
+        b, a = leading_factors(matrix.T if self.op.kind == "Embedding" else matrix, config.r)
+        generator = torch.Generator().manual_seed(config.projection_seed + self.tinylora_index[name])
+        p = torch.randn(config.u, len(a), len(a), generator=generator) / len(a) ** 0.5
+        self.tinylora_A[name], self.tinylora_B[name], self.tinylora_P[name] = a.contiguous(), b.contiguous(), p
+
+    def change(self, name: str) -> LowRank:
+        v = self.shared_tensor("tinylora_v", name)
+        a, b, p = (held[name].to(v) for held in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
+        a = (v @ p.flatten(1)).view(p.shape[1:]) @ a
+        down, up = (b.T, a.T) if self.op.kind == "Embedding" else (a, b)
+        return LowRank(down, up, dropout=self.tinylora_dropout[name] if self.training else 0.0)
+
+    @classmethod
+    def check(cls, config: TinyLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if config.tinylora_dropout and not op.linear:
+            raise ValueError(f"tinylora_dropout needs linear layers; {key!r} is a {op.kind}.")
+
+
+class TinyLoraMethod(Method):
+    """What TinyLoRA shares: the vectors v, one for each group of neighbouring layers."""
+
+    def plan_settings(self, plan: Plan, config: TinyLoraConfig) -> dict[str, dict[str, Any]]:
+        count = len(plan.layers)
+        groups = max(1, round(count * (1 - config.weight_tying)))
+        size = count // groups
+        return {
+            layer.name: {"tinylora_index": index, "groups": {"tinylora_v": str(min(index // size, groups - 1))}}
+            for index, layer in enumerate(plan.layers)
+        }
+
+    def share(self, plan: Plan, config: TinyLoraConfig, adapter_name: str) -> dict[str, dict[str, Tensor]]:
+        groups = dict.fromkeys(place["groups"]["tinylora_v"] for place in self.planned.values())
+        bound = 0.0 if config.init_weights is True else config.init_v_bound
+        return {"tinylora_v": {group: torch.empty(config.u).uniform_(-bound, bound) for group in groups}}
+
+
+class TinyLoraModel(BaseTuner):
+    """A model with TinyLoRA adapters; `tinylora_v` holds the vectors, one for each group of an adapter's layers."""
+
+    prefix = "tinylora_"
+    layer_class = TinyLoraLayer
+    method_class = TinyLoraMethod

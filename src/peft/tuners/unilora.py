@@ -1,0 +1,132 @@
+"""Low-rank adaptation of all layers by one vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import LowRank
+from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.plan import Plan
+from peft.core.slots import Buffers, Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.ops.shared_vector import assign_entries, take_entries
+from peft.registry import PeftType
+
+
+@dataclass
+class UniLoraConfig(LayerConfig):
+    """Uni-LoRA (arXiv:2506.00799): W' = W + B A, with all entries of A [r, in] and B [out, r] taken from one vector.
+
+    The vector theta [theta_d_length] is trained, and shared by all layers. Which of its entries an entry of A or B is,
+    is random and fixed; it is divided by the root of how many are the same one, so that theta is mapped to all A and B
+    by a projection that keeps norms.
+
+    Args:
+        r: rank of the change.
+        proj_seed: seed of the choice of entries.
+        theta_d_length: length of the vector.
+        unilora_dropout: probability of dropout on the adapter's input.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        init_theta_d_bound: the vector starts uniformly in [-bound, bound].
+        init_weights: start like that; False starts it with standard deviation 1.
+        save_indices: store the choice of entries and their scales in the checkpoint; without, they are made again from
+            the seed.
+    """
+
+    r: int = 4
+    proj_seed: int = 42
+    theta_d_length: int = 256
+    unilora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    init_theta_d_bound: float = 0.02
+    init_weights: bool = True
+    save_indices: bool = False
+
+    positive_fields = ("r", "theta_d_length", "init_theta_d_bound")
+    nonnegative_fields = ("proj_seed",)
+    fraction_fields = ("unilora_dropout",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.UNILORA
+
+
+class UniLoraLayer(AdapterLayer):
+    """A module with factors whose entries are those of the shared vector."""
+
+    slots: ClassVar[dict[str, Slot]] = {
+        "unilora_theta_d": Slot(shared=True),
+        "unilora_indices_A": Slot(trained=False, stored="save_indices"),
+        "unilora_indices_B": Slot(trained=False, stored="save_indices"),
+        "unilora_scales_A": Slot(trained=False, stored="save_indices"),
+        "unilora_scales_B": Slot(trained=False, stored="save_indices"),
+    }  # fmt: skip
+    label = "unilora"
+
+    unilora_theta_d: nn.ParameterDict
+    unilora_indices_A: Buffers
+    unilora_indices_B: Buffers
+    unilora_scales_A: Buffers
+    unilora_scales_B: Buffers
+    #: where the entries of this layer begin among those of all, and how many all are
+    unilora_place = Setting[tuple[int, int]]()
+    unilora_dropout = Setting[float]()
+
+    def create(self, name: str, config: UniLoraConfig) -> None:
+        self.unilora_dropout[name] = config.unilora_dropout
+
+    def draw(self, name: str, config: UniLoraConfig) -> None:
+        start, count = self.unilora_place[name]
+        index, scale = assign_entries(count, config.theta_d_length, config.proj_seed)
+        for factor, shape in (("A", (config.r, self.in_features)), ("B", (self.out_features, config.r))):
+            end = start + shape[0] * shape[1]
+            for slot, values in ((f"unilora_indices_{factor}", index), (f"unilora_scales_{factor}", scale)):
+                getattr(self, slot)[name] = values[start:end].view(shape).clone()
+            start = end
+
+    def change(self, name: str) -> LowRank:
+        theta = self.unilora_theta_d[name]
+        down = take_entries(theta, self.unilora_indices_A[name], self.unilora_scales_A[name])
+        up = take_entries(theta, self.unilora_indices_B[name], self.unilora_scales_B[name])
+        return LowRank(down, up, dropout=self.unilora_dropout[name] if self.training else 0.0)
+
+    @classmethod
+    def check(cls, config: UniLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if config.unilora_dropout and not op.linear:
+            raise ValueError(f"unilora_dropout needs linear layers; {key!r} is a {op.kind}.")
+
+
+class UniLoraMethod(Method):
+    """What Uni-LoRA shares: the vector, and the places in it, dealt out over all layers."""
+
+    def plan_settings(self, plan: Plan, config: UniLoraConfig) -> dict[str, dict[str, Any]]:
+        sizes = [config.r * (layer.op.in_features + layer.op.out_features) for layer in plan.layers]
+        starts = accumulate(sizes, initial=0)
+        return {
+            layer.name: {"unilora_place": (start, sum(sizes))}
+            for layer, start in zip(plan.layers, starts, strict=False)
+        }
+
+    def share(self, plan: Plan, config: UniLoraConfig, adapter_name: str) -> dict[str, Tensor]:
+        theta, bound = torch.empty(config.theta_d_length), config.init_theta_d_bound
+        return {"unilora_theta_d": theta.uniform_(-bound, bound) if config.init_weights else theta.normal_()}
+
+    def added(self, adapter_name: str) -> None:
+        assign_entries.cache_clear()
+
+
+class UniLoraModel(BaseTuner):
+    """A model with Uni-LoRA adapters; `unilora_theta_d` holds the vectors, one for all layers of an adapter."""
+
+    prefix = "unilora_"
+    layer_class = UniLoraLayer
+    method_class = UniLoraMethod
