@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Read when torch is loaded: waiting threads that spin make small models up to ten times slower on busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is said in a way of its own
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if traceback:
             raise

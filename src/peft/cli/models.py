@@ -89,10 +89,12 @@ def _convert(path: Path, folder: Path) -> None:
     library = transformers()
     named = {"gguf_file": path.name}
     tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
-    model = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config._name_or_path = path.stem
+    read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
+    config = library.AutoConfig.from_pretrained(path.parent, **named)
+    config._name_or_path = path.stem
+    model = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())  # the model as it is read says that it is quantised, and is not
+    model.generation_config = read.generation_config
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

@@ -356,6 +356,7 @@ def fit(plan: Plan, out: Any, checkpoint: str | None = None) -> Outcome:
     base = models.load_for_training(plan.base, TASKS[plan.task], options, fields)
     if base.config.pad_token_id is None:
         base.config.pad_token_id = plan.tokenizer.pad_token_id
+    base.config.use_cache = False  # of no use in training, and X-LoRA and checkpointing want it so
     collator = None if preference else collator_for(plan.task, plan.tokenizer)
     model = base if preference else data_driven(base, plan, collator, out)
     if options.gradient_checkpointing and not preference:
@@ -381,6 +382,7 @@ def fit(plan: Plan, out: Any, checkpoint: str | None = None) -> Outcome:
     with watch:
         trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
+    base.config.use_cache = True
     trainer.save_model(options.output)
     if arguments.push_to_hub:
         trainer.push_to_hub()
