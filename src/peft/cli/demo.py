@@ -13,11 +13,11 @@ from peft.cli.options import Demo, Generate, Train
 
 DATA = Path(__file__).with_name("demo.jsonl")
 #: none of them is in the data
-QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "How much is 6 times 9?")
+QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Which planet is the largest?")
 BEGINNINGS = ("class Reader", "def read(", "import ")
 #: logits are around 10, float32 holds 7 digits
 TOLERANCE = 1e-3
-STEPS = {"smollm2-135m": 120, "tiny": 300}
+STEPS = {"smollm2-135m": 60, "tiny": 300}
 
 
 def run(options: Demo, *_: Any) -> int:
@@ -34,7 +34,7 @@ def run(options: Demo, *_: Any) -> int:
 
     out, steps = console(), options.steps or STEPS[name]
     output, merged = Path(options.output), Path(options.output) / "merged"
-    chosen = Train(output=options.output, max_steps=steps, overwrite=True, device="cpu", epochs=100, eval_steps=max(1, steps // 6))
+    chosen = Train(output=options.output, max_steps=steps, overwrite=True, device="cpu", epochs=100, eval_steps=max(1, steps // 3))
     fields: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     if name == "tiny":
         chosen.max_length, chosen.lr, chosen.warmup_steps, chosen.eval_split = 128, 1e-2, 10, 0.02

@@ -246,7 +246,7 @@ def _read(kind: Format, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(row[name], (str, list)) and not (row[name].strip() if isinstance(row[name], str) else row[name]):
             raise ValueError(f"{where}: field {name!r} is empty")
     try:
-        read = kind.read(row)
+        read = kind.read(row) | ({"task_ids": int(row["task_id"])} if "task_id" in row else {})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: {' with '.join(map(repr, kind.fields))}: {error}") from error
     for name in ("text", "prompt", "completion"):

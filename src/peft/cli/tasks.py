@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,8 +42,6 @@ TASKS = {
     "causal-lm": _CAUSAL, "chat": _CAUSAL, "preference": _CAUSAL, "seq2seq": _SEQ2SEQ,
     "classification": _SEQUENCE, "regression": _SEQUENCE, "token-classification": _TOKENS,
 }  # fmt: skip
-#: word for word what a learner gets of a text that is cut: the start of a classified text, else the end of its prompt
-LANGUAGE = ("causal-lm", "chat", "seq2seq")
 
 
 @dataclass
@@ -71,11 +68,12 @@ class Encoder:
         task: one of `TASKS`.
         tokenizer: of the model.
         length: tokens of one example at most.
-        labels: names of the classes if they are known already.
+        numbered: whether examples say their `task_ids`, as methods for several tasks need.
     """
 
-    def __init__(self, task: str, tokenizer: Any, length: int, labels: Sequence[str] = ()):
-        self.task, self.tokenizer, self.length, self.labels = task, tokenizer, length, list(labels)
+    def __init__(self, task: str, tokenizer: Any, length: int, numbered: bool = False):
+        self.task, self.tokenizer, self.length, self.numbered = task, tokenizer, length, numbered
+        self.labels: list[str] = []
         self.end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
@@ -100,6 +98,8 @@ class Encoder:
                 example, cut = encode(row)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{where}: {error.args[0] if error.args else error}") from error
+            if self.numbered:
+                example["task_ids"] = row.get("task_ids", 0)
             learns = "label" in example or any(label != IGNORED for label in example["labels"])
             found.cut += cut
             found.dropped += not learns
@@ -117,7 +117,8 @@ class Encoder:
         stream = [token for text in texts for token in self._ids(text) + self.end]
         blocks = [stream[start : start + self.length] for start in range(0, len(stream), self.length)]
         # the first token of a block is given, not learnt
-        return Encoded([{"input_ids": block, "labels": block} for block in blocks if len(block) > 1])
+        task = {"task_ids": 0} if self.numbered else {}
+        return Encoded([{"input_ids": block, "labels": block, **task} for block in blocks if len(block) > 1])
 
     def _answer(self, row: Mapping[str, Any]) -> tuple[Example, bool]:
         """The answer alone is learnt; where both are too long, the prompt loses its beginning first."""
@@ -235,9 +236,3 @@ def collator_for(task: str, tokenizer: Any) -> Any:
         return transformers.DataCollatorForTokenClassification(tokenizer)
     return transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
-
-def check_balance(encoded: Encoded) -> None:
-    """Raises ValueError where a classification has a single class."""
-    if encoded.labels and len(encoded.labels) < 2:
-        counts = Counter(example.get("label") for example in encoded.examples)
-        raise ValueError(f"all {counts.total()} records have the label {encoded.labels[0]!r}: there is nothing to tell apart")

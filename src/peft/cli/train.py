@@ -184,19 +184,25 @@ def prepare(options: Base, fields: Mapping[str, Any], trainer: Mapping[str, Any]
     limits = [options.max_length, getattr(config.get_text_config(), "max_position_embeddings", None)]
     virtual = getattr(configure(method, fields, TASKS[task].peft, 100), "num_virtual_tokens", None) or 0
     length = min(limit for limit in limits if limit) - (virtual if limits[1] and limits[1] < options.max_length + virtual else 0)
-    training, held_out, labels = _data_sets(options, task, tokenizer, length, records, out)
+    numbered = not {"num_tasks", "n_tasks"}.isdisjoint(init_types(METHODS[method].config_class))
+    encoder = Encoder(task, tokenizer, length, numbered)
+    training, held_out = _data_sets(options, encoder, records, out)
     lr = options.lr if options.lr is not None else learning_rate(method, config)
     arguments = _arguments(options, trainer, task, method, fields, held_out is not None, len(training), lr)
     total = steps_of(arguments, len(training))
     if arguments.warmup_steps >= total:
         raise OptionError(f"--warmup-steps {arguments.warmup_steps} is not less than the {total} steps of the run")
-    config = configure(method, fields, TASKS[task].peft, total, tokenizer_name_or_path=base, layers=config.get_text_config())
+    tasks = 1 + max((row.get("task_ids", 0) for _, row in records), default=0)
+    layers = config.get_text_config()
+    config = configure(
+        method, fields, TASKS[task].peft, total, layers, tokenizer_name_or_path=base, num_tasks=tasks, n_tasks=tasks
+    )
     out.print(
         f"{task} with {options.method} on {base}: {len(training):,} examples of up to {length} tokens,"
         f" {len(held_out or ()):,} held out; {total:,} steps; learning rate {lr:.2g}"
         + (" (by the rule in --help)" if options.lr is None else "")
     )
-    return Plan(options, fields, base, task, tokenizer, training, held_out, config, arguments, labels)
+    return Plan(options, fields, base, task, tokenizer, training, held_out, config, arguments, encoder.labels)
 
 
 def _check_numbers(options: Base) -> None:
@@ -216,7 +222,7 @@ def configure(method: str, fields: Mapping[str, Any], task: str, total: int, lay
     """The configuration of a method, with what can be known filled in."""
     config_class = METHODS[method].config_class
     depth = getattr(layers, "num_hidden_layers", 2)
-    known |= {"total_step": total, "num_virtual_tokens": 20, "num_tasks": 1, "n_tasks": 1, "adapter_len": 10}
+    known = {"num_tasks": 1, "n_tasks": 1, **known, "total_step": total, "num_virtual_tokens": 20, "adapter_len": 10}
     known |= {"task_type": task, "adapter_layers": max(1, depth - 2)}
     own = {*init_types(config_class), "task_type"}
     return config_class(**{name: value for name, value in known.items() if name in own} | dict(fields))
@@ -229,28 +235,25 @@ def learning_rate(method: str, config: Any) -> float:
     return RATES.get(method, 2e-4 * 4096 / width * (10 if method == "VERA" else 1))
 
 
-def _data_sets(
-    options: Base, task: str, tokenizer: Any, length: int, records: Sequence[Record], out: Any
-) -> tuple[Any, Any, list[str]]:
-    """(examples to train on, examples held out or None, names of the classes)"""
+def _data_sets(options: Base, encoder: Encoder, records: Sequence[Record], out: Any) -> tuple[Any, Any]:
+    """(examples to train on, examples held out or None)"""
     from datasets import Dataset
 
-    encoder = Encoder(task, tokenizer, length)
     encoded = encoder(records)
-    _say_cut(encoded, length, out)
-    examples = encoded.examples
-    if encoded.labels and len(encoded.labels) < 2:
-        raise ValueError(f"all {len(examples)} records have the label {encoded.labels[0]!r}: there is nothing to tell apart")
-    if task in ("chat", "causal-lm"):
-        out.print(f"An example; what is learnt is green:\n{shown(examples[0], tokenizer)}", markup=True)
+    _say_cut(encoded, encoder.length, out)
+    examples, names = encoded.examples, encoder.labels
+    if len(names) == 1:
+        raise ValueError(f"all {len(examples)} records have the label {names[0]!r}: there is nothing to tell apart")
+    if encoder.task in ("chat", "causal-lm"):
+        out.print(f"An example; what is learnt is green:\n{shown(examples[0], encoder.tokenizer)}", markup=True)
     if options.eval_data:
-        _, others = understand(read_records(options.eval_data), options.columns, options.task or task)
-        return Dataset.from_list(examples), Dataset.from_list(encoder(others).examples), encoded.labels
+        _, others = understand(read_records(options.eval_data), options.columns, options.task or encoder.task)
+        return Dataset.from_list(examples), Dataset.from_list(encoder(others).examples)
     held_out = min(math.ceil(options.eval_split * len(examples)), len(examples) - 1)
     if not held_out:
-        return Dataset.from_list(examples), None, encoded.labels
+        return Dataset.from_list(examples), None
     parts = Dataset.from_list(examples).train_test_split(held_out, seed=options.seed)
-    return parts["train"], parts["test"], encoded.labels
+    return parts["train"], parts["test"]
 
 
 def _say_cut(encoded: Any, length: int, out: Any) -> None:
@@ -350,6 +353,7 @@ def fit(plan: Plan, out: Any, checkpoint: str | None = None) -> Outcome:
     library = models.transformers()
     options, arguments, preference = plan.options, plan.arguments, plan.task == "preference"
     library.set_seed(options.seed)
+    arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
     fields = {"num_labels": 1, "problem_type": "regression"} if plan.task == "regression" else {}
     if plan.labels:
         fields = {"id2label": dict(enumerate(plan.labels)), "label2id": {name: i for i, name in enumerate(plan.labels)}}
