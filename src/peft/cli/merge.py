@@ -12,7 +12,7 @@ from peft.cli.options import Merge
 def check_empty(output: str) -> None:
     """Raises ValueError where something would be overwritten."""
     if os.path.isfile(output) or (os.path.isdir(output) and os.listdir(output)):
-        raise ValueError(f"--output {output}: {'there is a file' if os.path.isfile(output) else 'the folder is not empty'}")
+        raise ValueError(f"--output {output}: there is a file, or a folder that is not empty")
 
 
 def run(options: Merge, *_: Any) -> int:

@@ -128,15 +128,15 @@ def check_task(config: Any, task: str) -> None:
     kind, wanted = config.model_type, TASKS[task]
     names = list(getattr(config, "architectures", None) or [])
     heads = [name for name, row in TASKS.items() if kind in getattr(modeling_auto, row.mapping)]
-    encoder = any(name.endswith("ForMaskedLM") for name in names) or (
-        kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not any("LMHead" in n or "Causal" in n for n in names)
-    )
+    decodes = any("LMHead" in name or "Causal" in name for name in names)
+    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
     if wanted.peft == "CAUSAL_LM" and encoder and not config.is_encoder_decoder:
         heads = [name for name in heads if TASKS[name].peft != "CAUSAL_LM"]
     if wanted.peft == "CAUSAL_LM" and config.is_encoder_decoder:
         raise ValueError(f"a {kind} model is an encoder with a decoder: it learns answers to prompts (--task seq2seq)")
     if task not in heads:
-        raise ValueError(f"a {kind} model has no head for {task}; it can do {', '.join(heads) or 'no task that is known'}")
+        can = ", ".join(heads) or "no task that is known here"
+        raise ValueError(f"a {kind} model has no head for {task}; it can do {can}")
 
 
 def load_tokenizer(model: str, adapter: str | None = None, template: str | None = None) -> Any:
@@ -183,7 +183,8 @@ def load_for_training(model: str, task: Task, options: Any, fields: Mapping[str,
         if options.load_in_4bit:
             bits["bnb_4bit_compute_dtype"] = compute
         more["quantization_config"] = transformers().BitsAndBytesConfig(**bits)
-        more["device_map"] = {"": int(os.environ.get("LOCAL_RANK", device.index or 0)) if device.type == "cuda" else device}
+        here = int(os.environ.get("LOCAL_RANK", device.index or 0))
+        more["device_map"] = {"": here if device.type == "cuda" else device}
         base = load_base(model, task.auto, dtype=compute, device=device, **more)
         return prepare_model_for_kbit_training(base, use_gradient_checkpointing=options.gradient_checkpointing)
     # Trainer puts the model where it belongs, in each process
@@ -197,9 +198,10 @@ def load_adapted(adapter: str, *, model: str | None, dtype: str | None, device: 
         ValueError: there is no adapter there, or it names no base model and none is given.
     """
     config = PeftConfig.from_pretrained(adapter)
-    source = locate(model or config.base_model_name_or_path or "", print) if model or config.base_model_name_or_path else ""
+    source = model or config.base_model_name_or_path
     if not source:
         raise ValueError(f"the adapter {adapter!r} names no base model; give it with --model")
+    source = locate(source, print)
     settings = config_of(source)
     task = config.task_type and str(getattr(config.task_type, "value", config.task_type))
     name = AUTO_CLASSES[task or ("SEQ_2_SEQ_LM" if settings.is_encoder_decoder else "CAUSAL_LM")]
@@ -217,5 +219,6 @@ def _label_count(adapter: str) -> int | None:
     """How many classes the head has that was saved with an adapter."""
     from peft import load_peft_weights
 
-    heads = [t for name, t in load_peft_weights(adapter, "cpu").items() if name.endswith(("classifier.weight", "score.weight", "out_proj.weight"))]
-    return heads[-1].shape[0] if heads else None
+    heads = ("classifier.weight", "score.weight", "out_proj.weight")
+    found = [tensor for name, tensor in load_peft_weights(adapter, "cpu").items() if name.endswith(heads)]
+    return found[-1].shape[0] if found else None

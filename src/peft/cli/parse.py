@@ -124,8 +124,8 @@ def _scan(argv: Sequence[str]) -> dict[str, str]:
         if token.startswith("--"):
             name, equals, value = token[2:].partition("=")
             name = name.replace("-", "_")
-            found[name if name != "adapter" else "method"] = value if equals else after
-    return {ALIASES.get(name, name) if ALIASES.get(name) in ("method", "output") else name: v for name, v in found.items()}
+            found[name] = value if equals else after
+    return {ALIASES[name] if ALIASES.get(name) in ("method", "output") else name: v for name, v in found.items()}
 
 
 def _canonical(name: str, known: Mapping[str, Any]) -> str:

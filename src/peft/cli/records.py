@@ -228,7 +228,9 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
     for role, name in columns.items():
         if name in row:
             row[role] = row.pop(name)
-    pairs = [("messages", ("conversations", "conversation")), ("label", ("ner_tags", "tags") if "tokens" in row else ())]
+    pairs = [("messages", ("conversations", "conversation"))]
+    if "tokens" in row:
+        pairs.append(("label", ("ner_tags", "tags")))
     if any(name in row for name in LABELS) and "tokens" not in row:
         pairs += [("text", TEXTS)]
     for role, names in [*pairs, ("label", LABELS)]:

@@ -71,7 +71,8 @@ def _make(path: Path, out: Any) -> None:
     ))  # fmt: skip
     out.print(f"No model is named: making one of {model.num_parameters():,} parameters from Python's help texts,"
               f" {STEPS} steps, once, in {path}")  # fmt: skip
-    examples = Encoder("causal-lm", tokenizer, BLOCK)([(name, {"text": text}) for name, text in topics.items()]).examples
+    records: list[Record] = [(name, {"text": text}) for name, text in topics.items()]
+    examples = Encoder("causal-lm", tokenizer, BLOCK)(records).examples
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     arguments = library.TrainingArguments(
         str(unfinished), per_device_train_batch_size=8, learning_rate=1e-2, adam_beta2=0.95, weight_decay=0.1,

@@ -13,8 +13,9 @@ from typing import Any
 from peft.cli import models
 from peft.cli.options import Tune
 from peft.cli.parse import OptionError, method_named
+from peft.cli.plan import learning_rate, prepare
 from peft.cli.plots import drawn, figure
-from peft.cli.train import console, fit, learning_rate, prepare
+from peft.cli.train import console, fit
 
 #: steps of a candidate
 STEPS = 60
@@ -45,7 +46,7 @@ def run(options: Tune, fields: Mapping[str, Any], trainer: Mapping[str, Any]) ->
     _draw(rows, ranks, output / "tune.png")
     words = f"--lr {best['lr']:.2g}" + (f" --r {best['rank']}" if best["rank"] else "")
     edge = best["lr"] in (min(rates), max(rates)) and len(rates) > 1
-    out.print(f"Best: {words}" + ("; it is at the edge of the candidates, so --lrs beyond it are worth a try" if edge else ""))
+    out.print(f"Best: {words}" + ("; it is the last of the candidates: try --lrs beyond it too" if edge else ""))
     return 0
 
 

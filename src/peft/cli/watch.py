@@ -64,14 +64,14 @@ class Watch(TrainerCallback):
             return
         trains = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         dead = [name for name, grad in trains.items() if grad is None]
-        if not dead and not any(grad.any() for grad in trains.values() if grad is not None):
-            dead = list(trains)
         if dead:
             raise RuntimeError(
                 f"{len(dead)} of {len(trains)} adapter tensors got no gradient in the first step, so they would stay as"
                 f" they are: {', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''}. Leave their modules out of the"
                 " targets, or train without quantisation on this device"
             )
+        if not any(grad.any() for grad in trains.values() if grad is not None):
+            self.console.print("Note: all gradients are zero in the first step; trained tokens may not be in its data")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         # AdaLoRA and its kind move ranks between layers by the gradients of the step
