@@ -52,8 +52,8 @@ def method_named(text: str) -> str:
 
 def init_types(owner: Any) -> Values:
     """The fields of a dataclass that a user may set, with their types."""
-    kinds = get_type_hints(owner)
-    return {f.name: kinds[f.name] for f in fields(owner) if f.init and f.name not in NOT_FOR_USERS}
+    kinds, hidden = get_type_hints(owner), NOT_FOR_USERS if hasattr(owner, "from_peft_type") else ()
+    return {f.name: kinds[f.name] for f in fields(owner) if f.init and f.name not in hidden}
 
 
 def parser_of(title: str, *owners: Any) -> Any:
@@ -64,7 +64,7 @@ def parser_of(title: str, *owners: Any) -> Any:
     taken: set[str] = set()
     for owner in owners:
         names = {f.name for f in fields(owner) if f.init}
-        skip = names & (taken | (NOT_FOR_USERS if owner is not owners[0] else set()))
+        skip = names - (set(init_types(owner)) - taken)
         parser.add_class_arguments(owner, as_positional=True, skip=skip, fail_untyped=False)
         taken |= names
     return parser

@@ -70,8 +70,8 @@ def prepare(options: Base, fields: Mapping[str, Any], trainer: Mapping[str, Any]
     Raises:
         ValueError: something does not fit; says what.
     """
-    _check_numbers(options)
     method = method_named(options.method)
+    _check_numbers(options, fields)
     configure(method, fields, "CAUSAL_LM", 100)  # a wrong field is said before anything is read
     options = replace(options, **{
         name: [os.path.abspath(path) if os.path.isfile(path) else path for path in getattr(options, name)]
@@ -103,7 +103,7 @@ def prepare(options: Base, fields: Mapping[str, Any], trainer: Mapping[str, Any]
     arguments = _arguments(options, trainer, classes, held_out is not None, len(training), lr)
     total = steps_of(arguments, len(training))
     if arguments.warmup_steps >= total:
-        raise OptionError(f"--warmup-steps {arguments.warmup_steps} is not less than the {total} steps of the run")
+        raise OptionError(f"--warmup-steps {arguments.warmup_steps:g} is not less than the {total} steps of the run")
     tasks = 1 + max((row.get("task_ids", 0) for _, row in records), default=0)
     config = configure(
         method, fields, TASKS[task].peft, total, layers, tokenizer_name_or_path=base, num_tasks=tasks, n_tasks=tasks
@@ -118,9 +118,12 @@ def prepare(options: Base, fields: Mapping[str, Any], trainer: Mapping[str, Any]
     )
 
 
-def _check_numbers(options: Base) -> None:
-    for name in ("epochs", "max_steps", "batch_size", "grad_accum", "lr", "max_length", "eval_steps", "patience"):
-        value = getattr(options, name, None)
+def _check_numbers(options: Base, fields: Mapping[str, Any]) -> None:
+    names = ("epochs", "max_steps", "batch_size", "grad_accum", "lr", "max_length", "eval_steps", "patience")
+    numbers = [(name, getattr(options, name, None)) for name in names]
+    if options.method.lower() != "oft":  # where 0 leaves the rank to the size of the blocks
+        numbers.append(("r", fields.get("r")))
+    for name, value in numbers:
         if value is not None and not value > 0:
             raise OptionError(f"--{name.replace('_', '-')} has to be more than 0, got {value}")
     if not 0 <= options.eval_split < 1:

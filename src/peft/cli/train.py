@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -67,13 +67,16 @@ def train(options: Train, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     plan = prepare(options, fields, trainer, out)
     settings = settings_of(plan.options, fields, trainer)
     checkpoint = _checkpoint(output, settings, out) if options.resume else None
-    state.wait_for_everyone()
-    if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        for folder in () if options.resume else output.glob("checkpoint-[0-9]*"):
-            shutil.rmtree(folder)
-        (output / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    outcome = fit(plan, out, checkpoint)
+
+    def begin() -> None:
+        state.wait_for_everyone()
+        if state.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            for folder in () if options.resume else output.glob("checkpoint-[0-9]*"):
+                shutil.rmtree(folder)
+            (output / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+    outcome = fit(plan, out, checkpoint, begin)
     if state.is_main_process:
         _finish(plan, outcome, settings, output, out)
     return outcome
@@ -118,8 +121,8 @@ def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | No
     return found
 
 
-def fit(plan: Plan, out: Any, checkpoint: str | None = None) -> Outcome:
-    """Loads the model, puts the adapter on it and trains it."""
+def fit(plan: Plan, out: Any, checkpoint: str | None = None, begin: Callable[[], None] | None = None) -> Outcome:
+    """Loads the model, puts the adapter on it, calls `begin` if that has worked, and trains it."""
     library = models.transformers()
     options, arguments, preference = plan.options, plan.arguments, plan.task == "preference"
     library.set_seed(options.seed)
@@ -152,6 +155,8 @@ def fit(plan: Plan, out: Any, checkpoint: str | None = None) -> Outcome:
     trainable, everything = trainer.model.get_nb_trainable_parameters()
     share = f"{100 * trainable / everything:.2f} %"
     out.print(f"{trainable:,} of {everything:,} parameters train ({share}), on {arguments.device}")
+    if begin:
+        begin()
     start = time.perf_counter()
     with watch:
         trainer.train(resume_from_checkpoint=checkpoint)
