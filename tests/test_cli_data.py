@@ -65,6 +65,11 @@ def test_columns_by_other_names_and_tasks_by_name():
     assert understand([("x", {"text": "a", "label": "b"})], {}, "causal-lm") == ("causal-lm", [("x", {"text": "a"})])
     with pytest.raises(ValueError, match=r"x: the fields 'body', 'stars' .*--columns"):
         understand(rows, {}, None)
+    row = {"prompt": "a?", "completion": "b"}
+    assert understand([("x", row)], {}, "chat") == ("chat", [("x", {"messages": TALK})])
+    for task in ("causal-lm", "seq2seq"):
+        with pytest.raises(ValueError, match=f"not those of {task}"):
+            understand([("x", {"messages": TALK})], {}, task)
     with pytest.raises(ValueError, match="not those of preference"):
         understand([("x", {"text": "a"})], {}, "preference")
 

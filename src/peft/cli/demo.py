@@ -54,7 +54,7 @@ def run(options: Demo, *_: Any) -> int:
         with model.disable_adapter():
             before.append(_answer(model, tokenizer, asked, asking))
         after.append(_answer(model, tokenizer, asked, asking))
-        out.print(f"\n[bold]{question}[/]\n  before: {_indented(before[-1])}\n  after:  {_indented(after[-1])}")
+        out.print(f"\n{question}\n  before: {_indented(before[-1])}\n  after:  {_indented(after[-1])}")
 
     from peft import AutoPeftModelForCausalLM, PeftModel
 
@@ -83,7 +83,7 @@ def run(options: Demo, *_: Any) -> int:
     large = (merged / "model.safetensors").stat().st_size
     out.print(f"The adapter has {size / 1e6:.1f} MB, the merged model {large / 1e6:.0f} MB")
     command = "peft" if shutil.which("peft") else os.path.relpath(sys.argv[0])
-    out.print(f"Go on with: {command} inspect {output}\n            {command} generate {output} --prompt {QUESTIONS[0]!r}")
+    out.print(f"Go on with: {command} inspect {output}\n            {command} generate {output} --prompt Hello")
     return 0 if holds else 1
 
 
@@ -94,7 +94,7 @@ def _answer(model: Any, tokenizer: Any, asked: Any, options: Generate) -> str:
 
 
 def _indented(text: str) -> str:
-    return text.strip().replace("\n", "\n          ").replace("[", r"\[")
+    return text.strip().replace("\n", "\n          ")
 
 
 def _difference(model: Any, other: Any, tokenizer: Any, text: str) -> float:

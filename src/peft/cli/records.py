@@ -56,11 +56,14 @@ def _chat(messages: Sequence[Message]) -> dict[str, Any]:
     return {"messages": list(messages)}
 
 
+def _asked(row: Mapping[str, Any]) -> list[Message]:
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+
+
 def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
     question = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-    return _chat([*system, *messages])
+    return _chat([*system, *_asked({"prompt": question, "completion": row["output"]})])
 
 
 def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +93,12 @@ FORMATS = (
     Format("classification", ("text", "label"), lambda row: {"text": row["text"], "label": row["label"]}),
     Format("causal-lm", ("text",), lambda row: {"text": row["text"]}),
 )
+
+#: tasks that take records of another name, too
+SERVED_BY = {
+    "causal-lm": ("answer", "causal-lm"), "seq2seq": ("answer",), "chat": ("chat", "answer"),
+    "regression": ("classification",),
+}  # fmt: skip
 
 
 def read_records(sources: Sequence[str]) -> list[Record]:
@@ -169,6 +178,11 @@ def _object(row: Any, where: str) -> dict[str, Any]:
     return row
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _from_hub(source: str) -> Iterator[Record]:
     name, _, split = source.partition(":")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix or os.path.isdir(name):
@@ -179,7 +193,7 @@ def _from_hub(source: str) -> Iterator[Record]:
     try:
         rows = load_dataset(name, split=split or "train")
     except Exception as error:  # of the hub's client there are many
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"--data: {source} is no file here, and no data set that the hub gives ({reason})") from error
     for number, row in enumerate(rows, 1):
         yield f"{source}, row {number}", row
@@ -198,11 +212,8 @@ def understand(records: Sequence[Record], columns: Mapping[str, str], task: str 
     """
     first = _renamed(records[0][1], columns)
     kinds = [kind for kind in FORMATS if all(name in first for name in kind.fields)]
-    if task in ("classification", "regression", "token-classification", "preference"):
-        wanted = "classification" if task == "regression" else task
-        kinds = [kind for kind in kinds if kind.task == wanted]
-    elif task == "causal-lm":
-        kinds = [kind for kind in kinds if kind.task in ("answer", "causal-lm")] or kinds
+    if task is not None:
+        kinds = [kind for kind in kinds if kind.task in SERVED_BY.get(task, (task,))]
     if not kinds:
         known = "; ".join(" with ".join(kind.fields) for kind in FORMATS)
         raise ValueError(
@@ -215,6 +226,8 @@ def understand(records: Sequence[Record], columns: Mapping[str, str], task: str 
     for where, row in records:
         understood.append((where, _read(kind, where, _renamed(row, columns))))
     found = kind.task
+    if found == "answer" and task == "chat":
+        understood = [(where, row if "messages" in row else _chat(_asked(row))) for where, row in understood]
     if found == "answer":
         found = "chat" if "messages" in understood[0][1] else "causal-lm"
     elif found == "classification":

@@ -51,7 +51,7 @@ def console() -> Any:
     """A rich console, which speaks in the first of several processes alone."""
     from rich.console import Console
 
-    return Console(quiet=int(os.environ.get("RANK", 0)) > 0, soft_wrap=True, highlight=False)
+    return Console(quiet=int(os.environ.get("RANK", 0)) > 0, soft_wrap=True, highlight=False, markup=False)
 
 
 def train(options: Train, fields: Mapping[str, Any], trainer: Mapping[str, Any], out: Any) -> Outcome:
