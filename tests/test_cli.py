@@ -80,7 +80,7 @@ def work(tmp_path_factory) -> SimpleNamespace:
 
 def quick(work: SimpleNamespace, output: Path, *arguments: object) -> int:
     """`peft train` in this process, for a few steps."""
-    few = ("--max-steps", 2, "--batch-size", 2, "--max-length", 64, "--eval-split", 0.02, "--device", "cpu")
+    few = ("--max-steps", 2, "--batch-size", 2, "--max-length", 64, "--eval-split", 0, "--device", "cpu")
     files = ("--model", work.base, "--data", work.data, "--output", output)
     return main(words("train", *files, *few, *arguments))
 
@@ -100,6 +100,7 @@ def test_training_from_a_yaml_file(work):
     assert "| lr | 0.02 |" in (work.run / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(work, capsys):
     """SIGKILL in the middle, then --resume: every loss and every weight as in the run that was left alone."""
     broken = work.folder / "broken"
@@ -127,7 +128,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(work, capsys):
 @pytest.mark.parametrize("method", ["lora", "p-tuning"])
 def test_more_steps_for_a_finished_run(work, tmp_path, capsys, method):
     """Also where the file of an adapter is not what trains: p-tuning stores the outcome of its encoder."""
-    options = ("--schedule", "constant", "--seed", 3, "--method", method, "--eval-steps", 1)
+    options = ("--schedule", "constant", "--seed", 3, "--method", method, "--eval-steps", 1, "--eval-split", 0.02)
     assert quick(work, tmp_path / "long", *options, "--max-steps", 4) == 0
     assert quick(work, tmp_path / "short", *options) == 0
     capsys.readouterr()
@@ -177,12 +178,14 @@ def test_accumulated_gradients_are_those_of_a_large_batch(work, tmp_path):
     assert found[0][-1] < found[0][0]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(work, tmp_path):
     records = [{"prompt": f"{i}?", "completion": "even" if i % 2 else "odd"} for i in range(24)]
     data = write_records(tmp_path / "pairs.jsonl", records)
     options = ("--data", data, "--lora_r", 4, "--target_modules", "q_proj", "--lr", 0.02, "--max-length", 32)
+    options += ("--eval-split", 0.02)
     assert quick(work, tmp_path / "one", *options, "--batch-size", 8) == 0
-    files = ("--model", work.base, "--output", tmp_path / "two", "--max-steps", 2, "--eval-split", 0.02)
+    files = ("--model", work.base, "--output", tmp_path / "two", "--max-steps", 2)
     command = words("train", "--num-processes", 2, *files, "--batch-size", 4, "--device", "cpu", *options)
     run = subprocess.run(
         [sys.executable, "-m", "peft", *command], env=environment(), capture_output=True, text=True, timeout=400

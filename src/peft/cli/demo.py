@@ -15,7 +15,7 @@ from peft.cli.options import Demo, Generate, Train
 
 DATA = Path(__file__).with_name("demo.jsonl")
 #: none of them is in the data
-QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Which planet is the largest?")
+QUESTIONS = ("What is the capital of France?", "What colour is a lemon?", "Which planet is the largest?")
 BEGINNINGS = ("class Reader", "def read(", "import ")
 #: logits are around 10, float32 holds 7 digits
 TOLERANCE = 1e-3
@@ -82,7 +82,8 @@ def run(options: Demo, *_: Any) -> int:
     out.print("\n" + ", ".join(f"{words} {seconds:.0f} s" for words, seconds in times.items()))
     large = (merged / "model.safetensors").stat().st_size
     out.print(f"The adapter has {size / 1e6:.1f} MB, the merged model {large / 1e6:.0f} MB")
-    command = "peft" if shutil.which("peft") else os.path.relpath(sys.argv[0])
+    called = os.path.relpath(sys.argv[0])
+    command = "python -m peft" if called.endswith(".py") else "peft" if shutil.which("peft") else called
     out.print(f"Go on with: {command} inspect {output}\n            {command} generate {output} --prompt Hello")
     return 0 if holds else 1
 

@@ -73,10 +73,7 @@ def prepare(options: Base, fields: Mapping[str, Any], trainer: Mapping[str, Any]
     method = method_named(options.method)
     _check_numbers(options, fields)
     configure(method, fields, "CAUSAL_LM", 100)  # a wrong field is said before anything is read
-    options = replace(options, **{
-        name: [os.path.abspath(path) if os.path.isfile(path) else path for path in getattr(options, name)]
-        for name in ("data", "eval_data")
-    })  # fmt: skip
+    options = replace(options, data=_absolute(options.data), eval_data=_absolute(options.eval_data))
     records = read_records(options.data) if options.data else tiny.library_sources()
     data_task, records = understand(records, options.columns, options.task)
     base = models.locate(options.model, out.print) if options.model else tiny.base_model(models.cache(), out)
@@ -117,6 +114,10 @@ def prepare(options: Base, fields: Mapping[str, Any], trainer: Mapping[str, Any]
     return Plan(
         options, fields, base, task, tokenizer, training, held_out, config, arguments, encoder.labels, classes[:2]
     )
+
+
+def _absolute(files: Sequence[str]) -> list[str]:
+    return [os.path.abspath(file) if os.path.isfile(file) else file for file in files]
 
 
 def _check_numbers(options: Base, fields: Mapping[str, Any]) -> None:

@@ -40,8 +40,8 @@ def _make_tokenizer(texts: list[str]) -> Any:
     tokenizer = Tokenizer(kinds.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fixed = {"special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, **fixed))
+    fixed: dict[str, Any] = {"special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, show_progress=False, **fixed))
     return models.transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=BLOCK
     )

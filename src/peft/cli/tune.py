@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def run(options: Tune, fields: Mapping[str, Any], trainer: Mapping[str, Any]) ->
         raise OptionError("--eval-split: candidates are compared on what is held out, and nothing is")
     middle = learning_rate(method_named(options.method), models.config_of(plan.base))
     rates = options.lrs or [middle * 3.0**power for power in (-2, -1, 0, 1, 2)]
-    ranks = options.ranks or [None]
+    ranks: list[int | None] = [*options.ranks] or [None]
     rows = []
     for rank in ranks:
         for rate in rates:
@@ -66,7 +66,7 @@ def _tried(options: Tune, fields: Mapping[str, Any], trainer: Mapping[str, Any])
     return min(entry["eval_loss"] for entry in log if "eval_loss" in entry and math.isfinite(entry["eval_loss"]))
 
 
-def _draw(rows: list[dict[str, Any]], ranks: list[Any], path: Path) -> None:
+def _draw(rows: list[dict[str, Any]], ranks: Sequence[int | None], path: Path) -> None:
     if not drawn():
         return
     made, (axis,) = figure(6, 4)

@@ -89,7 +89,7 @@ class Watch(TrainerCallback):
                 raise RuntimeError(f"the loss is {loss} at step {state.global_step}: a lower --lr may help")
             self.loss = f"loss {loss:.4f}"
         evaluated = "eval_loss" in logs
-        if evaluated or (loss is not None and time.monotonic() - self.said > PAUSE):
+        if evaluated or (loss is not None and not control.should_evaluate and time.monotonic() - self.said > PAUSE):
             words = [f"step {state.global_step:>{len(str(self.total))}}/{self.total}", *[self.loss] * bool(self.loss)]
             words += [f"{SHOWN[k]} {logs[f'eval_{k}']:.4f}" for k in SHOWN if f"eval_{k}" in logs]
             self.console.print("  ".join(words))
