@@ -271,6 +271,13 @@ def test_a_tensor_without_a_gradient_is_named(work, tmp_path, capsys, monkeypatc
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+def test_a_run_that_gets_no_better_stops(work, tmp_path, capsys):
+    options = ("--lr", 1e-12, "--patience", 2, "--eval-steps", 1, "--eval-split", 0.1, "--target_modules", "q_proj")
+    assert quick(work, tmp_path / "run", *options, "--max-steps", 9) == 0
+    assert "step 2/9" in capsys.readouterr().out
+    assert len(losses(tmp_path / "run")) < 9
+
+
 def test_a_loss_that_is_no_number_stops_the_run(work, tmp_path, capsys):
     options = ("--lr", 1e30, "--max_grad_norm", 1e30, "--target_modules", "q_proj,v_proj")
     assert quick(work, tmp_path / "run", *options, "--max-steps", 5) == 1

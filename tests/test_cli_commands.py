@@ -259,6 +259,7 @@ WRONG = {
     "train --model {base} --data text.txt --load-in-4bit --load-in-8bit": (2, "exclude each other"),
     "train --model {base} --data text.txt --method vera --optim loraplus": (2, "made for the two factors of LoRA"),
     "train --model {base} --data text.txt --packing --method prefix-tuning": (2, "takes no soft prompt"),
+    "train --model {base} --data text.txt --patience 2 --eval-split 0": (2, "nothing is held out"),
     "train --model {base} --data nowhere.txt": (1, "nowhere.txt is not there"),
     "train --model {base} --data text.txt --output text.txt": (1, "--output text.txt is a file"),
     "train --model {base} --data text.txt --output {one}": (1, "holds a run: --resume goes on with it, --overwrite"),

@@ -17,6 +17,7 @@ from peft.cli.records import read_records, understand
 from peft.cli.tasks import CHATML, Encoder
 from tiny_models import byte_tokenizer
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 TALK = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
 SHAREGPT = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
 
@@ -299,6 +300,11 @@ def test_yaml_and_command_line_make_one_run(tmp_path):
             read("train", ["--config", str(path)])
 
 
+def test_the_example_of_a_run_can_be_read():
+    own, fields, _ = read("train", ["--config", str(EXAMPLES / "train_lora.yaml")])
+    assert (own.max_steps, own.schedule, fields["r"]) == (200, "cosine", 16)
+
+
 def test_every_option_has_a_line_of_help():
     for name, (owner, _) in commands.COMMANDS.items():
         bases = "".join(base.__doc__ or "" for base in owner.__mro__[:-1])
@@ -316,5 +322,5 @@ def test_the_data_of_the_demo_has_one_form_and_not_its_questions():
         question, answer = row["messages"]
         assert question["content"] not in QUESTIONS, where
         assert [line.partition(":")[0] for line in answer["content"].split("\n")] == ["In short", "Why", "Check"], where
-    generator = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "demo_data.py"))
+    generator = runpy.run_path(str(EXAMPLES / "demo_data.py"))
     assert [row["messages"][0]["content"] for _, row in rows] == [row[0] for row in generator["examples"]()]

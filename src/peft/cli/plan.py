@@ -130,6 +130,8 @@ def _check_numbers(options: Base, fields: Mapping[str, Any]) -> None:
             raise OptionError(f"--{name.replace('_', '-')} has to be more than 0, got {value}")
     if not 0 <= options.eval_split < 1:
         raise OptionError(f"--eval-split takes a share from 0 up to 1, got {options.eval_split}")
+    if getattr(options, "patience", None) and not (options.eval_split or options.eval_data):
+        raise OptionError("--patience counts evaluations, and nothing is held out to evaluate on: see --eval-split")
     if options.load_in_4bit and options.load_in_8bit:
         raise OptionError("--load-in-4bit and --load-in-8bit exclude each other")
     if (options.load_in_4bit or options.load_in_8bit) and find_spec("bitsandbytes") is None:

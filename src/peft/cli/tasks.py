@@ -208,17 +208,15 @@ def metrics_for(task: str) -> Callable[[Any], dict[str, float]] | None:
     if "classification" not in task and task != "regression":
         return None
     import numpy as np
+    from sklearn.metrics import accuracy_score, f1_score, mean_squared_error, r2_score
 
     def measure(outcome: Any) -> dict[str, float]:
         scores = outcome.predictions[0] if isinstance(outcome.predictions, tuple) else outcome.predictions
         wanted = np.asarray(outcome.label_ids)
         if task == "regression":
-            difference = scores.reshape(-1) - wanted.reshape(-1)
-            spread = float(((wanted - wanted.mean()) ** 2).mean())
-            error = float((difference**2).mean())
-            return {"rmse": error**0.5, "r2": 1 - error / spread if spread else 0.0}
-        from sklearn.metrics import accuracy_score, f1_score
-
+            scores, wanted = scores.reshape(-1), wanted.reshape(-1)
+            r2 = float(r2_score(wanted, scores)) if len(wanted) > 1 else 0.0
+            return {"rmse": float(mean_squared_error(wanted, scores)) ** 0.5, "r2": r2}
         found, wanted = scores.argmax(-1).reshape(-1), wanted.reshape(-1)
         found, wanted = found[wanted != IGNORED], wanted[wanted != IGNORED]
         return {"accuracy": accuracy_score(wanted, found), "f1": f1_score(wanted, found, average="macro")}

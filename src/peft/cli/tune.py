@@ -30,7 +30,7 @@ def run(options: Tune, fields: Mapping[str, Any], trainer: Mapping[str, Any]) ->
     middle = learning_rate(method_named(options.method), models.config_of(plan.base))
     rates = options.lrs or [middle * 3.0**power for power in (-2, -1, 0, 1, 2)]
     ranks: list[int | None] = [*options.ranks] or [None]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for rank in ranks:
         for rate in rates:
             more = {**fields, "r": rank} if rank else fields
