@@ -18,6 +18,9 @@ from peft.cli.tasks import TASKS
 
 #: bytes of a weight in 4 and 8 bits, with the scales of its blocks (NF4 with doubly quantised scales)
 BITS4, BITS8 = 0.5 + 1 / 64 + 4 / (64 * 256), 1 + 4 / 4096
+#: float32 copies of the logits that are alive at the peak beside those that are kept: themselves, the gradients of
+#: cross entropy and of softmax, what the matrix product packs (as the peak of a process on a CPU shows)
+LOGITS = 4
 GB = 1e9
 Sizes = dict[str, float]
 
@@ -77,7 +80,7 @@ def _measured(options: Estimate, fields: Mapping[str, Any], method: str, config:
         rows = options.batch_size * options.length * text.hidden_size * dtype.itemsize
         kept = text.num_hidden_layers * rows + (kept - logits) / text.num_hidden_layers + logits
     parts = {"base weights": weights / options.processes, "adapter": own, "gradients": own}
-    parts |= {"optimizer (AdamW)": 2 * own, "activations": kept, "gradient of the logits": logits}
+    parts |= {"optimizer (AdamW)": 2 * own, "activations": kept, "logits and their loss": LOGITS * logits}
     try:
         file = float(sum(t.numel() * t.element_size() for t in get_peft_model_state_dict(model).values()))
     except NotImplementedError:  # a soft prompt is computed when it is saved
