@@ -37,14 +37,8 @@ def run(options: Demo, *_: Any) -> int:
 
     out, steps = console(), options.steps or STEPS[name]
     output, merged = Path(options.output), Path(options.output) / "merged"
-    chosen = Train(output=options.output, max_steps=steps, overwrite=True, device="cpu", eval_steps=max(1, steps // 3))
-    chosen.max_length = 128
     fields: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-    if name == "tiny":
-        chosen.lr, chosen.eval_split = 1e-2, 0.02
-    else:
-        chosen.model, chosen.data, chosen.batch_size = name, [str(DATA)], 4
-    outcome = train(chosen, fields, {}, out)
+    outcome = train(_settings(name, options.output, steps), fields, {}, out)
     model, tokenizer = outcome.model, outcome.tokenizer
 
     asking = Generate(adapter=options.output, max_new_tokens=60)
@@ -86,6 +80,16 @@ def run(options: Demo, *_: Any) -> int:
     command = "python -m peft" if called.endswith(".py") else "peft" if shutil.which("peft") else called
     out.print(f"Go on with: {command} inspect {output}\n            {command} generate {output} --prompt Hello")
     return 0 if holds else 1
+
+
+def _settings(name: str, output: str, steps: int) -> Train:
+    chosen = Train(output=output, max_steps=steps, overwrite=True, device="cpu", eval_steps=max(1, steps // 3))
+    chosen.max_length = 128
+    if name == "tiny":
+        chosen.lr, chosen.eval_split = 1e-2, 0.02
+    else:
+        chosen.model, chosen.data, chosen.batch_size = name, [str(DATA)], 4
+    return chosen
 
 
 def _answer(model: Any, tokenizer: Any, asked: Any, options: Generate) -> str:
