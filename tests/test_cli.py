@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(work, capsys):
         stdout=subprocess.DEVNULL,
     )
     until = time.monotonic() + 300
-    while not list(broken.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < until:
+    while not list(broken.glob("checkpoint-*/trainable.pt")) and time.monotonic() < until:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -136,6 +136,18 @@ def test_more_steps_for_a_finished_run(work, tmp_path, capsys, method):
     assert "max_steps 2 -> 4" in capsys.readouterr().out
     for key in ("loss", "eval_loss"):
         assert losses(tmp_path / "short", key) == pytest.approx(losses(tmp_path / "long", key), rel=1e-5)
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_gone_on_with(tmp_path):
+    from peft.cli.watch import last_checkpoint
+
+    for step, files in ((4, ["trainer_state.json", "trainable.pt"]), (10, ["trainer_state.json"]), (12, [])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "trainable.pt").unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_a_run_goes_on_only_as_it_was(work, capsys):

@@ -22,7 +22,7 @@ from peft.cli.plan import OPTIMIZERS, Plan, prepare, steps_of
 from peft.cli.plots import loss_curve
 from peft.cli.starts import data_driven
 from peft.cli.tasks import TASKS, collator_for, metrics_for
-from peft.cli.watch import Watch
+from peft.cli.watch import Watch, last_checkpoint
 
 CURVE = "loss.png"
 #: what may change when a run is gone on with; everything else is in the checkpoint, or decided what is in it
@@ -107,15 +107,13 @@ def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | No
     Raises:
         OptionError: settings have changed that it was made with.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     before = yaml.safe_load((output / SETTINGS).read_text(encoding="utf-8")) or {}
     changed = {name for name in {*before, *settings} if before.get(name) != settings.get(name)}
     words = [f"{name} {before.get(name, 'default')} -> {settings.get(name, 'default')}" for name in sorted(changed)]
     if changed - FREE:
         free = ", ".join(sorted(FREE))
         raise OptionError(f"--resume: a run goes on only as it was: {', '.join(words)}. What may change is {free}")
-    found = get_last_checkpoint(str(output))
+    found = last_checkpoint(output)
     step = found.rpartition("-")[2] if found else "0, for it has no checkpoint"
     out.print(f"Going on after step {step}" + (f", with {', '.join(words)}" if words else ""))
     return found

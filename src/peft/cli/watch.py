@@ -21,6 +21,16 @@ SHOWN = {
 }  # fmt: skip
 
 
+def last_checkpoint(output: Path) -> str | None:
+    """The last checkpoint that is whole: a killed process may have left one that is not."""
+    found = sorted(output.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for name in (STATE, "trainer_state.json"):  # sharded training keeps what trains in files of its own
+        whole = [path for path in found if (path / name).is_file()]
+        if whole:
+            return str(whole[-1])
+    return None
+
+
 class Watch(TrainerCallback):
     """Speaks of the progress; checks gradients and losses; calls methods that change between steps; keeps parameters.
 
@@ -99,4 +109,5 @@ class Watch(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir() and not (args.fsdp or args.deepspeed):
             trains = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-            torch.save(trains, folder / STATE)
+            torch.save(trains, folder / f"{STATE}.tmp")
+            (folder / f"{STATE}.tmp").rename(folder / STATE)  # the last of a checkpoint: with it, it is whole
