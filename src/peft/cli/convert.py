@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
+from typing import Any
 
 from peft import PeftConfig, load_peft_weights
 from peft.checkpoint.files import write_adapter
 from peft.checkpoint.formats import module_names, read_lora_file, write_lora_file
+from peft.cli.merge import check_empty
+from peft.cli.options import Convert
 
 
-def run(args: Namespace) -> int:
-    if os.path.isfile(args.source):
-        names = module_names(args.model) if args.model else None
-        config, tensors = read_lora_file(args.source, part=args.part, names=names)
-        if os.path.isdir(args.output) and os.listdir(args.output):
-            raise ValueError(f"--output {args.output}: the folder is not empty")
-        config.base_model_name_or_path = config.base_model_name_or_path or args.model
+def run(options: Convert, *_: Any) -> int:
+    if os.path.isfile(options.source):
+        if not options.source.endswith((".safetensors", ".bin", ".pt", ".ckpt")):
+            raise ValueError(f"{options.source}: LoRA files end with .safetensors, .bin, .pt or .ckpt")
+        check_empty(options.output)
+        names = module_names(options.model) if options.model else None
+        config, tensors = read_lora_file(options.source, part=options.part, names=names)
+        config.base_model_name_or_path = config.base_model_name_or_path or options.model
         config.inference_mode = True
-        write_adapter(args.output, config.to_json_dict(), tensors)
+        write_adapter(options.output, config.to_json_dict(), tensors)
     else:
-        if args.to is None:
+        if options.to is None:
             raise ValueError("--to kohya or --to diffusers is needed to write an adapter for another program")
-        if not args.output.endswith(".safetensors"):
-            raise ValueError(f"--output {args.output}: a file is written, so its name must end with .safetensors")
-        config = PeftConfig.from_pretrained(args.source)
-        tensors = load_peft_weights(args.source, "cpu")
-        write_lora_file(args.output, config, tensors, args.to, args.part or "unet")
-    print(f"{len(tensors)} tensors: {args.output}")
+        if not options.output.endswith(".safetensors"):
+            raise ValueError(f"--output {options.output}: a file is written, so its name must end with .safetensors")
+        config, tensors = PeftConfig.from_pretrained(options.source), load_peft_weights(options.source, "cpu")
+        write_lora_file(options.output, config, tensors, options.to, options.part or "unet")
+    print(f"{len(tensors)} tensors: {options.output}")
     return 0

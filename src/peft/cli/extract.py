@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
+from typing import Any
 
-from peft.checkpoint.extract import extract_lora
+from peft import extract_lora
 from peft.checkpoint.files import write_adapter
-from peft.cli.models import AUTO_CLASSES, device_of, dtype_of, load_base, task_of
+from peft.cli import models
+from peft.cli.merge import check_empty
+from peft.cli.options import Extract
 
 
-def run(args: Namespace) -> int:
-    if os.path.isdir(args.output) and os.listdir(args.output):
-        raise ValueError(f"--output {args.output}: the folder is not empty")
-    task = args.task_type or task_of(args.tuned)
-    if task not in AUTO_CLASSES:
-        raise ValueError(f"--task-type takes {', '.join(AUTO_CLASSES)}, got {task!r}")
-    dtype, device = dtype_of(args.dtype), device_of(args.device)
+def run(options: Extract, *_: Any) -> int:
+    check_empty(options.output)
+    task = options.task_type or ("SEQ_2_SEQ_LM" if models.config_of(options.tuned).is_encoder_decoder else "CAUSAL_LM")
+    if task not in models.AUTO_CLASSES:
+        raise ValueError(f"--task-type takes {', '.join(models.AUTO_CLASSES)}, got {task!r}")
+    kinds = [models.config_of(name).model_type for name in (options.base, options.tuned)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{options.base} is a {kinds[0]} model, but {options.tuned} a {kinds[1]} model")
+    dtype, device = models.dtype_of(options.dtype), models.device_of(options.device)
     base, tuned = (
-        load_base(model, AUTO_CLASSES[task], dtype=dtype, device=device) for model in (args.base, args.tuned)
+        models.load_base(model, models.AUTO_CLASSES[task], dtype=dtype, device=device)
+        for model in (options.base, options.tuned)
     )
     config, tensors = found = extract_lora(
-        base,
-        tuned,
-        args.rank if args.energy is None else args.energy,
-        target_modules=args.target_modules.split(",") if args.target_modules else "all-linear",
-        modules_to_save=args.modules_to_save.split(",") if args.modules_to_save else None,
-        task_type=task,
-        progressbar=True,
-    )
-    config.base_model_name_or_path = args.base
+        base, tuned, options.rank if options.energy is None else options.energy,
+        target_modules=options.target_modules or "all-linear", modules_to_save=options.modules_to_save or None,
+        task_type=task, progressbar=True,
+    )  # fmt: skip
+    config.base_model_name_or_path = os.path.abspath(options.base) if os.path.isdir(options.base) else options.base
     config.inference_mode = True
-    write_adapter(args.output, config.to_json_dict(), tensors)
+    write_adapter(options.output, config.to_json_dict(), tensors)
     worst = max(found.errors, key=found.errors.__getitem__)
     size = sum(tensor.numel() for tensor in tensors.values())
     print(
-        f"LoRA on {len(found.errors)} modules, {size:,} parameters: {args.output}\n"
+        f"LoRA on {len(found.errors)} modules, {size:,} parameters: {options.output}\n"
         f"Lost of the change: {sum(found.errors.values()) / len(found.errors):.1%} on average,"
         f" {found.errors[worst]:.1%} at most ({worst})"
     )

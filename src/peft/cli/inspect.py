@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import Namespace
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peft import PeftConfig
-from peft.checkpoint import read_adapter
+from peft import PeftConfig, load_peft_weights
+from peft.cli.options import Inspect
 from peft.cli.plots import norms
 from peft.registry import METHODS
-from peft.tuners.lora.layer import alpha_of, rank_of
 
 #: the fields that say how large an adapter is, by the names that the methods give them
 RANKS = ("r", "rank", "num_virtual_tokens")
@@ -24,25 +21,29 @@ RANKS = ("r", "rank", "num_virtual_tokens")
 SHARED, PROMPT = "(shared)", "(prompt)"
 #: columns of the table beyond which it lists modules one by one
 COLUMNS = 7
+Found = dict[str, Any]
 
 
-def run(args: Namespace) -> int:
-    found = examine(args.adapter)
-    name = Path(args.adapter).resolve().name
-    png = args.png or (None if args.json else f"{name}-norms.png")
-    key, label = _measure(found)
-    if png:
-        rows = [(module["kind"], module["layer"], module[key]) for module in found["modules"]]
-        norms([row for row in rows if row[2] is not None], f"{name}: {found['method']}", label, png)
-    if args.json:
+def run(options: Inspect, *_: Any) -> int:
+    found, name = examine(options.adapter), Path(options.adapter).resolve().name
+    adapted = [module for module in found["modules"] if not module["full"]]
+    key, label = "norm", "norm of the adapter's tensors"
+    if adapted and all(module["update_norm"] is not None for module in adapted):
+        key, label = "update_norm", "norm of the update, scaling · B A"
+    if options.json:
         print(json.dumps(found, indent=2))
     else:
         _show(found, key, label)
-        print(f"Picture: {png}")
+    png = options.png or (None if options.json else f"{name}-norms.png")
+    if png:
+        rows = [(m["kind"], m["layer"], m[key]) for m in found["modules"] if m[key] is not None]
+        drawn = norms(rows, f"{name}: {found['method']}", label, png)
+        if not options.json:
+            print(f"Picture: {png}" if drawn else "No picture: matplotlib is not installed (pip install 'peft[cli]')")
     return 0
 
 
-def examine(adapter: str) -> dict[str, Any]:
+def examine(adapter: str) -> Found:
     """Everything that the files of an adapter say without its base model, as JSON can hold it.
 
     Args:
@@ -57,40 +58,39 @@ def examine(adapter: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no adapter.
     """
-    config, weights = read_adapter(adapter, device="cpu")
+    read = PeftConfig.from_pretrained(adapter)
+    config, weights = json.loads(json.dumps(read.to_json_dict(), default=str)), load_peft_weights(adapter, "cpu")
     method = config["peft_type"]
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in weights.items():
         module, name = _split(key, method)
         modules.setdefault(module, {})[name] = tensor
-    places = {name: _place(name) for name in modules}
-    kinds = _short({pattern for pattern, _ in places.values()})
+    kinds = _short(list(modules))
+    rows = []
+    for name, tensors in modules.items():
+        index = re.search(r"(?<=\.)\d+(?=\.)", name)
+        rows.append({
+            "name": name,
+            "layer": int(index.group()) if index else None,
+            "kind": kinds[name],
+            "full": all(part in ("weight", "bias", "base_layer.bias") for part in tensors),
+            "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "norm": _norm(tensors.values()),
+            "update_norm": _update_norm(name, tensors, config) if method == "LORA" else None,
+            "tensors": [{"name": part, "shape": list(tensor.shape), "dtype": _dtype(tensor), "norm": _norm([tensor])}
+                        for part, tensor in tensors.items()],
+        })  # fmt: skip
     return {
         "method": method,
         "base_model": config.get("base_model_name_or_path"),
         "task_type": config.get("task_type"),
         "rank": next((config[field] for field in RANKS if config.get(field)), None),
         "target_modules": config.get("target_modules"),
-        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "parameters": sum(row["parameters"] for row in rows),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
         "dtypes": sorted({_dtype(tensor) for tensor in weights.values()}),
         "config": config,
-        "modules": [
-            {
-                "name": name,
-                "layer": places[name][1],
-                "kind": kinds[places[name][0]],
-                "full": all(part in ("weight", "bias", "base_layer.bias") for part in tensors),
-                "parameters": sum(tensor.numel() for tensor in tensors.values()),
-                "norm": _norm(tensors.values()),
-                "update_norm": _update_norm(name, tensors, config) if method == "LORA" else None,
-                "tensors": [
-                    {"name": part, "shape": list(tensor.shape), "dtype": _dtype(tensor), "norm": _norm([tensor])}
-                    for part, tensor in tensors.items()
-                ],
-            }
-            for name, tensors in modules.items()
-        ],
+        "modules": rows,
     }
 
 
@@ -101,127 +101,104 @@ def _split(key: str, method: str) -> tuple[str, str]:
         return PROMPT, key
     prefix = METHODS[method].prefix if method in METHODS else f"{method.lower()}_"
     parts = inner.removeprefix("model.").split(".")
-    for i, part in enumerate(parts):
-        if part.startswith((prefix, "trainable_tokens_")):
-            return ".".join(parts[:i]) or SHARED, ".".join(parts[i:])
-    if len(parts) == 1:
-        return SHARED, parts[0]
-    if parts[-2] == "base_layer":  # a bias trained beside the adapter of its module
-        return ".".join(parts[:-2]), ".".join(parts[-2:])
-    return ".".join(parts[:-1]), parts[-1]
+    own = (i for i, part in enumerate(parts) if part.startswith((prefix, "trainable_tokens_")))
+    # a bias may be trained beside the adapter of its module
+    at = next(own, len(parts) - 1 - (len(parts) > 1 and parts[-2] == "base_layer"))
+    return ".".join(parts[:at]) or SHARED, ".".join(parts[at:])
 
 
-def _place(name: str) -> tuple[str, int | None]:
-    """A module's name with a star for the index of its layer, and that index."""
-    found = re.search(r"(?<=\.)\d+(?=\.)", name)
-    return (f"{name[: found.start()]}*{name[found.end() :]}", int(found.group())) if found else (name, None)
+def _short(names: Iterable[str]) -> dict[str, str]:
+    """The last parts of each name without the layer's index, as many as it takes to tell it from the others."""
+    words = {name: tuple(re.sub(r"\.\d+(?=\.)", "", name, count=1).split(".")) for name in names}
+    kinds = set(words.values())
 
+    def short(own: tuple[str, ...]) -> str:
+        lengths = range(1, len(own) + 1)
+        return ".".join(own[-next((n for n in lengths if sum(k[-n:] == own[-n:] for k in kinds) == 1), len(own)) :])
 
-def _short(patterns: set[str]) -> dict[str, str]:
-    """The last parts of each name, as many as it takes to tell it from the others."""
-    parts = {pattern: [part for part in pattern.split(".") if part != "*"] for pattern in patterns}
-    short = {}
-    for pattern, words in parts.items():
-        for length in range(1, len(words) + 1):
-            same = sum(other[-length:] == words[-length:] for other in parts.values())
-            if same == 1:
-                break
-        short[pattern] = ".".join(words[-length:])
-    return short
+    return {name: short(own) for name, own in words.items()}
 
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _norm(tensors: Any) -> float | None:
+def _norm(tensors: Iterable[torch.Tensor]) -> float | None:
     """The Frobenius norm of several tensors together; None where none of them holds numbers with a fraction."""
     parts = [tensor.double().norm() for tensor in tensors if tensor.is_floating_point()]
     return torch.stack(parts).norm().item() if parts else None
 
 
-def _update_norm(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> float | None:
+def _update_norm(name: str, tensors: Mapping[str, torch.Tensor], config: Found) -> float | None:
     """Frobenius norm of scaling * B A, without making that product: |BA|^2 is the sum of (B^T B) * (A A^T)."""
-    for a_name, b_name in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-        if a_name in tensors and b_name in tensors and not any("magnitude" in part for part in tensors):
-            a, b = tensors[a_name].double().flatten(1), tensors[b_name].double().flatten(1)
-            lora = PeftConfig.from_peft_type(**config)
-            rank = rank_of(lora, name)
-            if a.shape[0] != rank or b.shape[1] != rank:
-                return None  # the experts of a fused parameter, the groups of a convolution
-            scaling = alpha_of(lora, name) / (rank**0.5 if lora.use_rslora else rank)
-            return abs(scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
-    return None
+    parts = {part.removesuffix(".weight"): tensor for part, tensor in tensors.items()}
+    found = {part[-1]: tensor for part, tensor in parts.items() if part.endswith(("_A", "_B"))}
+    if set(found) != {"A", "B"} or any("magnitude" in part for part in tensors):
+        return None
+    a, b = found["A"].double().flatten(1), found["B"].double().flatten(1)
 
 
-def _measure(found: Mapping[str, Any]) -> tuple[str, str]:
-    """(key, words) of the norm that says most: of LoRA's update where every adapted module has it."""
-    adapted = [module for module in found["modules"] if not module["full"]]
-    if adapted and all(module["update_norm"] is not None for module in adapted):
-        return "update_norm", "norm of the update, scaling · B A"
-    return "norm", "norm of the adapter's tensors"
+    def of_module(pattern: str, default: float) -> float:
+        chosen = (v for k, v in (config.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({k})", name))
+        return next(chosen, default)
+
+    rank = of_module("rank_pattern", config["r"])
+    if a.shape[0] != rank or b.shape[1] != rank:
+        return None  # the experts of a fused parameter, the groups of a convolution
+    scaling = of_module("alpha_pattern", config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+    return abs(scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
 
 
-def _show(found: Mapping[str, Any], key: str, label: str) -> None:
+def _show(found: Found, key: str, label: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(highlight=False)
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    targets = found["target_modules"]
-    full = [module["name"] for module in found["modules"] if module["full"]]
-    rank = found["rank"] if found["rank"] is None else str(found["rank"])
-    if found["config"].get("lora_alpha") is not None:
-        rank = f"{rank} (lora_alpha {found['config']['lora_alpha']})"
+    targets, config = found["target_modules"], found["config"]
+    alpha = f" (lora_alpha {config['lora_alpha']})" if config.get("lora_alpha") is not None else ""
     for name, value in {
         "method": found["method"],
         "base model": found["base_model"],
         "task": found["task_type"],
-        "rank" if "num_virtual_tokens" not in found["config"] else "virtual tokens": rank,
+        "rank" if "num_virtual_tokens" not in config else "virtual tokens": found["rank"] and f"{found['rank']}{alpha}",
         "targets": ", ".join(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, list) else targets,
-        "trained in full": ", ".join(full),
+        "trained in full": ", ".join(module["name"] for module in found["modules"] if module["full"]),
         "modules": str(sum(module["name"] not in (SHARED, PROMPT) for module in found["modules"])),
         "parameters": f"{found['parameters']:,}",
         "size": f"{found['bytes'] / 1000:,.1f} kB of {', '.join(found['dtypes'])}",
     }.items():
         if value:
             facts.add_row(f"[bold]{name}", value)
-    console.print(facts, highlight=False)
-
-    in_layers = [module for module in found["modules"] if module["layer"] is not None and not module["full"]]
-    kinds = list(dict.fromkeys(module["kind"] for module in in_layers))
-    tables = []
-    if 0 < len(kinds) <= COLUMNS:
-        cells = {(module["layer"], module["kind"]): module[key] for module in in_layers}
-        table = _table("layer", *kinds, "params")
-        counts: Counter[int] = Counter()
-        for module in in_layers:
-            counts[module["layer"]] += module["parameters"]
-        for layer in sorted(counts):
-            table.add_row(str(layer), *(_number(cells.get((layer, kind))) for kind in kinds), f"{counts[layer]:,}")
-        tables.append(table)
-    else:
-        in_layers = []
-    others = [module for module in found["modules"] if module not in in_layers]
-    if others:
-        table = _table("module", "norm", "params")
-        for module in others:
-            norm = module["norm"] if module[key] is None else module[key]
-            table.add_row(module["name"], _number(norm), f"{module['parameters']:,}")
-        tables.append(table)
+    console.print(facts)
     console.print(f"\n[bold]{label}")
-    for table in tables:
-        console.print(table, highlight=False)
+    layered = [module for module in found["modules"] if module["layer"] is not None and not module["full"]]
+    kinds = list(dict.fromkeys(module["kind"] for module in layered))
+    if 0 < len(kinds) <= COLUMNS:
+        cells = {(module["layer"], module["kind"]): module[key] for module in layered}
+        rows = []
+        for layer in sorted({module["layer"] for module in layered}):
+            count = sum(module["parameters"] for module in layered if module["layer"] == layer)
+            rows.append([str(layer), *(_number(cells.get((layer, kind))) for kind in kinds), f"{count:,}"])
+        console.print(_table(["layer", *kinds, "params"], rows))
+    else:
+        layered = []
+    rows = [[m["name"], _number(m["norm"] if m[key] is None else m[key]), f"{m['parameters']:,}"]
+            for m in found["modules"] if m not in layered]  # fmt: skip
+    if rows:
+        console.print(_table(["module", "norm", "params"], rows))
 
 
-def _table(first: str, *others: str) -> Any:
+def _table(names: list[str], rows: list[list[str]]) -> Any:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right", overflow="fold", min_width=6)
+    for name in names:
+        first = name == names[0]
+        table.add_column(name, justify="left" if first else "right", overflow="fold", min_width=None if first else 6)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

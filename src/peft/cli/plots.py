@@ -1,43 +1,53 @@
-"""The pictures: a loss curve, and the norms of an adapter. Written with matplotlib, without a display."""
+"""The pictures: a loss curve, the norms of an adapter, a sweep. Written with matplotlib, without a display."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 INK, FAINT, ACCENT = "#1f3a5f", "#b9c7d8", "#d1495b"
 
 
-def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Any, list[Any]]:
+def figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Any, list[Any]]:
+    """(a figure, its axes), without a frame and with a faint grid."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **kwargs)[0].tolist()
+    made = Figure(figsize=(width, height), layout="constrained")
+    axes = made.subplots(1, columns, squeeze=False, **kwargs)[0].tolist()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
-    return figure, axes
+    return made, axes
 
 
-def loss_curve(log: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> None:
-    """The loss over the steps: of training, its running mean, and of evaluation.
+def drawn() -> bool:
+    """Whether there is matplotlib to draw with."""
+    return find_spec("matplotlib") is not None
+
+
+def loss_curve(log: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> bool:
+    """The loss over the steps: of training, its running mean, and of evaluation. False where there is no matplotlib.
 
     Args:
-        log: entries with `step`, and `loss` or `eval_loss` or both.
+        log: entries with `step`, and `loss` or `eval_loss`; of further `eval_` metrics those from 0 to 1 are drawn.
         title: above the picture.
         path: where the PNG goes.
     """
+    if not drawn():
+        return False
     train = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-    figure, (axis,) = _figure(7, 4)
+    metrics = {name for entry in log for name in entry if name in ("eval_accuracy", "eval_f1", "eval_r2")}
+    made, axes = figure(7 + 3 * bool(metrics), 4, 1 + bool(metrics))
+    axis = axes[0]
     if train:
         steps, losses = zip(*train, strict=True)
         axis.plot(steps, losses, color=FAINT, linewidth=1, label="training")
-        keep = 1 - 1 / max(1.0, len(losses) / 20)
-        mean, smooth = losses[0], []
+        keep, mean, smooth = 1 - 1 / max(1.0, len(losses) / 20), losses[0], []
         for loss in losses:
             mean = keep * mean + (1 - keep) * loss
             smooth.append(mean)
@@ -45,16 +55,20 @@ def loss_curve(log: Sequence[Mapping[str, Any]], title: str, path: str | Path) -
     if held_out:
         axis.plot(*zip(*held_out, strict=True), "o-", color=ACCENT, markersize=5, linewidth=1.5, label="held out")
         for step, loss in (held_out[0], held_out[-1]):
-            axis.annotate(
-                f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center", color=ACCENT
-            )
-    axis.set(title=title, xlabel="optimizer step", ylabel="loss per token (nats)")
+            place = dict(textcoords="offset points", xytext=(0, 8), ha="center", color=ACCENT)
+            axis.annotate(f"{loss:.2f}", (step, loss), **place)
+    axis.set(title=title, xlabel="optimizer step", ylabel="loss")
     axis.margins(y=0.12)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=140)
+    for name in sorted(metrics):
+        rows = [(entry["step"], entry[name]) for entry in log if name in entry]
+        axes[1].plot(*zip(*rows, strict=True), "o-", markersize=4, label=name.removeprefix("eval_"))
+    for axis in axes:
+        axis.legend(frameon=False)
+    made.savefig(path, dpi=140)
+    return True
 
 
-def norms(rows: Sequence[tuple[str, int | None, float]], title: str, label: str, path: str | Path) -> None:
+def norms(rows: Sequence[tuple[str, int | None, float]], title: str, label: str, path: str | Path) -> bool:
     """Norms by layer: a line for each kind of module, and bars for modules outside the layers.
 
     Args:
@@ -62,16 +76,19 @@ def norms(rows: Sequence[tuple[str, int | None, float]], title: str, label: str,
         title: above the picture.
         label: what the norm is of.
         path: where the PNG goes.
+
+    Returns:
+        False where there is no matplotlib.
     """
+    if not drawn():
+        return False
     lines: dict[str, list[tuple[int, float]]] = {}
-    bars: list[tuple[str, float]] = []
+    bars = [(kind, norm) for kind, layer, norm in rows if layer is None]
     for kind, layer, norm in rows:
-        if layer is None:
-            bars.append((kind, norm))
-        else:
+        if layer is not None:
             lines.setdefault(kind, []).append((layer, norm))
     shares = [width for width, there in ((3.0, lines), (1.5, bars)) if there]
-    figure, axes = _figure(5 + 2 * len(shares), max(4.0, 0.25 * len(bars)), len(shares), width_ratios=shares)
+    made, axes = figure(5 + 2 * len(shares), max(4.0, 0.25 * len(bars)), len(shares), width_ratios=shares)
     if lines:
         for (kind, points), marker in zip(lines.items(), "osD^vP*X<>hd" * math.ceil(len(lines) / 12), strict=False):
             axes[0].plot(*zip(*sorted(points), strict=True), marker=marker, markersize=5, linewidth=1.5, label=kind)
@@ -83,5 +100,6 @@ def norms(rows: Sequence[tuple[str, int | None, float]], title: str, label: str,
         axes[-1].barh(names, values, color=INK, height=0.5)
         axes[-1].invert_yaxis()
         axes[-1].set(xlabel="norm" if lines else label)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=140)
+    made.suptitle(title)
+    made.savefig(path, dpi=140)
+    return True

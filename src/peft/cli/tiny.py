@@ -12,95 +12,82 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+from peft.cli import models
+from peft.cli.records import Record
+from peft.cli.tasks import Encoder, collator_for
+from peft.cli.watch import Watch
 
-from peft.cli.data import Batches, make_examples, split
-from peft.cli.loop import evaluate, optimize, progress
-from peft.cli.models import transformers
-
-BASE_STEPS = 500
-BLOCK = 128
-END = "<|end|>"
+#: steps that its making takes; PEFT_TINY_STEPS is there for tests
+STEPS = int(os.environ.get("PEFT_TINY_STEPS", 500))
+BLOCK, END = 128, "<|end|>"
 MODULES = (
     "argparse ast bisect calendar collections configparser csv dataclasses fractions functools gzip heapq"
     " json.decoder json.encoder pathlib queue random shlex shutil statistics string tempfile textwrap threading typing"
 )
 
 
-def language_reference() -> list[str]:
-    """The texts of Python's `help()`."""
-    from pydoc_data.topics import topics
-
-    return list(topics.values())
-
-
-def library_sources() -> list[str]:
+def library_sources() -> list[Record]:
     """The source code of some modules of the standard library."""
     found = [find_spec(name) for name in MODULES.split()]
     paths = [Path(spec.origin) for spec in found if spec is not None and spec.origin and spec.origin.endswith(".py")]
-    return [path.read_text(encoding="utf-8") for path in paths]
+    return [(str(path), {"text": path.read_text(encoding="utf-8")}) for path in paths]
 
 
 def _make_tokenizer(texts: list[str]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as kinds
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(kinds.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=2048, special_tokens=[END], initial_alphabet=alphabet, show_progress=False),
-    )
-    return transformers().PreTrainedTokenizerFast(
+    fixed: dict[str, Any] = {"special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, show_progress=False, **fixed))
+    return models.transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=BLOCK
     )
 
 
-def _make_model(vocab_size: int) -> Any:
-    config = transformers().LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=BLOCK,
-        tie_word_embeddings=True,
-        initializer_range=0.08,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return transformers().LlamaForCausalLM(config)
-
-
-def base_model(folder: Path, console: Any, steps: int | None = None) -> str:
+def base_model(folder: Path, out: Any) -> str:
     """Path of the tiny base model in `folder`; made there if it is not there yet."""
-    steps = BASE_STEPS if steps is None else steps
-    path = (folder / f"tiny-base-{steps}").absolute()
-    if path.is_dir():
-        console.print(f"Base model: the tiny one in {os.path.relpath(path)}")
-        return str(path)
-    torch.manual_seed(0)
-    texts = language_reference()
-    tokenizer = _make_tokenizer(texts)
-    examples, held_out = split(make_examples(texts, tokenizer, BLOCK)[0], 0.05, seed=0)
-    model = _make_model(len(tokenizer))
-    console.print(f"Base model: a Llama of {model.num_parameters():,} parameters, made now from Python's help texts")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-    scheduler = transformers().get_linear_schedule_with_warmup(optimizer, min(20, steps // 2), steps)
-    batches = Batches(examples, 8, 1, tokenizer.pad_token_id, torch.device("cpu"), seed=0)
-    before = evaluate(model, held_out, 8, tokenizer.pad_token_id)
-    with progress(console, "making it", steps) as advance:
-        for _, loss in optimize(model, batches, optimizer, scheduler, range(steps), max_grad_norm=1.0):
-            advance(f"loss {loss:.2f}")
-    after = evaluate(model, held_out, 8, tokenizer.pad_token_id)
-    console.print(f"  loss on held-out help texts: {before:.2f} -> {after:.2f}")
+    from accelerate import PartialState
+
+    path = (folder / f"tiny-{STEPS}").absolute()
+    with PartialState().main_process_first():
+        if not path.is_dir():
+            _make(path, out)
+    return str(path)
+
+
+def _make(path: Path, out: Any) -> None:
+    from pydoc_data.topics import topics
+
+    library = models.transformers()
+    tokenizer = _make_tokenizer(list(topics.values()))
+    library.set_seed(0)
+    model = library.LlamaForCausalLM(library.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=BLOCK, tie_word_embeddings=True, initializer_range=0.08, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0,
+    ))  # fmt: skip
+    out.print(f"No model is named: making one of {model.num_parameters():,} parameters from Python's help texts,"
+              f" {STEPS} steps, once, in {path}")  # fmt: skip
+    records: list[Record] = [(name, {"text": text}) for name, text in topics.items()]
+    examples = Encoder("causal-lm", tokenizer, BLOCK)(records).examples
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    arguments = library.TrainingArguments(
+        str(unfinished), per_device_train_batch_size=8, learning_rate=1e-2, adam_beta2=0.95, weight_decay=0.1,
+        warmup_steps=min(20, STEPS // 2), max_steps=STEPS, save_strategy="no", report_to="none", disable_tqdm=True,
+        use_cpu=True, logging_steps=max(1, STEPS // 10),
+    )  # fmt: skip
+    watch = Watch(out, None, STEPS)
+    collator = collator_for("causal-lm", tokenizer)
+    trainer = library.Trainer(model, arguments, collator, examples, processing_class=tokenizer, callbacks=[watch])
+    trainer.remove_callback(library.PrinterCallback)
+    with watch:
+        trainer.train()
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     try:
         unfinished.rename(path)
     except OSError:  # another process was faster
         shutil.rmtree(unfinished)
-    return str(path)

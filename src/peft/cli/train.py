@@ -1,260 +1,196 @@
-"""`peft train`: an adapter from a model and data, with a log, a loss curve, and checkpoints to go on from."""
+"""`peft train`: an adapter from a model and data."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import random
 import shutil
 import time
-from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from peft import PeftModel, get_peft_model
-from peft.cli import tiny
-from peft.cli.arguments import SETTINGS, add_arguments, option_names, write_settings
-from peft.cli.data import Batches, Example, make_examples, read_documents, split
-from peft.cli.fields import build, user_fields
-from peft.cli.loop import evaluate, optimize, progress
-from peft.cli.models import AUTO_CLASSES, device_of, load_base, load_tokenizer, task_of, transformers
+from peft import PeftModel
+from peft.cli import models
+from peft.cli.options import Base, Train
+from peft.cli.parse import SETTINGS, OptionError, settings_of
+from peft.cli.plan import OPTIMIZERS, Plan, prepare, steps_of
 from peft.cli.plots import loss_curve
-from peft.registry import method_of
+from peft.cli.starts import data_driven
+from peft.cli.tasks import TASKS, collator_for, metrics_for
+from peft.cli.watch import Watch, last_checkpoint
 
-LOG, CURVE, STATE = "log.jsonl", "loss.png", "state.pt"
+CURVE = "loss.png"
+#: what may change when a run is gone on with; everything else is in the checkpoint, or decided what is in it
+FREE = {
+    "max_steps", "epochs", "eval_steps", "patience", "report_to", "push_to_hub", "device", "logging_steps",
+    "save_steps", "save_total_limit", "dataloader_num_workers",
+}  # fmt: skip
 
 
 @dataclass
 class Outcome:
-    """A trained adapter.
-
-    Attributes:
-        model: the base model with the adapter.
-        tokenizer: of the base model.
-        base: path or hub id of the base model.
-        before: loss on the held-out examples without the adapter; None where nothing was held out.
-        after: the same with it.
-        seconds: what the fine-tuning took.
-    """
+    """A trained adapter: the model with it, its tokenizer, the trainer's log, and the seconds that training took."""
 
     model: PeftModel
     tokenizer: Any
-    base: str
-    before: float | None
-    after: float | None
+    log: list[dict[str, Any]]
     seconds: float
 
 
-def run(args: Namespace, fields: dict[str, Any]) -> int:
-    from rich.console import Console
-
-    train(args, fields, Console())
+def run(options: Train, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> int:
+    train(options, fields, trainer, console())
     return 0
 
 
-def train(args: Namespace, fields: dict[str, Any], console: Any) -> Outcome:
-    """Trains as `args` and `fields` say (see `peft.cli.arguments.read_train`), reporting to a rich console.
+def console() -> Any:
+    """A rich console, which speaks in the first of several processes alone."""
+    from rich.console import Console
+
+    return Console(quiet=int(os.environ.get("RANK", 0)) > 0, soft_wrap=True, highlight=False, markup=False)
+
+
+def train(options: Train, fields: Mapping[str, Any], trainer: Mapping[str, Any], out: Any) -> Outcome:
+    """Trains as the options say, and saves the adapter with a curve, a card and the settings.
 
     Raises:
-        ValueError: an option that does not fit the model or the data; nothing is trained then.
-        RuntimeError: the loss is no longer a number.
+        ValueError: an option that does not fit the model or the data; nothing is written then.
+        RuntimeError: an adapter tensor gets no gradient, or the loss is no longer a number.
     """
-    config_class = method_of(args.method.upper()).config_class
-    options = option_names(add_arguments("train", ArgumentParser()))
-    build(config_class, fields, options=options)  # a wrong option is said before anything else is done
-    output = _prepare(args)
+    output = Path(options.output)
+    state = _processes(options)
+    _check_output(options, output)
+    plan = prepare(options, fields, trainer, out)
+    settings = settings_of(plan.options, fields, trainer)
+    checkpoint = _checkpoint(output, settings, out) if options.resume else None
 
-    base = args.model or tiny.base_model(output, console, args.base_steps)
-    task, tokenizer, device = task_of(base), load_tokenizer(base), device_of(args.device)
-    model = load_base(base, AUTO_CLASSES[task], dtype=torch.bfloat16 if args.bf16 else None, device=device)
-    block = min(args.block_size, getattr(model.config, "max_position_embeddings", None) or args.block_size)
-    training, held_out = _examples(args, tokenizer, block, task, console)
-    batches = Batches(training, args.batch_size, args.grad_accum, tokenizer.pad_token_id, device, args.seed)
-    total = args.max_steps or max(1, math.ceil(args.epochs * batches.steps_per_epoch))
+    def begin() -> None:
+        state.wait_for_everyone()
+        if state.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            for folder in () if options.resume else output.glob("checkpoint-[0-9]*"):
+                shutil.rmtree(folder)
+            (output / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
-    defaults = {"task_type": task, "tokenizer_name_or_path": base, "total_step": total}
-    known = user_fields(config_class)
-    config = build(config_class, {name: value for name, value in defaults.items() if name in known} | fields)
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)
-    model = get_peft_model(model, config)
-    if args.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable()
-    trainable, everything = model.get_nb_trainable_parameters()
-    console.print(
-        f"{args.method} on {type(model.get_base_model()).__name__}: {trainable:,} of {everything:,} parameters train"
-        f" ({100 * trainable / everything:.2f} %)\n{len(training):,} examples of up to {block} tokens,"
-        f" {len(held_out):,} held out; {total:,} steps on {device}"
-    )
-
-    run = _Run(args, model, output, total, console)
-    done = run.restore() if args.resume else 0
-    if not done:
-        output.mkdir(parents=True, exist_ok=True)
-        for folder in _checkpoints(output):
-            shutil.rmtree(folder)
-        write_settings(output / SETTINGS, args, fields)
-    start = time.perf_counter()
-    run.fit(batches, held_out, done)
-    seconds = time.perf_counter() - start
-    model.eval().save_pretrained(output)
-    loss_curve(run.entries, f"{args.method} on {os.path.basename(base)}", output / CURVE)
-    size = sum(path.stat().st_size for path in output.glob("adapter_*"))
-    console.print(
-        f"Adapter ({size / 1000:,.0f} kB), {CURVE} and {LOG} are in {output}, after {seconds:.0f} s", soft_wrap=True
-    )
-    losses = [entry["eval_loss"] for entry in run.entries if "eval_loss" in entry] or [None]
-    return Outcome(model, tokenizer, base, losses[0], losses[-1], seconds)
+    outcome = fit(plan, out, checkpoint, begin)
+    if state.is_main_process:
+        _finish(plan, outcome, settings, output, out)
+    return outcome
 
 
-def _prepare(args: Namespace) -> Path:
-    """The output folder, with paths made absolute, so that a resumed run finds them wherever it is started.
+def _processes(options: Base) -> Any:
+    from accelerate import PartialState
 
-    Raises:
-        ValueError: it holds a run, which would be lost.
-    """
-    for name in ("data", "eval_data"):
-        if getattr(args, name):
-            setattr(args, name, [os.path.abspath(path) for path in getattr(args, name)])
-    if args.model and os.path.isdir(args.model):
-        args.model = os.path.abspath(args.model)
-    output = Path(args.output)
+    models.device_of(options.device)
+    if options.device and ":" in options.device:
+        os.environ["CUDA_VISIBLE_DEVICES"] = options.device.partition(":")[2]
+    elif "RANK" not in os.environ:  # several GPUs in one process are slower than one, and Trainer would take them
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    return PartialState(**({"cpu": True} if options.device == "cpu" else {}))
+
+
+def _check_output(options: Train, output: Path) -> None:
     if output.is_file():
         raise ValueError(f"--output {output} is a file")
     there = any((output / name).exists() for name in (SETTINGS, "adapter_config.json"))
-    if there and not (args.resume or args.overwrite):
+    if there and not (options.resume or options.overwrite):
         raise ValueError(f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
-    return output
 
 
-def _examples(
-    args: Namespace, tokenizer: Any, block: int, task: str, console: Any
-) -> tuple[list[Example], list[Example]]:
-    """(examples to train on, examples held out)"""
-    names = dict(text=args.text_field, prompt=args.prompt_field, completion=args.completion_field)
+def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | None:
+    """The last checkpoint of a broken-off run, if it has one.
 
-    def load(files: list[str] | None) -> list[Example]:
-        documents = read_documents(files, **names) if files else tiny.library_sources()
-        examples, cut = make_examples(documents, tokenizer, block, seq2seq=task == "SEQ_2_SEQ_LM")
-        if cut:
-            console.print(f"{cut:,} of {len(examples):,} answers lose their end: --block-size is {block} tokens")
-        return examples
-
-    examples = load(args.data)
-    if args.eval_data:
-        return examples, load(args.eval_data)
-    if not 0 <= args.eval_split < 1:
-        raise ValueError(f"--eval-split takes a share from 0 up to 1, got {args.eval_split}")
-    return split(examples, args.eval_split, args.seed)
+    Raises:
+        OptionError: settings have changed that it was made with.
+    """
+    before = yaml.safe_load((output / SETTINGS).read_text(encoding="utf-8")) or {}
+    changed = {name for name in {*before, *settings} if before.get(name) != settings.get(name)}
+    words = [f"{name} {before.get(name, 'default')} -> {settings.get(name, 'default')}" for name in sorted(changed)]
+    if changed - FREE:
+        free = ", ".join(sorted(FREE))
+        raise OptionError(f"--resume: a run goes on only as it was: {', '.join(words)}. What may change is {free}")
+    found = last_checkpoint(output)
+    step = found.rpartition("-")[2] if found else "0, for it has no checkpoint"
+    out.print(f"Going on after step {step}" + (f", with {', '.join(words)}" if words else ""))
+    return found
 
 
-def _checkpoints(output: Path) -> list[Path]:
-    found = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+def fit(plan: Plan, out: Any, checkpoint: str | None = None, begin: Callable[[], None] | None = None) -> Outcome:
+    """Loads the model, puts the adapter on it, calls `begin` if that has worked, and trains it."""
+    library = models.transformers()
+    options, arguments, preference = plan.options, plan.arguments, plan.task == "preference"
+    library.set_seed(options.seed)
+    arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
+    fields = {"num_labels": 1, "problem_type": "regression"} if plan.task == "regression" else {}
+    if plan.labels:
+        fields = {"id2label": dict(enumerate(plan.labels)), "label2id": {name: i for i, name in enumerate(plan.labels)}}
+    base = models.load_for_training(plan.base, TASKS[plan.task], options, fields)
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = plan.tokenizer.pad_token_id
+    base.config.use_cache = False  # of no use in training, and X-LoRA and checkpointing want it so
+    collator = collator_for(plan.task, plan.tokenizer)
+    model = base if preference else data_driven(base, plan, collator, out)
+    if options.gradient_checkpointing and not preference:
+        model.enable_input_require_grads()
+    watch = Watch(out, checkpoint, steps_of(arguments, len(plan.training)))
+    more: dict[str, Any] = {"peft_config": plan.config} if preference else {"compute_metrics": metrics_for(plan.task)}
+    if plan.trainer[0] == "transformers":
+        more["data_collator"] = collator
+    if options.optim in OPTIMIZERS:
+        more["optimizers"] = (_optimizer(model, plan), None)
+    trainer = getattr(import_module(plan.trainer[0]), plan.trainer[1])(
+        model=model, args=arguments, train_dataset=plan.training, eval_dataset=plan.held_out,
+        processing_class=plan.tokenizer, callbacks=[watch], **more,
+    )  # fmt: skip
+    trainer.remove_callback(library.PrinterCallback)
+    patience = getattr(options, "patience", None)
+    if patience:
+        trainer.add_callback(library.EarlyStoppingCallback(patience))
+    trainable, everything = trainer.model.get_nb_trainable_parameters()
+    share = f"{100 * trainable / everything:.2f} %"
+    out.print(f"{trainable:,} of {everything:,} parameters train ({share}), on {arguments.device}")
+    if begin:
+        begin()
+    start = time.perf_counter()
+    with watch:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    base.config.use_cache = True
+    trainer.save_model(options.output)
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    return Outcome(model, plan.tokenizer, trainer.state.log_history, seconds)
 
 
-class _Run:
-    """The steps of a run, and what they leave on disk, so that a killed one goes on as if nothing had happened."""
+def _optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
+    from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 
-    def __init__(self, args: Namespace, model: PeftModel, output: Path, total: int, console: Any):
-        self.args, self.model, self.output, self.total, self.console = args, model, output, total, console
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-        self.scheduler = transformers().get_scheduler(args.schedule, self.optimizer, args.warmup_steps, total)
-        self.entries: list[dict[str, Any]] = []
+    rate, decay = plan.arguments.learning_rate, plan.arguments.weight_decay
+    if plan.options.optim == "lorafa":
+        return create_lorafa_optimizer(model, plan.config.r, plan.config.lora_alpha, rate, decay)
+    if plan.options.optim == "riemannian":
+        return create_riemannian_optimizer(model, torch.optim.AdamW, lr=rate, weight_decay=decay)
+    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16, weight_decay=decay)
 
-    def fit(self, batches: Batches, held_out: list[Example], done: int) -> None:
-        """Takes the steps from `done` on, with evaluations and checkpoints on the way."""
-        args, total = self.args, self.total
-        every = args.eval_steps or max(1, math.ceil(total / 10))
-        save_every = args.save_steps or every
 
-        def log(entry: dict[str, Any], evaluates: bool) -> None:
-            if evaluates and held_out:
-                loss = evaluate(self.model, held_out, args.batch_size, batches.pad, bf16=args.bf16)
-                entry["eval_loss"] = loss
-            self._log(entry, say=evaluates)
-
-        self._open_log(done)
-        if not done:
-            log({"step": 0}, evaluates=True)
-        steps = optimize(
-            self.model,
-            batches,
-            self.optimizer,
-            self.scheduler,
-            range(done, total),
-            max_grad_norm=args.max_grad_norm,
-            bf16=args.bf16,
-        )
-        with progress(self.console, "training", total, done) as advance:
-            for step, loss in steps:
-                last = step == total
-                log({"step": step, "loss": loss, "lr": self.scheduler.get_last_lr()[0]}, last or step % every == 0)
-                if last or step % save_every == 0:
-                    self.save(step)
-                advance(f"loss {loss:.3f}")
-
-    def _open_log(self, done: int) -> None:
-        """Starts the log, with the lines up to step `done`: a killed run may have got further than its checkpoint."""
-        path = self.output / LOG
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[: done + 1] if done else []
-        self.entries = [json.loads(line) for line in lines]
-        path.write_text("".join(lines), encoding="utf-8")
-
-    def _log(self, entry: dict[str, Any], say: bool) -> None:
-        self.entries.append(entry)
-        with open(self.output / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        if say:
-            words = [f"step {entry['step']:>{len(str(self.total))}}/{self.total}"]
-            named = (("loss", "loss"), ("eval_loss", "held out"))
-            words += [f"{word} {entry[key]:.4f}" for key, word in named if key in entry]
-            self.console.print("  ".join(words), highlight=False)
-
-    def save(self, step: int) -> None:
-        """Writes a checkpoint beside the last one and removes that when it is whole."""
-        old = _checkpoints(self.output)
-        folder = self.output / "checkpoint.unfinished"
-        shutil.rmtree(folder, ignore_errors=True)
-        self.model.save_pretrained(folder)
-        state = {
-            "step": step,
-            # not the adapter's files: those of some methods hold what their training parameters come to
-            "trainable": {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad},
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "random": {"python": random.getstate(), "torch": torch.get_rng_state()},
-        }
-        if torch.cuda.is_available():
-            state["random"]["cuda"] = torch.cuda.get_rng_state_all()
-        torch.save(state, folder / STATE)
-        folder.rename(self.output / f"checkpoint-{step}")
-        for path in old:
-            shutil.rmtree(path)
-
-    def restore(self) -> int:
-        """Reads the last checkpoint; returns its step, 0 where there is none yet."""
-        found = _checkpoints(self.output)
-        if not found:
-            return 0
-        state = torch.load(found[-1] / STATE, map_location="cpu", weights_only=True)
-        mine = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if {name: p.shape for name, p in mine.items()} != {name: p.shape for name, p in state["trainable"].items()}:
-            raise ValueError(f"--resume: {found[-1]} is of another model, or of a method with other fields")
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(state["trainable"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        random.setstate(state["random"]["python"])
-        torch.set_rng_state(state["random"]["torch"])
-        if "cuda" in state["random"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
-        self.console.print(f"Going on after step {state['step']:,}")
-        return int(state["step"])
+def _finish(plan: Plan, outcome: Outcome, settings: Mapping[str, Any], output: Path, out: Any) -> None:
+    """The curve and the card beside the adapter, and a word on where they are."""
+    curve = loss_curve(outcome.log, f"{plan.options.method} on {os.path.basename(plan.base)}", output / CURVE)
+    if not curve:
+        out.print("No picture: matplotlib is not installed here (pip install matplotlib)")
+    held_out = [entry for entry in outcome.log if "eval_loss" in entry]
+    best = min(held_out, key=lambda entry: entry["eval_loss"], default={})
+    measured = {name.removeprefix("eval_"): f"{value:.4g}" for name, value in best.items() if name.startswith("eval_")}
+    rows = "".join(f"| {name} | {value} |\n" for name, value in {**settings, **measured}.items())
+    card = output / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text += f"\n## Training\n\n`peft train --config {SETTINGS}`\n\n| | |\n| --- | --- |\n{rows}"
+    card.write_text(text + (f"\n![Loss]({CURVE})\n" if curve else ""), encoding="utf-8")
+    size = sum(path.stat().st_size for path in output.glob("adapter_*"))
+    what = f"Adapter ({size / 1000:,.0f} kB), {f'{CURVE}, ' if curve else ''}card and checkpoints"
+    out.print(f"{what} are in {output}, after {outcome.seconds:.0f} s")

