@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict] = {
     "FOURIERFT": {"n_frequency": 20, "init_weights": True},
     "RANDLORA": {"r": 3, "randlora_alpha": 1},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
+    "WAVEFT": {"n_frequency": 20, "scaling": 2.0},
     # variants, by the method's name and theirs
     "LORA DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
     "LORA BD-LoRA": {"r": 4, "use_bdlora": {"nblocks": 2, "target_modules_bd_b": ["target"]}},

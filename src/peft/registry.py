@@ -195,6 +195,7 @@ METHODS: dict[str, Method] = {
         "peft.tuners.adaption_prompt", "AdaptionPromptConfig", "AdaptionPromptModel", "adaption_prompt_", mixed=False
     ),
     "XLORA": Method("peft.tuners.lora.xlora", "XLoraConfig", "XLoraModel", "xlora_", mixed=False),
+    "WAVEFT": Method("peft.tuners.waveft", "WaveFTConfig", "WaveFTModel", "waveft_"),
 }
 
 

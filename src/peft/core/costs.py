@@ -17,6 +17,7 @@ from peft.ops.hadamard import HadamardProduct
 from peft.ops.matrix import Dense
 from peft.ops.shards import Tiled
 from peft.ops.sparse import Entries
+from peft.ops.wavelets import Wavelets
 
 
 def low_rank_as_weight(change: LowRank, rows: int, narrow: int, wide: int) -> bool:
@@ -52,6 +53,7 @@ _AS_WEIGHT: dict[type, Callable[[Any, int, int, int], bool]] = {
     Tiled: lambda matrix, rows, narrow, wide: rows >= narrow,
     # A sampled product takes 8 times a dense one's work for each entry; looking entries up, for few tokens, less.
     Entries: lambda matrix, rows, narrow, wide: rows * matrix.values.numel() > narrow * wide,
+    Wavelets: lambda matrix, rows, narrow, wide: rows * matrix.values.numel() > narrow * wide,
     HadamardProduct: lambda matrix, rows, narrow, wide: 3 * matrix.rank**2 * (narrow + wide) >= narrow * wide,
 }
 

@@ -66,6 +66,7 @@ def inject(
         also_target, also_save = tie_configuration(config, model)
         only = state_dict_targets(state_dict, method.prefix) if state_dict is not None else None
         plan = make_plan(model, config, method.layer_class, only=only, also_target=also_target, also_save=also_save)
+        method.planned(plan, config)
         tokens = token_rows(config, model)
         warn_of_tied_targets(plan.module_names, config, model)
         _note_layout(config, plan)
