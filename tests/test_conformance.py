@@ -35,7 +35,9 @@ SETTINGS: dict[str, dict] = {
     "RANDLORA": {"r": 3, "randlora_alpha": 1},
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
     "WAVEFT": {"n_frequency": 20, "scaling": 2.0},
+    "SUPERTUNING": {"sparsity": 0.8},
     # variants, by the method's name and theirs
+    "SUPERTUNING Supra": {"sparsity": 0.8, "r": 2},
     "LORA DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
     "LORA BD-LoRA": {"r": 4, "use_bdlora": {"nblocks": 2, "target_modules_bd_b": ["target"]}},
     "LORA VeLoRA": {"r": 4, "velora_config": {"num_groups": 3, "init_type": "random"}},

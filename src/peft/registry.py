@@ -196,6 +196,7 @@ METHODS: dict[str, Method] = {
     ),
     "XLORA": Method("peft.tuners.lora.xlora", "XLoraConfig", "XLoraModel", "xlora_", mixed=False),
     "WAVEFT": Method("peft.tuners.waveft", "WaveFTConfig", "WaveFTModel", "waveft_"),
+    "SUPERTUNING": Method("peft.tuners.supertuning", "SupertuningConfig", "SupertuningModel", "supertuning_"),
 }
 
 
