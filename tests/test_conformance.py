@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict] = {
     "VBLORA": {"num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1e-4},
     "WAVEFT": {"n_frequency": 20, "scaling": 2.0},
     "SUPERTUNING": {"sparsity": 0.8},
+    "ADAMSS": {"r": 4, "num_subspaces": 2, "subspace_rank": 2, "save_clusters": True},
     # variants, by the method's name and theirs
     "SUPERTUNING Supra": {"sparsity": 0.8, "r": 2},
     "LORA DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},

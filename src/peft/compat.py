@@ -111,6 +111,7 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         **_at("peft.core.plan", "check_target_module_exists"),
         **_at("peft.functional", "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
     },
+    "peft.tuners.adamss.asa_callback": _at("peft.integrations.training", "AdamssAsaCallback"),
     "peft.tuners.lora.arrow": _at("peft.helpers", "create_arrow_model"),
     "peft.tuners.lora.corda": _at("peft.tuners.lora.preprocess", "CordaEigens preprocess_corda"),
     "peft.tuners.lora.dora": {

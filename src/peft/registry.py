@@ -197,6 +197,7 @@ METHODS: dict[str, Method] = {
     "XLORA": Method("peft.tuners.lora.xlora", "XLoraConfig", "XLoraModel", "xlora_", mixed=False),
     "WAVEFT": Method("peft.tuners.waveft", "WaveFTConfig", "WaveFTModel", "waveft_"),
     "SUPERTUNING": Method("peft.tuners.supertuning", "SupertuningConfig", "SupertuningModel", "supertuning_"),
+    "ADAMSS": Method("peft.tuners.adamss", "AdamssConfig", "AdamssModel", "adamss_"),
 }
 
 
