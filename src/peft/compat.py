@@ -42,6 +42,10 @@ _ERRORS = _at("peft.errors", "NoMatchingPeftModuleError PeftError")
 _WARNING = _at("peft.errors", "PeftWarning")
 _CONSTANTS = {
     **_at("peft.config", "CONFIG_NAME"),
+    **_at(
+        "peft.core.cache",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
+    ),
     **_at("peft.hub", "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
     **_at("peft.checkpoint.state", "EMBEDDING_LAYER_NAMES"),
     **_at("peft.core.plan", "DUMMY_TARGET_MODULES INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR"),
@@ -112,6 +116,11 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         **_at("peft.functional", "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
     },
     "peft.tuners.adamss.asa_callback": _at("peft.integrations.training", "AdamssAsaCallback"),
+    "peft.tuners.cartridge.utils": _at(
+        "peft.prompt_caches",
+        "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text"
+        " prompt_embeddings_from_past_key_values",
+    ),
     "peft.tuners.lora.arrow": _at("peft.helpers", "create_arrow_model"),
     "peft.tuners.lora.corda": _at("peft.tuners.lora.preprocess", "CordaEigens preprocess_corda"),
     "peft.tuners.lora.dora": {

@@ -189,6 +189,7 @@ METHODS: dict[str, Method] = {
         prompt=True,
         aliases=("MultitaskPromptTuningInit",),
     ),
+    "CARTRIDGE": Method("peft.tuners.cartridge", "CartridgeConfig", "CartridgeEncoder", "cartridge_", prompt=True),
     "CPT": Method("peft.tuners.cpt", "CPTConfig", "CPTEmbedding", "cpt_", prompt=True),
     "POLY": Method("peft.tuners.poly", "PolyConfig", "PolyModel", "poly_", mixed=False),
     "ADAPTION_PROMPT": Method(

@@ -256,10 +256,12 @@ def set_peft_model_state_dict(
         warnings.warn(f"Left out for their size: {'; '.join(text for _, text in wrong)}.", PeftWarning, stacklevel=2)
     with torch.no_grad():
         for key, value, slot in found:
-            if slot is not None and slot.tensor.is_meta:
+            if slot is None:
+                model.prompt_encoder[adapter_name].load_stored({key: value})  # type: ignore[operator,union-attr,index]
+            elif slot.tensor.is_meta:
                 _assign(slot, value)
             else:
-                (prompt[key] if slot is None else slot.tensor).copy_(value)
+                slot.tensor.copy_(value)
     given = {key for key, _, _ in found} | {key for key, _ in wrong}
     missing = [slot.live_name for key, slot in slots.items() if key not in given]
     missing += [f"prompt_encoder.{adapter_name}.{key}" for key in prompt if key not in given]
