@@ -193,8 +193,8 @@ def _supports(method: str, kind: str) -> bool:
     return base_op(module).kind in layer_class.kinds
 
 
-#: no changes of a weight: POLY needs each sample's task, ADAPTION_PROMPT attention, XLORA saved adapters
-ELSEWHERE = ("POLY", "ADAPTION_PROMPT", "XLORA")
+#: no changes of a weight: SHADOW needs decoder blocks, POLY needs each sample's task, ADAPTION_PROMPT attention, XLORA saved adapters
+ELSEWHERE = ("SHADOW", "POLY", "ADAPTION_PROMPT", "XLORA")
 LAYER_METHODS = [
     name
     for name, row in METHODS.items()

@@ -620,7 +620,8 @@ class PeftModel(PromptHost):
 
 def _check_trainable(config: PeftConfig) -> None:
     """Raises ValueError where a prompt is to be trained further whose file does not hold what is trained."""
-    if config.is_prompt_learning and not method_of(config.peft_type or "").model_class.is_whole_in_files(config):
+    encoder: Any = method_of(config.peft_type or "").model_class
+    if config.is_prompt_learning and not encoder.is_whole_in_files(config):
         raise ValueError(
             "A prompt learning adapter that is loaded cannot be trainable; what made it is not saved. Prompts of keys"
             " and values can, those of CARTRIDGE and of PREFIX_TUNING without a projection."

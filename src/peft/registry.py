@@ -191,6 +191,7 @@ METHODS: dict[str, Method] = {
     ),
     "CARTRIDGE": Method("peft.tuners.cartridge", "CartridgeConfig", "CartridgeEncoder", "cartridge_", prompt=True),
     "CPT": Method("peft.tuners.cpt", "CPTConfig", "CPTEmbedding", "cpt_", prompt=True),
+    "SHADOW": Method("peft.tuners.shadow", "ShadowConfig", "ShadowModel", "shadow_", mixed=False),
     "POLY": Method("peft.tuners.poly", "PolyConfig", "PolyModel", "poly_", mixed=False),
     "ADAPTION_PROMPT": Method(
         "peft.tuners.adaption_prompt", "AdaptionPromptConfig", "AdaptionPromptModel", "adaption_prompt_", mixed=False

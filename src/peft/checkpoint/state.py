@@ -257,7 +257,7 @@ def set_peft_model_state_dict(
     with torch.no_grad():
         for key, value, slot in found:
             if slot is None:
-                model.prompt_encoder[adapter_name].load_stored({key: value})  # type: ignore[operator,union-attr,index]
+                model.prompt_encoder[adapter_name].load_stored({key: value})  # type: ignore[union-attr,index]
             elif slot.tensor.is_meta:
                 _assign(slot, value)
             else:

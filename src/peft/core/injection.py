@@ -108,7 +108,9 @@ def _share(method: Method, plan: Plan, config: Any, adapter_name: str) -> None:
         made = method.share(plan, config, adapter_name)
     for name, value in made.items():
         container: Any = method.shared[name]
-        if isinstance(value, Tensor):
+        if isinstance(value, nn.Module):
+            container[adapter_name] = value if device is None else value.to(device)
+        elif isinstance(value, Tensor):
             value = value.to(device)
             container[adapter_name] = nn.Parameter(value) if method.slot(name).trained else value
         else:

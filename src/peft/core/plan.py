@@ -344,7 +344,7 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
             " be wrapped."
         )
     module = target.base
-    op = base_op(module, target.parameter_name)
+    op = layer_class.op_of(module, target.parameter_name)
     if op is None or _kind_of(op) not in layer_class.kinds:
         supported = ", ".join(sorted(layer_class.kinds - {"Parameter"}))
         raise ValueError(
@@ -353,7 +353,8 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
             + (", and parameters by name in target_parameters." if "Parameter" in layer_class.kinds else ".")
         )
     try:
-        storage_of(module, op.weight_name)
+        if op.weight_name:
+            storage_of(module, op.weight_name)
     except TypeError as error:
         raise ValueError(f"Target module {target.key!r} is not supported. {error}") from None
     layer_class.check(config, target.key, module, op)

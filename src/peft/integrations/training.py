@@ -119,7 +119,7 @@ def _asa_callback() -> type:
         """Lets the `Trainer` of transformers drop subspaces of AdaMSS adapters, as their configuration says."""
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            tuner = getattr(kwargs.get("model"), "base_model", kwargs.get("model"))
+            tuner: Any = getattr(kwargs.get("model"), "base_model", kwargs.get("model"))
             if hasattr(tuner, "update_and_allocate"):
                 tuner.update_and_allocate(state.global_step)
             return super().on_optimizer_step(args, state, control, **kwargs)

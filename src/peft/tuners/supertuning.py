@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +105,10 @@ class SupertuningLayer(AdapterLayer):
         values = self.supertuning_values[name].index_select(0, order)
         yield Add(Entries(positions, values, (self.out_features, columns)))
         if name in self.supertuning_lora_A:
-            down, up = self.supertuning_lora_A[name].weight, self.supertuning_lora_B[name].weight
+            down: Any = self.supertuning_lora_A[name]
+            up: Any = self.supertuning_lora_B[name]
             p = self.supertuning_lora_dropout[name] if self.training else 0.0
-            yield LowRank(down, up, self.supertuning_scaling[name], dropout=p)
+            yield LowRank(down.weight, up.weight, self.supertuning_scaling[name], dropout=p)
 
     @classmethod
     def check(cls, config: SupertuningConfig, key: str, module: nn.Module, op: BaseOp) -> None:
