@@ -59,7 +59,11 @@ _CONSTANTS = {
         if method not in _NO_DEFAULTS
     },
 }
-_STATE = _at("peft.checkpoint", "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict")
+_STATE = _at(
+    "peft.checkpoint",
+    "get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict"
+    " set_peft_model_state_dict",
+)
 _WRAPPERS = _at("peft.core.auxiliary", "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper")
 _TRAINING = _at("peft.integrations.training", "cast_mixed_precision_params prepare_model_for_kbit_training")
 _OTHER = {
