@@ -47,12 +47,14 @@ class ShadowConfig(LayerConfig):
         shadow_alpha: factor on the correction.
         shadow_dropout: probability of dropout before it.
         init_weights: start with U zero, without effect; False starts it at random.
-        shadow_model: `"mirror"` makes a network of the kind of the base model; else the name of a pretrained one.
-        shadow_num_hidden_layers: depth of the mirror; 1 if None.
-        shadow_hidden_size, shadow_num_attention_heads, shadow_intermediate_size: its widths; those of the base if None.
-        share_embeddings: let a mirror of the same width have the embeddings of the base, which stay frozen.
         update_hidden_size: hidden width of G and T; r if None.
         auxiliary_loss_weight: factor on the small network's own loss.
+        shadow_model: `"mirror"` makes a network of the kind of the base model; else the name of a pretrained one.
+        shadow_num_hidden_layers: depth of the mirror; 1 if None.
+        shadow_intermediate_size: width of its feed-forward layers; the base's if None, as for what follows.
+        shadow_hidden_size: width of its states.
+        shadow_num_attention_heads: heads of its attention.
+        share_embeddings: let a mirror of the same width have the embeddings of the base, which stay frozen.
     """
 
     r: int = 8
@@ -69,8 +71,8 @@ class ShadowConfig(LayerConfig):
     auxiliary_loss_weight: float = 0.05
 
     positive_fields = (
-        "r", "shadow_num_hidden_layers", "shadow_hidden_size", "shadow_num_attention_heads",
-        "shadow_intermediate_size", "update_hidden_size",
+        "r", "update_hidden_size", "shadow_hidden_size", "shadow_intermediate_size", "shadow_num_hidden_layers",
+        "shadow_num_attention_heads",
     )  # fmt: skip
     nonnegative_fields = ("auxiliary_loss_weight",)
     fraction_fields = ("shadow_dropout",)
