@@ -129,14 +129,12 @@ class AdamssLayer(AdapterLayer):
         weight, bias = self.op.matrix(self.original_weight()).detach(), self.original_bias()
         if bias is not None:
             weight = torch.cat((weight, bias.detach()[:, None].to(weight)), 1)
-        bases, rows, self.adamss_newB[name] = subspaces_of(weight.float(), config)
+        pairs, rows, self.adamss_newB[name] = subspaces_of(weight.float(), config)
         self.adamss_rows[name] = torch.cat(rows)
-        target: Any = {} if torch.get_default_device().type == "meta" else {"device": weight.device}
-        starts = [torch.zeros(len(index), len(basis), **target) for index, basis in zip(rows, bases, strict=True)]
-        if config.init_weights is None:
-            starts = [0.01 * torch.randn_like(start) for start in starts]
-        self.adamss_A[name] = nn.ParameterList([basis.to(start) for basis, start in zip(bases, starts, strict=True)])
-        self.adamss_B[name] = nn.ParameterList(starts)
+        if torch.get_default_device().type == "meta":
+            pairs = [(down.to("meta"), up.to("meta")) for down, up in pairs]
+        self.adamss_A[name] = nn.ParameterList([down for down, _ in pairs])
+        self.adamss_B[name] = nn.ParameterList([up for _, up in pairs])
 
     def change(self, name: str) -> Iterator[Change]:
         a: Any = self.adamss_A[name]
@@ -200,17 +198,21 @@ class AdamssLayer(AdapterLayer):
             raise ImportError("AdaMSS needs scikit-learn to cluster the rows of a weight: pip install scikit-learn.")
 
 
-def subspaces_of(weight: Tensor, config: AdamssConfig) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The start of each A_i, the rows of each cluster, and V, for a matrix [out, in]."""
+def subspaces_of(weight: Tensor, config: AdamssConfig) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor], Tensor]:
+    """The start of each A_i and B_i, the rows of each cluster, and V, for a matrix [out, in]."""
     if weight.is_meta:  # there is nothing to be clustered: sizes only, those of clusters of equal size
-        rank = min(config.r, *weight.shape)
+        left, right = weight.new_empty(len(weight), rank := min(config.r, *weight.shape)), weight[:rank]
         rows = list(torch.arange(len(weight), device="meta").tensor_split(min(config.num_subspaces, len(weight))))
-        bases = [weight.new_empty(min(config.subspace_rank, len(index), rank), rank) for index in rows]
-        return bases, rows, weight.new_empty(rank, weight.shape[1])
-    left, right = leading_vectors(weight, config.r, config.random_seed)
-    rows = cluster_rows(left, config.num_subspaces)
-    threshold = config.svd_threshold if config.use_dynamic_rank else None
-    return [cluster_basis(left[index], config.subspace_rank, threshold) for index in rows], rows, right
+    else:
+        left, right = leading_vectors(weight, config.r, config.random_seed)
+        rows = cluster_rows(left, config.num_subspaces)
+    threshold = config.svd_threshold if config.use_dynamic_rank and not weight.is_meta else None
+    pairs = []
+    for index in rows:
+        down = cluster_basis(left[index], config.subspace_rank, threshold)
+        up = weight.new_zeros(len(index), len(down))
+        pairs.append((down, up if config.init_weights else 0.01 * torch.randn_like(up)))
+    return pairs, rows, right
 
 
 class AdamssMethod(Method):
