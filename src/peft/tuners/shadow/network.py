@@ -30,18 +30,18 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.Module]:
     """The name of the list of a model's decoder blocks, and the module that holds it.
 
     Raises:
-        ValueError: there is none that has as many as the model's configuration says.
+        ValueError: there is none that has as many as the model's configuration says, or the model reads no tokens.
     """
     kind, depth = type(model).__name__, read_model_config(model, "num_layers")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"SHADOW is for models with one stack of decoder blocks; {kind} is an encoder-decoder.")
-    for path, module in live_modules(model):
+    for path, module in live_modules(model) if hasattr(model, "get_input_embeddings") else ():
         for name, child in module._modules.items():
             if isinstance(child, nn.ModuleList) and len(child) == depth and hasattr(module, "config"):
                 return f"{path}.{name}" if path else name, module
     raise ValueError(
-        f"SHADOW goes beside a stack of decoder blocks: a ModuleList of as many as config.num_hidden_layers ({depth})."
-        f" {kind} has none that can be told."
+        f"SHADOW goes beside a stack of decoder blocks that reads tokens: a ModuleList of as many as"
+        f" config.num_hidden_layers ({depth}). {kind} has none that can be told."
     )
 
 
