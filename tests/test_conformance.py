@@ -193,7 +193,8 @@ def _supports(method: str, kind: str) -> bool:
     return base_op(module).kind in layer_class.kinds
 
 
-#: no changes of a weight: SHADOW needs decoder blocks, POLY needs each sample's task, ADAPTION_PROMPT attention, XLORA saved adapters
+#: no changes of a weight: SHADOW needs decoder blocks, POLY each sample's task, ADAPTION_PROMPT attention, XLORA saved
+#: adapters
 ELSEWHERE = ("SHADOW", "POLY", "ADAPTION_PROMPT", "XLORA")
 LAYER_METHODS = [
     name

@@ -86,8 +86,8 @@ def test_matrix_is_the_sum_of_its_wavelets(out_features, in_features, share, fam
 @given(SIDES, st.sampled_from(FAMILIES))
 def test_analysis_is_the_transpose_of_synthesis(size, family):
     taps = filters(family)
-    x = torch.randn(3, size, dtype=torch.float64)
-    c = torch.randn(3, 2 * half_length(size, taps.shape[1]), dtype=torch.float64)
+    x = torch.randn(size, 3, dtype=torch.float64)
+    c = torch.randn(2 * half_length(size, taps.shape[1]), 3, dtype=torch.float64)
     torch.testing.assert_close((analyse(x, taps) * c).sum(), (x * synthesise(c, taps, size)).sum())
 
 

@@ -113,19 +113,34 @@ def half_length(size: int, taps: int) -> int:
     return (size + taps - 1) // 2
 
 
-def analyse(rows: Tensor, taps: Tensor) -> Tensor:
-    """The coefficients of rows [t, size]: [t, 2 m], low ones first; the transpose of `synthesise`."""
-    size, length = rows.shape[-1], taps.shape[-1]
+def analyse(columns: Tensor, taps: Tensor) -> Tensor:
+    """The coefficients of columns [size, t]: [2 m, t], low ones first; the transpose of `synthesise`."""
+    size, length = columns.shape[0], taps.shape[1]
     shifts = half_length(size, length)
-    padded = F.pad(rows, (length - 2, 2 * shifts - size))
-    return F.conv1d(padded[:, None], taps.to(rows)[:, None], stride=2).flatten(1)
+    # Convolutions of a single channel are slow on CPUs, sums of whole rows are not.
+    pairs = F.pad(columns.contiguous(), (0, 0, length - 2, 2 * shifts - size)).unflatten(0, (-1, 2))
+    places = [pairs[tap // 2 : tap // 2 + shifts, tap % 2] for tap in range(length)]
+    return torch.cat([_weighted(places, weights) for weights in taps.tolist()])
 
 
 def synthesise(waves: Tensor, taps: Tensor, size: int) -> Tensor:
-    """The rows [t, size] that coefficients [t, 2 m] stand for."""
-    rows = F.conv_transpose1d(waves.unflatten(-1, (2, -1)), taps.to(waves)[:, None], stride=2)
-    start = taps.shape[-1] - 2
-    return rows[:, 0, start : start + size]
+    """The columns [size, t] that coefficients [2 m, t] stand for."""
+    length = taps.shape[1]
+    last = length // 2 - 1
+    padded = [F.pad(part, (0, 0, last, last)) for part in waves.contiguous().chunk(2)]
+    count = len(padded[0]) - last
+    places = [part[last - shift : last - shift + count] for part in padded for shift in range(last + 1)]
+    sides = [_weighted(places, taps[:, side::2].flatten().tolist()) for side in (0, 1)]
+    return torch.stack(sides, dim=1).flatten(0, 1)[length - 2 : length - 2 + size]
+
+
+def _weighted(parts: list[Tensor], weights: list[float]) -> Tensor:
+    """The sum of tensors, each times its weight."""
+    total = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        # In place, unless somebody keeps what it was.
+        total = torch.add(total, part, alpha=weight) if torch.is_grad_enabled() else total.add_(part, alpha=weight)
+    return total
 
 
 class Wavelets(Matrix):
@@ -173,8 +188,8 @@ class Wavelets(Matrix):
             heights, widths = (2 * half_length(size, self.taps.shape[1]) for size in self.shape)
             index = self.waves[0].long() * widths + self.waves[1]
             spectrum = self.values.new_zeros(heights * widths).index_add(0, index, self.values).view(heights, widths)
-            rows = synthesise(spectrum, self.taps, self.shape[1])
-            return synthesise(rows.T, self.taps, self.shape[0]).T
+            columns = synthesise(spectrum, self.taps, self.shape[0])
+            return synthesise(columns.T, self.taps, self.shape[1]).T
 
     def added_to(self, weight: Tensor) -> Tensor:
         if not self.single:
@@ -203,10 +218,10 @@ class Wavelets(Matrix):
             return super().apply(x)
         # For a few vectors, the coefficients are looked up rather than put into a matrix.
         outer, inner = self.waves.long()
-        waves = analyse(rows.to(self.values.dtype), self.taps).index_select(1, inner) * self.values
-        spectrum = waves.new_zeros(len(rows), 2 * half_length(self.shape[0], self.taps.shape[1]))
-        product = synthesise(spectrum.index_add(1, outer, waves), self.taps, self.shape[0])
-        return product.to(x.dtype).view(*x.shape[:-1], self.shape[0])
+        waves = analyse(rows.to(self.values.dtype).T, self.taps).index_select(0, inner) * self.values[:, None]
+        spectrum = waves.new_zeros(2 * half_length(self.shape[0], self.taps.shape[1]), len(rows))
+        product = synthesise(spectrum.index_add(0, outer, waves), self.taps, self.shape[0]).T
+        return product.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tracked = torch.is_grad_enabled() and (x.requires_grad or self.values.requires_grad)
@@ -231,6 +246,6 @@ class _Product(torch.autograd.Function):
         grad_x = grad @ matrix.added_to(weight) if ctx.needs_input_grad[0] else None
         grad_values = None
         if ctx.needs_input_grad[3]:
-            outer, inner = (analyse(rows.flatten(0, -2), matrix.taps) for rows in (grad, x))
-            grad_values = sampled_product(outer.T, inner, matrix.waves).to(matrix.values.dtype)
+            outer, inner = (analyse(rows.flatten(0, -2).T, matrix.taps) for rows in (grad, x))
+            grad_values = sampled_product(outer, inner.T, matrix.waves).to(matrix.values.dtype)
         return grad_x, None, None, grad_values, None
