@@ -277,7 +277,8 @@ class Llama7B:
         targets = getattr(model.peft_config["default"], "target_modules", None)
         self.model = model.base_model if METHODS[method].prompt else model.base_model.unload()
         self.model.requires_grad_(True)
-        where = ", ".join(f"`{name}`" for name in sorted(targets)) if isinstance(targets, (set, list)) else ""
+        names = sorted(targets) if isinstance(targets, (set, list)) else []
+        where = ", ".join(f"`{name}`" for name in names if not name.isdigit())  # numbers are blocks, of which all are
         return trained, where
 
 

@@ -50,7 +50,11 @@ SETTINGS: dict[str, dict] = {
     "LILY": {"r": 4},
     "FROD": {"sparse_rate": 0.1, "progressbar": False},
     "OSF": {"effective_rank": 2},
+    "WAVEFT": {"n_frequency": 20, "scaling": 2.0},
+    "SUPERTUNING": {"sparsity": 0.8},
+    "ADAMSS": {"r": 4, "num_subspaces": 2, "subspace_rank": 2, "save_clusters": True},
     # variants, by the method's name and theirs
+    "SUPERTUNING Supra": {"sparsity": 0.8, "r": 2},
     "LORA DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
     "LORA BD-LoRA": {"r": 4, "use_bdlora": {"nblocks": 2, "target_modules_bd_b": ["target"]}},
     "LORA VeLoRA": {"r": 4, "velora_config": {"num_groups": 3, "init_type": "random"}},
@@ -207,8 +211,9 @@ def _supports(method: str, kind: str) -> bool:
     return base_op(module).kind in layer_class.kinds
 
 
-#: no changes of a weight: POLY needs each sample's task, ADAPTION_PROMPT attention, XLORA saved adapters
-ELSEWHERE = ("POLY", "ADAPTION_PROMPT", "XLORA")
+#: no changes of a weight: SHADOW needs decoder blocks, POLY each sample's task, ADAPTION_PROMPT attention, XLORA saved
+#: adapters
+ELSEWHERE = ("SHADOW", "POLY", "ADAPTION_PROMPT", "XLORA")
 LAYER_METHODS = [
     name
     for name, row in METHODS.items()

@@ -31,11 +31,23 @@ _HOMES: dict[str, str] = {
             " PeftModelForTokenClassification"
         ),
         "peft.functional": "inject_adapter_in_model",
-        "peft.helpers": "create_arrow_model replace_lora_weights_loftq",
+        "peft.helpers": (
+            "KappaTuneSelector create_arrow_model find_kappa_target_modules replace_lora_weights_loftq"
+        ),
+        "peft.core.cache": (
+            "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value"
+        ),
+        "peft.prompt_caches": (
+            "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text"
+            " prompt_embeddings_from_past_key_values"
+        ),
         "peft.core.status": "get_layer_status get_model_status",
         "peft.checkpoint.convert": "convert_to_lora save_as_lora",
         "peft.checkpoint.extract": "extract_lora",
-        "peft.checkpoint": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
+        "peft.checkpoint": (
+            "get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict"
+            " set_peft_model_state_dict"
+        ),
         "peft.integrations.training": "cast_mixed_precision_params prepare_model_for_kbit_training",
         "peft.integrations.transformers": "shift_tokens_right",
     }.items()

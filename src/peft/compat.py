@@ -44,6 +44,10 @@ _ERRORS = _at("peft.errors", "NoMatchingPeftModuleError PeftError")
 _WARNING = _at("peft.errors", "PeftWarning")
 _CONSTANTS = {
     **_at("peft.config", "CONFIG_NAME"),
+    **_at(
+        "peft.core.cache",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
+    ),
     **_at("peft.hub", "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
     **_at("peft.checkpoint.state", "EMBEDDING_LAYER_NAMES"),
     **_at("peft.core.plan", "DUMMY_TARGET_MODULES INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR"),
@@ -57,7 +61,11 @@ _CONSTANTS = {
         if method not in _NO_DEFAULTS
     },
 }
-_STATE = _at("peft.checkpoint", "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict")
+_STATE = _at(
+    "peft.checkpoint",
+    "get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict"
+    " set_peft_model_state_dict",
+)
 _WRAPPERS = _at("peft.core.auxiliary", "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper")
 _TRAINING = _at("peft.integrations.training", "cast_mixed_precision_params prepare_model_for_kbit_training")
 _LINEAR = _at("peft.legacy", "check_adapters_to_merge transpose _get_in_out_features=get_in_out_features")
@@ -136,6 +144,12 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         **_at("peft.core.walk", "_get_submodules=get_submodules"),
         **_at("peft.functional", "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
     },
+    "peft.tuners.adamss.asa_callback": _at("peft.integrations.training", "AdamssAsaCallback"),
+    "peft.tuners.cartridge.utils": _at(
+        "peft.prompt_caches",
+        "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text"
+        " prompt_embeddings_from_past_key_values",
+    ),
     "peft.tuners.lora.arrow": _at("peft.helpers", "create_arrow_model"),
     "peft.tuners.lora.corda": _at("peft.tuners.lora.preprocess", "CordaEigens preprocess_corda"),
     "peft.tuners.lora.dora": {
@@ -210,6 +224,7 @@ MORE_NAMES: dict[str, dict[str, str]] = {
     "peft.tuners.lora": {**_BACKENDS, **_at("peft.helpers", "create_arrow_model")},
     "peft.tuners.lora.layer": {
         **_LINEAR,
+        **_at("peft.tuners.lora.kinds", "Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention ParamWrapper"),
         **_at("peft.legacy", "BufferDict VARIANT_KWARG_KEYS"),
         **_at("peft.core.layer", "BaseTunerLayer=AdapterLayer"),
         **_at(

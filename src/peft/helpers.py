@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from functools import cached_property, wraps
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from peft.config import read_config_file
 from peft.core.layer import AdapterLayer
-from peft.core.storage import backend_of
+from peft.core.plan import base_of, model_modules
+from peft.core.storage import backend_of, storage_of
+from peft.core.walk import with_progress
 from peft.errors import PeftWarning
 from peft.model import PeftModel
 from peft.tuners.lora.config import LoraConfig
@@ -325,3 +327,121 @@ def _weights_in(source: str | os.PathLike, prefix: str) -> Callable[[str], Tenso
             return file.get_tensor(found)
 
     return read
+
+
+class KappaTuneSelector:
+    """Ranks the weights of a model by their condition number, the largest singular value by the smallest.
+
+    A weight with a small one treats all directions alike; what such a weight holds is said to be disturbed least by
+    training (arXiv:2506.16289). Singular values of large weights take their time: minutes for a model of some billions.
+
+    Args:
+        model: the model, with or without adapters, quantised or not.
+        max_dim_size_to_analyze: weights with a longer side are left out.
+        moe_param_suffixes: ends of the names of stacked experts [experts, ., .], which count by the mean of theirs.
+        show_progress: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_dim_size_to_analyze: int = 16384,
+        moe_param_suffixes: Sequence[str] | None = None,
+        show_progress: bool = True,
+    ):
+        self.model, self.max_dim_size_to_analyze, self.show_progress = model, max_dim_size_to_analyze, show_progress
+        experts = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
+        self.moe_param_suffixes = tuple(moe_param_suffixes or experts)
+
+    @cached_property
+    def condition_numbers(self) -> dict[str, float]:
+        """That of each linear module, by name."""
+        modules = [(key, base_of(module)) for key, module in model_modules(self.model)]
+        linear = [(key, module) for key, module in modules if isinstance(module, nn.Linear)]
+        found = {}
+        for key, module in with_progress(linear, self.show_progress, "Singular values of modules"):
+            if max(module.in_features, module.out_features) <= self.max_dim_size_to_analyze:
+                found[key] = condition_number(storage_of(module, "weight").read(module, "weight"))
+        return found
+
+    @cached_property
+    def parameter_condition_numbers(self) -> dict[str, float]:
+        """The mean of those of each stack of experts, by name."""
+        stacks = [
+            (f"{key}.{name}" if key else name, parameter)
+            for key, module in model_modules(self.model)
+            for name, parameter in base_of(module).named_parameters(recurse=False)
+            if parameter.dim() == 3 and max(parameter.shape[1:]) <= self.max_dim_size_to_analyze
+        ]
+        wanted = [(name, stack) for name, stack in stacks if name.endswith(self.moe_param_suffixes)]
+        found = {}
+        for name, stack in with_progress(wanted, self.show_progress, "Singular values of experts"):
+            numbers = [condition_number(matrix) for matrix in stack]
+            found[name] = sum(numbers) / len(numbers)
+        return found
+
+    def get_best_targets(
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """Names of linear modules, those of the smallest condition number first, as `target_modules` takes them.
+
+        Args:
+            top_p: how large a share of all of them, one at least.
+            num_modules: how many; goes before `top_p`.
+            threshold: the largest condition number; `top_p` goes before it. Without any of the three: all.
+
+        Raises:
+            ValueError: a share that is none, or a negative number.
+        """
+        return _best(self.condition_numbers, top_p, num_modules, threshold)
+
+    def get_best_target_parameters(
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """Names of stacks of experts, as `target_parameters` takes them; arguments as for `get_best_targets`."""
+        return _best(self.parameter_condition_numbers, top_p, num_modules, threshold)
+
+
+def condition_number(matrix: Tensor) -> float:
+    """The largest singular value by the smallest."""
+    values = torch.linalg.svdvals(matrix.detach().float())
+    return float(values[0] / (values[-1] + 1e-8))
+
+
+def _best(
+    numbers: dict[str, float], top_p: float | None, num_modules: int | None, threshold: float | None
+) -> list[str]:
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is a share of all modules, more than 0 and at most 1; got {top_p}.")
+    if num_modules is not None and num_modules < 0:
+        raise ValueError(f"num_modules must not be negative, got {num_modules}.")
+    names = sorted(numbers, key=lambda name: numbers[name])
+    if num_modules is not None:
+        return names[:num_modules]
+    if top_p is not None:
+        return names[: max(1, int(len(names) * top_p))]
+    return names if threshold is None else [name for name in names if numbers[name] <= threshold]
+
+
+def find_kappa_target_modules(
+    model: nn.Module,
+    top_p: float = 0.2,
+    max_dim_size_to_analyze: int = 16384,
+    moe_param_suffixes: Sequence[str] | None = None,
+    show_progress: bool = True,
+) -> dict[str, list[str] | None]:
+    """The share `top_p` of a model's weights with the smallest condition numbers, as a configuration takes them.
+
+    Args:
+        model, max_dim_size_to_analyze, moe_param_suffixes, show_progress: see [`KappaTuneSelector`].
+        top_p: the share, of modules and of stacks of experts each.
+
+    Returns:
+        `target_modules`, and `target_parameters` (None where there are no stacked experts):
+        `LoraConfig(**find_kappa_target_modules(model))`.
+    """
+    selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
+    return {
+        "target_modules": selector.get_best_targets(top_p=top_p),
+        "target_parameters": selector.get_best_target_parameters(top_p=top_p) or None,
+    }

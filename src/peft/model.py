@@ -290,8 +290,8 @@ class PeftModel(PromptHost, Delegated):
                 " the new adapter"
                 f" {_value(peft_config.peft_type)}. Use get_peft_model(..., mixed=True) to mix methods."
             )
-        if peft_config.is_prompt_learning and is_trainable:
-            raise ValueError("A prompt learning adapter that is loaded cannot be trainable; what made it is not saved.")
+        if is_trainable:
+            _check_trainable(peft_config)
 
     def _add_prompt(self, name: str, config: PeftConfig) -> None:
         warn_of_name(name, config)
@@ -616,8 +616,8 @@ class PeftModel(PromptHost, Delegated):
         source.fit(model)
         if cls is PeftModel and source.config.task_type in TASK_CLASSES:
             cls = TASK_CLASSES[source.config.task_type]
-        if source.config.is_prompt_learning and is_trainable:
-            raise ValueError("A prompt learning adapter that is loaded cannot be trainable; what made it is not saved.")
+        if is_trainable:
+            _check_trainable(source.config)
         with all_or_nothing():
             peft_model = cls(
                 model,
@@ -745,6 +745,16 @@ class PeftModel(PromptHost, Delegated):
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
         return type(self.base_model if is_prompt_tuning else self.get_base_model())
+
+
+def _check_trainable(config: PeftConfig) -> None:
+    """Raises ValueError where a prompt is to be trained further whose file does not hold what is trained."""
+    encoder: Any = method_of(config.peft_type or "").model_class
+    if config.is_prompt_learning and not encoder.is_whole_in_files(config):
+        raise ValueError(
+            "A prompt learning adapter that is loaded cannot be trainable; what made it is not saved. Prompts of keys"
+            " and values can, those of CARTRIDGE and of PREFIX_TUNING without a projection."
+        )
 
 
 class _Source:

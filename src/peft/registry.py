@@ -207,12 +207,17 @@ METHODS: dict[str, Method] = {
         prompt=True,
         aliases=("MultitaskPromptTuningInit",),
     ),
+    "CARTRIDGE": Method("peft.tuners.cartridge", "CartridgeConfig", "CartridgeEncoder", "cartridge_", prompt=True),
     "CPT": Method("peft.tuners.cpt", "CPTConfig", "CPTEmbedding", "cpt_", prompt=True),
+    "SHADOW": Method("peft.tuners.shadow", "ShadowConfig", "ShadowModel", "shadow_", mixed=False),
     "POLY": Method("peft.tuners.poly", "PolyConfig", "PolyModel", "poly_", mixed=False),
     "ADAPTION_PROMPT": Method(
         "peft.tuners.adaption_prompt", "AdaptionPromptConfig", "AdaptionPromptModel", "adaption_prompt_", mixed=False
     ),
     "XLORA": Method("peft.tuners.lora.xlora", "XLoraConfig", "XLoraModel", "xlora_", mixed=False),
+    "WAVEFT": Method("peft.tuners.waveft", "WaveFTConfig", "WaveFTModel", "waveft_"),
+    "SUPERTUNING": Method("peft.tuners.supertuning", "SupertuningConfig", "SupertuningModel", "supertuning_"),
+    "ADAMSS": Method("peft.tuners.adamss", "AdamssConfig", "AdamssModel", "adamss_"),
 }
 
 

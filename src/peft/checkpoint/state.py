@@ -263,10 +263,12 @@ def set_peft_model_state_dict(
     _report_sizes(adapter_name, [text for _, text in wrong], ignore_mismatched_sizes)
     with torch.no_grad():
         for key, value, slot in found:
-            if slot is not None and slot.tensor.is_meta:
+            if slot is None:
+                model.prompt_encoder[adapter_name].load_stored({key: value})  # type: ignore[union-attr,index]
+            elif slot.tensor.is_meta:
                 _assign(slot, value)
             else:
-                (prompt[key] if slot is None else slot.tensor).copy_(value)
+                slot.tensor.copy_(value)
     for _, part in parts_of(model):
         if isinstance(part, AdapterLayer) and part.has(adapter_name):
             part.loaded(adapter_name)

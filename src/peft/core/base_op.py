@@ -355,6 +355,17 @@ class ParameterOp(BaseOp):
         return weight.shape[-2] if self.transposed else weight.shape[-1]
 
 
+class BlockOp(BaseOp):
+    """A whole block of a model, which has no matrix: for methods that stand around it."""
+
+    kind = "Block"
+    weight_name = ""
+    bias_name = None
+
+    def features(self, module: Any) -> tuple[int, int]:
+        return 0, 0
+
+
 def _rounds_of_experts(module: nn.Module, num_experts: int) -> int | None:
     """`BaseOp.rounds` of modules of experts; a module does not say it, so those of other packages go by their name."""
     name = type(module).__name__

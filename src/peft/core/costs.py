@@ -20,6 +20,7 @@ from peft.ops.made import Made
 from peft.ops.matrix import Dense
 from peft.ops.shards import Tiled
 from peft.ops.sparse import Entries
+from peft.ops.wavelets import Wavelets
 
 
 def low_rank_as_weight(change: LowRank, rows: int, narrow: int, wide: int) -> bool:
@@ -66,6 +67,7 @@ _AS_WEIGHT: dict[type, Callable[[Any, int, int, int], bool]] = {
     Entries: lambda matrix, rows, narrow, wide: rows * matrix.values.numel() > narrow * wide,
     BlockCirculant: _circulant,
     Granular: lambda matrix, rows, narrow, wide: thin_costs_more(matrix.rank, rows, narrow, wide),
+    Wavelets: lambda matrix, rows, narrow, wide: rows * matrix.values.numel() > narrow * wide,
     HadamardProduct: lambda matrix, rows, narrow, wide: 3 * matrix.rank**2 * (narrow + wide) >= narrow * wide,
 }
 

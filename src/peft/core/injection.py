@@ -66,6 +66,7 @@ def inject(
         also_target, also_save = tie_configuration(config, model)
         only = state_dict_targets(state_dict, method.prefix) if state_dict is not None else None
         plan = make_plan(model, config, method.layer_class, only=only, also_target=also_target, also_save=also_save)
+        method.check_plan(plan, config)
         tokens = token_rows(config, model)
         warn_of_tied_targets(plan.module_names, config, model)
         _note_layout(config, plan)
@@ -123,7 +124,9 @@ def share(method: Method, plan: Plan, config: Any, adapter_name: str) -> None:
 
     for name, value in made.items():
         container: Any = method.shared[name]
-        if isinstance(value, Tensor):
+        if isinstance(value, nn.Module):
+            container[adapter_name] = value if device is None else value.to(device)
+        elif isinstance(value, Tensor):
             container[adapter_name] = nn.Parameter(placed(value)) if method.slot(name).trained else placed(value)
         else:
             groups = nn.ParameterDict() if method.slot(name).trained else Buffers(container.persistent)

@@ -61,7 +61,7 @@ class AdapterLayer(Part):
     def __init__(self, base_layer: nn.Module, parameter_name: str | None = None, op: BaseOp | None = None):
         super().__init__()
         self._modules["base_layer"] = base_layer
-        found = op or base_op(self.get_base_layer(), parameter_name)
+        found = op or self.op_of(self.get_base_layer(), parameter_name)
         if found is None:
             raise ValueError(f"{type(self.get_base_layer()).__name__} has no weight that an adapter can change.")
         for slot in self.adapter_layer_names:
@@ -105,6 +105,11 @@ class AdapterLayer(Part):
 
     def check_merge(self, name: str) -> None:
         """Raises NotImplementedError or ValueError where the adapter cannot become part of the weight."""
+
+    @classmethod
+    def op_of(cls, module: nn.Module, parameter_name: str | None) -> BaseOp | None:
+        """How the method sees a module (or one parameter of it); None where it can do nothing with it."""
+        return base_op(module, parameter_name)
 
     @classmethod
     def check(cls, config: Any, key: str, module: nn.Module, op: BaseOp) -> None:

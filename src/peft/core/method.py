@@ -106,6 +106,13 @@ class Method:
         """
         return None
 
+    def check_plan(self, plan: Plan, config: Any) -> None:
+        """Called when it is settled which modules get an adapter, before any of them does.
+
+        Raises:
+            ValueError: the configuration does not fit them, taken together.
+        """
+
     def share(self, plan: Plan, config: Any, adapter_name: str) -> dict[str, Any]:
         """Makes what the layers of an adapter share; called when the plan is settled, before the first layer.
 

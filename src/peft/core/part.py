@@ -90,9 +90,9 @@ class Part(nn.Module):
         parameters: list[nn.Parameter] = []
         modules: Any = self._modules
         for slot, kind in self.slots.items():
-            if not kind.trained:
+            entries = modules.get(slot) if kind.trained else None
+            if entries is None:
                 continue
-            entries = modules[slot]
             entry = entries._modules.get(name)  # looked for here first: asked of every layer in every change of state
             if entry is not None and kind.shared:
                 parameters += self._own_group(slot, name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft import patterns
 from peft.config import LayerConfig
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.core.base_op import AttentionOp, BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
+from peft.core.base_op import BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.making import start_of
 from peft.core.storage import onloaded, storage_of
@@ -108,8 +108,8 @@ class Plan:
         layers = []
         for target in self.targets:
             layers.append(target)
-            if isinstance(target.op, AttentionOp):
-                inner: Any = target.base
+            inner = target.base
+            if isinstance(inner, nn.MultiheadAttention) and target.parameter_name is None:
                 layers.append(Target(f"{target.key}.out_proj", inner.out_proj, inner, "out_proj"))
         return layers
 
@@ -372,7 +372,7 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
             " be wrapped."
         )
     module = target.base
-    op = base_op(module, target.parameter_name)
+    op = layer_class.op_of(module, target.parameter_name)
     if op is None or _kind_of(op) not in layer_class.kinds:
         supported = ", ".join(sorted(layer_class.kinds - {"Parameter"}))
         raise ValueError(
@@ -381,7 +381,8 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
             + (", and parameters by name in target_parameters." if "Parameter" in layer_class.kinds else ".")
         )
     try:
-        storage_of(module, op.weight_name)
+        if op.weight_name:
+            storage_of(module, op.weight_name)
     except TypeError as error:
         raise ValueError(f"Target module {target.key!r} is not supported. {error}") from None
     layer_class.check(config, target.key, module, op)

@@ -146,6 +146,11 @@ class VirtualTokens(nn.Module):
         return {**found, **given}
 
     @classmethod
+    def is_whole_in_files(cls, config: Any) -> bool:
+        """Whether a file holds all that is trained, so that a prompt that is loaded can be trained further."""
+        return False
+
+    @classmethod
     def build(cls, config: PromptLearningConfig, model: nn.Module, word_embeddings: nn.Module) -> VirtualTokens:
         """The prompt for a base model."""
         return cls(config, word_embeddings)
@@ -223,6 +228,12 @@ class VirtualTokens(nn.Module):
         """The tensors that a file's are copied into, by the names they have there."""
         beside = {name: getattr(self, name) for name in self.stored_beside}
         return {"prompt_embeddings": self.embedding.weight, **beside}
+
+    def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes in tensors of a file, of the shapes and by the names of `stored_tensors`."""
+        own = self.stored_tensors()
+        for name, value in tensors.items():
+            own[name].copy_(value)
 
 
 class PromptHost(nn.Module):

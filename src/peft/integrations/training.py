@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -108,3 +109,25 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+@lru_cache(maxsize=1)
+def _asa_callback() -> type:
+    from transformers import TrainerCallback
+
+    class AdamssAsaCallback(TrainerCallback):
+        """Lets the `Trainer` of transformers drop subspaces of AdaMSS adapters, as their configuration says."""
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            tuner: Any = getattr(kwargs.get("model"), "base_model", kwargs.get("model"))
+            if hasattr(tuner, "update_and_allocate"):
+                tuner.update_and_allocate(state.global_step)
+            return super().on_optimizer_step(args, state, control, **kwargs)
+
+    return AdamssAsaCallback
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdamssAsaCallback":  # its base class is one of transformers, which is not there for all
+        return _asa_callback()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,15 +17,14 @@ from torch import Tensor
 from peft.ops.lora import needs_plain
 from peft.ops.matrix import Matrix
 from peft.ops.memo import remember
-from peft.ops.sparse import sampled_product, sparse_product
+from peft.ops.sparse import draw_places, sampled_product, sparse_product
 
 
 @lru_cache(maxsize=16)
 def draw_frequencies(out_features: int, in_features: int, count: int, seed: int) -> Tensor:
     """`count` random places (u, v) of a spectrum, all different, v folded to at most in / 2: [2, count], on the CPU."""
     with torch.device("cpu"):
-        places = torch.randperm(out_features * in_features, generator=torch.Generator().manual_seed(seed))[:count]
-        u, v = places // in_features, places % in_features
+        u, v = draw_places(out_features, in_features, count, seed)
         beyond = 2 * v > in_features
         return torch.stack([torch.where(beyond, -u % out_features, u), torch.where(beyond, in_features - v, v)])
 

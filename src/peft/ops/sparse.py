@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +25,14 @@ def random_positions(rows: int, columns: int, count: int, seed: int | None = Non
         generator.manual_seed(seed)
     chosen = torch.randperm(rows * columns, generator=generator)[:count].sort().values
     return torch.stack((chosen // columns, chosen % columns)).int()
+
+
+@lru_cache(maxsize=16)
+def draw_places(rows: int, columns: int, count: int, seed: int) -> Tensor:
+    """`count` different positions of a matrix in the order in which this seed gives them: [2, count], on the CPU."""
+    with torch.device("cpu"):
+        places = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))[:count]
+        return torch.stack((places // columns, places % columns))
 
 
 def flat_index(positions: Tensor, columns: int) -> Tensor:

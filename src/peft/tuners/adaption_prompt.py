@@ -80,6 +80,11 @@ class AdaptedAttention(nn.Module):
         for name in _TENSORS:
             self.register_parameter(name, None)
 
+    @property
+    def wrapped(self) -> nn.Module:
+        """The attention module that this one stands for."""
+        return self.model
+
     def add(self, name: str, length: int, autocast: bool) -> None:
         """Makes the tensors of an adapter, without effect at the start."""
         projection: Any = self.model.c_attn if self.fused else self.model.k_proj

@@ -14,6 +14,7 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
 from peft.core.slots import Buffers, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
@@ -80,12 +81,14 @@ class ShiraLayer(AdapterLayer):
         count = config.r * (self.in_features + self.out_features)
         self.r[name], self.scaling[name] = config.r, 1.0
         self.shira_weight[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
-        self.shira_indices[name] = self.choose(name, config, count)
+
+    def draw(self, name: str, config: ShiraConfig) -> None:
+        self.shira_indices[name] = self.choose(name, config, self.shira_weight[name].numel())
 
     def choose(self, name: str, config: ShiraConfig, count: int) -> Tensor:
         """Where the entries are: [2, count]; negative where neither the configuration nor, so far, a file says it."""
-        if torch.get_default_device().type == "meta":
-            return torch.empty(2, count, dtype=torch.int32)
+        if self.waits_for_file:
+            return torch.empty(2, count, dtype=torch.int32, device="meta")
         if config.mask_fn is None and config.mask_type == "random":
             return random_positions(self.out_features, self.in_features, count, config.random_seed)
         if config.mask_fn is None:
@@ -127,19 +130,8 @@ def _checked(positions: Tensor, name: str) -> Tensor:
     return positions
 
 
-class ShiraModel(BaseTuner):
-    """A model with sparse high rank adapters."""
-
-    prefix = "shira_"
-    layer_class = ShiraLayer
-
-    def fill_in(self, adapter_name: str) -> None:
-        super().fill_in(adapter_name)
-        for layer in self.layers():
-            if isinstance(layer, ShiraLayer) and layer.has(adapter_name) and layer.shira_indices[adapter_name].is_meta:
-                count = layer.shira_weight[adapter_name].numel()
-                positions = layer.choose(adapter_name, self.peft_config[adapter_name], count)
-                layer.shira_indices[adapter_name] = positions.to(layer.shira_weight[adapter_name].device)
+class ShiraMethod(Method):
+    """Looks at the places that a file brings."""
 
     @classmethod
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -153,3 +145,11 @@ class ShiraModel(BaseTuner):
                         f" weight [{layer.out_features}, {layer.in_features}]."
                     )
         return tensors
+
+
+class ShiraModel(BaseTuner):
+    """A model with sparse high rank adapters."""
+
+    prefix = "shira_"
+    layer_class = ShiraLayer
+    method_class = ShiraMethod

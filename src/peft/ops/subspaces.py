@@ -1,0 +1,90 @@
+"""The row space of a weight in clusters of rows, and which of these are worth training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def leading_vectors(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Left [out, r] and right [r, in] singular vectors of the largest singular values, r at most the smaller side.
+
+    Randomised (arXiv:0909.4061), from this seed; torch's own random numbers go on as if nothing had happened.
+    """
+    device = matrix.device
+    rank = min(rank, *matrix.shape)
+    others = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=others, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed(seed)
+        left, _, right = torch.svd_lowrank(matrix, q=rank, niter=2)
+    return left, right.T.contiguous()
+
+
+def cluster_rows(rows: Tensor, count: int) -> list[Tensor]:
+    """Rows [n, r] in at most `count` clusters by k-means: the indices of each cluster, in rising order.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise ImportError("Clustering the rows of a weight needs scikit-learn: pip install scikit-learn.") from error
+    # These settings and this seed are those that adapters have been made with; the clusters are not in their files.
+    means = KMeans(min(count, len(rows)), init="random", n_init=1, max_iter=10, random_state=123456789)
+    labels = torch.from_numpy(means.fit_predict(rows.detach().float().cpu().numpy())).long().to(rows.device)
+    return [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
+
+
+def cluster_basis(rows: Tensor, rank: int, threshold: float | None = None) -> Tensor:
+    """An orthonormal basis [k, r] of what the rows [n, r] of a cluster have most of, k at most `rank`.
+
+    With `threshold`, only directions count whose share of the squared length is at least that of the largest times
+    `threshold`.
+    """
+    rank = min(rank, *rows.shape)
+    gram = rows @ rows.T
+    if threshold is not None:
+        shares = torch.svd_lowrank(gram, q=len(gram), niter=2)[1]
+        rank = max(1, min(rank, int((shares > threshold * shares[0]).sum())))
+    directions = torch.svd_lowrank(gram, q=rank, niter=2)[0]
+    return torch.linalg.qr(rows.T @ directions).Q.T.contiguous()
+
+
+def spread_rows(blocks: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Blocks [n_i, r_i] as one matrix [out, sum of r_i]: each in rows and columns of its own.
+
+    Args:
+        blocks: the blocks.
+        rows: where the rows of all blocks, one after the other, belong: [out].
+    """
+    return torch.block_diag(*blocks).index_select(0, rows.argsort())
+
+
+def subspaces_at(step: int, first: int, last: int, start: int, target: int, exponent: float) -> int:
+    """How many subspaces are trained at a step: `start` at step `first`, `target` at step `last`."""
+    left = min(1.0, max(0.0, 1 - (step - first) / (last - first)))
+    return int(target + (start - target) * left**exponent)
+
+
+def track_importance(
+    mean: Tensor, spread: Tensor, weight: Tensor, gradient: Tensor, beta1: float, beta2: float
+) -> None:
+    """Brings moving averages up to date, in place: of |w dL/dw|, and of its distance from the mean so far."""
+    importance = (weight * gradient).abs_()
+    spread.lerp_((importance - mean).abs_(), 1 - beta2)
+    mean.lerp_(importance, 1 - beta1)
+
+
+def above(scores: Tensor, count: int) -> Tensor:
+    """Which scores [n] are above the one that is `count`-th from the top, so one fewer than `count`; at least one is.
+
+    All of them, if there are no more than `count`.
+    """
+    if count >= len(scores):
+        return torch.ones_like(scores, dtype=torch.bool)
+    kept = scores > scores.sort(descending=True).values[max(count, 1) - 1]
+    kept[scores.argmax()] = True
+    return kept

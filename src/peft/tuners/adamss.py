@@ -1,0 +1,282 @@
+"""Adaptive multi-subspace fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import Bias, Change, LowRank
+from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.slots import Buffers, Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.core.walk import parts_of
+from peft.ops.subspaces import (
+    above,
+    cluster_basis,
+    cluster_rows,
+    leading_vectors,
+    spread_rows,
+    subspaces_at,
+    track_importance,
+)
+from peft.registry import PeftType
+
+
+@dataclass
+class AdamssConfig(LayerConfig):
+    """Adaptive multi-subspace fine-tuning: the rows of W fall into clusters, and each gets a low-rank change.
+
+    With the bias as a last column, [W, b] is about U V with V [r, in + 1] from its singular vectors; the rows of U are
+    clustered, and rows of cluster i of [W', b'] are those of [W, b] + B_i A_i V, with A_i [subspace_rank, r] and B_i
+    [rows, subspace_rank] trained. V is stored; the clusters are found again in the base weight, which has to be the
+    same then, unless `save_clusters` puts them into the file.
+
+    With `use_asa`, fewer and fewer subspaces are trained: those of least importance stay as they are. That needs
+    `model.base_model.update_and_allocate(step)` in each training step, after `backward()` and before `zero_grad()`.
+
+    Args:
+        r: singular vectors that are kept, at most the smaller side of the weight.
+        num_subspaces: clusters of each module's rows.
+        subspace_rank: rank of the change of each.
+        init_weights: `"orthogonal"` starts with B zero, without effect; None starts B at random.
+        use_asa: train fewer subspaces as training goes on.
+        asa_target_subspaces: about how many of all modules' subspaces are trained at the end: those of more
+            importance than the one that is this far down.
+        init_warmup, final_warmup: steps at which that begins and ends.
+        mask_interval: steps from one choice to the next.
+        asa_importance_beta, asa_uncertainty_beta: decay of the moving averages of importance and of its uncertainty.
+        asa_schedule_exponent: how fast the number falls: that of the share of steps that are left.
+        use_dynamic_rank: give subspaces less than `subspace_rank` where their singular values say so.
+        svd_threshold: for that, how large a singular value has to be, relative to the largest.
+        random_seed: seed of the singular vectors and so of the clusters.
+        save_clusters: store which rows are in which cluster, for a base model that may be held in another precision
+            when the adapter is loaded. Other libraries cannot read such a file.
+    """
+
+    r: int = 100
+    num_subspaces: int = 5
+    subspace_rank: int = 1
+    init_weights: Literal["orthogonal"] | bool | None = "orthogonal"
+    use_asa: bool = False
+    asa_target_subspaces: int = 50
+    init_warmup: int = 50
+    final_warmup: int = 1000
+    mask_interval: int = 100
+    asa_importance_beta: float = 0.85
+    asa_uncertainty_beta: float = 0.85
+    asa_schedule_exponent: float = 3.0
+    use_dynamic_rank: bool = False
+    svd_threshold: float = 0.1
+    random_seed: int = 0
+    save_clusters: bool = False
+
+    positive_fields = ("r", "num_subspaces", "subspace_rank")
+    nonnegative_fields = ("svd_threshold",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(
+        ("target_parameters", "exclude_modules", "bias", "save_clusters")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ADAMSS
+        self.init_weights = None if self.init_weights is False else self.init_weights
+        if self.init_weights is True:
+            raise ValueError("init_weights must be 'orthogonal' or None, got True.")
+        if not self.use_asa:
+            return
+        for name in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive with use_asa, got {getattr(self, name)}.")
+        if self.init_warmup >= self.final_warmup:
+            raise ValueError(
+                f"init_warmup={self.init_warmup} must be less than final_warmup={self.final_warmup} with use_asa, for"
+                " subspaces are dropped between them."
+            )
+
+
+class AdamssLayer(AdapterLayer):
+    """A module with changes of clusters of its rows.
+
+    `adamss_A` and `adamss_B` hold lists with a matrix for each cluster; `adamss_rows` [out] has the rows of one cluster
+    after the other.
+    """
+
+    slots: ClassVar[dict[str, Slot]] = {
+        "adamss_A": Slot(modules=True), "adamss_B": Slot(modules=True), "adamss_newB": Slot(trained=False),
+        "adamss_rows": Slot(trained=False, stored="save_clusters"),
+    }  # fmt: skip
+    label = "adamss"
+
+    adamss_A: nn.ModuleDict
+    adamss_B: nn.ModuleDict
+    adamss_newB: Buffers
+    adamss_rows: Buffers
+    #: subspaces that are not trained any more
+    adamss_dropped = Setting["set[int]"]()
+    #: for each trained tensor, the moving averages of its importance and of the uncertainty of that
+    adamss_importance = Setting["dict[nn.Parameter, tuple[Tensor, Tensor]]"]()
+
+    def create(self, name: str, config: AdamssConfig) -> None:
+        self.adamss_dropped[name], self.adamss_importance[name] = set(), {}
+        weight, bias = self.op.matrix(self.original_weight()).detach(), self.original_bias()
+        if bias is not None:
+            weight = torch.cat((weight, bias.detach()[:, None].to(weight)), 1)
+        pairs, rows, self.adamss_newB[name] = subspaces_of(weight.float(), config)
+        self.adamss_rows[name] = torch.cat(rows)
+        if torch.get_default_device().type == "meta":
+            pairs = [(down.to("meta"), up.to("meta")) for down, up in pairs]
+        self.adamss_A[name] = nn.ParameterList([down for down, _ in pairs])
+        self.adamss_B[name] = nn.ParameterList([up for _, up in pairs])
+
+    def change(self, name: str) -> Iterator[Change]:
+        a: Any = self.adamss_A[name]
+        b: Any = self.adamss_B[name]
+        rights, columns = self.adamss_newB[name].to(a[0].dtype), self.in_features
+        down, up = torch.cat(list(a)), spread_rows(list(b), self.adamss_rows[name])
+        yield LowRank(down @ rights[:, :columns], up)
+        if rights.shape[1] > columns:
+            yield Bias(up @ (down @ rights[:, columns]))
+
+    def trainable_parameters(self, name: str) -> list[nn.Parameter]:
+        if name not in self.adamss_A:
+            return []
+        dropped = self.adamss_dropped[name]
+        return [one for index, pair in enumerate(self.pairs(name)) if index not in dropped for one in pair]
+
+    def pairs(self, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """A_i and B_i of each subspace."""
+        a: Any = self.adamss_A[name]
+        b: Any = self.adamss_B[name]
+        return list(zip(a, b, strict=True))
+
+    def resize(self, name: str, shapes: Sequence[tuple[torch.Size, torch.Size]]) -> None:
+        """Gives the adapter other subspaces, of these shapes of A_i and B_i, without values yet."""
+        for slot, own in (("adamss_A", 0), ("adamss_B", 1)):
+            container: Any = getattr(self, slot)
+            old = container[name][0]
+            lists = nn.ParameterList([old.data.new_empty(pair[own]) for pair in shapes])
+            container[name] = lists.requires_grad_(old.requires_grad)
+
+    @torch.no_grad()
+    def track(self, name: str, config: AdamssConfig) -> None:
+        """Takes the gradients of a step into account."""
+        kept = self.adamss_importance[name]
+        for parameter in self.trainable_parameters(name):
+            if parameter.grad is not None:
+                means = kept.setdefault(parameter, (torch.zeros_like(parameter), torch.zeros_like(parameter)))
+                track_importance(
+                    *means, parameter, parameter.grad, config.asa_importance_beta, config.asa_uncertainty_beta
+                )
+
+    def scores(self, name: str) -> dict[int, Tensor]:
+        """The importance of those subspaces that have had gradients."""
+        kept = self.adamss_importance[name]
+        return {
+            index: torch.stack([(kept[one][0] * kept[one][1]).mean() for one in pair]).sum()
+            for index, pair in enumerate(self.pairs(name))
+            if all(one in kept for one in pair)
+        }
+
+    def drop(self, name: str, index: int) -> None:
+        """Leaves a subspace as it is from now on."""
+        self.adamss_dropped[name].add(index)
+        for parameter in self.pairs(name)[index]:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    @classmethod
+    def check(cls, config: AdamssConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if find_spec("sklearn") is None:
+            raise ImportError("AdaMSS needs scikit-learn to cluster the rows of a weight: pip install scikit-learn.")
+
+
+def subspaces_of(weight: Tensor, config: AdamssConfig) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor], Tensor]:
+    """The start of each A_i and B_i, the rows of each cluster, and V, for a matrix [out, in]."""
+    if weight.is_meta:  # there is nothing to be clustered: sizes only, those of clusters of equal size
+        left, right = weight.new_empty(len(weight), rank := min(config.r, *weight.shape)), weight[:rank]
+        rows = list(torch.arange(len(weight), device="meta").tensor_split(min(config.num_subspaces, len(weight))))
+    else:
+        left, right = leading_vectors(weight, config.r, config.random_seed)
+        rows = cluster_rows(left, config.num_subspaces)
+    threshold = config.svd_threshold if config.use_dynamic_rank and not weight.is_meta else None
+    pairs = []
+    for index in rows:
+        down = cluster_basis(left[index], config.subspace_rank, threshold)
+        up = weight.new_zeros(len(index), len(down))
+        pairs.append((down, up if config.init_weights else 0.01 * torch.randn_like(up)))
+    return pairs, rows, right
+
+
+class AdamssMethod(Method):
+    """Which subspaces of all modules are trained."""
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Drops the subspaces of least importance, for those active adapters that ask for it (`use_asa`).
+
+        To be called in every training step, after `backward()` and before `zero_grad()`.
+
+        Args:
+            global_step: number of the step.
+        """
+        for name in self.tuner.active_adapters:
+            config = self.configs.get(name)
+            if config is None or not config.use_asa or not config.init_warmup <= global_step <= config.final_warmup:
+                continue
+            layers = [layer for layer in self.tuner.layers() if isinstance(layer, AdamssLayer) and layer.has(name)]
+            for layer in layers:
+                layer.track(name, config)
+            if global_step % config.mask_interval == 0:
+                total = sum(len(layer.pairs(name)) for layer in layers)
+                ends = config.init_warmup, config.final_warmup
+                budget = subspaces_at(
+                    global_step, *ends, total, config.asa_target_subspaces, config.asa_schedule_exponent
+                )
+                _drop_least(layers, name, budget)
+
+    @classmethod
+    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gives modules the clusters that the file has for them."""
+        for path, layer in parts_of(model):
+            if not isinstance(layer, AdamssLayer) or not layer.has(adapter_name):
+                continue
+            own = {part: tensor for key, tensor in tensors.items() if (part := key.partition(f"{path}.adamss_")[2])}
+            count = sum(part.startswith("A.") for part in own)
+            shapes = [(own[f"A.{index}"].shape, own[f"B.{index}"].shape) for index in range(count)]
+            if not shapes or shapes == [(a.shape, b.shape) for a, b in layer.pairs(adapter_name)]:
+                continue
+            if "rows" not in own:
+                raise RuntimeError(
+                    f"The rows of {path!r} fall into other clusters than those of adapter {adapter_name!r}: the base"
+                    " weight, or how it is quantised, is not that which it was trained on. Load it on that, and save it"
+                    " there with save_clusters=True if it is meant for others."
+                )
+            layer.resize(adapter_name, shapes)
+        return tensors
+
+
+def _drop_least(layers: list[AdamssLayer], name: str, budget: int) -> None:
+    """Keeps on training the subspaces of most importance, and forgets what it was."""
+    found = [(layer, index, score) for layer in layers for index, score in layer.scores(name).items()]
+    if found:
+        kept = above(torch.stack([score.detach().float().cpu() for _, _, score in found]), budget)
+        for (layer, index, _), keep in zip(found, kept.tolist(), strict=True):
+            if not keep:
+                layer.drop(name, index)
+    for layer in layers:
+        layer.adamss_importance[name] = {}
+
+
+class AdamssModel(BaseTuner):
+    """A model with changes of clusters of rows."""
+
+    prefix = "adamss_"
+    layer_class = AdamssLayer
+    method_class = AdamssMethod

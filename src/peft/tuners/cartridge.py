@@ -1,0 +1,102 @@
+"""Cartridges: keys and values that stand for a long text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import PromptLearningConfig
+from peft.core.cache import CachedTokens
+from peft.registry import PeftType
+
+
+@dataclass
+class CartridgeConfig(PromptLearningConfig):
+    """Cartridges (arXiv:2506.06266): a cache of keys and values is trained, to stand for a text that is too long.
+
+    `token_dim` and `num_attention_heads` are those of the keys. It starts at random; `initialize_kv_prefix_from_text`
+    starts it as what the model makes of the first tokens of a text. `compose_cartridge_adapters` puts several one after
+    the other.
+
+    Args:
+        num_frozen_tokens: how many of the first virtual tokens stay as they start: attention leans on the first.
+
+    Raises:
+        ValueError: there are more of them than virtual tokens.
+    """
+
+    num_frozen_tokens: int = 1
+
+    nonnegative_fields = ("num_frozen_tokens",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.CARTRIDGE
+        if self.num_virtual_tokens is not None and self.num_frozen_tokens > self.num_virtual_tokens:
+            raise ValueError(
+                f"num_frozen_tokens={self.num_frozen_tokens} must be at most num_virtual_tokens="
+                f"{self.num_virtual_tokens}: it counts those of them that are not trained."
+            )
+
+
+class CartridgeEncoder(CachedTokens):
+    """The prompt is a cache of keys and values (arXiv:2506.06266).
+
+    `frozen_embedding` [num_frozen_tokens, layers * 2 * token_dim] (None where there are none) and
+    `trainable_embedding`, with as many rows as are left, are one table in files.
+
+    Args:
+        config: the configuration, with all its shapes filled in.
+        word_embeddings: not used.
+    """
+
+    frozen_embedding: nn.Parameter | None
+
+    def __init__(self, config: Any, word_embeddings: nn.Module | None = None):
+        super().__init__(config, word_embeddings)
+        width, frozen = config.num_layers * 2 * config.token_dim, config.num_frozen_tokens
+        self.num_frozen_tokens: int = frozen
+        self.num_trainable_tokens: int = config.num_virtual_tokens - frozen
+        start = nn.Parameter(torch.randn(frozen, width), requires_grad=False) if frozen else None
+        self.register_parameter("frozen_embedding", start)
+        self.trainable_embedding = nn.Parameter(torch.randn(self.num_trainable_tokens, width))
+
+    @classmethod
+    def is_whole_in_files(cls, config: Any) -> bool:
+        return True
+
+    @property
+    def weight(self) -> Tensor:
+        """The table [num_virtual_tokens, layers * 2 * token_dim]."""
+        if self.frozen_embedding is None:
+            return self.trainable_embedding
+        return torch.cat((self.frozen_embedding, self.trainable_embedding))
+
+    @property
+    def indices(self) -> Tensor:
+        return torch.arange(self.num_virtual_tokens, device=self.trainable_embedding.device)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Keys and values [..., layers * 2 * token_dim] of the virtual tokens with these indices."""
+        return self.weight[indices]
+
+    def rows(self) -> Tensor:
+        return self.weight
+
+    def requires_grad_(self, requires_grad: bool = True) -> CartridgeEncoder:
+        """Lets the prompt be trained, but for the tokens that stay as they are."""
+        self.trainable_embedding.requires_grad_(requires_grad)
+        return self
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        return {"prompt_embeddings": self.weight.detach()}
+
+    def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        table = tensors["prompt_embeddings"]
+        if self.frozen_embedding is not None:
+            self.frozen_embedding.copy_(table[: self.num_frozen_tokens])
+        self.trainable_embedding.copy_(table[self.num_frozen_tokens :])

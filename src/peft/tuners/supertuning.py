@@ -1,0 +1,139 @@
+"""Super-tuning: the largest entries of a weight, and a low-rank product beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import Add, Change, LowRank
+from peft.core.layer import AdapterLayer
+from peft.core.slots import Buffers, Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.ops.memo import remember
+from peft.ops.sparse import Entries
+from peft.registry import PeftType
+
+
+@dataclass
+class SupertuningConfig(LayerConfig):
+    """Super-tuning (arXiv:2607.09287): W' = W + S, where S has trained values at the largest entries of W.
+
+    With a rank ("Supra"), W' = W + S + (lora_alpha / r) B A.
+
+    Args:
+        sparsity: share of the entries that stay as they are; S has int(in * out * (1 - sparsity)) values.
+        select_top: train the entries of largest magnitude; False takes the smallest.
+        r: rank of the product beside S; None for none.
+        lora_alpha: numerator of its scale; 2 r if None.
+        lora_dropout: probability of dropout on its input.
+        init_weights: start with S and B zero, without effect; False starts at random.
+        save_precomputed_indices: store which entries they are; without, they are found again in the base weight, which
+            has to be the same then, bit for bit.
+    """
+
+    sparsity: float = 0.99
+    select_top: bool = True
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    init_weights: bool = True
+    save_precomputed_indices: bool = True
+
+    positive_fields = ("r",)
+    fraction_fields = ("sparsity", "lora_dropout")
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(
+        ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SUPERTUNING
+        if self.r is None and self.lora_alpha is not None:
+            raise ValueError(f"lora_alpha={self.lora_alpha} has no effect without a rank: set r too, or neither.")
+        if self.r is not None and self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
+
+
+class SupertuningLayer(AdapterLayer):
+    """A module with `supertuning_values` [n] added at `supertuning_indices` [n], places in its matrix row by row."""
+
+    slots: ClassVar[dict[str, Slot]] = {
+        "supertuning_values": Slot(),
+        "supertuning_indices": Slot(trained=False, stored="save_precomputed_indices"),
+        "supertuning_lora_A": Slot(modules=True), "supertuning_lora_B": Slot(modules=True),
+    }  # fmt: skip
+    label = "supertuning"
+
+    supertuning_values: nn.ParameterDict
+    supertuning_indices: Buffers
+    supertuning_lora_A: nn.ModuleDict
+    supertuning_lora_B: nn.ModuleDict
+    supertuning_scaling = Setting[float]()
+    supertuning_lora_dropout = Setting[float]()
+
+    def create(self, name: str, config: SupertuningConfig) -> None:
+        count = values_of(self.op, config)
+        self.supertuning_values[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
+        if config.r is None or config.lora_alpha is None:
+            return
+        self.supertuning_scaling[name], self.supertuning_lora_dropout[name] = (
+            config.lora_alpha / config.r, config.lora_dropout,
+        )  # fmt: skip
+        down, up = (
+            nn.Linear(self.in_features, config.r, bias=False), nn.Linear(config.r, self.out_features, bias=False),
+        )  # fmt: skip
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        if config.init_weights:
+            nn.init.zeros_(up.weight)
+        self.supertuning_lora_A[name], self.supertuning_lora_B[name] = down, up
+
+    def draw(self, name: str, config: SupertuningConfig) -> None:
+        sizes = self.op.matrix(self.original_weight()).detach().abs().flatten()
+        found = sizes.topk(values_of(self.op, config), largest=config.select_top).indices
+        self.supertuning_indices[name] = found.to(torch.int32 if sizes.numel() < 2**31 else torch.int64)
+
+    def change(self, name: str) -> Iterator[Change]:
+        places, columns = self.supertuning_indices[name], self.in_features
+        order, positions = remember(places, ("rows", columns), lambda: _by_row(places, columns))
+        values = self.supertuning_values[name].index_select(0, order)
+        yield Add(Entries(positions, values, (self.out_features, columns)))
+        if name in self.supertuning_lora_A:
+            down: Any = self.supertuning_lora_A[name]
+            up: Any = self.supertuning_lora_B[name]
+            p = self.supertuning_lora_dropout[name] if self.training else 0.0
+            yield LowRank(down.weight, up.weight, self.supertuning_scaling[name], dropout=p)
+
+    @classmethod
+    def check(cls, config: SupertuningConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if not values_of(op, config):
+            raise ValueError(
+                f"sparsity={config.sparsity} leaves none of the {op.out_features * op.in_features} entries of {key!r}"
+                " to be trained; choose less."
+            )
+        if config.lora_dropout and not op.multiplies:
+            raise ValueError(f"lora_dropout needs modules whose input it can drop; {key!r} is a {op.kind}.")
+
+
+def values_of(op: BaseOp, config: SupertuningConfig) -> int:
+    """How many entries of a weight are trained."""
+    return int(op.out_features * op.in_features * (1 - config.sparsity))
+
+
+def _by_row(places: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The order of places [n] by row, and they themselves in it as positions [2, n]."""
+    ordered, order = places.long().sort()
+    return order, torch.stack((ordered // columns, ordered % columns)).int()
+
+
+class SupertuningModel(BaseTuner):
+    """A model with super-tuning adapters."""
+
+    prefix = "supertuning_"
+    layer_class = SupertuningLayer

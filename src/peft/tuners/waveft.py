@@ -1,0 +1,158 @@
+"""Wavelet fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft.config import LayerConfig
+from peft.core.base_op import BaseOp
+from peft.core.change import Add
+from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.plan import Plan
+from peft.core.scaled import pattern_value
+from peft.core.slots import Buffers, Setting, Slot
+from peft.core.tuner import BaseTuner
+from peft.ops.matrix import Matrix
+from peft.ops.memo import remember
+from peft.ops.sparse import Entries, draw_places
+from peft.ops.wavelets import FAMILIES, Wavelets
+from peft.registry import PeftType
+
+
+@dataclass
+class WaveFTConfig(LayerConfig):
+    """Wavelet fine-tuning (arXiv:2505.12532): W' = W + scaling * P S Q^T, one level of an inverse wavelet transform.
+
+    S is zero but for the trained `waveft_spectrum` [n_frequency], at random places that the seed gives.
+
+    Args:
+        n_frequency: trained coefficients of each module, at most in * out.
+        scaling: factor on the change.
+        wavelet_family: the wavelets: db1 (Haar) to db10, sym2 to sym10, coif1 to coif5.
+        use_idwt: transform; False adds the sparse matrix itself.
+        random_loc_seed: seed of the places.
+        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
+        n_frequency_pattern: n_frequency of single modules: name or regular expression for its end -> number.
+        proportional_parameters: share out n_frequency times the number of modules by the size of their weights.
+        init_weights: start at zero, without effect; False starts at small random values.
+    """
+
+    n_frequency: int = 2592
+    scaling: float = 25.0
+    wavelet_family: str = "db1"
+    use_idwt: bool = True
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool = False
+    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
+    proportional_parameters: bool = False
+    init_weights: bool = True
+
+    positive_fields = ("n_frequency",)
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+    pattern_fields: ClassVar[tuple[str, ...]] = ("n_frequency_pattern",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.WAVEFT
+        self.n_frequency_pattern = self.n_frequency_pattern or {}
+        for pattern, count in self.n_frequency_pattern.items():
+            if count < 1:
+                raise ValueError(f"n_frequency must be a positive integer, got {count} for {pattern!r}.")
+        if self.wavelet_family not in FAMILIES:
+            raise ValueError(
+                f"wavelet_family={self.wavelet_family!r} is not known; there are the wavelets {', '.join(FAMILIES)}."
+            )
+
+
+class WaveFTLayer(AdapterLayer):
+    """A module with a matrix of few wavelets added to its weight."""
+
+    slots: ClassVar[dict[str, Slot]] = {
+        "waveft_spectrum": Slot(), "waveft_indices": Slot(trained=False, stored=False),
+    }  # fmt: skip
+    label = "waveft"
+
+    waveft_spectrum: nn.ParameterDict
+    waveft_indices: Buffers
+    waveft_n_frequency = Setting[int]()
+    waveft_scaling = Setting[float]()
+    waveft_wavelet_family = Setting[str]()
+    waveft_use_idwt = Setting[bool]()
+
+    def create(self, name: str, config: WaveFTConfig, n_frequency: int = 0) -> None:
+        count = n_frequency or config.n_frequency
+        self.waveft_n_frequency[name], self.waveft_scaling[name] = count, config.scaling
+        self.waveft_wavelet_family[name], self.waveft_use_idwt[name] = config.wavelet_family, config.use_idwt
+        start = torch.zeros(count) if config.init_weights else 0.01 * torch.randn(count)
+        self.waveft_spectrum[name] = nn.Parameter(start)
+
+    def draw(self, name: str, config: WaveFTConfig) -> None:
+        self.waveft_indices[name] = draw_places(
+            self.out_features, self.in_features, self.waveft_n_frequency[name], config.random_loc_seed
+        )
+
+    def matrix(self, name: str) -> Matrix:
+        """What adapter `name` adds to the weight."""
+        values, places = self.waveft_spectrum[name] * self.waveft_scaling[name], self.waveft_indices[name]
+        if self.waveft_use_idwt[name]:
+            return Wavelets(values, places, self.waveft_wavelet_family[name], self.out_features, self.in_features)
+        order, sorted_places = remember(places, ("rows", self.in_features), lambda: _by_row(places, self.in_features))
+        return Entries(sorted_places, values[order], (self.out_features, self.in_features))
+
+    def change(self, name: str) -> Add:
+        return Add(self.matrix(name))
+
+    @classmethod
+    def check(cls, config: WaveFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:
+        if not config.proportional_parameters:
+            check_count(pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency), key, op)
+
+
+def check_count(count: int, key: str, op: BaseOp) -> None:
+    """Raises ValueError where a weight has fewer entries than coefficients."""
+    # Attention's output projection, which gets as many, is a third of its input projection.
+    rows = op.out_features // 3 if op.kind == "MultiheadAttention" else op.out_features
+    if count > rows * op.in_features:
+        raise ValueError(
+            f"n_frequency={count} is more than the entries of the weight of {key!r} ({rows} x {op.in_features} ="
+            f" {rows * op.in_features}); choose less, for this module alone in n_frequency_pattern."
+        )
+
+
+def _by_row(places: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The order of places [2, n] by row, and the places in it."""
+    order = (places[0] * columns + places[1]).argsort()
+    return order, places[:, order].int()
+
+
+class WaveFTMethod(Method):
+    """How many coefficients each module gets."""
+
+    def check_plan(self, plan: Plan, config: WaveFTConfig) -> None:
+        config.__dict__.pop("_n_frequency", None)
+        if not config.proportional_parameters or not plan.targets:
+            return
+        sizes = {target.name: target.op.out_features * target.op.in_features for target in plan.targets}
+        budget = config.n_frequency * len(sizes) / sum(sizes.values())
+        counts = {name: max(1, round(size * budget)) for name, size in sizes.items()}
+        for target in plan.targets:
+            check_count(counts[target.name], target.name, target.op)
+        config.__dict__["_n_frequency"] = counts
+
+    def layer_settings(self, config: WaveFTConfig, key: str) -> dict[str, Any]:
+        if config.proportional_parameters:
+            return {"n_frequency": config.__dict__["_n_frequency"][key]}
+        return {"n_frequency": pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)}
+
+
+class WaveFTModel(BaseTuner):
+    """A model with wavelet adapters."""
+
+    prefix = "waveft_"
+    layer_class = WaveFTLayer
+    method_class = WaveFTMethod
