@@ -309,17 +309,11 @@ def _put_back(thing: Any, attributes: dict[str, Any]) -> None:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """While it lasts, cyclic garbage is left: tens of thousands of new modules make Python look for it all the time.
-
-    What there is at the end counts as old, so that the next look need not go through all that is new.
-    """
+    """While it lasts, cyclic garbage is left: tens of thousands of new modules make Python look for it all the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
-            if not gc.get_freeze_count():  # else somebody keeps things out of its sight, and wants them to stay there
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft.core.blank import initialise
 from peft.core.slots import Record, Setting, Slot
 
 
@@ -46,7 +45,7 @@ class Part(nn.Module):
         cls.other_param_names = tuple(dict.fromkeys(settings))
 
     def __init__(self) -> None:
-        initialise(self)
+        super().__init__()
         # Straight into __dict__, here and in what derives from it: a large model has tens of thousands of parts, and
         # assigning to a module is slow.
         self.__dict__.update(records={}, _active=[], _disable_adapters=False, _trained_before_disable=[])

@@ -15,7 +15,11 @@ def _detached_class() -> type:
     from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
-    class DetachedShadowModel(PreTrainedModel, GenerationMixin):
+    # A type checker loses its way between the two.
+    model_class: Any = PreTrainedModel
+    mixin: Any = GenerationMixin
+
+    class DetachedShadowModel(model_class, mixin):
         """head(projection(backbone(x))): a language model or a classifier of the shadow network alone.
 
         Args:
@@ -47,7 +51,7 @@ def _detached_class() -> type:
             self._lent = (input_embeddings,)  # in a tuple, so that it is no module of this model
             self.generation_config = GenerationConfig.from_model_config(self.config)
 
-        def can_generate(self) -> bool:  # type: ignore[override]
+        def can_generate(self) -> bool:
             return getattr(self, "head", None) is not None and not self.is_classification
 
         def get_input_embeddings(self) -> Any:
