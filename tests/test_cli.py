@@ -165,6 +165,10 @@ NEEDS = {
     "TRAINABLE_TOKENS": ["--token_indices", "5,6"],
     "FOURIERFT": ["--n_frequency", "20"],
     "VBLORA": ["--vector_length", "16", "--num_vectors", "8"],
+    "PSOFT": ["--r", "4"],
+    "C3A": ["--block_size", "8"],
+    "ROAD": ["--group_size", "8"],
+    "WAVEFT": ["--n_frequency", "20"],
     "IA3": ["--target_modules", "q_proj,down_proj", "--feedforward_modules", "down_proj"],
 }
 

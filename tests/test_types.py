@@ -78,7 +78,7 @@ def declared() -> dict[str, ast.FunctionDef | None]:
 
 def tuner_classes() -> list[type]:
     models = [BaseTuner, *(row.model_class for row in METHODS.values() if not row.prompt)]
-    return [*models, *(model.method_class for model in models)]
+    return [*(model.method_class for model in models), *models]
 
 
 def test_what_a_tuner_has_is_declared_as_it_is():

@@ -30,9 +30,7 @@ from peft.checkpoint.extract import extract_lora as extract_lora
 from peft.config import PeftConfig as PeftConfig
 from peft.config import PromptLearningConfig as PromptLearningConfig
 from peft.config import get_peft_config as get_peft_config
-from peft.core.cache import (
-    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
-)
+from peft.core.cache import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
 from peft.core.cache import bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value
 from peft.core.status import get_layer_status as get_layer_status
 from peft.core.status import get_model_status as get_model_status

@@ -241,11 +241,11 @@ MORE_NAMES: dict[str, dict[str, str]] = {
 
 #: methods that are one file here and were a folder: all names of the file, under the paths that the folder had
 ONE_FILE_METHODS = sorted(
-    {method.module for method in METHODS.values() if not method.module.startswith("peft.tuners.lora")}
+    {m.module for m in METHODS.values() if not m.module.startswith(("peft.tuners.lora", "peft.tuners.shadow"))}
 )
 
 #: folders whose modules load on attribute access
-FOLDERS = ("peft.optimizers", "peft.tuners", "peft.tuners.lora")
+FOLDERS = ("peft.optimizers", "peft.tuners", "peft.tuners.lora", "peft.tuners.shadow")
 
 
 def submodule(package: str, name: str) -> ModuleType:

@@ -668,7 +668,7 @@ class PeftModel(PromptHost, Delegated):
         kwargs["torch_device"] = torch_device
         source = _Source.read(model_id, key_mapping, kwargs, None, is_trainable, ephemeral_gpu_offload)
         source.fit(self.get_base_model())
-        self._check_new_adapter_config(source.config, is_trainable)
+        self._check_new_adapter_config(source.config, is_trainable and there is None)
         if there is not None:
             self._check_replaceable(adapter_name, source.config)
         with all_or_nothing():

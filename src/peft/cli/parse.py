@@ -131,7 +131,7 @@ def _scan(argv: Sequence[str]) -> dict[str, str]:
 def _canonical(name: str, known: Mapping[str, Any]) -> str:
     name = name.replace("-", "_")
     alias = ALIASES.get(name, name)
-    return alias if alias in known else name
+    return alias if alias in known and name not in known else name
 
 
 def _checked(name: str, known: Mapping[str, Any], where: str = "") -> str:

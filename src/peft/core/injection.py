@@ -150,14 +150,16 @@ def share_again(tuner: BaseTuner, adapter_name: str) -> None:
         new = containers[name][adapter_name]
         if isinstance(old, Tensor):
             containers[name][adapter_name] = new if old.is_meta else old
-        else:
+        elif isinstance(old, (nn.ParameterDict, Buffers)):
             for group in old:
                 new[group] = new[group] if old[group].is_meta else old[group]
 
 
 def _is_blank(value: Any) -> bool:
-    """Whether a tensor, or one of those of a group each, has no memory."""
-    return any(tensor.is_meta for tensor in ([value] if isinstance(value, Tensor) else (value[key] for key in value)))
+    """Whether a tensor, or one of those of a group each or of a module, has no memory."""
+    if isinstance(value, nn.Module):
+        value = value.state_dict()
+    return any(tensor.is_meta for tensor in ([value] if isinstance(value, Tensor) else value.values()))
 
 
 def _warn_of_lost_gradients(model: nn.Module, config: Any) -> None:

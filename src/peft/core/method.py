@@ -184,7 +184,7 @@ class Method:
         for name, container in containers.items():
             if self.slot(name).is_stored(config) and adapter_name in container:
                 held: Any = container[adapter_name]
-                groups = [""] if isinstance(held, Tensor) else [f".{group}" for group in held]
+                groups = [""] if isinstance(held, Tensor) else [f".{group}" for group in held.state_dict()]
                 keys.update({f"{name}{group}": f"{name}.{adapter_name}{group}" for group in groups})
         return keys
 

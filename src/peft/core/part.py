@@ -134,7 +134,7 @@ class Part(nn.Module):
         """Moves the tensors of an adapter; those on the meta device become empty ones elsewhere."""
         modules: Any = self._modules
         for slot, kind in self.slots.items():
-            entries = modules[slot]
+            entries = modules.get(slot, ())  # a layer may do without what others share
             if name not in entries or (kind.shared and not kind.trained):
                 continue
             entry = entries[name]
@@ -144,7 +144,7 @@ class Part(nn.Module):
             moved = _moved(entry.data, device, dtype)
             if moved is not entry.data:
                 is_parameter = isinstance(entry, nn.Parameter)
-                entries[name] = type(entry)(moved, requires_grad=entry.requires_grad) if is_parameter else moved
+                entries[name] = nn.Parameter(moved, requires_grad=entry.requires_grad) if is_parameter else moved
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter."""

@@ -19,8 +19,10 @@ from peft.ops.internals import has_half_instructions, is_transformed, kept_produ
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
-        return torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    # Nothing is cast on the meta device; double precision, autocast leaves alone.
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
     return x.dtype
 
 
@@ -128,7 +130,7 @@ def needs_plain(*tensors: Tensor | None) -> bool:
 
 def _mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left right, computed in `dtype` whatever autocast says: it leaves products alone that are told where to go."""
-    if not torch.is_autocast_enabled(left.device.type):
+    if left.is_meta or not torch.is_autocast_enabled(left.device.type):
         return torch.mm(_as(left, dtype), _as(right, dtype))
     out = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
     return torch.mm(left.to(dtype), right.to(dtype), out=out)
