@@ -92,7 +92,8 @@ def _measured(options: Estimate, fields: Mapping[str, Any], method: str, config:
 def _activations(model: Any, options: Estimate) -> tuple[float, float]:
     """(bytes that a forward pass keeps for the backward pass, bytes of the logits in float32)"""
     seen: dict[int, tuple[int, Any]] = {}
-    storages = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    held = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    storages = {storage._cdata for storage in held}  # as long as these are held, the numbers are theirs
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
