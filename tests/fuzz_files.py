@@ -173,6 +173,7 @@ def _work(write: int, numbers: range, job: Callable[[int], dict[str, Any]]) -> N
 
 def run(numbers: range) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every input: its number, and what was done and what came of it."""
+    offline = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     sync, os.fsync = os.fsync, lambda descriptor: None  # what a process has written is not lost with it
@@ -199,6 +200,9 @@ def run(numbers: range) -> Iterator[tuple[int, dict[str, Any]]]:
             gc.freeze()
             yield from zip(numbers, in_limits(numbers, job), strict=True)
     finally:
+        os.environ.pop("HF_HUB_OFFLINE")
+        if offline is not None:
+            os.environ["HF_HUB_OFFLINE"] = offline
         os.fsync = sync
         gc.unfreeze()
 

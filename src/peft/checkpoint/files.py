@@ -217,6 +217,8 @@ def _load_safetensors(path: str, device: torch.device) -> dict[str, torch.Tensor
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # safetensors has a class of its own, and Python's for what it does not foresee
+        if not os.path.exists(path):
+            raise FileNotFoundError(path) from error
         raise WeightsFileError(f"{path} is damaged or not a safetensors file: {error}") from error
     return tensors if direct or device.type == "cpu" else {key: value.to(device) for key, value in tensors.items()}
 

@@ -91,12 +91,6 @@ def filters(family: str) -> Tensor:
         return torch.from_numpy(np.stack((low, high)))
 
 
-@torch.compiler.assume_constant_result
-def _known_filters(family: str) -> Tensor:
-    """`filters`, which compiled code takes as it is."""
-    return filters(family)
-
-
 def _daubechies(order: int, outside: tuple[int, ...]) -> np.ndarray:
     """The low filter with `order` vanishing moments: [2 order]."""
     halves = np.roots([math.comb(order - 1 + k, k) for k in reversed(range(order))])
@@ -164,7 +158,7 @@ class Wavelets(Matrix):
 
     def __init__(self, values: Tensor, positions: Tensor, family: str, out_features: int, in_features: int):
         self.positions, self.shape = positions, (out_features, in_features)
-        self.taps = _known_filters(family)
+        self.taps = filters(family)
         order, self.waves = remember(positions, ("waves", family, self.shape), self._place)
         self.values = values.index_select(0, order)
 
