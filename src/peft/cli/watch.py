@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from peft.core.walk import parts_of
+from peft.core.tuner import BaseTuner
 
 #: beside a checkpoint: the adapter's files of some methods hold what their training parameters come to
 STATE = "trainable.pt"
@@ -75,11 +75,10 @@ class Watch(TrainerCallback):
         if state.global_step or args.deepspeed:  # DeepSpeed keeps gradients in places of its own
             return
         trains = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        # A tensor may have nothing to do (the last of ShadowPEFT's blocks), but not all that a module has.
-        parts = [{id(p) for p in part.parameters()} for _, part in parts_of(model)]
-        alive = {i for i, own in enumerate(parts) for p in model.parameters() if p.grad is not None and id(p) in own}
-        spared = {i for place, own in enumerate(parts) if place in alive for i in own}
-        dead = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None and id(p) not in spared]
+        tuner = getattr(model, "base_model", None)
+        methods = tuner.methods() if isinstance(tuner, BaseTuner) else []
+        idle = tuple(f".{slot}." for method in methods for slot in method.idle_slots)
+        dead = [name for name, grad in trains.items() if grad is None and not any(slot in name for slot in idle)]
         if dead:
             raise RuntimeError(
                 f"{len(dead)} of {len(trains)} adapter tensors got no gradient in the first step, so they would stay as"

@@ -29,6 +29,8 @@ class Method:
     common_fields: ClassVar[tuple[str, ...]] = ()
     #: whether merging for good also takes off the wrappers of modules that are trained in full
     unwraps_saved: ClassVar[bool] = True
+    #: slots whose tensors have nothing to do in some layers, and get no gradient there
+    idle_slots: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tuner: Any, layer_class: type[AdapterLayer], prefix: str):
         self.tuner, self.layer_class, self.prefix = tuner, layer_class, prefix

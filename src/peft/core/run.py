@@ -125,15 +125,12 @@ def _frozen_linear(layer: AdapterLayer, x: Tensor) -> tuple[Tensor, Tensor | Non
     return weight, bias if bias is None else bias.to(dtype)
 
 
-def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """Where a module holds the hooks that see what goes in and out; they stay the same, so they may be kept."""
-    own = module.__dict__
-    return own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
-
-
 def is_watched(module: Any) -> bool:
     """Whether hooks on a module see what goes in and out, so that it has to be called."""
-    return any(hooks_of(module))
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 # ---- with a changed weight

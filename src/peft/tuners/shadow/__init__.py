@@ -213,6 +213,9 @@ class _Beside:
 class ShadowMethod(Method):
     """The small network of each adapter, and when it runs: before each forward pass of the base model."""
 
+    #: what the last block makes of the state, no block reads
+    idle_slots = ("shadow_update_transform", "shadow_update_gate")
+
     _handles: tuple[Any, ...] = ()
     #: the small network's own loss in the last forward pass with labels
     last_shadow_loss: Tensor | None = None
