@@ -245,7 +245,7 @@ def _note_layout(config: Any, plan: Plan) -> None:
 
 
 def _apply(tuner: BaseTuner, plan: Plan, config: Any, adapter_name: str) -> None:
-    for target in plan.targets:
+    for target in sorted(plan.targets, key=lambda target: target.parameter_name is not None):
         # By now it may be a layer, if another parameter of the module came before.
         module: Any = target.parent._modules[target.child] if target.child else target.parent
         extra = {} if target.parameter_name is None else {"parameter_name": target.parameter_name}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import ConvOp, kernel_numel
@@ -55,6 +55,11 @@ class ScaledConfig(LayerConfig):
         for pattern, r in {"r": self.r, **self.rank_pattern}.items():
             if r < 1:
                 raise ValueError(f"The rank must be a positive integer, got {r} for {pattern!r}.")
+
+
+def started(*shape: int, zero: bool | str = False) -> nn.Parameter:
+    """A parameter at its start: at random as a linear layer's weight, or zero."""
+    return nn.Parameter(torch.zeros(shape) if zero else nn.init.kaiming_uniform_(torch.empty(shape), a=5**0.5))
 
 
 class ScaledLayer(AdapterLayer):

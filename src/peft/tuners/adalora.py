@@ -156,11 +156,14 @@ class AdaLoraLayer(AdapterLayer):
         self.lora_alpha[name] = config.lora_alpha
         self.scaling[name] = config.lora_alpha if config.lora_alpha > 0 else float(r)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
-        spread = 0.02 if config.init_lora_weights else 1.0
-        for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
-            getattr(self, slot)[name] = nn.Parameter(torch.randn(shape) * spread)
+        a, b, e = self.shapes(r)
+        for slot, shape in (self.lora_A, a), (self.lora_E, e), (self.lora_B, b):
+            slot[name] = nn.Parameter(torch.randn(shape))
+        torch.randn(1)  # one more number, so that a seed means the values that it means to huggingface/peft
         if config.init_lora_weights:
             nn.init.zeros_(self.lora_E[name])
+            nn.init.normal_(self.lora_A[name], std=0.02)
+            nn.init.normal_(self.lora_B[name], std=0.02)
 
     def draw(self, name: str, config: AdaLoraConfig) -> None:
         self.ranknum[name] = nn.Parameter(torch.full((1,), float(self.r[name])), requires_grad=False)

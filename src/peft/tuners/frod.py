@@ -40,7 +40,7 @@ class FrodConfig(LayerConfig):
         save_projection: store V and the places in the checkpoint; without, they are made again from weights and seed.
         frod_dropout: probability of dropout on the adapter's input.
         fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
-        init_weights: start S at zero, without effect; False starts it at random.
+        init_weights: start S at zero, without effect; False starts it, and l, at random.
         sparse_rate: how many entries of S are trained, as a share of all: between 0 and 1; at least one is.
         regularization_alpha: added to the diagonals of what is inverted on the way to V.
         progressbar: show one while the bases are made.
@@ -92,10 +92,12 @@ class FrodLayer(AdapterLayer):
     def create(self, name: str, config: FrodConfig) -> None:
         self.frod_dropout[name] = config.frod_dropout
         self.find_coordinates(name)
-        start = self.frod_start[name]
+        start = self.frod_start[name].clone()
         values = torch.zeros(self.shared_tensor("frod_s_indices", name).shape[1])
-        self.frod_lambda_l[name] = nn.Parameter(start.clone())
-        self.frod_lambda_s_values[name] = nn.Parameter(values if config.init_weights else values.normal_(std=0.05))
+        if not config.init_weights:
+            values.normal_(std=0.1)
+            start += torch.randn_like(start) * 0.1
+        self.frod_lambda_l[name], self.frod_lambda_s_values[name] = nn.Parameter(start), nn.Parameter(values)
 
     def draw(self, name: str, config: FrodConfig) -> None:
         if self.frod_U[name].is_meta:

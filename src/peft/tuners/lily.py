@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,19 +77,21 @@ class LilyLayer(AdapterLayer):
 
     def create(self, name: str, config: LilyConfig) -> None:
         self.scaling[name] = config.scaling
-        self.lily_A[name] = self.shared_factor("lily_A", name, self.in_features, config.r)
         # A B_e is held as [r, out], one on top of the other.
-        b = self.shared_factor("lily_B", name, self.out_features, config.num_B * config.r)
+        sizes = (self.in_features, config.r), (self.out_features, config.num_B * config.r), (config.r, config.num_B)
+        a, b, router = (nn.Linear(*size, bias=False) for size in sizes)
+        for factor in (a, router) if config.init_weights else (a, router, b):
+            nn.init.kaiming_uniform_(factor.weight, a=5**0.5)
         if config.init_weights:
             nn.init.zeros_(b.weight)
-        self.lily_B[name] = b
-        self.lily_router[name] = nn.Linear(config.r, config.num_B, bias=False)
+        self.lily_A[name], self.lily_B[name] = self.first("lily_A", name, a), self.first("lily_B", name, b)
+        self.lily_router[name] = router
 
-    def shared_factor(self, slot: str, name: str, width: int, rows: int) -> nn.Linear:
-        """The factor of the layer's group, made by the first of them."""
+    def first(self, slot: str, name: str, factor: nn.Linear) -> nn.Linear:
+        """The factor of the layer's group: that of the first of its layers."""
         made, key = self.lily_made[name], (slot, self.groups[name][slot])
-        if key not in made or (made[key].weight.is_meta and torch.get_default_device().type != "meta"):
-            made[key] = nn.Linear(width, rows, bias=False)
+        if key not in made or (made[key].weight.is_meta and not factor.weight.is_meta):
+            made[key] = factor
         return made[key]
 
     def change(self, name: str) -> Beside:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledMethod
+from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledMethod, started
 from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import HadamardProduct, expand_core
@@ -53,13 +53,12 @@ class LoHaLayer(ScaledLayer):
         kernel = self.effective_kernel(config)
         if kernel:
             a, b = (r, self.out_features), (r, self.in_features // math.prod(kernel))
-            self.hada_t1[name], self.hada_t2[name] = _random(r, r, *kernel), _random(r, r, *kernel)
         else:
             a, b = (self.out_features, r), (r, self.in_features)
-        self.hada_w1_a[name], self.hada_w1_b[name] = _random(*a), _random(*b)
-        self.hada_w2_a[name], self.hada_w2_b[name] = _random(*a), _random(*b)
-        if config.init_weights:
-            nn.init.zeros_(self.hada_w2_b[name])
+        self.hada_w1_a[name], self.hada_w1_b[name] = started(*a), started(*b)
+        self.hada_w2_a[name], self.hada_w2_b[name] = started(*a), started(*b, zero=config.init_weights)
+        if kernel:
+            self.hada_t1[name], self.hada_t2[name] = started(r, r, *kernel), started(r, r, *kernel)
 
     def matrix(self, name: str) -> Matrix:
         a1, b1, a2, b2 = (slot[name] for slot in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b))
@@ -81,10 +80,6 @@ def _expanded(own: tuple[Tensor, Tensor], a: Tensor, other: tuple[Tensor, Tensor
         return value
     through = expand_core(other_core.detach(), a, other_b.detach())
     return value + (through - through.detach())
-
-
-def _random(*shape: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
 
 
 class LoHaModel(BaseTuner):

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from peft.core.base_op import ConvOp, kernel_numel
-from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledMethod
+from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledMethod, started
 from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import expand_core
@@ -73,27 +72,19 @@ class LoKrLayer(ScaledLayer):
         core = self.effective_kernel(config)
         a, b = factorization(self.out_features, config.decompose_factor)
         c, d = factorization(self.in_features // kernel_numel(base), config.decompose_factor)
+        zero1, zero2 = config.init_weights is True, config.init_weights == "lycoris"
         if config.decompose_both and r < max(a, c) / 2:
-            self.lokr_w1_a[name], self.lokr_w1_b[name] = _random(a, r), _random(r, c)
+            self.lokr_w1_a[name], self.lokr_w1_b[name] = started(a, r, zero=zero1), started(r, c)
         else:
-            self.lokr_w1[name] = _random(a, c)
+            self.lokr_w1[name] = started(a, c, zero=zero1)
         if r >= max(b, d) / 2:
-            self.lokr_w2[name] = _random(b, d, *kernel)
-        elif core:
-            self.lokr_w2_a[name], self.lokr_w2_b[name], self.lokr_t2[name] = (
-                _random(r, b),
-                _random(r, d),
-                _random(r, r, *core),
-            )
-        else:
-            self.lokr_w2_a[name], self.lokr_w2_b[name] = _random(b, r), _random(r, d * math.prod(kernel))
-        if config.init_weights:
-            zero = (
-                (self.lokr_w2, self.lokr_w2_b) if config.init_weights == "lycoris" else (self.lokr_w1, self.lokr_w1_a)
-            )
-            for slot in zero:
-                if name in slot:
-                    nn.init.zeros_(slot[name])
+            self.lokr_w2[name] = started(b, d, *kernel, zero=zero2)
+            return
+        second = (r, b) if core else (b, r)
+        self.lokr_w2_a[name] = started(*second)
+        self.lokr_w2_b[name] = started(r, d if core else d * math.prod(kernel), zero=zero2)
+        if core:
+            self.lokr_t2[name] = started(r, r, *core)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """w1 [a, c] and w2 [b, d], or [b, d, *kernel]."""
@@ -107,10 +98,6 @@ class LoKrLayer(ScaledLayer):
     def matrix(self, name: str) -> Kron:
         w1, w2 = self.factors(name)
         return Kron(self.scaling[name] * w1, w2)
-
-
-def _random(*shape: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
 
 
 class LoKrModel(BaseTuner):

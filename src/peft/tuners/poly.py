@@ -101,17 +101,15 @@ class PolyLayer(AdapterLayer):
 
     def create(self, name: str, config: PolyConfig) -> None:
         self.r[name] = config.r
-        self.poly_router[name] = PolyRouter(config).train(self.training)
-        a, b = (
-            torch.empty(config.n_splits, config.n_skills, width // config.n_splits, config.r)
-            for width in (self.in_features, self.out_features)
-        )
-        b = b.transpose(2, 3).contiguous()
+        splits, skills = config.n_splits, config.n_skills
+        a = torch.empty(splits, skills, self.in_features // splits, config.r)
+        b = torch.zeros(splits, skills, config.r, self.out_features // splits)
         for factor in (a,) if config.init_weights else (a, b):
-            for skill in factor.flatten(0, 1):
-                nn.init.kaiming_uniform_(skill, a=5**0.5)
-        self.poly_lora_A[name] = nn.Parameter(a)
-        self.poly_lora_B[name] = nn.Parameter(b.zero_() if config.init_weights else b)
+            for skill in factor.transpose(0, 1):
+                for part in skill:  # [in, out], the transposed weight of a linear layer
+                    part.copy_(nn.init.kaiming_uniform_(torch.empty(part.T.shape), a=5**0.5).T)
+        self.poly_lora_A[name], self.poly_lora_B[name] = nn.Parameter(a), nn.Parameter(b)
+        self.poly_router[name] = PolyRouter(config).train(self.training)
 
     def change(self, name: str) -> Beside:
         return Beside(lambda x: self.mixture(name, x), "each task has a change of its own")

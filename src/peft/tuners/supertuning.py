@@ -90,8 +90,7 @@ class SupertuningLayer(AdapterLayer):
             nn.Linear(self.in_features, config.r, bias=False), nn.Linear(config.r, self.out_features, bias=False),
         )  # fmt: skip
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-        if config.init_weights:
-            nn.init.zeros_(up.weight)
+        nn.init.zeros_(up.weight) if config.init_weights else nn.init.kaiming_uniform_(up.weight, a=math.sqrt(5))
         self.supertuning_lora_A[name], self.supertuning_lora_B[name] = down, up
 
     def draw(self, name: str, config: SupertuningConfig) -> None:

@@ -93,7 +93,7 @@ class TinyLoraLayer(AdapterLayer):
         # Files have the factors of an embedding's weight as it is held: [vectors, features].
         b, a = leading_factors(matrix.T if self.op.kind == "Embedding" else matrix, config.r)
         generator = torch.Generator().manual_seed(config.projection_seed + self.tinylora_index[name])
-        p = torch.randn(config.u, len(a), len(a), generator=generator) / len(a) ** 0.5
+        p = torch.normal(0.0, 1 / len(a) ** 0.5, (config.u, len(a), len(a)), generator=generator)
         self.tinylora_A[name], self.tinylora_B[name], self.tinylora_P[name] = a.contiguous(), b.contiguous(), p
 
     def change(self, name: str) -> LowRank:

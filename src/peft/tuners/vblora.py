@@ -87,8 +87,11 @@ class VBLoRALayer(AdapterLayer):
         self.vblora_topk[name], self.vblora_dropout[name] = config.topk, config.vblora_dropout
         self.vblora_only_topk[name] = False
         inputs, outputs = self.in_features // config.vector_length, self.out_features // config.vector_length
+        bank, drawn = self.vblora_vector_bank[name].data, _new_bank(config)
+        if name not in self.vblora_logits_A and not drawn.is_meta:
+            bank.copy_(drawn)  # at each layer, so that a seed means the values that it means to huggingface/peft
         for slot, shape in zip(_LOGITS, ((config.r, inputs), (outputs, config.r)), strict=True):
-            logits = torch.randn(*shape, config.num_vectors) * config.init_logits_std
+            logits = torch.empty(*shape, config.num_vectors).normal_(0, config.init_logits_std)
             getattr(self, slot)[name] = nn.Parameter(logits)
 
     def change(self, name: str) -> LowRank:
@@ -114,12 +117,17 @@ class VBLoRALayer(AdapterLayer):
             raise ValueError(f"vblora_dropout needs linear layers; {key!r} is a {op.kind}.")
 
 
+def _new_bank(config: VBLoRAConfig) -> Tensor:
+    bound = config.init_vector_bank_bound
+    return torch.empty(config.num_vectors, config.vector_length).uniform_(-bound, bound)
+
+
 class VBLoRAMethod(Method):
     """What VB-LoRA shares: the bank."""
 
     def share(self, plan: Plan, config: VBLoRAConfig, adapter_name: str) -> dict[str, Tensor]:
-        bound = config.init_vector_bank_bound
-        return {"vblora_vector_bank": torch.empty(config.num_vectors, config.vector_length).uniform_(-bound, bound)}
+        made = _new_bank(config) if plan.waits_for_file else torch.zeros(config.num_vectors, config.vector_length)
+        return {"vblora_vector_bank": made}
 
     @classmethod
     def write_tensors(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

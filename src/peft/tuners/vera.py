@@ -33,7 +33,7 @@ class VeraConfig(LayerConfig):
         vera_dropout: probability of dropout on the adapter's input.
         d_initial: start value of d.
         fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
-        init_weights: start b at zero, without effect; False starts it at random.
+        init_weights: start b at zero, without effect; False starts it at one, and d at random.
     """
 
     r: int = 256
@@ -72,9 +72,11 @@ class VeraLayer(AdapterLayer):
 
     def create(self, name: str, config: VeraConfig) -> None:
         self.vera_dropout[name] = config.vera_dropout
-        self.vera_lambda_d[name] = nn.Parameter(torch.full((config.r,), float(config.d_initial)))
-        b = torch.zeros(self.out_features) if config.init_weights else torch.randn(self.out_features)
-        self.vera_lambda_b[name] = nn.Parameter(b)
+        if config.init_weights:
+            d, b = torch.full((config.r,), float(config.d_initial)), torch.zeros(self.out_features)
+        else:
+            d, b = torch.randn(config.r), torch.ones(self.out_features)
+        self.vera_lambda_d[name], self.vera_lambda_b[name] = nn.Parameter(d), nn.Parameter(b)
 
     def change(self, name: str) -> LowRank:
         b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]

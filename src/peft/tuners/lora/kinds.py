@@ -12,7 +12,7 @@ from peft.core.base_op import ParameterOp
 from peft.core.change import Bias, Change, LowRank, Weight
 from peft.core.slots import Slot
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import DROPOUT, LoraLayer, empty_linear
+from peft.tuners.lora.layer import DROPOUT, LoraLayer
 
 
 class Linear(LoraLayer):
@@ -42,13 +42,14 @@ class Embedding(LoraLayer):
     lora_embedding_B: nn.ParameterDict
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
-        self.lora_embedding_A[name] = nn.Parameter(torch.empty(r, self.in_features))
-        self.lora_embedding_B[name] = nn.Parameter(torch.empty(self.out_features, r))
+        self.lora_embedding_A[name] = nn.Parameter(torch.randn(r, self.in_features))
+        self.lora_embedding_B[name] = nn.Parameter(torch.randn(self.out_features, r))
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
-        a, b = self.factors(adapter_name)
-        nn.init.normal_(b)
-        nn.init.normal_(a) if init_lora_weights is False else nn.init.zeros_(a)
+        if init_lora_weights is not False:
+            a, b = self.factors(adapter_name)
+            nn.init.zeros_(a)
+            nn.init.normal_(b)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
@@ -114,8 +115,8 @@ class ParamWrapper(LoraLayer):
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         experts = self.op.num_experts
-        self.lora_A[name] = empty_linear(self.in_features, r * experts)
-        self.lora_B[name] = empty_linear(r * experts, self.op.expert_out_features)
+        self.lora_A[name] = nn.Linear(self.in_features, r * experts, bias=False)
+        self.lora_B[name] = nn.Linear(r * experts, self.op.expert_out_features, bias=False)
 
     def stacks(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B by expert: [experts, r, in] and [experts, out, r]."""

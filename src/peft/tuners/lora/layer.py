@@ -25,13 +25,6 @@ from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_sta
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.base import Variant
 
-
-def empty_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
-    """A linear layer whose values are still open: `nn.Linear` would draw some, which takes most of its time."""
-    device = torch.get_default_device()
-    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=device)
-
-
 #: modules that drop features of the input in training
 DROPOUT = Slot(trained=False, stored=False, modules=True)
 #: what other packages ask every layer for, though only some kinds have it
@@ -139,24 +132,20 @@ class LoraLayer(AdapterLayer):
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         modules: Any = self._modules
         modules["lora_dropout"]._modules[name] = dropout
-        variant = variant_of(config, key)
-        if variant is None or not variant.applies(self):
-            self.make_factors(name, r, config)
-            self._start(name, config)
-            return
-        self.lora_variant[name] = variant
-        for slot, kind in variant.slots.items():
-            self.add_slot(slot, kind)
-        variant.make_factors(self, name, r, config)
+        self.make_factors(name, r, config)
         self._start(name, config)
-        self._leave(name, variant.create(self, name, config))
+        variant = variant_of(config, key)
+        if variant is not None and variant.applies(self):
+            self.lora_variant[name] = variant
+            for slot, kind in variant.slots.items():
+                self.add_slot(slot, kind)
+            self._leave(name, variant.create(self, name, config))
 
     def _start(self, name: str, config: LoraConfig) -> None:
         """Gives A and B their start values, those of the method that the configuration names."""
         start = start_of(config.init_lora_weights)
-        # Starts fill both; they find the generator as it is after both were drawn, so that a seed means one adapter.
-        self.reset_lora_parameters(name, config.init_lora_weights if start is None else False)
         if start is None:
+            self.reset_lora_parameters(name, config.init_lora_weights)
             return
         self.lora_start[name] = start
         if not self.factors(name)[0].is_meta:
@@ -190,20 +179,20 @@ class LoraLayer(AdapterLayer):
         return before
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
-        """Makes A and B, their values still open."""
+        """Makes A and B as layers of torch start: so an adapter starts without `init_lora_weights`."""
         modules: Any = self._modules
-        modules["lora_A"]._modules[name] = empty_linear(self.in_features, r)
-        modules["lora_B"]._modules[name] = empty_linear(r, self.out_features, bias=config.lora_bias)
+        modules["lora_A"]._modules[name] = nn.Linear(self.in_features, r, bias=False)
+        modules["lora_B"]._modules[name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
-        """Gives an adapter its start values."""
+        """Gives an adapter its start values: A at random, B zero; with False it keeps those it was made with."""
         a, b = self.factors(adapter_name)
-        if a.is_meta:
+        if a.is_meta or init_lora_weights is False:
             return
-        draw_factors_(a.data, b.data, self.r[adapter_name], init_lora_weights)
+        draw_(a.data, self.r[adapter_name], init_lora_weights)
+        b.data.zero_()
         if self.lora_bias[adapter_name]:
-            bias = self.lora_B[adapter_name].bias
-            nn.init.zeros_(bias) if init_lora_weights is not False else nn.init.normal_(bias, std=0.02)
+            self.lora_B[adapter_name].bias.data.zero_()
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B as they are stored."""
@@ -354,24 +343,15 @@ def alpha_of(config: LoraConfig, key: str) -> float:
     return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
 
 
-def draw_factors_(a: Tensor, b: Tensor, r: int, init_lora_weights: bool | str) -> None:
-    """Gives A and B of rank `r` random start values."""
+def draw_(a: Tensor, r: int, init_lora_weights: bool | str) -> None:
+    """Gives an A of rank `r` random start values."""
     if init_lora_weights == "gaussian":
         a.normal_(std=1 / r)
     else:
-        _kaiming_uniform_(a)
-    if init_lora_weights is False:
-        _kaiming_uniform_(b)
-    else:
-        b.zero_()
+        nn.init.kaiming_uniform_(a, a=5**0.5)
 
 
 def _weight(factor: Any) -> Tensor:
     weight = factor._parameters.get("weight")
     return factor.weight if weight is None else weight
 
-
-def _kaiming_uniform_(factor: Tensor) -> None:
-    """What `nn.init.kaiming_uniform_` with a slope of sqrt(5) comes to: the start of every linear layer in torch."""
-    bound = 1 / math.sqrt(factor.shape[1:].numel())
-    factor.uniform_(-bound, bound)

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft.core.base_op import BaseOp, ParallelLinearOp
 from peft.core.change import LowRank
 from peft.ops.lora import compute_dtype
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import LoraLayer, draw_factors_, empty_linear
+from peft.tuners.lora.layer import LoraLayer, draw_
 from peft.tuners.lora.megatron import mark_whole, own_part, parallel_factor
 
 
@@ -34,23 +34,29 @@ class LoraParallelLinear(LoraLayer):
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         base = self.get_base_layer()
+        a, b = nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
         if self.op.shares_input:
             self.lora_A[name] = parallel_factor(config, base, self.in_features, r)
-            self.lora_B[name] = mark_whole(empty_linear(r, self.out_features), base)
+            self.lora_B[name] = mark_whole(b, base)
         else:
-            self.lora_A[name] = mark_whole(empty_linear(self.in_features, r), base)
+            self.lora_A[name] = mark_whole(a, base)
             self.lora_B[name] = parallel_factor(config, base, r, self.out_features)
+        self._take(name, a.weight, b.weight)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
-        a, b = self.factors(adapter_name)
-        if a.is_meta:
+        if init_lora_weights is False or self.factors(adapter_name)[0].is_meta:
             return
-        r, base = self.r[adapter_name], self.get_base_layer()
-        whole_a, whole_b = torch.empty(r, self.in_features), torch.empty(self.out_features, r)
-        draw_factors_(whole_a, whole_b, r, init_lora_weights)
-        with torch.no_grad():
-            a.copy_(own_part(whole_a, base, self.op) if self.op.shares_input else whole_a)
-            b.copy_(whole_b if self.op.shares_input else own_part(whole_b, base, self.op))
+        r = self.r[adapter_name]
+        a, b = torch.empty(r, self.in_features), torch.zeros(self.out_features, r)
+        draw_(a, r, init_lora_weights)
+        self._take(adapter_name, a, b)
+
+    @torch.no_grad()
+    def _take(self, name: str, whole_a: Tensor, whole_b: Tensor) -> None:
+        """Copies from whole factors what this process holds of them."""
+        (a, b), base = self.factors(name), self.get_base_layer()
+        a.copy_(own_part(whole_a, base, self.op) if self.op.shares_input else whole_a)
+        b.copy_(whole_b if self.op.shares_input else own_part(whole_b, base, self.op))
 
     def low_rank(self, name: str) -> LowRank:
         a, b = self.lora_A[name], self.lora_B[name]

@@ -130,9 +130,9 @@ def _mica(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     fill_factors(layer, name, torch.zeros_like(layer.factors(name)[0]), u[:, -layer.r[name] :])
 
 
-def _plain(layer: LoraLayer, name: str, config: LoraConfig) -> None:
-    """A at random, B zero."""
-    layer.reset_lora_parameters(name, True)
+def _zero(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+    """A at random as it was made, B zero."""
+    nn.init.zeros_(layer.factors(name)[1])
 
 
 def _corda(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
@@ -148,7 +148,7 @@ def _lora_ga(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | Non
     setting: LoraGAConfig = config.lora_ga_config or LoraGAConfig()  # type: ignore[assignment]
     base, r, scaling = layer.get_base_layer(), layer.r[name], layer.scaling[name]
     if GRADIENT not in base.__dict__:
-        _plain(layer, name, config)
+        layer.reset_lora_parameters(name)
         return None
     gradient = heavy(layer.op.matrix(base.__dict__[GRADIENT]), config)
     u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
@@ -245,7 +245,7 @@ STARTS: dict[str, Start] = {
     "lora_ga": Start(_lora_ga, _LINEAR, changes_base=True, takes_product=True, check=_check_lora_ga),
     "loftq": Start(_loftq, changes_base=True, check=_check_loftq),
     # until `initialize_lora_eva_weights` gives A its values
-    "eva": Start(_plain, kinds=frozenset(("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"))),
+    "eva": Start(_zero, kinds=frozenset(("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"))),
 }
 #: what `LoraLayer.reset_lora_parameters` does on its own
 _PLAIN = (True, False, "gaussian")
@@ -276,7 +276,7 @@ def check_start(config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r:
             f"init_lora_weights={config.init_lora_weights!r} does not work on {name!r}, a {op.kind}; it works on"
             f" {', '.join(sorted(start.kinds))}."
         )
-    if r > min(op.out_features, op.in_features) and start.fill is not _plain:
+    if r > min(op.out_features, op.in_features) and start.fill is not _zero:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} needs a rank of at most"
             f" {min(op.out_features, op.in_features)} on {name!r} [{op.out_features}, {op.in_features}], got r={r}."

@@ -47,10 +47,6 @@ class Variant:
         """Whether there is anything to do on a layer's module, or a plain LoRA will do there."""
         return True
 
-    def make_factors(self, layer: LoraLayer, name: str, r: int, config: LoraConfig) -> None:
-        """Makes A and B, their values still open."""
-        layer.make_factors(name, r, config)
-
     def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
         """Makes the tensors beside A and B, which have their start values.
 

@@ -43,13 +43,13 @@ class BdLora(Variant):
                 f" block-diagonal factor of {name!r}."
             )
 
-    def make_factors(self, layer: LoraLayer, name: str, r: int, config: LoraConfig) -> None:
-        layer.make_factors(name, r, config)
+    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> None:
         which = blocked(self.setting, self.key)
         if which is not None:
             factor = getattr(layer, which)[name]
             factor.in_features //= self.setting.nblocks
-            factor.weight = nn.Parameter(factor.weight.new_empty(factor.out_features, factor.in_features))
+            blocks = factor.weight.new_empty(factor.out_features, factor.in_features)
+            factor.weight = nn.Parameter(blocks.zero_() if which == "lora_B" else nn.init.kaiming_uniform_(blocks))
 
     def change(self, layer: LoraLayer, name: str) -> LowRank:
         change, which = layer.low_rank(name), blocked(self.setting, self.key)

@@ -44,12 +44,9 @@ class Qalora(Variant):
     def applies(self, layer: LoraLayer) -> bool:
         return by_groups(layer.get_base_layer(), layer.op)
 
-    def make_factors(self, layer: LoraLayer, name: str, r: int, config: LoraConfig) -> None:
-        layer.make_factors(name, r, config)
+    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> None:
         self.width = config.qalora_group_size
-        factor = layer.lora_A[name]
-        factor.in_features //= self.width
-        factor.weight = nn.Parameter(factor.weight.new_empty(r, factor.in_features))
+        layer.lora_A[name] = nn.Linear(layer.in_features // self.width, layer.r[name], bias=False)
 
     def change(self, layer: LoraLayer, name: str) -> LowRank:
         change = layer.low_rank(name)
