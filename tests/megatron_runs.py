@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft import IA3Config, LoraConfig, PeftModel, convert_to_lora, get_peft_model, get_peft_model_state_dict
-from peft.checkpoint.hotswap import prepare_model_for_compiled_hotswap
+from peft.lora_tools.hotswap import prepare_model_for_compiled_hotswap
 
 PROCESSES = 2
 WIDTH, INNER = 8, 12

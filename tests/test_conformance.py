@@ -124,11 +124,12 @@ REFUSED = {
 class Model(nn.Module):
     """One target module between fixed ones."""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, target: nn.Module | None = None):
         super().__init__()
         self.kind = kind
-        self.target = KINDS[kind]()
-        self.other = nn.Linear(8, 8)
+        self.target = target or KINDS[kind]()
+        self.width = getattr(target, "in_features", 8)
+        self.other = nn.Linear(self.width, self.width)
 
     def inputs(self, generator: torch.Generator) -> Tensor:
         if self.kind == "Embedding":
@@ -137,7 +138,7 @@ class Model(nn.Module):
             return torch.randn(BATCH, 4, *[6] * int(self.kind[4]), generator=generator)
         if "sequence first" in self.kind:
             return torch.randn(5, BATCH, 8, generator=generator)
-        return torch.randn(BATCH, 5, 8, generator=generator)
+        return torch.randn(BATCH, 5, self.width, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "Embedding":
@@ -157,8 +158,14 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> Model:
     return Model(kind).to(dtype).eval()
 
 
+def build_wide() -> Model:
+    """For packages that hold weights in blocks of 64."""
+    torch.manual_seed(3)
+    return Model("Linear", nn.Linear(64, 96)).eval()
+
+
 def build_quantised(storage: str) -> Model:
-    model = build("Linear")
+    model = build_wide()
     model.target = QUANTISED[storage](model.target)
     return model
 
@@ -518,7 +525,7 @@ def test_quantised_save_and_load(method, storage, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(build_quantised(storage), tmp_path)
     torch.testing.assert_close(loaded(x), model(x))
-    plain = peft.PeftModel.from_pretrained(build("Linear"), tmp_path)
+    plain = peft.PeftModel.from_pretrained(build_wide(), tmp_path)
     mine, theirs = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(plain)
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)

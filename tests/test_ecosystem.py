@@ -165,16 +165,16 @@ def test_no_row_hides_a_file(path):
     assert PathFinder.find_spec(path, importlib.import_module(parent).__path__) is None
 
 
-@pytest.mark.parametrize("method", compat.ONE_FILE_METHODS)
-def test_one_file_methods_answer_under_the_paths_of_a_folder(method):
+@pytest.mark.parametrize("path", compat.METHOD_PATHS)
+def test_one_file_methods_answer_under_the_paths_of_a_folder(path):
+    method = compat.METHOD_PATHS[path]
     name = next(row.config_name for row in METHODS.values() if row.module == method)
-    for leaf in ("config", "layer", "model"):
-        module = importlib.import_module(f"{method}.{leaf}")
-        assert getattr(module, name) is getattr(importlib.import_module(method), name)
-        assert name in dir(module)
+    module = importlib.import_module(path)
+    assert getattr(module, name) is getattr(importlib.import_module(method), name)
+    assert name in dir(module)
     # It is still an ordinary file, with source text and no other modules.
     assert inspect.getsource(getattr(importlib.import_module(method), name)).startswith("@dataclass")
-    assert list(pkgutil.iter_modules(importlib.import_module(method).__path__)) == []
+    assert list(pkgutil.iter_modules(getattr(importlib.import_module(method), "__path__", ()))) == []
 
 
 def test_all_ways_to_import_an_old_path():

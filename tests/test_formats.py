@@ -14,8 +14,8 @@ from torch import nn
 import peft
 from peft import LoraConfig, PeftModel, extract_lora, get_peft_model
 from peft.checkpoint.files import write_adapter
-from peft.checkpoint.formats import format_of, module_names, read_lora_file, write_lora_file
 from peft.cli import main
+from peft.lora_tools.formats import format_of, module_names, read_lora_file, write_lora_file
 from tiny_models import fill_adapter, llama, saved_base, tokens
 
 

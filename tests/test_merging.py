@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from peft import IA3Config, LoraConfig, PeftModel, PeftWarning, get_peft_model
 from peft.core.slots import Slot
+from peft.lora_tools.intruders import reduce_intruder_dimension
 from peft.ops import merging as ops
-from peft.tuners.lora.intruders import reduce_intruder_dimension
-from peft.tuners.lora.merging import COMBINATIONS
+from peft.tuners.lora.combine import COMBINATIONS
 
 PRUNING = [name for name in COMBINATIONS if name not in ("linear", "cat", "svd")]
 

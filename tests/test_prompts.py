@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 import peft
 from peft import PeftModel, PromptEmbedding, PromptTuningConfig, TaskType, get_peft_model
-from peft.core.prompt import VirtualTokens
 from peft.registry import METHODS
+from peft.tuners.prompts.base import VirtualTokens
 from tiny_models import (
     PAD,
     Counting,

@@ -31,10 +31,10 @@ _HOMES: dict[str, str] = {
             " PeftModelForTokenClassification"
         ),
         "peft.functional": "inject_adapter_in_model",
-        "peft.helpers": (
-            "KappaTuneSelector create_arrow_model find_kappa_target_modules replace_lora_weights_loftq"
-        ),
-        "peft.core.cache": (
+        "peft.helpers": "KappaTuneSelector find_kappa_target_modules",
+        "peft.lora_tools.arrow": "create_arrow_model",
+        "peft.lora_tools.loftq": "replace_lora_weights_loftq",
+        "peft.tuners.prompts.cache": (
             "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value"
         ),
         "peft.prompt_caches": (
@@ -42,8 +42,8 @@ _HOMES: dict[str, str] = {
             " prompt_embeddings_from_past_key_values"
         ),
         "peft.core.status": "get_layer_status get_model_status",
-        "peft.checkpoint.convert": "convert_to_lora save_as_lora",
-        "peft.checkpoint.extract": "extract_lora",
+        "peft.lora_tools.convert": "convert_to_lora save_as_lora",
+        "peft.lora_tools.extract": "extract_lora",
         "peft.checkpoint": (
             "get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict"
             " set_peft_model_state_dict"

@@ -45,12 +45,12 @@ _WARNING = _at("peft.errors", "PeftWarning")
 _CONSTANTS = {
     **_at("peft.config", "CONFIG_NAME"),
     **_at(
-        "peft.core.cache",
+        "peft.tuners.prompts.cache",
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
     ),
     **_at("peft.hub", "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"),
     **_at("peft.checkpoint.state", "EMBEDDING_LAYER_NAMES"),
-    **_at("peft.core.plan", "DUMMY_TARGET_MODULES INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR"),
+    **_at("peft.core.targets", "DUMMY_TARGET_MODULES INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR"),
     **_at("peft.integrations.backends", "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES"),
     **_at("peft.target_tables", "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=FEEDFORWARD_TARGETS"),
     **{
@@ -66,7 +66,10 @@ _STATE = _at(
     "get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict"
     " set_peft_model_state_dict",
 )
-_WRAPPERS = _at("peft.core.auxiliary", "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper")
+_WRAPPERS = {
+    **_at("peft.core.auxiliary", "AuxiliaryTrainingWrapper ModulesToSaveWrapper"),
+    **_at("peft.core.tokens", "TrainableTokensWrapper"),
+}
 _TRAINING = _at("peft.integrations.training", "cast_mixed_precision_params prepare_model_for_kbit_training")
 _LINEAR = _at("peft.legacy", "check_adapters_to_merge transpose _get_in_out_features=get_in_out_features")
 _UNUSED = _at(
@@ -81,7 +84,7 @@ _OTHER = {
     **_WRAPPERS,
     **_TRAINING,
     **_at("peft.checkpoint", "infer_device"),
-    **_at("peft.core.plan", "get_pattern_key"),
+    **_at("peft.core.targets", "get_pattern_key"),
     **_at("peft.core.walk", "_get_submodules=get_submodules"),
     **_at("peft.integrations.backends", "get_quantization_config id_tensor_storage"),
     **_at("peft.integrations.transformers", "fsdp_auto_wrap_policy shift_tokens_right"),
@@ -128,7 +131,7 @@ OLD_PATHS: dict[str, dict[str, str]] = {
     "peft.tuners.tuners_utils": {
         **_at("peft.core.layer", "BaseTunerLayer=AdapterLayer"),
         **_at("peft.core.tuner", "BaseTuner"),
-        **_at("peft.core.plan", "check_target_module_exists"),
+        **_at("peft.core.targets", "check_target_module_exists"),
         **_at(
             "peft.legacy",
             "DUMMY_MODEL_CONFIG SEQ_CLS_HEAD_NAMES BufferDict onload_layer _ExcludedModule=ExcludedModule"
@@ -150,17 +153,17 @@ OLD_PATHS: dict[str, dict[str, str]] = {
         "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text"
         " prompt_embeddings_from_past_key_values",
     ),
-    "peft.tuners.lora.arrow": _at("peft.helpers", "create_arrow_model"),
+    "peft.tuners.lora.arrow": _at("peft.lora_tools.arrow", "create_arrow_model"),
     "peft.tuners.lora.corda": _at("peft.tuners.lora.preprocess", "CordaEigens preprocess_corda"),
     "peft.tuners.lora.dora": {
         **_at("peft.tuners.lora.variants.dora", "DoraLinearLayer=Magnitude"),
         **_at("peft.integrations.backends", "dequantize_module_weight"),
     },
     "peft.tuners.lora.loraga": _at("peft.tuners.lora.preprocess", "preprocess_loraga"),
-    "peft.tuners.lora.conversion": _at("peft.checkpoint.convert", "convert_to_lora save_as_lora"),
+    "peft.tuners.lora.conversion": _at("peft.lora_tools.convert", "convert_to_lora save_as_lora"),
     **{
         f"peft.tuners.xlora{part}": _at(
-            "peft.tuners.lora.xlora",
+            "peft.xlora",
             "XLoraClassifier XLoraConfig XLoraEmbeddingLayer XLoraLayer XLoraLinearLayer XLoraModel",
         )
         for part in ("", ".classifier", ".config", ".layer", ".model")
@@ -181,14 +184,14 @@ OLD_PATHS: dict[str, dict[str, str]] = {
     },
     "peft.tuners.lora.tp_layer": _at("peft.tuners.lora.parallel", "LoraParallelLinear"),
     "peft.utils": {
-        **_at("peft.helpers", "replace_lora_weights_loftq"),
+        **_at("peft.lora_tools.loftq", "replace_lora_weights_loftq"),
         **{**_OTHER, **_STATE, **_TYPES, **_ERRORS, **_WARNING},
     },
     "peft.utils.constants": {**_CONSTANTS, **_UNUSED, **_at("peft.legacy", "DUMMY_MODEL_CONFIG")},
     "peft.utils.error": _ERRORS,
-    "peft.utils.loftq_utils": _at("peft.helpers", "replace_lora_weights_loftq"),
+    "peft.utils.loftq_utils": _at("peft.lora_tools.loftq", "replace_lora_weights_loftq"),
     "peft.utils.hotswap": _at(
-        "peft.checkpoint.hotswap",
+        "peft.lora_tools.hotswap",
         "CONFIG_KEYS_TO_CHECK check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict"
         " prepare_model_for_compiled_hotswap",
     ),
@@ -220,8 +223,12 @@ OLD_PATHS: dict[str, dict[str, str]] = {
 #: names that files of today once had, and that nothing in them needs
 MORE_NAMES: dict[str, dict[str, str]] = {
     "peft.auto": _MODELS,
-    "peft.helpers": _at("peft.core.layer", "BaseTunerLayer=AdapterLayer"),
-    "peft.tuners.lora": {**_BACKENDS, **_at("peft.helpers", "create_arrow_model")},
+    "peft.helpers": {
+        **_at("peft.core.layer", "BaseTunerLayer=AdapterLayer"),
+        **_at("peft.lora_tools.arrow", "create_arrow_model"),
+        **_at("peft.lora_tools.loftq", "replace_lora_weights_loftq"),
+    },
+    "peft.tuners.lora": {**_BACKENDS, **_at("peft.lora_tools.arrow", "create_arrow_model")},
     "peft.tuners.lora.layer": {
         **_LINEAR,
         **_at("peft.tuners.lora.kinds", "Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention ParamWrapper"),
@@ -239,10 +246,13 @@ MORE_NAMES: dict[str, dict[str, str]] = {
     },
 }
 
-#: methods that are one file here and were a folder: all names of the file, under the paths that the folder had
-ONE_FILE_METHODS = sorted(
-    {m.module for m in METHODS.values() if not m.module.startswith(("peft.tuners.lora", "peft.tuners.shadow"))}
-)
+#: a path that was a method's folder, or a file in it -> the file that has all of the method
+METHOD_PATHS = {
+    f"peft.tuners.{method.module.rpartition('.')[2]}{part}": method.module
+    for method in METHODS.values()
+    if not method.module.startswith(("peft.tuners.lora", "peft.tuners.shadow", "peft.xlora"))
+    for part in ("", ".config", ".layer", ".model")
+}
 
 #: folders whose modules load on attribute access
 FOLDERS = ("peft.optimizers", "peft.tuners", "peft.tuners.lora", "peft.tuners.shadow")
@@ -293,7 +303,7 @@ class OldPath(ModuleType):
         path = self.__name__
         if path in OLD_PATHS:
             return OLD_PATHS[path].get(name, "")
-        return f"{path.rpartition('.')[0]}:{name}" if not name.startswith("__") else ""
+        return f"{METHOD_PATHS[path]}:{name}" if not name.startswith("__") else ""
 
     def __getattr__(self, name: str) -> Any:
         home = self._home(name)
@@ -323,7 +333,7 @@ class OldPath(ModuleType):
     def __dir__(self) -> list[str]:
         names = OLD_PATHS.get(self.__name__)
         return sorted(
-            {*super().__dir__(), *(dir(import_module(self.__name__.rpartition(".")[0])) if names is None else names)}
+            {*super().__dir__(), *(dir(import_module(METHOD_PATHS[self.__name__])) if names is None else names)}
         )
 
 
@@ -350,16 +360,16 @@ class OldPathFinder:
     """Finds the old paths, and the files that have names or modules of old, for `sys.meta_path`."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        if name in FOLDERS or name in ONE_FILE_METHODS or name in MORE_NAMES:
+        one_file = METHOD_PATHS.get(name) == name
+        if name in FOLDERS or one_file or name in MORE_NAMES:
             spec = PathFinder.find_spec(name, path)
-            if spec is not None and name in ONE_FILE_METHODS and spec.submodule_search_locations is None:
+            if spec is not None and one_file and spec.submodule_search_locations is None:
                 # The file as it is, but as a package, so that what is below it is looked for at all.
                 spec.submodule_search_locations = []
             if spec is not None and type(spec.loader) is SourceFileLoader:
                 spec.loader = FileLoader(spec.loader.name, spec.loader.path)
             return spec
-        parent, _, leaf = name.rpartition(".")
-        if name in OLD_PATHS or (parent in ONE_FILE_METHODS and leaf in ("config", "layer", "model")):
+        if name in OLD_PATHS or name in METHOD_PATHS:
             spec = ModuleSpec(name, self, origin=__file__, is_package=True)  # type: ignore[arg-type]
             spec.has_location = True
             return spec

@@ -5,29 +5,22 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, wraps
 from types import MethodType
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from peft.config import read_config_file
 from peft.core.layer import AdapterLayer
-from peft.core.plan import base_of, model_modules
-from peft.core.storage import backend_of, storage_of
+from peft.core.storage import storage_of
+from peft.core.targets import base_of, model_modules
 from peft.core.walk import with_progress
 from peft.errors import PeftWarning
-from peft.model import PeftModel
-from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.lora.settings import ArrowConfig
-from peft.tuners.lora.variants.arrow import GENERAL_PREFIX, ROUTER, TASK_PREFIX
 from peft.tuners.lora.variants.dora import dora_caching
 
 
@@ -173,75 +166,6 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     yield
 
 
-def create_arrow_model(
-    base_model: nn.Module,
-    task_specific_adapter_paths: Sequence[str],
-    arrow_config: ArrowConfig,
-    general_adapter_paths: Sequence[str] | None = None,
-    **adapter_kwargs: Any,
-) -> PeftModel:
-    """A model that routes each token to some of several LoRA adapters (arXiv:2405.11157).
-
-    The adapters become `task_0`, `task_1`, ..., the general ones `gks_0`, ...; `arrow_router` chooses, and is active.
-
-    Args:
-        base_model: the model that the adapters were made for.
-        task_specific_adapter_paths: folders or hub repositories of the experts; `owner/name/folder` is a folder in one.
-        arrow_config: how to choose; the names of the adapters are filled in.
-        general_adapter_paths: adapters whose mean is taken out of the experts, where `arrow_config.use_gks` says so.
-        adapter_kwargs: for loading, as `PeftModel.from_pretrained` has them.
-
-    Raises:
-        ValueError: there are no experts, or no general adapters where they are needed, or the adapters differ in rank
-            or in the modules they are on.
-        TypeError: an adapter is on a module that is not linear.
-    """
-    if not task_specific_adapter_paths:
-        raise ValueError("task_specific_adapter_paths must name at least one adapter.")
-    if arrow_config.use_gks and not general_adapter_paths:
-        raise ValueError("use_gks=True needs general_adapter_paths.")
-    general = list(general_adapter_paths or ()) if arrow_config.use_gks else []
-    paths = {f"{TASK_PREFIX}{i}": path for i, path in enumerate(task_specific_adapter_paths)}
-    arrow_config.task_adapter_names = list(paths)
-    arrow_config.gks_adapter_names = [f"{GENERAL_PREFIX}{i}" for i in range(len(general))]
-    paths |= dict(zip(arrow_config.gks_adapter_names, general, strict=True))
-    model: Any = base_model
-    for name, path in paths.items():
-        options = dict(adapter_kwargs)
-        if not os.path.isdir(path) and path.count("/") > 1:
-            owner, repository, folder = path.strip("/").split("/", 2)
-            path = f"{owner}/{repository}"
-            options.setdefault("subfolder", folder)
-        if model is base_model:
-            model = PeftModel.from_pretrained(base_model, path, adapter_name=name, **options)
-        else:
-            model.load_adapter(path, adapter_name=name, **options)
-    r, targets = _common_shape(model, list(paths))
-    model.add_adapter(ROUTER, LoraConfig(arrow_config=arrow_config, target_modules=targets, r=r))
-    model.set_adapter(ROUTER)
-    return model
-
-
-def _common_shape(model: PeftModel, names: Sequence[str]) -> tuple[int, list[str]]:
-    """The rank of adapters and the modules they are on, which must be the same for all."""
-    found: dict[str, dict[str, int]] = {name: {} for name in names}
-    for key, module in model.base_model.model.named_modules():
-        for name in names if isinstance(module, AdapterLayer) else ():
-            if module.has(name):
-                if not module.op.linear:
-                    raise TypeError(f"Adapter {name!r} is on {key!r}, a {module.op.kind}; Arrow needs linear layers.")
-                found[name][key] = module.r[name]
-    first = found[names[0]]
-    for name, ranks in found.items():
-        if ranks != first or len(set(ranks.values())) != 1:
-            raise ValueError(
-                f"Adapters that Arrow chooses from need the same rank and the same modules: {names[0]!r} has rank"
-                f" {sorted(set(first.values()))} on {len(first)} modules, {name!r} has rank"
-                f" {sorted(set(ranks.values()))} on {len(ranks)}."
-            )
-    return next(iter(first.values())), list(first)
-
-
 class MontecloraTrainerMixin:
     """Adds what MonteCLoRA asks for to the loss of a `transformers.Trainer`.
 
@@ -254,79 +178,6 @@ class MontecloraTrainerMixin:
         losses = [module.monteclora_loss() for module in model.modules() if isinstance(module, LoraModel)]
         extra = sum(losses, 0.0) / max(len(losses), 1)
         return (found[0] + extra, *found[1:]) if return_outputs else found + extra
-
-
-@torch.no_grad()
-def replace_lora_weights_loftq(
-    peft_model: PeftModel,
-    model_path: str | os.PathLike | None = None,
-    adapter_name: str = "default",
-    callback: Callable[[nn.Module, str], bool] | None = None,
-) -> None:
-    """Starts a LoRA on a quantised model with what quantising has lost of the weights (LoftQ, arXiv:2310.08659).
-
-    The weights before quantising are read one at a time.
-
-    Args:
-        peft_model: a model quantised with bitsandbytes (or another storage that can be read), with a LoRA.
-        model_path: folder or .safetensors file of the model before it was quantised; the model's own, if None.
-        adapter_name: the adapter.
-        callback: called with the model and a module's name when that has its new factors; False takes them back.
-
-    Raises:
-        ValueError: no module with the adapter is quantised, or it is not known where the weights are.
-        FileNotFoundError: there is no such file, or a weight is not in it.
-    """
-    layers = {
-        name.removeprefix("base_model.model."): layer
-        for name, layer in peft_model.named_modules()
-        if isinstance(layer, LoraLayer) and layer.has(adapter_name) and backend_of(layer) is not None
-    }
-    if not layers:
-        raise ValueError(
-            f"Adapter {adapter_name!r} is on no layer that bitsandbytes (or another quantisation) holds; for weights"
-            " that are not quantised yet, use init_lora_weights='loftq'."
-        )
-    base: Any = peft_model.get_base_model()
-    source = model_path or getattr(base, "name_or_path", None)
-    if not source:
-        raise ValueError("model_path is needed: the model does not say where its weights are.")
-    read = _weights_in(source, getattr(base, "base_model_prefix", ""))
-    for name, layer in layers.items():
-        original = layer.op.matrix(read(f"{name}.weight")).float()
-        lost = original.to(layer.get_base_weight().device) - layer.op.matrix(layer.get_base_weight()).float()
-        u, s, vh = torch.linalg.svd(lost, full_matrices=False)
-        root = (s[: layer.r[adapter_name]] / layer.scaling[adapter_name]).sqrt()
-        factors = root[:, None] * vh[: len(root)], u[:, : len(root)] * root
-        before = [factor.clone() for factor in layer.factors(adapter_name)]
-        for factor, value in zip(layer.factors(adapter_name), factors, strict=True):
-            factor.copy_(value)
-        if callback is not None and not callback(peft_model, name):
-            for factor, value in zip(layer.factors(adapter_name), before, strict=True):
-                factor.copy_(value)
-
-
-def _weights_in(source: str | os.PathLike, prefix: str) -> Callable[[str], Tensor]:
-    """Reads single tensors of a saved model, in one .safetensors file or several."""
-    source = os.fspath(source)
-    if not os.path.exists(source):
-        source = snapshot_download(source, allow_patterns=["*.safetensors"], local_files_only=True)
-    paths = [source]
-    if os.path.isdir(source):
-        paths = [os.path.join(source, name) for name in sorted(os.listdir(source)) if name.endswith(".safetensors")]
-    places: dict[str, str] = {}
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            places |= dict.fromkeys(file.keys(), path)
-
-    def read(name: str) -> Tensor:
-        found = next((key for key in (name, name.removeprefix(f"{prefix}.")) if key in places), None)
-        if found is None:
-            raise FileNotFoundError(f"{source!r} holds no weight {name!r}.")
-        with safe_open(places[found], "pt") as file:
-            return file.get_tensor(found)
-
-    return read
 
 
 class KappaTuneSelector:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from peft.core.base_op import NormOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.part import as_names
-from peft.core.plan import ALL_LINEAR, CLASSIFIER_NAMES, all_linear
 from peft.core.slots import Buffers
 from peft.core.storage import onloaded
+from peft.core.targets import ALL_LINEAR, CLASSIFIER_NAMES, all_linear
 from peft.errors import PeftWarning
 from peft.integrations.backends import get_bnb_param_type
 

@@ -25,8 +25,7 @@ from peft.core import status
 from peft.core.auxiliary import save_modules, unsave_modules
 from peft.core.injection import check_adapter_name
 from peft.core.part import as_names
-from peft.core.plan import modules_named
-from peft.core.prompt import PromptHost
+from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
@@ -40,6 +39,7 @@ from peft.integrations.transformers import (
     convert_peft_config_for_transformers,
 )
 from peft.registry import method_of
+from peft.tuners.prompts.base import PromptHost
 from peft.untrusted import check_sizes
 
 if TYPE_CHECKING:

@@ -151,8 +151,8 @@ METHODS: dict[str, Method] = {
     "HIRA": Method("peft.tuners.hira", "HiraConfig", "HiraModel", "hira_"),
     "IA3": Method("peft.tuners.ia3", "IA3Config", "IA3Model", "ia3_"),
     "VERA": Method("peft.tuners.vera", "VeraConfig", "VeraModel", "vera_lambda_"),
-    "LOHA": Method("peft.tuners.loha", "LoHaConfig", "LoHaModel", "hada_"),
-    "LOKR": Method("peft.tuners.lokr", "LoKrConfig", "LoKrModel", "lokr_"),
+    "LOHA": Method("peft.tuners.lycoris.loha", "LoHaConfig", "LoHaModel", "hada_"),
+    "LOKR": Method("peft.tuners.lycoris.lokr", "LoKrConfig", "LoKrModel", "lokr_"),
     "OFT": Method("peft.tuners.oft", "OFTConfig", "OFTModel", "oft_"),
     "BOFT": Method("peft.tuners.boft", "BOFTConfig", "BOFTModel", "boft_"),
     "DEFT": Method("peft.tuners.deft", "DeftConfig", "DeftModel", "deft_"),
@@ -181,7 +181,7 @@ METHODS: dict[str, Method] = {
     "FROD": Method("peft.tuners.frod", "FrodConfig", "FrodModel", "frod_"),
     "OSF": Method("peft.tuners.osf", "OSFConfig", "OSFModel", "osf_"),
     "PROMPT_TUNING": Method(
-        "peft.tuners.prompt_tuning",
+        "peft.tuners.prompts.prompt_tuning",
         "PromptTuningConfig",
         "PromptEmbedding",
         "prompt_tuning_",
@@ -189,7 +189,7 @@ METHODS: dict[str, Method] = {
         aliases=("PromptTuningInit",),
     ),
     "P_TUNING": Method(
-        "peft.tuners.p_tuning",
+        "peft.tuners.prompts.p_tuning",
         "PromptEncoderConfig",
         "PromptEncoder",
         "p_tuning_",
@@ -197,24 +197,26 @@ METHODS: dict[str, Method] = {
         aliases=("PromptEncoderReparameterizationType",),
     ),
     "PREFIX_TUNING": Method(
-        "peft.tuners.prefix_tuning", "PrefixTuningConfig", "PrefixEncoder", "prefix_tuning_", prompt=True
+        "peft.tuners.prompts.prefix_tuning", "PrefixTuningConfig", "PrefixEncoder", "prefix_tuning_", prompt=True
     ),
     "MULTITASK_PROMPT_TUNING": Method(
-        "peft.tuners.multitask_prompt_tuning",
+        "peft.tuners.prompts.multitask_prompt_tuning",
         "MultitaskPromptTuningConfig",
         "MultitaskPromptEmbedding",
         "multitask_prompt_tuning_",
         prompt=True,
         aliases=("MultitaskPromptTuningInit",),
     ),
-    "CARTRIDGE": Method("peft.tuners.cartridge", "CartridgeConfig", "CartridgeEncoder", "cartridge_", prompt=True),
-    "CPT": Method("peft.tuners.cpt", "CPTConfig", "CPTEmbedding", "cpt_", prompt=True),
+    "CARTRIDGE": Method(
+        "peft.tuners.prompts.cartridge", "CartridgeConfig", "CartridgeEncoder", "cartridge_", prompt=True
+    ),
+    "CPT": Method("peft.tuners.prompts.cpt", "CPTConfig", "CPTEmbedding", "cpt_", prompt=True),
     "SHADOW": Method("peft.tuners.shadow", "ShadowConfig", "ShadowModel", "shadow_", mixed=False),
     "POLY": Method("peft.tuners.poly", "PolyConfig", "PolyModel", "poly_", mixed=False),
     "ADAPTION_PROMPT": Method(
         "peft.tuners.adaption_prompt", "AdaptionPromptConfig", "AdaptionPromptModel", "adaption_prompt_", mixed=False
     ),
-    "XLORA": Method("peft.tuners.lora.xlora", "XLoraConfig", "XLoraModel", "xlora_", mixed=False),
+    "XLORA": Method("peft.xlora", "XLoraConfig", "XLoraModel", "xlora_", mixed=False),
     "WAVEFT": Method("peft.tuners.waveft", "WaveFTConfig", "WaveFTModel", "waveft_"),
     "SUPERTUNING": Method("peft.tuners.supertuning", "SupertuningConfig", "SupertuningModel", "supertuning_"),
     "ADAMSS": Method("peft.tuners.adamss", "AdamssConfig", "AdamssModel", "adamss_"),

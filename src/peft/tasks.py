@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from peft.config import PeftConfig
-from peft.core.prompt import cached_tokens, find_word_embeddings, lengthen
 from peft.errors import PeftWarning
 from peft.model import TASK_CLASSES, PeftModel
+from peft.tuners.prompts.base import cached_tokens, find_word_embeddings, lengthen
 
 _COMMON = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.layer import AdapterLayer
-from peft.core.plan import ends_with
-from peft.core.prompt import PromptHost
+from peft.core.targets import ends_with
 from peft.core.tuner import BaseTuner
 from peft.core.walk import live_modules, parts_of
 from peft.errors import PeftWarning
 from peft.hub import fetch
 from peft.registry import method_of
+from peft.tuners.prompts.base import PromptHost
 from peft.untrusted import read_json
 
 #: last parts of the names of embeddings and output layers

@@ -7,9 +7,9 @@ from typing import Any
 
 from peft import PeftConfig, load_peft_weights
 from peft.checkpoint.files import write_adapter
-from peft.checkpoint.formats import module_names, read_lora_file, write_lora_file
 from peft.cli.merge import check_empty
 from peft.cli.options import Convert
+from peft.lora_tools.formats import module_names, read_lora_file, write_lora_file
 
 
 def run(options: Convert, *_: Any) -> int:

@@ -7,16 +7,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from peft.core.base_op import base_op
 from peft.core.call import current_route
-from peft.core.change import Change, Rows, Weight
-from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
-from peft.core.slots import Setting, Slot
+from peft.core.slots import Slot
 from peft.errors import PeftWarning
 
 
@@ -158,165 +154,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 stacklevel=3,
             )
         return self.modules_to_save[active].requires_grad_(True)
-
-
-class TrainableTokensLayer(AdapterLayer):
-    """Rows of an embedding that are trained on their own: `trainable_tokens_delta[adapter]`, [tokens, dim].
-
-    Args:
-        base_layer: an `nn.Embedding`, or the linear layer tied to one.
-        tied: the layer whose rows these are too (an output layer shares those of the embedding).
-    """
-
-    slots: ClassVar[dict[str, Slot]] = {"trainable_tokens_delta": Slot()}
-    kinds = frozenset(("Embedding", "Linear"))
-    label = ""
-
-    trainable_tokens_delta: nn.ParameterDict
-    token_indices = Setting[list[int]]()
-
-    def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None):
-        super().__init__(base_layer)
-        self._is_tied = False
-        #: whether the rows are those of another layer too
-        self.has_twin = False
-        #: whether files hold its rows too: not where they are known to be the embedding's
-        self._is_stored = tied is None
-        if tied is not None:
-            self.tie_to(tied)
-
-    def tie_to(self, tied: TrainableTokensLayer) -> None:
-        """Takes the rows of another layer for this one's too."""
-        # The same containers: what is trained, moved or deleted there is so here.
-        self.trainable_tokens_delta = tied.trainable_tokens_delta
-        self.records = tied.records
-        self._is_tied = self.has_twin = tied.has_twin = True
-        if self.get_base_layer().weight is tied.get_base_layer().weight:
-            self.ledger = tied.ledger
-        self.refresh()
-
-    def new_record(self, name: str, config: Any) -> None:
-        if not self._is_tied:
-            super().new_record(name, config)
-
-    def create(self, name: str, config: Any, token_indices: Sequence[int] = ()) -> None:
-        if self._is_tied:
-            return
-        weight = self.get_base_weight()
-        outside = [index for index in token_indices if not -weight.shape[0] <= index < weight.shape[0]]
-        if outside:
-            raise IndexError(f"Token index {outside[0]} is out of range for an embedding of {weight.shape[0]} tokens.")
-        self.token_indices[name] = list(token_indices)
-        rows = weight.detach()[torch.tensor(token_indices, dtype=torch.long, device=weight.device)]
-        start = rows.clone() if getattr(config, "init_weights", True) else torch.randn_like(rows)
-        self.trainable_tokens_delta[name] = nn.Parameter(start)
-
-    def key_map(self, name: str) -> dict[str, str]:
-        return super().key_map(name) if self._is_stored else {}
-
-    def change(self, name: str) -> Change:
-        tokens = self.in_features if self.op.kind == "Embedding" else self.out_features
-        rows = self.trainable_tokens_delta[name]
-        index = torch.tensor([i % tokens for i in self.token_indices[name]], dtype=torch.long, device=rows.device)
-        # An embedding that shortens the vectors it looks up (max_norm) has to do so itself.
-        by_weight = getattr(self.get_base_layer(), "max_norm", None) is not None
-        change = Rows(index, rows)
-        return Weight(lambda matrix: change.weight(self.op, None, matrix)) if by_weight else change
-
-    def names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        names = super().names_to_merge(adapter_names)
-        seen = {index for name in self.merged_adapters for index in self.token_indices[name]}
-        for name in names:
-            shared = seen.intersection(self.token_indices[name])
-            if shared:
-                raise ValueError(
-                    f"The token indices {sorted(shared)} are trained by several of"
-                    f" {', '.join([*self.merged_adapters, *names])}; they cannot all be merged."
-                )
-            seen.update(self.token_indices[name])
-        return names
-
-    @property
-    def type_name(self) -> str:
-        return type(self).__name__
-
-
-class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
-    """An embedding of which an adapter trains some rows beside its other changes: `token_adapter` around it.
-
-    Args:
-        module_to_save: the embedding, or the output layer tied to it.
-        adapter_name: the first adapter.
-        token_indices: the rows it trains.
-        tied_adapter: the token adapter of the embedding that this module is tied to.
-    """
-
-    def __init__(
-        self,
-        module_to_save: nn.Module,
-        adapter_name: str,
-        token_indices: Sequence[int],
-        tied_adapter: TrainableTokensLayer | None = None,
-    ):
-        super().__init__()
-        op = base_op(module_to_save)
-        if op is None or op.kind not in TrainableTokensLayer.kinds:
-            raise TypeError(f"trainable_token_indices needs an embedding, got {type(module_to_save).__name__}.")
-        self.token_adapter = TrainableTokensLayer(module_to_save, tied_adapter)
-        self.update(adapter_name, token_indices=token_indices)
-
-    @property
-    def original_module(self) -> nn.Module:
-        """The embedding itself."""
-        return self.token_adapter.base_layer
-
-    def update(self, adapter_name: str, token_indices: Sequence[int] = ()) -> None:
-        """Adds the rows of another adapter."""
-        self.token_adapter.add_adapter(adapter_name, None, token_indices=token_indices)
-
-    def has(self, name: str) -> bool:
-        return self.token_adapter.has(name)
-
-    def adapter_names(self) -> list[str]:
-        return self.token_adapter.adapter_names()
-
-    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        return list(self.token_adapter.adapter_parameters(name))
-
-    def current_module(self) -> nn.Module:
-        return self.token_adapter
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        self.token_adapter.set_adapter(adapter_names, inference_mode)
-        self._active = self.token_adapter.active_adapters
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        self.token_adapter.set_requires_grad(adapter_names, requires_grad)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self.token_adapter.enable_adapters(enabled)
-        self._disable_adapters = not enabled
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.token_adapter.delete_adapter(adapter_name)
-        self._active = self.token_adapter.active_adapters
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        return self.token_adapter.merged_adapters
-
-    @property
-    def weight(self) -> Tensor:
-        """The embedding with the trained rows in it, as models with tied embeddings ask for it."""
-        return self.token_adapter.effective()[0]
-
-    def key_map(self, name: str) -> dict[str, str]:
-        return {
-            f"token_adapter.{key}": f"token_adapter.{live}" for key, live in self.token_adapter.key_map(name).items()
-        }
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.token_adapter(x, *args, **kwargs)
 
 
 def save_modules(model: nn.Module, keys: Sequence[str], adapter_name: str, tied: Sequence[str] = ()) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.plan import matching_entry, model_modules, target_name
+from peft.core.targets import matching_entry, model_modules, target_name
+from peft.core.tokens import TrainableTokensWrapper
 from peft.core.undo import all_or_nothing
 from peft.errors import PeftWarning
 

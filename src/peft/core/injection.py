@@ -14,21 +14,20 @@ from torch import Tensor, nn
 from peft.core.auxiliary import ModulesToSaveWrapper, save_modules
 from peft.core.base_op import base_op
 from peft.core.method import Method
-from peft.core.plan import (
-    ALL_LINEAR,
-    CLASSIFIER_NAMES,
-    Plan,
-    all_linear,
-    base_of,
-    make_plan,
-    model_modules,
-    shortened,
-    state_dict_targets,
-)
+from peft.core.plan import Plan, make_plan
 from peft.core.routing import BASE
 from peft.core.slots import Buffers
 from peft.core.storage import place_of
 from peft.core.storage.gradients import blocking
+from peft.core.targets import (
+    ALL_LINEAR,
+    CLASSIFIER_NAMES,
+    all_linear,
+    base_of,
+    model_modules,
+    shortened,
+    state_dict_targets,
+)
 from peft.core.tokens import token_rows, train_tokens
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
 from peft.core.undo import hand_over

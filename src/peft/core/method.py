@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.layer import AdapterLayer
-from peft.core.plan import Plan, default_targets
+from peft.core.plan import Plan
 from peft.core.slots import Slot
+from peft.core.targets import default_targets
 
 
 class Method:

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
-from peft import patterns
 from peft.config import LayerConfig
-from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.core.base_op import BaseOp, LinearOp, ParameterOp, TransposedOp, base_op
+from peft.core.auxiliary import ModulesToSaveWrapper
+from peft.core.base_op import BaseOp, ParameterOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.making import start_of
 from peft.core.storage import onloaded, storage_of
+from peft.core.targets import (
+    DUMMY_TARGET_MODULES,
+    HEAD_NAMES,
+    base_of,
+    check_target_module_exists,
+    ends_with,
+    get_pattern_key,
+    layer_index,
+    linear_modules,
+    matching_entry,
+    model_places,
+    target_name,
+)
 from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning
-from peft.target_tables import DEFAULT_TARGETS
 
-#: stands for "nothing", for configurations whose targets come from elsewhere
-DUMMY_TARGET_MODULES = "dummy-target-modules"
-ALL_LINEAR = "all-linear"
-#: heads that the task classes add to `modules_to_save` without knowing which of them a model has
-CLASSIFIER_NAMES = frozenset(("classifier", "score"))
-HEAD_NAMES = CLASSIFIER_NAMES | {"qa_outputs"}
-#: from as many names on, a list of whole names is written shorter; and so many that match nothing are named
+#: so many names that match nothing are named
 _MANY = 20
 
 
@@ -116,168 +121,6 @@ class Plan:
     @property
     def parameter_names(self) -> list[str]:
         return [target.name for target in self.targets if target.parameter_name is not None]
-
-
-def model_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules under the names they have without adapters; adapted ones as their adapter layer."""
-    return ((key, module) for key, module, _, _ in model_places(model))
-
-
-def model_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
-    """`model_modules`, each with the module that holds it and the name it has there (of the model: itself, "")."""
-    waiting: list[tuple[str, nn.Module, nn.Module, str]] = [("", model, model, "")]
-    while waiting:
-        place = key, module, _, _ = waiting.pop()
-        yield place
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            continue
-        base = base_of(module)
-        if base._modules:
-            prefix = f"{key}." if key else ""
-            waiting += [(prefix + name, child, base, name) for name, child in reversed(list(base.named_children()))]
-
-
-def target_name(path: str, layer: AdapterLayer) -> str:
-    """The name by which configurations mean what a layer adapts, given where the layer is in the model."""
-    key = ".".join(part for part in path.split(".") if part != "base_layer")
-    if isinstance(layer.op, ParameterOp):
-        return f"{key}.{layer.op.weight_name}"
-    # The output projection of attention comes with the attention module.
-    return key.removesuffix(".out_proj") if layer.is_read else key
-
-
-def ends_with(key: str, names: Iterable[str]) -> str | None:
-    """Which of `names` a dotted key is, or ends with, whole parts only; the longest if several."""
-    names = names if isinstance(names, (set, frozenset, dict)) else set(names)
-    start = 0
-    while True:
-        if key[start:] in names:
-            return key[start:]
-        dot = key.find(".", start)
-        if dot < 0:
-            return None
-        start = dot + 1
-
-
-def modules_named(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The model's modules that `names` mean, outermost only."""
-    names = set(names)
-    found: list[str] = []
-    for key, _ in model_modules(model):
-        if ends_with(key, names) and not any(key.startswith(f"{outer}.") for outer in found):
-            found.append(key)
-    return found
-
-
-def base_of(module: nn.Module) -> Any:
-    """A module without the adapter layers around it."""
-    return module.get_base_layer() if isinstance(module, AdapterLayer) else module
-
-
-def matching_entry(wanted: str | Iterable[str] | None, key: str) -> str | None:
-    """The entry of `target_modules` or `exclude_modules` that means `key`, if any."""
-    if wanted is None:
-        return None
-    if isinstance(wanted, str):
-        return wanted if patterns.fullmatch(wanted, key) else None
-    return ends_with(key, wanted)
-
-
-def get_pattern_key(entries: Iterable[str], key: str) -> str:
-    """The first of `entries` (regular expressions for the end of a name) that fits `key`; `key` if none does."""
-    return next((entry for entry in entries if patterns.fullmatch(rf"(.*\.)?({entry})", key)), key)
-
-
-def layer_index(key: str, layers_pattern: str | Iterable[str] | None) -> int | None:
-    """The number of the layer that a module belongs to, as `layers_to_transform` counts: the outermost that fits."""
-    given, parts = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ()), key.split(".")
-    for pattern in given or [r"[^.]*"]:
-        for place in range(1, len(parts) - 1):
-            before = ".".join(parts[:place])
-            if parts[place].isdecimal() and (
-                patterns.fullmatch(rf".*\.(?:{pattern})", before) or (given and patterns.fullmatch(pattern, before))
-            ):
-                return int(parts[place])
-    return None
-
-
-def check_target_module_exists(config: Any, key: str) -> str | None:
-    """The entry of `config.target_modules` by which the module `key` gets an adapter, or None."""
-    if matching_entry(getattr(config, "exclude_modules", None), key):
-        return None
-    targets = config.target_modules
-    if targets is None or targets == DUMMY_TARGET_MODULES:
-        return None
-    entry = matching_entry(targets, key)
-    wanted = getattr(config, "layers_to_transform", None)
-    if entry is None or entry == key or wanted is None:
-        return entry
-    index = layer_index(key, getattr(config, "layers_pattern", None))
-    return entry if index in ([wanted] if isinstance(wanted, int) else wanted) else None
-
-
-def default_targets(peft_type: str, model_type: str | None, model: nn.Module) -> set[str] | str:
-    """What a method adapts in models of this type.
-
-    Raises:
-        ValueError: nothing is known of the type.
-    """
-    targets = DEFAULT_TARGETS.get(peft_type, {}).get(model_type or "")
-    if targets is None:
-        known = f"model type {model_type!r}" if model_type else type(model).__name__
-        linear = sorted({key.rpartition(".")[2] for key in linear_modules(model)})
-        raise ValueError(
-            f"Please specify `target_modules` in the configuration: there are no defaults for {known}."
-            + (f" Its linear layers are called {', '.join(linear[:12])}." if linear else "")
-        )
-    return targets if isinstance(targets, str) else set(targets)
-
-
-def linear_modules(model: nn.Module) -> list[str]:
-    """Names of the linear layers, transposed ones too."""
-    return [key for key, module in model_modules(model) if _is_linear(module)]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, AdapterLayer):
-        return module.op.linear
-    return not isinstance(module, nn.MultiheadAttention) and isinstance(base_op(module), (LinearOp, TransposedOp))
-
-
-def all_linear(model: Any, leave_out: Iterable[str] = ()) -> set[str]:
-    """What "all-linear" means in a model: every linear layer but the output embedding and those in `leave_out`."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    leave_out = set(leave_out)
-    inside = {id(m) for _, a in model_modules(model) if isinstance(a, nn.MultiheadAttention) for m in a.children()}
-    return {
-        key
-        for key, module in model_modules(model)
-        if _is_linear(module) and module is not head and id(module) not in inside and not ends_with(key, leave_out)
-    }
-
-
-def shortened(targets: Any, model: nn.Module) -> Any:
-    """`targets` with the shortest last parts that mean the same modules, where they are a long list of whole names."""
-    if not isinstance(targets, (set, list)) or len(targets) < _MANY:
-        return targets
-    names = {key for key, _ in model_modules(model)}
-    if not names.issuperset(targets):
-        return targets
-    taken = {tail for name in names.difference(targets) for tail in _tails(name)}
-    return {next((tail for tail in _tails(name) if tail not in taken), name) for name in targets}
-
-
-def _tails(name: str) -> Iterator[str]:
-    """The last part of a name, the last two parts, and so on."""
-    start = len(name)
-    while start > 0:
-        start = name.rfind(".", 0, start)
-        yield name[start + 1 :]
-
-
-def state_dict_targets(state_dict: Iterable[str], prefix: str) -> set[str]:
-    """Names of the modules that have tensors of a method in a state dict."""
-    return {key.rpartition(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
 
 
 def make_plan(

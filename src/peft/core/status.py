@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from peft.core.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
 from peft.core.storage import backend_of
+from peft.core.tokens import TrainableTokensWrapper
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 

@@ -17,8 +17,8 @@ from peft.core.call import calling, current, remember_for_backward
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.part import Part, as_names
-from peft.core.plan import target_name
 from peft.core.routing import BASE, Route, in_expert
+from peft.core.targets import target_name
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import model_config_of, parts_of
 from peft.errors import PeftWarning

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peft.core.plan import check_target_module_exists, ends_with, model_modules
+from peft.core.targets import check_target_module_exists, ends_with, model_modules
 from peft.errors import PeftWarning
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from peft.core import merge as merging
-from peft.core.auxiliary import TrainableTokensLayer
 from peft.core.layer import AdapterLayer
 from peft.core.part import as_names
+from peft.core.tokens import TrainableTokensLayer
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import live_key, put_back, with_progress
 from peft.errors import PeftWarning

@@ -23,7 +23,7 @@ from peft import patterns
 from peft.config import LayerConfig, PeftConfig
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
-from peft.core.plan import ALL_LINEAR, check_target_module_exists, ends_with, get_pattern_key, model_modules
+from peft.core.targets import ALL_LINEAR, check_target_module_exists, ends_with, get_pattern_key, model_modules
 from peft.registry import METHODS, PeftType, method_of
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peft.config import PeftConfig
 from peft.core.injection import Before, check_adapter_name
-from peft.core.plan import ends_with, model_modules
 from peft.core.storage import place_of
+from peft.core.targets import ends_with, model_modules
 from peft.core.tuner import UPCAST_DTYPES, BaseTuner
 from peft.core.undo import undone_on_error
 from peft.core.walk import get_submodules, model_config_of, put_back

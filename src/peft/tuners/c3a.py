@@ -13,8 +13,8 @@ from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.scaled import pattern_value
 from peft.core.slots import Setting, Slot
+from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.circulant import BlockCirculant
 from peft.registry import PeftType

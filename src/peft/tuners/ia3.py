@@ -22,8 +22,8 @@ from peft.core.combine import (
 )
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.plan import matching_entry
 from peft.core.slots import Slot
+from peft.core.targets import matching_entry
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import task_arithmetic
 from peft.registry import PeftType

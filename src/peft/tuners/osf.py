@@ -13,9 +13,8 @@ from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.plan import ALL_LINEAR
-from peft.core.scaled import pattern_value
 from peft.core.slots import Buffers, Setting, Slot
+from peft.core.targets import ALL_LINEAR, pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Dense
 from peft.ops.singular import keeping_off

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peft.config import LayerConfig
-from peft.core.auxiliary import TrainableTokensLayer
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
+from peft.core.tokens import TrainableTokensLayer
 from peft.core.tuner import BaseTuner
 from peft.core.tying import input_embedding_name, tied_embedding_modules
 from peft.registry import PeftType

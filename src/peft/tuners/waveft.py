@@ -14,8 +14,8 @@ from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.scaled import pattern_value
 from peft.core.slots import Buffers, Setting, Slot
+from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Matrix
 from peft.ops.memo import remember

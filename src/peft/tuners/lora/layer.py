@@ -15,10 +15,10 @@ from peft.core.base_op import BaseOp, ConvOp, ParallelLinearOp, ParameterOp
 from peft.core.change import Change, LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.part import without
-from peft.core.plan import get_pattern_key
 from peft.core.run import is_watched
 from peft.core.slots import Setting, Slot
 from peft.core.storage import onloaded, storage_of
+from peft.core.targets import get_pattern_key
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.megatron import check_megatron, check_parallel
 from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_start, start_of

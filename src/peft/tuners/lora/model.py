@@ -17,11 +17,11 @@ from peft.core.method import Method
 from peft.core.part import as_names
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import SignMethod
+from peft.tuners.lora.combine import Combination, add_weighted_adapter
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import FACTOR_KEYS
 from peft.tuners.lora.kinds import LAYERS, Embedding, Linear
 from peft.tuners.lora.layer import LoraLayer, TiedFactor, alpha_of, check_config, rank_of
-from peft.tuners.lora.merging import Combination, add_weighted_adapter
 from peft.tuners.lora.parallel import LoraParallelLinear
 from peft.tuners.lora.quantised import linear_class
 from peft.tuners.lora.starts import start_of

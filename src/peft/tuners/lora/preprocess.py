@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.base_op import LinearOp, TransposedOp, base_op
-from peft.core.plan import ALL_LINEAR, all_linear, default_targets, make_plan
+from peft.core.plan import make_plan
 from peft.core.storage import storage_of
+from peft.core.targets import ALL_LINEAR, all_linear, default_targets
 from peft.core.walk import model_config_of, with_progress
 from peft.pickles import read_pickle
 from peft.registry import PeftType

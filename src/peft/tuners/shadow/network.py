@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core.prompt import read_model_config
+from peft.core.model_config import read_model_config
 from peft.core.walk import live_modules
 from peft.hub import fetch
 

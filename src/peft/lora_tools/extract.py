@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.checkpoint.convert import ConvertedLora, LayerChange, check_rank, decompose, report
 from peft.core.base_op import base_op
-from peft.core.plan import ALL_LINEAR, all_linear, default_targets, make_plan
+from peft.core.plan import make_plan
 from peft.core.storage import storage_of
+from peft.core.targets import ALL_LINEAR, all_linear, default_targets
 from peft.core.walk import model_config_of, with_progress
 from peft.errors import PeftWarning
+from peft.lora_tools.convert import ConvertedLora, LayerChange, check_rank, decompose, report
 from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import adapter_rank, block_count, block_rank

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
-from peft.core.prompt import IGNORED, VirtualTokens, embedding_width
 from peft.core.storage import place_of
 from peft.registry import PeftType, TaskType
+from peft.tuners.prompts.base import IGNORED, VirtualTokens, embedding_width
 
 #: An example has four kinds of tokens, counted on from one example to the next: 1 the words before the input, 2 the
 #: input, 3 the words before the label, 4 the label. 0 is none of them.

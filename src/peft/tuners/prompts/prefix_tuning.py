@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
-from peft.core.cache import CachedTokens
 from peft.registry import PeftType
+from peft.tuners.prompts.cache import CachedTokens
 
 
 @dataclass

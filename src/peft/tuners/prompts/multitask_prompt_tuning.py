@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft.core.routing import check_task_ids
 from peft.pickles import read_pickle
 from peft.registry import PeftType
-from peft.tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
+from peft.tuners.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from peft.untrusted import check_allowed
 
 

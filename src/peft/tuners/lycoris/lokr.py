@@ -9,12 +9,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from peft.core.base_op import ConvOp, kernel_numel
-from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledMethod, started
 from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import expand_core
 from peft.ops.kronecker import Kron, factorization
 from peft.registry import PeftType
+from peft.tuners.lycoris.scaled import ScaledConfig, ScaledLayer, ScaledMethod, started
 
 
 @dataclass

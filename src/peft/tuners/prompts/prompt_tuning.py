@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
-from peft.core.prompt import VirtualTokens
 from peft.core.storage import place_of
 from peft.registry import PeftType
+from peft.tuners.prompts.base import VirtualTokens
 from peft.untrusted import check_allowed
 
 

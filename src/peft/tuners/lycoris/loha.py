@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peft.core.scaled import ScaledConfig, ScaledLayer, ScaledMethod, started
 from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import HadamardProduct, expand_core
 from peft.ops.matrix import Dense, Matrix
 from peft.registry import PeftType
+from peft.tuners.lycoris.scaled import ScaledConfig, ScaledLayer, ScaledMethod, started
 
 
 @dataclass

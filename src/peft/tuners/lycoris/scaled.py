@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,8 +13,8 @@ from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.change import Add, Change
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.plan import get_pattern_key
 from peft.core.slots import Setting
+from peft.core.targets import pattern_value
 from peft.ops.matrix import Matrix
 
 
@@ -136,11 +135,6 @@ class ScaledLayer(AdapterLayer):
     def scaling_device(self, name: str) -> torch.device:
         """Where the adapter's tensors are."""
         return next(iter(self.adapter_parameters(name))).device
-
-
-def pattern_value(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
-    """What `rank_pattern` or the like says of the module `key`; `default` where it says nothing."""
-    return patterns.get(get_pattern_key(patterns, key), default)
 
 
 class ScaledMethod(Method):

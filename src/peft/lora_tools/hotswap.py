@@ -14,7 +14,7 @@ from peft.checkpoint.files import read_adapter
 from peft.checkpoint.state import Places, Slot, adapter_slots, config_of
 from peft.config import PeftConfig, build_config
 from peft.core.combine import fill
-from peft.core.plan import ends_with, target_name
+from peft.core.targets import ends_with, target_name
 from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.registry import PeftType

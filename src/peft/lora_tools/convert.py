@@ -18,7 +18,7 @@ from peft.core.base_op import ParameterOp
 from peft.core.combine import exact_targets
 from peft.core.layer import AdapterLayer
 from peft.core.merge import bias_difference
-from peft.core.plan import target_name
+from peft.core.targets import target_name
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of, with_progress
 from peft.errors import PeftWarning

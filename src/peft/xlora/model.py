@@ -1,236 +1,26 @@
-"""X-LoRA: a mixture of saved LoRA adapters, weighed anew for each token."""
+"""X-LoRA on a model: the first pass, what it makes of the second, and the life of the mixture."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.config import PeftConfig
 from peft.core.call import calling, current, fact
-from peft.core.change import Beside, Change
 from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
-from peft.core.routing import Route
 from peft.core.tuner import UPCAST_DTYPES
-from peft.errors import PeftWarning
-from peft.ops.lora import compute_dtype
-from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.kinds import Embedding, Linear
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraMethod, LoraModel
 from peft.tuners.lora.variants import VARIANTS
 from peft.untrusted import is_said_by_file
-
-_NO_ROUTES = "adapter_names (a mixed batch) cannot be used with X-LoRA, which weighs all experts itself."
-
-
-@dataclass
-class XLoraConfig(PeftConfig):
-    """A mixture of LoRA adapters, the experts (X-LoRA, arXiv:2402.07148).
-
-    A first pass of the model gives the last hidden state of each token; a classifier makes of it a weight for each
-    expert, and in the second pass y = W x + g sum_e w_e s_e B_e A_e x, with weights w_e for each token (and layer). The
-    classifier is what is trained. Needs a decoder of transformers with `use_cache=False`: the experts that a token gets
-    change its keys and values.
-
-    Args:
-        hidden_size: width of the model's hidden states; read from the model if None.
-        adapters: name of each expert -> folder or hub repository of a saved LoRA. A saved X-LoRA has its experts along,
-            in subfolders of these names; where a file names other places, pass `adapters=...` to load from there.
-        enable_softmax: make the weights of a token sum to one.
-        enable_softmax_topk: the same, over the experts that `top_k_lora` has left; instead of `enable_softmax`.
-        layerwise_scalings: weights of their own for each adapted layer.
-        xlora_depth: linear layers of the classifier.
-        xlora_size: width between them.
-        xlora_dropout_p: probability of dropout between them.
-        use_trainable_adapters: train the experts too.
-        softmax_temperature: what the classifier's outputs are divided by before `enable_softmax`.
-        top_k_lora: how many experts a token gets, those of the largest weights; all if None.
-        scaling_pass_value: the weight of every expert in the first pass.
-        global_scaling_weight: g, a factor on all weights in the second.
-
-    Raises:
-        ValueError: a number that is out of range.
-    """
-
-    hidden_size: int | None = None
-    adapters: dict[str, str] = field(default_factory=dict)
-    enable_softmax: bool = True
-    enable_softmax_topk: bool = False
-    layerwise_scalings: bool = False
-    xlora_depth: int = 1
-    xlora_size: int = 2048
-    xlora_dropout_p: float = 0.2
-    use_trainable_adapters: bool = False
-    softmax_temperature: float = 1.0
-    top_k_lora: int | None = None
-    scaling_pass_value: float = 0.0
-    global_scaling_weight: float = 1.0
-
-    positive_fields = ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora", "softmax_temperature")
-    fraction_fields = ("xlora_dropout_p",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.XLORA
-        self.adapters = dict(self.adapters or {})
-        self._saved_in: tuple[str, dict[str, Any]] | None = None
-        self.check_top_k()
-        if self.enable_softmax_topk and self.top_k_lora is None:
-            warnings.warn("enable_softmax_topk without top_k_lora is a softmax over all experts.", PeftWarning)
-        if self.enable_softmax_topk and self.enable_softmax:
-            warnings.warn(
-                "enable_softmax_topk applies a second softmax to what enable_softmax gives, which evens the weights"
-                " out; set enable_softmax=False.",
-                PeftWarning,
-            )
-
-    def check_top_k(self) -> None:
-        """Raises ValueError where `top_k_lora` is more than there are experts, if those are given."""
-        if self.top_k_lora is not None and self.adapters and self.top_k_lora > len(self.adapters):
-            raise ValueError(f"top_k_lora={self.top_k_lora} is more than there are adapters ({len(self.adapters)}).")
-
-    def was_read(self, source: str | os.PathLike, options: Mapping[str, Any]) -> None:
-        if options.get("adapters") is not None:
-            self.adapters = dict(options["adapters"])
-            self.__dict__.pop("_said_by", None)  # the caller has named the places
-        else:
-            self._saved_in = os.fspath(source), dict(options)
-
-
-class XLoraClassifier(nn.Module):
-    """What gives each token its weights: hidden states [batch, tokens, hidden] to [batch, tokens, layers, experts].
-
-    `layers` is a stack of linear layers with ReLU and dropout between them.
-    """
-
-    def __init__(self, config: XLoraConfig, n_classes: int, n_layers: int):
-        super().__init__()
-        self.config, self.n_classes, self.n_layers = config, n_classes, n_layers
-        outputs = n_classes * (n_layers if config.layerwise_scalings else 1)
-        widths = [config.hidden_size or 0, *[config.xlora_size] * (config.xlora_depth - 1), outputs]
-        dropout = [nn.Dropout(config.xlora_dropout_p)] if config.xlora_dropout_p else []
-        stack: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            stack += [nn.ReLU(), *dropout] if stack else []
-            stack.append(nn.Linear(before, after))
-        self.layers = nn.Sequential(*stack)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        first: Any = self.layers[0]
-        logits = self.layers(hidden.to(first.weight.dtype))
-        logits = logits.unflatten(-1, (-1, self.n_classes)).expand(-1, -1, self.n_layers, -1)
-        return (logits / self.config.softmax_temperature).softmax(-1) if self.config.enable_softmax else logits
-
-
-def choose(scalings: Tensor, top_k: int | None, softmax: bool) -> Tensor:
-    """The weights of the `top_k` largest along the last dimension, others zero; their softmax if `softmax`."""
-    chosen = scalings.topk(top_k or scalings.shape[-1], dim=-1)
-    values = chosen.values.softmax(-1) if softmax else chosen.values
-    return torch.zeros_like(scalings).scatter(-1, chosen.indices, values)
-
-
-#: what a call knows: the weights of the experts, [batch, tokens, layers, experts]; a number in the first pass
-_WEIGHTS = "xlora_weights"
-
-
-class Mixture:
-    """How much of each expert the tokens of a batch take, which all layers of a model read."""
-
-    experts: Sequence[str] = ()
-    #: what the classifier gave last
-    scalings: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"experts": self.experts}  # what belongs to one batch is not copied
-
-    def at(self, layer: int, rows: torch.Size) -> Tensor | float:
-        """The weights in one layer for an input of this shape, features aside: [*rows, experts], or a number for all.
-
-        Raises:
-            ValueError: the input does not count tokens as the model's own does.
-        """
-        weights = fact(_WEIGHTS)
-        if not isinstance(weights, Tensor):
-            return weights or 0.0
-        weights = weights[:, :, layer]
-        batch, tokens, experts = weights.shape
-        if rows[:2] == (batch, tokens):
-            return weights.view(batch, tokens, *[1] * (len(rows) - 2), experts)
-        if rows == (batch * tokens,):  # models that flatten batch and sequence
-            return weights.flatten(0, 1)
-        if len(rows) == 2 and rows[0] == batch and rows[1] < tokens:  # the last ones, as an output layer may see
-            return weights[:, tokens - rows[1] :]
-        raise ValueError(
-            f"X-LoRA has weights for {batch} samples of {tokens} tokens, and a layer sees an input of shape"
-            f" {tuple(rows)} without its features. Leave that layer out of the experts' target_modules."
-        )
-
-
-class XLoraLayer(LoraLayer):
-    """A module with LoRA experts, of which each token takes what the mixture says."""
-
-    # Other kinds see no tokens, or have one weight for all of them.
-    kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D", "Embedding"))
-
-    #: set by the model
-    mixture: Mixture
-    layer_number: int
-
-    def low(self, name: str, x: Tensor) -> Tensor:
-        """A x of one expert: [..., r]."""
-        raise NotImplementedError
-
-    def changes(self, names: Sequence[str]) -> list[Change]:
-        if fact(_WEIGHTS) is None:
-            return super().changes(names)
-        return [Beside(lambda x: self.mixed(names, x), "the experts are weighed anew for each token")]
-
-    def mixed(self, names: Sequence[str], x: Tensor) -> Tensor:
-        """What the experts add for each token, in its shares: [..., out]."""
-        weights = self.mixture.at(self.layer_number, x.shape if self.op.kind == "Embedding" else x.shape[:-1])
-        if isinstance(weights, float) and weights == 0:
-            return torch.zeros((), device=x.device)
-        dtype = compute_dtype(x) if x.is_floating_point() else self.place()[1] or torch.float32
-        low, up = [], []
-        for name in names:
-            share = weights[..., self.mixture.experts.index(name), None] if isinstance(weights, Tensor) else weights
-            low.append((self.low(name, x) * (share * self.scaling[name])).to(dtype))
-            up.append(self.factors(name)[1].to(dtype))
-        change = F.linear(torch.cat(low, -1), torch.cat(up, 1))
-        scale = getattr(self.get_base_layer(), "embed_scale", None)  # embeddings that multiply what they look up
-        return change if scale is None else change * torch.as_tensor(scale).to(change)
-
-    def check_merge(self, name: str) -> None:
-        raise NotImplementedError("X-LoRA weighs its experts anew for each token, so they cannot be merged.")
-
-    def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(_NO_ROUTES)
-
-
-class XLoraLinearLayer(XLoraLayer, Linear):
-    """A linear layer with experts."""
-
-    def low(self, name: str, x: Tensor) -> Tensor:
-        a = self.lora_A[name].weight
-        return F.linear(self.lora_dropout[name](x), a.to(compute_dtype(x)))
-
-
-class XLoraEmbeddingLayer(XLoraLayer, Embedding):
-    """An embedding with experts."""
-
-    def low(self, name: str, x: Tensor) -> Tensor:
-        return F.embedding(x, self.lora_embedding_A[name].T)
+from peft.xlora.config import XLoraConfig
+from peft.xlora.gate import WEIGHTS, Mixture, XLoraClassifier, choose
+from peft.xlora.layer import NO_ROUTES, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
 
 
 class _Holder(nn.Module):
@@ -346,7 +136,7 @@ class XLoraMethod(LoraMethod):
 
     def _weigh(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs the first pass and sets the weights for the second."""
-        if isinstance(fact(_WEIGHTS), float):
+        if isinstance(fact(WEIGHTS), float):
             return  # this is the first pass
         if kwargs.get("past_key_values") is not None:
             raise ValueError("X-LoRA cannot go on from a cache (past_key_values): it runs all tokens twice.")
@@ -354,7 +144,7 @@ class XLoraMethod(LoraMethod):
         first = {key: value for key, value in kwargs.items() if key != "labels"}
         first.update(output_hidden_states=True, return_dict=True)
         share = float(config.scaling_pass_value * config.global_scaling_weight)
-        with torch.no_grad(), calling(**{_WEIGHTS: share}):
+        with torch.no_grad(), calling(**{WEIGHTS: share}):
             hidden = module(*args, **first).hidden_states[-1]
         scalings = classifier(hidden)
         self.tuner.mixture.scalings = scalings
@@ -364,7 +154,7 @@ class XLoraMethod(LoraMethod):
             scalings = choose(scalings, config.top_k_lora, config.enable_softmax_topk)
         call = current()
         assert call is not None  # `around_forward` has begun one
-        call.facts[_WEIGHTS] = scalings * config.global_scaling_weight
+        call.facts[WEIGHTS] = scalings * config.global_scaling_weight
 
 
 class XLoraModel(LoraModel):
@@ -466,7 +256,7 @@ class XLoraModel(LoraModel):
     @contextmanager
     def routed(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
         if adapter_names is not None:
-            raise ValueError(_NO_ROUTES)
+            raise ValueError(NO_ROUTES)
         yield
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:

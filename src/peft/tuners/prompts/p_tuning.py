@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
-from peft.core.prompt import VirtualTokens
 from peft.errors import PeftWarning
 from peft.registry import PeftType
+from peft.tuners.prompts.base import VirtualTokens
 
 
 class PromptEncoderReparameterizationType(str, Enum):

@@ -10,33 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
+from peft.core.model_config import MODEL_CONFIG_NAMES, read_model_config
 from peft.core.storage import place_of
 from peft.registry import TaskType, method_of
 
-#: a field of `PromptLearningConfig` -> its names in the configurations of base models
-MODEL_CONFIG_NAMES: dict[str, tuple[str, ...]] = {
-    "token_dim": ("hidden_size", "n_embd", "d_model", "dim"),
-    "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"),
-}
-#: where a configuration made of several keeps that of the text model
-TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "encoder")
 #: inputs with one entry per token, for which 0 is a good entry for a virtual token
 TYPES_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
 #: positions of labelled entries that a loss leaves out, as `torch.nn.functional.cross_entropy` has it
 IGNORED = -100
-
-
-def read_model_config(model: nn.Module, field: str) -> Any:
-    """A field of `PromptLearningConfig` as the base model's configuration has it; None if it says nothing."""
-
-    def entry(section: Any, name: str) -> Any:
-        return section.get(name) if isinstance(section, Mapping) else getattr(section, name, None)
-
-    config = getattr(model, "config", None)
-    sections = [entry(config, name) for name in TEXT_SECTIONS] + [config]
-    values = (entry(s, name) for s in sections if s is not None for name in MODEL_CONFIG_NAMES.get(field, (field,)))
-    return next((value for value in values if value is not None), None)
 
 
 def find_word_embeddings(model: nn.Module) -> nn.Module:

@@ -1,0 +1,29 @@
+"""What the configurations of base models call things."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+#: a field of `PromptLearningConfig` -> its names in the configurations of base models
+MODEL_CONFIG_NAMES: dict[str, tuple[str, ...]] = {
+    "token_dim": ("hidden_size", "n_embd", "d_model", "dim"),
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"),
+}
+#: where a configuration made of several keeps that of the text model
+TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "encoder")
+
+
+def read_model_config(model: nn.Module, field: str) -> Any:
+    """A field of `PromptLearningConfig` as the base model's configuration has it; None if it says nothing."""
+
+    def entry(section: Any, name: str) -> Any:
+        return section.get(name) if isinstance(section, Mapping) else getattr(section, name, None)
+
+    config = getattr(model, "config", None)
+    sections = [entry(config, name) for name in TEXT_SECTIONS] + [config]
+    values = (entry(s, name) for s in sections if s is not None for name in MODEL_CONFIG_NAMES.get(field, (field,)))
+    return next((value for value in values if value is not None), None)

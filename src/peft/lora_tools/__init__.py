@@ -1,0 +1,1 @@
+"""Tools for LoRA adapters and their files: converting, extracting, exchanging, routing, formats of other programs."""

@@ -1,0 +1,89 @@
+"""A LoRA on a quantised model, started with what quantising has lost (LoftQ)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from peft.core.storage import backend_of
+from peft.model import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+
+
+@torch.no_grad()
+def replace_lora_weights_loftq(
+    peft_model: PeftModel,
+    model_path: str | os.PathLike | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Starts a LoRA on a quantised model with what quantising has lost of the weights (LoftQ, arXiv:2310.08659).
+
+    The weights before quantising are read one at a time.
+
+    Args:
+        peft_model: a model quantised with bitsandbytes (or another storage that can be read), with a LoRA.
+        model_path: folder or .safetensors file of the model before it was quantised; the model's own, if None.
+        adapter_name: the adapter.
+        callback: called with the model and a module's name when that has its new factors; False takes them back.
+
+    Raises:
+        ValueError: no module with the adapter is quantised, or it is not known where the weights are.
+        FileNotFoundError: there is no such file, or a weight is not in it.
+    """
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in peft_model.named_modules()
+        if isinstance(layer, LoraLayer) and layer.has(adapter_name) and backend_of(layer) is not None
+    }
+    if not layers:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is on no layer that bitsandbytes (or another quantisation) holds; for weights"
+            " that are not quantised yet, use init_lora_weights='loftq'."
+        )
+    base: Any = peft_model.get_base_model()
+    source = model_path or getattr(base, "name_or_path", None)
+    if not source:
+        raise ValueError("model_path is needed: the model does not say where its weights are.")
+    read = _weights_in(source, getattr(base, "base_model_prefix", ""))
+    for name, layer in layers.items():
+        original = layer.op.matrix(read(f"{name}.weight")).float()
+        lost = original.to(layer.get_base_weight().device) - layer.op.matrix(layer.get_base_weight()).float()
+        u, s, vh = torch.linalg.svd(lost, full_matrices=False)
+        root = (s[: layer.r[adapter_name]] / layer.scaling[adapter_name]).sqrt()
+        factors = root[:, None] * vh[: len(root)], u[:, : len(root)] * root
+        before = [factor.clone() for factor in layer.factors(adapter_name)]
+        for factor, value in zip(layer.factors(adapter_name), factors, strict=True):
+            factor.copy_(value)
+        if callback is not None and not callback(peft_model, name):
+            for factor, value in zip(layer.factors(adapter_name), before, strict=True):
+                factor.copy_(value)
+
+
+def _weights_in(source: str | os.PathLike, prefix: str) -> Callable[[str], Tensor]:
+    """Reads single tensors of a saved model, in one .safetensors file or several."""
+    source = os.fspath(source)
+    if not os.path.exists(source):
+        source = snapshot_download(source, allow_patterns=["*.safetensors"], local_files_only=True)
+    paths = [source]
+    if os.path.isdir(source):
+        paths = [os.path.join(source, name) for name in sorted(os.listdir(source)) if name.endswith(".safetensors")]
+    places: dict[str, str] = {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+
+    def read(name: str) -> Tensor:
+        found = next((key for key in (name, name.removeprefix(f"{prefix}.")) if key in places), None)
+        if found is None:
+            raise FileNotFoundError(f"{source!r} holds no weight {name!r}.")
+        with safe_open(places[found], "pt") as file:
+            return file.get_tensor(found)
+
+    return read
