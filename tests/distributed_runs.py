@@ -514,7 +514,7 @@ def run_cell(method: str, sharding: str) -> dict[str, str]:
 
 
 def outcome(pool: Pool, method: str, sharding: str, limit: float = 60.0) -> str:
-    """What the matrix says of a cell: "yes", "refused: ..." (an error that the library raises on all), or what broke."""
+    """What the matrix says of a cell: "yes", "refused: ..." (an error raised on all), or what broke."""
     answers = pool.run(partial(run_cell, method, sharding), limit)
     raised = [answer[1] for answer in answers if answer[0] == "raised"]
     if len(raised) == len(answers) and all(text.startswith(("ValueError", "NotImplementedError")) for text in raised):

@@ -73,7 +73,7 @@ def test_names_are_listed_and_unknown_ones_say_so():
 
 ATTRIBUTE_PATHS = [
     *compat.OLD_PATHS,
-    *(f"{method}.{leaf}" for method in compat.ONE_FILE_METHODS for leaf in ("config", "layer", "model")),
+    *compat.METHOD_PATHS,
     *(f"peft.tuners.lora.{leaf}" for leaf in ("layer", "layer.Linear", "LoraLayer", "model", "eva", "variants")),
     *("peft.tuners.LoraConfig", "peft.optimizers.loraplus", "peft.helpers"),
 ]
