@@ -303,7 +303,10 @@ class OldPath(ModuleType):
         path = self.__name__
         if path in OLD_PATHS:
             return OLD_PATHS[path].get(name, "")
-        return f"{METHOD_PATHS[path]}:{name}" if not name.startswith("__") else ""
+        below = f"{path}.{name}"
+        if name.startswith("__") or below in OLD_PATHS or below in METHOD_PATHS:
+            return ""
+        return f"{METHOD_PATHS[path]}:{name}"
 
     def __getattr__(self, name: str) -> Any:
         home = self._home(name)
