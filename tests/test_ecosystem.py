@@ -82,7 +82,8 @@ def objects():
     """One object of each kind whose attributes they read."""
     config = LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"], trainable_token_indices=[1, 2])
     model = get_peft_model(llama(), config)
-    plain = get_peft_model(llama("LlamaModel"), LoraConfig(target_parameters=["mlp.gate_proj.weight"]))
+    parameter = LoraConfig(target_modules=[], target_parameters=["mlp.gate_proj.weight"])
+    plain = get_peft_model(llama("LlamaModel"), parameter)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     return {
         "PeftModel": get_peft_model(llama(), LoraConfig()),

@@ -215,3 +215,20 @@ def test_other_models_and_methods_are_left_alone():
     plain = LoraConfig(target_modules=["w1"])
     convert_peft_config_for_transformers(plain, torch.nn.Sequential(torch.nn.Linear(2, 2)))
     assert plain.target_modules == {"w1"}
+
+
+def llama():
+    fields = {name: value for name, value in SMALL.items() if name != "num_experts_per_tok"}
+    return _build("LlamaConfig", "LlamaForCausalLM", 0, **fields)
+
+
+@pytest.mark.parametrize(
+    ("build", "given", "modules"),
+    [(llama, None, {"q_proj", "v_proj"}), (llama, [], set()), (mixtral, None, set()), (qwen3, None, set())],
+)
+def test_defaults_join_the_parameters_as_in_huggingface_peft(build, given, modules):
+    parameter = "mlp.gate_proj.weight" if build is llama else "experts.down_proj"
+    model = get_peft_model(build(), LoraConfig(target_modules=given, target_parameters=[parameter]))
+    assert model.peft_config["default"].target_modules == modules
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert {".mlp." in name for name in names} == ({True, False} if modules else {True})

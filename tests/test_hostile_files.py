@@ -113,6 +113,16 @@ def test_what_older_and_newer_files_say_is_read(tmp_path):
         assert PeftConfig.from_pretrained(folder).alpha_pattern == {"lin1": 3.5}
 
 
+@pytest.mark.parametrize("targets", ["lin1", ["lin1"]])
+def test_layers_that_have_no_effect_in_a_file_are_left_out(tmp_path, targets):
+    """huggingface/peft writes them for some methods; here they are an error where somebody asks for them."""
+    layers = {"layers_to_transform": [0]} if isinstance(targets, str) else {}
+    change(saved(tmp_path / "a"), target_modules=targets, layers_pattern="h", **layers)
+    with pytest.warns(PeftWarning, match="layers_pattern, which had no effect"):
+        config = PeftConfig.from_pretrained(tmp_path / "a")
+    assert (config.layers_to_transform, config.layers_pattern) == (None, None)
+
+
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern"])
 @pytest.mark.parametrize(
     "pattern", ["(a+)+$", "(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)x", "(a?){40}a{40}", "(.*.*)*=", "((l|.)*)*in0x"]

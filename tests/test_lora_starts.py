@@ -265,6 +265,14 @@ def test_orthogonal_draws_b_rank_by_rank():
     torch.testing.assert_close(layer.lora_B["o"].weight, torch.randn(2, 5).T @ basis[1::2] / 10)
 
 
+def test_orthogonal_has_no_effect_at_any_rank():
+    net = nn.Sequential(nn.Linear(6, 2))
+    want = net(torch.ones(6))
+    model = get_peft_model(net, LoraConfig(target_modules=["0"], r=4, init_lora_weights="orthogonal"))
+    assert model.base_model.model[0].lora_B["default"].weight.any()
+    torch.testing.assert_close(model(torch.ones(6)), want)
+
+
 def test_conversion_of_a_start_that_changes_nothing_is_refused(tmp_path):
     model = get_peft_model(mlp(), config_of(True))
     model.save_pretrained(tmp_path / "initial")

@@ -13,7 +13,7 @@ import peft
 from peft.ops.shared_vector import assign_entries, take_entries
 from peft.ops.singular import Framed, common_basis, coordinates, keeping_off, leading_factors
 from peft.ops.sparse import Entries, in_row_order, off_diagonal_positions
-from peft.tuners.frod import kind_of
+from peft.tuners.frod import kind_of, number_of
 
 torch.set_num_threads(1)
 
@@ -190,6 +190,19 @@ def test_lily_shares_by_name_shape_and_stride():
     assert len(routers) == 7
 
 
+@pytest.mark.parametrize(
+    ("targets", "groups"),
+    [(["layers.0.q", "layers.1.q"], 2), (["q"], 1), ([r"0.q", "q"], 2), (r"layers\.\d\.(q|v)", 1)],
+)
+def test_lily_shares_among_what_one_entry_of_the_targets_means(targets, groups):
+    """As huggingface/peft does, so that its files have a tensor for each."""
+    net = Blocks(2)
+    del net.q
+    model = peft.get_peft_model(net, peft.LilyConfig(target_modules=targets))
+    names = [name for name, _ in model.named_parameters() if "lily_B" in name]
+    assert len(names) == groups
+
+
 def test_lily_adds_what_its_formula_says():
     model = peft.get_peft_model(chain(6, 5), peft.LilyConfig(target_modules=["0"], r=2, num_B=3, scaling=0.7))
     layer = model.base_model.model[0]
@@ -253,7 +266,9 @@ def test_matrices_are_diagonal_in_their_common_basis(rows):
         torch.testing.assert_close(left.norm(dim=0), torch.ones(6))
 
 
-def test_coordinates_of_a_matrix_that_is_not_of_full_rank():
+@pytest.mark.parametrize("seed", range(5))
+def test_coordinates_of_a_matrix_that_is_not_of_full_rank(seed):
+    torch.manual_seed(seed)
     matrix = torch.randn(5, 2) @ torch.randn(2, 4)
     basis = common_basis([matrix, torch.zeros(3, 4)], 1e-3)
     basis[:, 0] = basis[:, 1]  # singular, and what is in its span can still be told
@@ -288,6 +303,26 @@ def test_framed_matrices_multiply_as_what_they_stand_for(tokens):
 def test_names_of_kinds():
     assert kind_of("model.layers.0.self_attn.q_proj") == "self_attn_q_proj"
     assert kind_of("layers.0.q") == "q" and kind_of("3") == "3" and kind_of("a.b.1") == "b_1"
+    assert kind_of("layer.1.attention.output.dense") == "attention_output"
+    assert kind_of("layer.1.output.dense") == "output_dense"
+    assert [number_of(key, 5) for key in ("h.2.layers.3.q", "h.2.1.q", "q")] == [3, 2, 5]
+
+
+def test_a_frod_basis_comes_from_the_last_layer_of_each_number():
+    net = nn.ModuleDict({side: nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 6)})]) for side in ("first", "last")})
+    both = peft.get_peft_model(net, frod()).base_model
+    basis = both.frod_V["default"]["q"]
+    one = peft.get_peft_model(nn.ModuleDict({"last": both.unload()["last"]}), frod()).base_model
+    assert torch.equal(basis, one.frod_V["default"]["q"])
+
+
+def test_frod_without_sparse_entries():
+    config = peft.FrodConfig(target_modules=["q"], progressbar=False, sparse_rate=0)
+    model = filled(peft.get_peft_model(Blocks(), config))
+    x = torch.randn(2, 8)
+    want = model(x)
+    assert not any(p.numel() for name, p in model.named_parameters() if "s_values" in name)
+    torch.testing.assert_close(model.merge_and_unload()(x), want)
 
 
 def frod(**settings) -> peft.FrodConfig:

@@ -16,7 +16,7 @@ from peft.folder import read_at_rest, replace_files
 from peft.html import table
 from peft.hub import fetch, push, split_hub_arguments
 from peft.registry import PeftType, TaskType, method_of
-from peft.untrusted import note_source, read_json
+from peft.untrusted import note_source, read_json, without_idle_fields
 from peft.values import check_value, dataclass_in, field_types, is_of, shown
 from peft.version import __version__
 
@@ -335,7 +335,7 @@ def build_config(
         method = content.get("peft_type")
         if method is not None and not isinstance(method, str):
             raise TypeError(f"peft_type must be a text, got {shown(method)}")
-        config = config_class.from_peft_type(**{**content, **given})
+        config = config_class.from_peft_type(**without_idle_fields({**content, **given}, source))
         note_source(config, source, content, believed=content if trusted else given)
     except UnknownMethodError as error:
         raise UnknownMethodError(f"{CONFIG_NAME} of {os.fspath(source)!r}: {error}") from error

@@ -126,6 +126,11 @@ def check_target_module_exists(config: Any, key: str) -> str | None:
     return entry if index in ([wanted] if isinstance(wanted, int) else wanted) else None
 
 
+def has_default_targets(peft_type: str | None, model_type: str | None) -> bool:
+    """Whether it is known what a method adapts in models of this type."""
+    return model_type in DEFAULT_TARGETS.get(peft_type or "", {})
+
+
 def default_targets(peft_type: str, model_type: str | None, model: nn.Module) -> set[str] | str:
     """What a method adapts in models of this type.
 

@@ -18,7 +18,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, in_expert
-from peft.core.targets import target_name
+from peft.core.targets import has_default_targets, target_name
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import model_config_of, parts_of
 from peft.errors import PeftWarning
@@ -128,7 +128,8 @@ class BaseTuner(nn.Module):
     def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:
         """Fills in the defaults for the model type."""
         method = self.method(config)
-        if config.target_modules is None and getattr(config, "target_parameters", None):
+        known = has_default_targets(config.peft_type, model_config.get("model_type"))
+        if config.target_modules is None and getattr(config, "target_parameters", None) and not known:
             config.target_modules = set()
         elif config.target_modules is None:
             method.choose_targets(config, model_config)

@@ -159,9 +159,11 @@ def convert_peft_config_for_transformers(
         ValueError: only some of the layers that share a parameter are named, or their ranks differ.
     """
     config: Any = peft_config
-    if config.peft_type != PeftType.LORA or not isinstance(peft_config, LayerConfig) or not config.target_modules:
+    if config.peft_type != PeftType.LORA or not isinstance(peft_config, LayerConfig):
         return
-    stacks = _expert_stacks(model, conversions)
+    if config.target_modules is None and config.target_parameters and _always_means_experts(model):
+        config.target_modules = set()  # with other models, the defaults join the parameters
+    stacks = _expert_stacks(model, conversions) if config.target_modules else []
     if not stacks or not _means_experts(config, model, stacks, state_dict):
         return
     parameters: list[str] = []
@@ -201,9 +203,7 @@ def _means_experts(config: Any, model: nn.Module, stacks: list[ExpertStack], sta
     if state_dict is not None:
         names = "|".join({re.escape(name) for stack in stacks for name in stack.rule.projections})
         return any(re.search(rf"\.\d+\.({names})\.lora_", key) for key in state_dict)
-    conversion_mapping = sys.modules.get("transformers.conversion_mapping")
-    families = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
-    if families.get(_model_type(model) or "") in ("mixtral", "qwen2_moe"):
+    if _always_means_experts(model):
         return True
     # Adapters that huggingface/peft made for other models have other layers of the same name, and not the experts.
     return config.target_modules != ALL_LINEAR and not any(
@@ -211,6 +211,13 @@ def _means_experts(config: Any, model: nn.Module, stacks: list[ExpertStack], sta
         for key, module in model_modules(model)
         if key.rpartition(".")[2] in {name for stack in stacks for name in stack.rule.projections}
     )
+
+
+def _always_means_experts(model: nn.Module) -> bool:
+    """Whether it is a model for which huggingface/peft converts configurations."""
+    conversion_mapping = sys.modules.get("transformers.conversion_mapping")
+    families = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
+    return families.get(_model_type(model) or "") in ("mixtral", "qwen2_moe")
 
 
 def _check_complete(config: Any, stack: ExpertStack) -> None:

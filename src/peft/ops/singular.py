@@ -57,10 +57,11 @@ def coordinates(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         basis: V [columns, columns].
     """
     exact, target = basis.double(), matrix.double().T
-    try:
-        left = torch.linalg.solve(exact, target).T
-    except torch.linalg.LinAlgError:  # W may still be in what V spans
-        left = (torch.linalg.pinv(exact) @ target).T
+    left, failed = torch.linalg.solve_ex(exact, target)
+    # Of a V that is singular in single precision, W may still be in the span.
+    if not exact.is_meta and (failed or not left.norm() * exact.norm() < 1e6 * target.norm()):
+        left = torch.linalg.pinv(exact, rtol=1e-6) @ target
+    left = left.T
     lengths = left.norm(dim=0)
     return (left / lengths.clamp(min=1e-30)).to(matrix.dtype), lengths.to(matrix.dtype)
 

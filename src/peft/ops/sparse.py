@@ -44,7 +44,7 @@ def in_row_order(positions: Tensor) -> tuple[Tensor, Tensor]:
     """What brings the values at positions [2, n] into the order of rows [n], and the positions in that order, int32."""
 
     def sort() -> tuple[Tensor, Tensor]:
-        order = (positions[0].long() * (int(positions.max()) + 1) + positions[1]).argsort()
+        order = (positions[0].long() * 2**31 + positions[1]).argsort()
         return order, positions[:, order].int()
 
     return remember(positions, "row order", sort)

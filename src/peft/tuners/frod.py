@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,10 +28,11 @@ _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 class FrodConfig(LayerConfig):
     """FRoD: W' = U (S + diag(l)) V^T, a change of full rank with few values.
 
-    Layers of a kind, those whose names end alike, share a basis V [in, in], which comes from all their weights: without
-    the adapter, W = U diag(l) V^T with a U [out, in] of each layer, whose columns have length 1. l [in] is trained, and
-    so are the entries of the sparse S [in, in], at random places off the diagonal that the layers share, too. For an
-    embedding, W is its weight as it is held, one row for each vector.
+    Layers of a kind, those whose names end alike, share a basis V [in, in], which comes from all their weights (where
+    several are in blocks of the same number, as in encoder and decoder, from that of the last): without the adapter,
+    W = U diag(l) V^T with a U [out, in] of each layer, whose columns have length 1. l [in] is trained, and so are the
+    entries of the sparse S [in, in], at random places off the diagonal that the layers share, too. For an embedding, W
+    is its weight as it is held, one row for each vector.
 
     V and U take as much memory as the weights; V costs a QR decomposition of all weights of a kind, once, and U a
     system of equations for each layer, whenever the adapter is made or loaded.
@@ -41,7 +43,8 @@ class FrodConfig(LayerConfig):
         frod_dropout: probability of dropout on the adapter's input.
         fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_weights: start S at zero, without effect; False starts it, and l, at random.
-        sparse_rate: how many entries of S are trained, as a share of all: between 0 and 1; at least one is.
+        sparse_rate: how many entries of S are trained, as a share of all: between 0 and 1; at least one is, unless the
+            share is 0.
         regularization_alpha: added to the diagonals of what is inverted on the way to V.
         progressbar: show one while the bases are made.
         runtime_offload_base_weight: accepted for the sake of files; the base weight is part of the computation here, so
@@ -157,20 +160,21 @@ class FrodMethod(Method):
     def share(self, plan: Plan, config: FrodConfig, adapter_name: str) -> dict[str, dict[str, Tensor]]:
         from tqdm import tqdm
 
-        kinds: dict[str, list[Any]] = {}
-        for layer in plan.layers:
+        kinds: dict[str, dict[int, Any]] = {}
+        for place, layer in enumerate(plan.layers):
             kind = self.planned[id(layer.base), layer.parameter_name]["groups"]["frod_V"]
-            kinds.setdefault(kind, []).append(layer)
+            kinds.setdefault(kind, {})[number_of(layer.name, place)] = layer
         generator = torch.Generator().manual_seed(config.projection_prng_key)
         shared: dict[str, dict[str, Tensor]] = {name: {} for name in _SHARED}
         hidden = not config.progressbar or plan.waits_for_file
         for kind in tqdm(sorted(kinds), desc="FRoD bases", disable=hidden):
-            size = basis_size(kinds[kind][0].op)
+            layers = [layer for _, layer in sorted(kinds[kind].items())]
+            size = basis_size(layers[0].op)
             matrices = []
-            for layer in kinds[kind]:
+            for layer in layers:
                 matrix = layer.start_matrix(plan.waits_for_file)
                 matrices.append(matrix.T if layer.op.kind == "Embedding" else matrix)
-            count = max(1, int(size * size * config.sparse_rate))
+            count = max(1, int(size * size * config.sparse_rate)) if config.sparse_rate else 0
             shared["frod_V"][kind] = common_basis(matrices, config.regularization_alpha)
             shared["frod_s_indices"][kind] = off_diagonal_positions(size, count, generator)
             shared["frod_s_size"][kind] = torch.tensor([size, size])
@@ -179,8 +183,16 @@ class FrodMethod(Method):
 
 def kind_of(key: str) -> str:
     """What layers with alike names are called together: the last two parts of the name, or one after a number."""
+    if re.search(r"(^|\.)attention\.output\.dense$", key):
+        return "attention_output"  # BERT's, which is not its `output.dense` of the feed-forward network
     *_, before, last = ("", *key.split("."))
     return last if not before or before.isdigit() else f"{before}_{last}"
+
+
+def number_of(key: str, otherwise: int) -> int:
+    """The number of the block a layer is in: of a kind, the last layer with a number takes part in the basis."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)(?=\.|$)", key) or re.search(r"(?:^|\.)(\d+)(?=\.|$)", key)
+    return int(found[1]) if found else otherwise
 
 
 def basis_size(op: BaseOp) -> int:

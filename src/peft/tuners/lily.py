@@ -15,6 +15,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
 from peft.core.slots import Setting, Slot
+from peft.core.targets import matching_entry
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
 
@@ -23,10 +24,10 @@ from peft.registry import PeftType
 class LilyConfig(LayerConfig):
     """Lily (arXiv:2407.09946): y = W x + scaling * (p_1 B_1 + ... + p_n B_n) A x, with the p of a router.
 
-    The factors B_e [out, r] are shared by all layers whose names end alike and whose weights have the same shape; each
-    A [r, in] by `stride_A` neighbours of those. Every layer has a router [n, r] of its own: p is the softmax of the
-    router of A x, averaged over all positions of all samples. What is in a batch, its padding too, has a part in what
-    an adapter does.
+    The factors B_e [out, r] are shared by all layers that the same entry of `target_modules` means and whose weights
+    have the same shape; each A [r, in] by `stride_A` neighbours of those. Every layer has a router [n, r] of its own: p
+    is the softmax of the router of A x, averaged over all positions of all samples. What is in a batch, its padding
+    too, has a part in what an adapter does.
 
     Args:
         r: rank of each factor.
@@ -121,7 +122,8 @@ class LilyMethod(Method):
         before: Counter[str] = Counter()
         settings = {}
         for layer in plan.layers:
-            alike = f"{layer.name.rpartition('.')[2]} {layer.op.out_features}x{layer.op.in_features}"
+            entry = matching_entry(config.target_modules, layer.name) or layer.name
+            alike = f"{entry} {layer.op.out_features}x{layer.op.in_features}"
             groups = {"lily_A": f"{alike} {before[alike] // config.stride_A}", "lily_B": alike}
             before[alike] += 1
             settings[layer.name] = {"groups": groups, "lily_made": made}

@@ -14,12 +14,11 @@ from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import Buffers, Setting, Slot
-from peft.core.targets import ALL_LINEAR, pattern_value
+from peft.core.targets import ALL_LINEAR, has_default_targets, pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Dense
 from peft.ops.singular import keeping_off
 from peft.registry import PeftType
-from peft.target_tables import DEFAULT_TARGETS
 
 _FIXED = ("osf_U_high", "osf_V_high", "osf_start")
 
@@ -127,7 +126,7 @@ class OSFMethod(Method):
 
     def choose_targets(self, config: OSFConfig, model_config: dict[str, Any]) -> None:
         # Where nothing is known of the type of the model, as where everything is trained: all linear layers.
-        if model_config.get("model_type") in DEFAULT_TARGETS["OSF"]:
+        if has_default_targets(config.peft_type, model_config.get("model_type")):
             super().choose_targets(config, model_config)
         else:
             config.target_modules = ALL_LINEAR

@@ -63,12 +63,12 @@ class PeanutLayer(AdapterLayer):
     peanut_B: nn.ModuleDict
     peanut_encoders: nn.ModuleDict
     peanut_decoders: nn.ModuleDict
-    peanut_scaling = Setting[float]()
-    peanut_act_fn = Setting[str]()
+    scaling = Setting[float]()
+    act_fn = Setting[str]()
 
     def create(self, name: str, config: PeanutConfig) -> None:
         r, out = config.r, self.out_features
-        self.peanut_scaling[name], self.peanut_act_fn[name] = config.scaling, config.act_fn
+        self.scaling[name], self.act_fn[name] = config.scaling, config.act_fn
         a, b = nn.Linear(out, r, bias=False), nn.Linear(r, out, bias=False)
         encoders, decoders = ([nn.Linear(r, r, bias=False) for _ in range(config.depth)] for _ in range(2))
         for layer in (a, *encoders, *decoders):  # drawn anew, in the order in which huggingface/peft draws them
@@ -90,7 +90,7 @@ class PeanutLayer(AdapterLayer):
     def hidden(self, name: str) -> Tensor:
         """H [r, in]."""
         a, encoders, decoders = self.weights(name)
-        activation = activation_of(self.peanut_act_fn[name])
+        activation = activation_of(self.act_fn[name])
         h, before = activation(product_with(a, self.original_matrix)), []
         for encoder in encoders:
             before.append(h)
@@ -103,7 +103,7 @@ class PeanutLayer(AdapterLayer):
         a, encoders, decoders = self.weights(name)
         b: Any = self.peanut_B[name]
         h = self.remembered(lambda: self.hidden(name), a, *encoders, *decoders)
-        return LowRank(h, b.weight, self.peanut_scaling[name])
+        return LowRank(h, b.weight, self.scaling[name])
 
     @classmethod
     def check(cls, config: PeanutConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -129,11 +129,11 @@ class PsoftLayer(AdapterLayer):
     psoft_R: nn.ModuleDict
     psoft_A: Buffers
     psoft_B: Buffers
-    psoft_scaling = Setting[float]()
+    scaling = Setting[float]()
     psoft_dropout = Setting[float]()
 
     def create(self, name: str, config: PsoftConfig) -> None:
-        self.psoft_scaling[name] = config.psoft_alpha / config.r
+        self.scaling[name] = config.psoft_alpha / config.r
         self.psoft_dropout[name] = config.psoft_dropout
         self.psoft_R[name] = PsoftRotation(config)
 
@@ -145,7 +145,7 @@ class PsoftLayer(AdapterLayer):
         else:
             iterations = config.psoft_svd_lowrank_niter if config.psoft_svd == "lowrank" else None
             even = config.ab_svd_init == "pissa_init"
-            a, b = principal_factors(weight, config.r, self.psoft_scaling[name], even, iterations, config.random_seed)
+            a, b = principal_factors(weight, config.r, self.scaling[name], even, iterations, config.random_seed)
         self.psoft_A[name], self.psoft_B[name] = a, b
 
     def change(self, name: str) -> LowRank:
@@ -159,7 +159,7 @@ class PsoftLayer(AdapterLayer):
         # On the side of the outputs: a training step then keeps x A^T, and x is not needed.
         up = remember(rotation.weight, "up", rotated, b, *vectors)
         p = self.psoft_dropout[name] if self.training else 0.0
-        return LowRank(self.psoft_A[name].to(up.dtype), up, self.psoft_scaling[name], p)
+        return LowRank(self.psoft_A[name].to(up.dtype), up, self.scaling[name], p)
 
     @classmethod
     def check(cls, config: PsoftConfig, key: str, module: nn.Module, op: BaseOp) -> None:

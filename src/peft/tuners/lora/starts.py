@@ -276,7 +276,7 @@ def check_start(config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r:
             f"init_lora_weights={config.init_lora_weights!r} does not work on {name!r}, a {op.kind}; it works on"
             f" {', '.join(sorted(start.kinds))}."
         )
-    if r > min(op.out_features, op.in_features) and start.fill is not _zero:
+    if r > min(op.out_features, op.in_features) and start.fill not in (_zero, _orthogonal):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} needs a rank of at most"
             f" {min(op.out_features, op.in_features)} on {name!r} [{op.out_features}, {op.in_features}], got r={r}."
