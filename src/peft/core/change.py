@@ -123,9 +123,11 @@ class LowRank(Change):
     def acts(self, op: BaseOp) -> bool:
         if not op.multiplies or self.down.dim() != 2:
             return False
+        if op.linear:
+            return True
         # A change of full rank costs a convolution more than the convolution itself.
         thin = len(self.down) < min(op.in_features, op.out_features) or self.down.shape[1] != op.in_features
-        return op.linear or op.kind == "Embedding" or self.dropout > 0 or thin
+        return op.kind == "Embedding" or self.dropout > 0 or thin
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """A and B with what stands between and behind them, the scale aside."""

@@ -80,6 +80,9 @@ def _first(layer: AdapterLayer, change: Change, x: Tensor, args: tuple[Any, ...]
 def _fused(layer: AdapterLayer, change: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The output of a frozen linear layer with one change; None where there is nothing to gain."""
     dtype = weight.dtype
+    if type(change) is LowRank and x.numel() < change.down.numel() and change.is_product:
+        # Fewer vectors than ranks: nothing else can pay, and asking takes as long as a small layer.
+        return lora_linear(x.to(dtype), weight, bias, None, change.down, change.up, change.scale, change.dropout)
     rows, (narrow, wide) = x.numel() // x.shape[-1], sorted(weight.shape)
     summable = dtype.itemsize >= 4  # else a change that is small beside the weight would be rounded away in the sum
     if type(change) is LowRank:

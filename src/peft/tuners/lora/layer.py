@@ -208,7 +208,8 @@ class LoraLayer(AdapterLayer):
         modules: Any = self._modules
         a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         scaling = self.records[name].scaling
-        offset = None if b.bias is None else b.bias * scaling
+        bias = b._parameters.get("bias")
+        offset = None if bias is None else bias * scaling
         down, up = self.flat_factors(_weight(a), _weight(b))
         change = LowRank(down, up, scaling, self.dropout_of(name), offset)
         if self.op.linear and not (is_plain(a) and is_plain(b)):  # somebody wants to see them called
