@@ -227,6 +227,9 @@ def test_set_requires_grad_does_not_touch_what_is_active(model):
     assert trainable(model) == {"red", "blue"} and model.active_adapters == ["red"]
     model.set_requires_grad(["red", "blue"], requires_grad=False)
     assert trainable(model) == set() and model.active_adapters == ["red"]
+    model.set_requires_grad("blue")
+    model.set_adapter("red")  # after which the active adapters alone are trained
+    assert trainable(model) == {"red"}
 
 
 def test_deleting_leaves_no_trace_and_the_others_as_they_were(model):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from peft.checkpoint import get_peft_model_state_dict as get_peft_model_state_dict
 from peft.checkpoint import set_peft_model_state_dict as set_peft_model_state_dict
 from peft.config import PeftConfig
-from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
 from peft.core.tuner import UPCAST_DTYPES, BaseTuner
@@ -149,7 +148,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     if not autocast_adapter_dtype:
         return
     for _, part in parts_of(model):
-        if part.has(adapter_name) and not isinstance(part, ModulesToSaveWrapper):
+        if part.has(adapter_name) and isinstance(part, AdapterLayer):
             for parameter in part.adapter_parameters(adapter_name):
                 if parameter.dtype in UPCAST_DTYPES:
                     parameter.data = parameter.data.float()

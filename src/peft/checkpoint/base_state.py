@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft.checkpoint.state import IncompatibleKeys
+from peft.core.biases import TrainedBiases
 from peft.core.walk import parts_of
 
 
@@ -18,7 +19,7 @@ def _base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
         module = module.wrapped
     yield path, module
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and not isinstance(child, TrainedBiases):
             yield from _base_modules(child, f"{path}.{name}" if path else name)
 
 
@@ -37,7 +38,11 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for path, module in _base_modules(_base_of(model)):
-        module._save_to_state_dict(state, f"{path}." if path else "", keep_vars=False)
+        prefix = f"{path}." if path else ""
+        module._save_to_state_dict(state, prefix, keep_vars=False)
+        for biases in module.children():
+            if isinstance(biases, TrainedBiases):
+                state.update({prefix + name: value.detach() for name, value in biases.of(None).items()})
     return state
 
 

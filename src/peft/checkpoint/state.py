@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
+from peft.core.biases import TrainedBiases
 from peft.core.layer import AdapterLayer
 from peft.core.targets import ends_with
 from peft.core.tuner import BaseTuner
@@ -102,7 +103,7 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     config = config_of(model, adapter_name)
     slots = adapter_slots(model, adapter_name)
-    slots.update(_bias_slots(model, config, adapter_name))
+    slots.update(_bias_slots(model, adapter_name))
     if config.is_prompt_learning and isinstance(model, PromptHost):
         tensors = model.prompt_state_dict(adapter_name)
     else:
@@ -128,25 +129,14 @@ def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _bias_slots(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Slot]:
+def _bias_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
     """The biases of the base model that belong to an adapter."""
-    bias = getattr(config, "bias", "none")
-    if bias == "none":
-        return {}
     slots = {}
-    if bias == "all":
-        own = {slot.live_name for slot in adapter_slots(model, adapter_name).values()}
-        for path, module in model.named_modules():
-            for name, _ in module.named_parameters(recurse=False):
-                live = f"{path}.{name}" if path else name
-                if name.endswith("bias"):
-                    key = live.replace(f".{adapter_name}.", ".") if live in own else live
-                    slots[_in_files(model, key)] = Slot(live, module, name)
-        return slots
     for path, part in parts_of(model):
-        if isinstance(part, AdapterLayer) and part.op.bias_name and part.get_base_bias() is not None:
-            live = f"{path}{'.base_layer' * _depth(part)}.{part.op.bias_name}"
-            slots[_in_files(model, live)] = Slot(live, part.get_base_layer(), part.op.bias_name)
+        if isinstance(part, TrainedBiases) and part.has(adapter_name):
+            for name in part.of(adapter_name):
+                live = f"{path.rpartition('.')[0]}.{name}"
+                slots[_in_files(model, live)] = Slot(live, part.of(adapter_name), name)
     return slots
 
 
@@ -295,7 +285,10 @@ class Places:
         self, model: nn.Module, config: Any, adapter_name: str, slots: Mapping[str, Slot], keys: Iterable[str]
     ):
         self._model, self._injected, self._slots = model, not isinstance(model, PromptHost), slots
-        self._biases = {_place(slot) for slot in _bias_slots(model, config, adapter_name).values()}
+        self._biases: dict[tuple[int, str], Slot] = {}
+        for key, slot in _bias_slots(model, adapter_name).items():
+            in_effect = base_slot(model, key)
+            self._biases[_place(in_effect or slot)] = slot
         plain, adapted = ({}, {}) if config.is_prompt_learning else _embedding_slots(model)
         self._adapted = {_place(slot) for slot in adapted.values()}
         self._embeddings = {_place(slot) for slot in plain.values()}
@@ -337,7 +330,9 @@ class Places:
         slot = base_slot(self._model, key)
         if slot is None:
             return None
-        if _place(slot) in self._biases | self._adapted:
+        if _place(slot) in self._biases:
+            return self._biases[_place(slot)]
+        if _place(slot) in self._adapted or (key.endswith("bias") and same(slot.tensor, value)):
             return slot
         if _place(slot) in self._embeddings:
             if not same(slot.tensor, value):

@@ -92,6 +92,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def update(self, adapter_name: str, tied_module: nn.Module | None = None) -> None:
         """Makes a copy of the original for another adapter."""
         copied = copy.deepcopy(self.original_module)
+        for path, part in [*copied.named_modules()]:
+            if isinstance(part, Part) and part.unload(merge=False) is None:  # biases that adapters train
+                del copied.get_submodule(path.rpartition(".")[0])._modules[path.rpartition(".")[2]]
         copied.requires_grad_(False)
         if tied_module is not None:
             copied.weight = tied_module.weight

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.auxiliary import ModulesToSaveWrapper, save_modules
+from peft.core.auxiliary import save_modules
 from peft.core.base_op import base_op
+from peft.core.biases import TrainedBiases, note_layers, own_biases, train_biases
 from peft.core.method import Method
 from peft.core.plan import Plan, make_plan
 from peft.core.routing import BASE
@@ -75,7 +76,7 @@ def inject(
         tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
         without_memory = plan.waits_for_file = low_cpu_mem_usage and method.start_is_replaceable(config)
         share(method, plan, config, adapter_name)
-        with torch.device("meta") if without_memory else nullcontext():
+        with torch.device("meta") if without_memory else nullcontext(), own_biases(before.parts):
             _apply(tuner, plan, config, adapter_name)
             save_modules(model, plan.save, adapter_name, tied)
             train_tokens(model, adapter_name, tokens)
@@ -86,7 +87,12 @@ def inject(
         tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         tuner.peft_config[adapter_name] = config
         tie_layers(tuner, model, tied, adapter_name)
-        _freeze_base(tuner, model, before)
+        _freeze_base(tuner, before)
+        if getattr(config, "bias", "none") != "none":
+            layer_class = None if config.bias == "all" else method.layer_class
+            train_biases(tuner.parts(), model, adapter_name, layer_class)
+            tuner._parts = None
+        note_layers(tuner.parts())
         _join_in(tuner, before, adapter_name)
         model.peft_config = tuner.peft_config  # type: ignore[assignment]
         for layer in tuner.layers():
@@ -225,13 +231,6 @@ def _check_bias(tuner: BaseTuner, adapter_name: str, config: Any) -> None:
             f"{kind} supports only 1 adapter with bias; {', '.join(others)} is there already. Set bias to 'none' for"
             " all adapters."
         )
-    for name in others:
-        if getattr(tuner.peft_config[name], "bias", "none") != "none":
-            warnings.warn(
-                f"Adapter {name!r} trains biases of the base model, which act with adapter {adapter_name!r} too.",
-                PeftWarning,
-                stacklevel=2,
-            )
 
 
 def _note_layout(config: Any, plan: Plan) -> None:
@@ -253,22 +252,13 @@ def _apply(tuner: BaseTuner, plan: Plan, config: Any, adapter_name: str) -> None
         )
 
 
-def _freeze_base(tuner: BaseTuner, model: nn.Module, before: Before) -> None:
-    """Freezes the base model, but for the biases that the configurations ask to be trained."""
+def _freeze_base(tuner: BaseTuner, before: Before) -> None:
+    """Freezes the base model, but for the biases that adapters have trained in place of its own."""
+    biases = [part for _, part in before.parts if isinstance(part, TrainedBiases)]
+    trained = {id(p) for part in biases for name in part.adapter_names() for p in part.adapter_parameters(name)}
     for parameter, _ in before.trained:
-        parameter.requires_grad = False
-    for config in tuner.peft_config.values():
-        bias = getattr(config, "bias", "none")
-        if bias == "all":
-            saved = [part for _, part in tuner.parts() if isinstance(part, ModulesToSaveWrapper)]
-            originals = {id(p) for part in saved for p in part.original_module.parameters()}
-            for name, parameter in base_parameters(model):
-                if name.endswith("bias") and id(parameter) not in originals:
-                    parameter.requires_grad = True
-        elif bias != "none":
-            for _, part in tuner.parts():
-                if isinstance(part, tuner.method(config).layer_class) and part.bias is not None:
-                    part.bias.requires_grad = True
+        if id(parameter) not in trained:
+            parameter.requires_grad = False
 
 
 def _join_in(tuner: BaseTuner, before: Before, adapter_name: str) -> None:
@@ -293,7 +283,7 @@ def _take_out(tuner: BaseTuner, method: Method, model: nn.Module, adapter_name: 
         if id(part) in old:
             part.delete_adapter(adapter_name)
         else:
-            put_back(model, key, part.wrapped)
+            put_back(model, key, part.unload(merge=False))
     tuner.forget_shared(method, adapter_name)
     method.planned = {}
     tuner._parts = None

@@ -35,6 +35,8 @@ class Part(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
     _active: list[str]
+    #: the adapters that were made trainable last
+    _trained: set[str]
     _disable_adapters: bool
     _trained_before_disable: list[nn.Parameter]
 
@@ -48,15 +50,20 @@ class Part(nn.Module):
         super().__init__()
         # Straight into __dict__, here and in what derives from it: a large model has tens of thousands of parts, and
         # assigning to a module is slow.
-        self.__dict__.update(records={}, _active=[], _disable_adapters=False, _trained_before_disable=[])
+        self.__dict__.update(
+            records={}, _active=[], _trained=set(), _disable_adapters=False, _trained_before_disable=[]
+        )
 
     @property
     def wrapped(self) -> nn.Module:
         """The module of the model that this one is in place of."""
         raise NotImplementedError
 
-    def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
-        """The module to leave in the model: with what the adapters trained in its place if `merge`, else as it was."""
+    def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module | None:
+        """The module to leave in the model: with what the adapters trained in its place if `merge`, else as it was.
+
+        None where there was none in this place.
+        """
         return self.wrapped
 
     # ---- what adapters have here
@@ -185,9 +192,8 @@ class Part(nn.Module):
         """
         names = as_names(adapter_names)
         self.check_active(names)
-        for name in self._active:
-            if name not in names:
-                self.set_requires_grad(name, False)
+        for name in {*self._active, *self._trained}.difference(names):  # not all: there may be hundreds, nearly all of them frozen
+            self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, not inference_mode)
         self.__dict__["_active"] = names
@@ -196,6 +202,7 @@ class Part(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Makes adapters trainable or not, active or not."""
         for name in as_names(adapter_names):
+            (self._trained.add if requires_grad else self._trained.discard)(name)
             parameters = list(self.trainable_parameters(name))
             for parameter in parameters:
                 parameter.requires_grad_(requires_grad)

@@ -159,7 +159,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     statuses = [
         _layer_status(prefix + name, part)
         for name, part in parts_of(base)
-        if not isinstance(part, TrainableTokensWrapper)
+        if isinstance(part, (AdapterLayer, ModulesToSaveWrapper))
     ]
     if not statuses:
         raise ValueError(

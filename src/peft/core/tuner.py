@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft.config import PeftConfig
 from peft.core import injection, making, unloading
 from peft.core.base_op import AttentionOp
+from peft.core.biases import TrainedBiases
 from peft.core.call import calling, current, remember_for_backward
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -332,6 +333,13 @@ class BaseTuner(nn.Module):
         self.check_names([name for name in dict.fromkeys(adapter_names) if name != BASE])
         if any(part.merged_adapters for _, part in self.parts()):
             raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+        concerned = {*adapter_names, *self.active_adapters}
+        biased = concerned & {n for _, p in self.parts() if isinstance(p, TrainedBiases) for n in p.adapter_names()}
+        if biased and len(concerned) > 1:
+            raise ValueError(
+                f"Adapter {', '.join(sorted(biased))} trains biases of the base model, which cannot differ from sample"
+                " to sample (adapter_names)."
+            )
         with calling(route=Route(adapter_names)):
             yield
 

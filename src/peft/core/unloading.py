@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from peft.core import merge as merging
+from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.layer import AdapterLayer
-from peft.core.part import as_names
+from peft.core.part import Part, as_names
 from peft.core.tokens import TrainableTokensLayer
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import live_key, put_back, with_progress
@@ -77,7 +78,7 @@ def unload(
         if isinstance(part, AdapterLayer):
             if merge:
                 part.merge(safe_merge, adapter_names, keep=False, own=_is_shared(part, shared))
-        elif merge and not all(method.unwraps_saved for method in tuner.methods()):
+        elif merge and _is_left(tuner, part):
             warnings.warn(
                 f"{type(tuner).__name__} leaves {key!r} in its {type(part).__name__}, with what was trained in effect;"
                 " its `current_module()` is the plain module.",
@@ -97,6 +98,11 @@ def unload(
         for name in names:
             method.removed(name)
     return model
+
+
+def _is_left(tuner: BaseTuner, part: Part) -> bool:
+    """Whether merging for good leaves a part where it is."""
+    return isinstance(part, AuxiliaryTrainingWrapper) and not all(method.unwraps_saved for method in tuner.methods())
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

@@ -55,10 +55,12 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
-def put_back(model: nn.Module, key: str, module: nn.Module) -> None:
+def put_back(model: nn.Module, key: str, module: nn.Module | None) -> None:
     """Puts `module` in place of the part called `key`; what holds a token adapter stands for both, and is put back."""
     parent, _, name = key.rpartition(".")
-    if name != "token_adapter":
+    if module is None:
+        del model.get_submodule(parent)._modules[name]
+    elif name != "token_adapter":
         setattr(model.get_submodule(parent), name, module)
 
 
