@@ -72,7 +72,7 @@ class TrainedBiases(Part):
         if self.around is not None and entries:
             merging.rewrite(self.around, [])
         for name, own in self.of(None).items():
-            self.module._parameters[name] = wanted[name] if name in wanted else own
+            self.module._parameters[name] = wanted.get(name, own)
         self.__dict__["_present"] = wanted
         if self.around is not None and entries:
             merging.rewrite(self.around, entries)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peft.core.around import see_to_fast_paths
 from peft.core.auxiliary import save_modules
 from peft.core.base_op import base_op
 from peft.core.biases import TrainedBiases, note_layers, own_biases, train_biases
@@ -72,6 +73,7 @@ def inject(
         _note_layout(config, plan)
 
         before = Before(tuner, model)
+        undo.callback(see_to_fast_paths, model)
         undo.callback(_take_out, tuner, method, model, adapter_name, before)
         tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
         without_memory = plan.waits_for_file = low_cpu_mem_usage and method.start_is_replaceable(config)
@@ -93,6 +95,7 @@ def inject(
             train_biases(tuner.parts(), model, adapter_name, layer_class)
             tuner._parts = None
         note_layers(tuner.parts())
+        see_to_fast_paths(model)
         _join_in(tuner, before, adapter_name)
         model.peft_config = tuner.peft_config  # type: ignore[assignment]
         for layer in tuner.layers():

@@ -49,8 +49,10 @@ class AdapterLayer(Part):
     label: ClassVar[str] = ""
 
     parameter_name: str | None
-    #: whether the module around reads `weight` and `bias` instead of calling (attention's output projection)
+    #: whether modules around it read `weight` and `bias`: what they see is with the adapters
     is_read: bool
+    #: whether it comes with the layer of the attention module that it is the output projection of
+    with_attention: bool
     in_expert: bool
     ledger: merging.Ledger
     _live: list[str]
@@ -68,8 +70,8 @@ class AdapterLayer(Part):
             self._modules[slot] = self.slots[slot].container()
         ledger = base_layer.ledger if isinstance(base_layer, AdapterLayer) else merging.Ledger()
         self.__dict__.update(
-            op=found, parameter_name=parameter_name, is_read=False, in_expert=False, ledger=ledger, _live=[],
-            _merged=ledger.entries, waits_for_file=False,
+            op=found, parameter_name=parameter_name, is_read=False, with_attention=False, in_expert=False,
+            ledger=ledger, _live=[], _merged=ledger.entries, waits_for_file=False,
         )  # fmt: skip
 
     # ---- what a method writes
@@ -144,13 +146,16 @@ class AdapterLayer(Part):
     def read_layers(self) -> list[AdapterLayer]:
         """The layers inside the module below that it reads instead of calling."""
         children = self.base_layer.children()
-        return [child for child in children if isinstance(child, AdapterLayer) and child.is_read]
+        return [child for child in children if isinstance(child, AdapterLayer) and child.with_attention]
 
     @property
     def weight(self) -> Tensor:
         """The base module's weight, packed as it may be; the one in effect where it is read rather than called."""
-        if self.is_read and self.acting():
-            return self.effective()[0]
+        return self._seen()[0] if self.is_read and self.acting() else self.own_weight
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The base module's weight, packed as it may be."""
         base, name = self.get_base_layer(), self.op.weight_name
         held = base._parameters.get(name)
         return storage_of(base, name).held(base, name) if held is None else held
@@ -158,7 +163,13 @@ class AdapterLayer(Part):
     @property
     def bias(self) -> Tensor | None:
         """The base module's bias, or None; in effect where `weight` is."""
-        return self.effective()[1] if self.is_read and self.acting() else self.get_base_bias()
+        return self._seen()[1] if self.is_read and self.acting() else self.get_base_bias()
+
+    def _seen(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as a module around reads them."""
+        for name in () if self.with_attention else self.acting():
+            self.check_merge(name)  # else it cannot be seen in a weight
+        return self.effective()
 
     def get_base_bias(self) -> Tensor | None:
         """The base module's own bias, or None."""

@@ -192,7 +192,7 @@ class Part(nn.Module):
         """
         names = as_names(adapter_names)
         self.check_active(names)
-        for name in {*self._active, *self._trained}.difference(names):  # not all: there may be hundreds, nearly all of them frozen
+        for name in {*self._active, *self._trained}.difference(names):  # there may be hundreds, nearly all frozen
             self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, not inference_mode)

@@ -97,7 +97,7 @@ class Plan:
         """The targets of an adapter that has been added, given the parts of its model by name."""
         plan = cls()
         for path, layer in parts:
-            if isinstance(layer, AdapterLayer) and layer.has(adapter_name) and not layer.is_read:
+            if isinstance(layer, AdapterLayer) and layer.has(adapter_name) and not layer.with_attention:
                 key, parameter = target_name(path, layer), layer.parameter_name
                 key = key if parameter is None else key.removesuffix(f".{parameter}")
                 plan.targets.append(Target(key, layer, layer, "", parameter))

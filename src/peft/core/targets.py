@@ -48,7 +48,7 @@ def target_name(path: str, layer: AdapterLayer) -> str:
     if isinstance(layer.op, ParameterOp):
         return f"{key}.{layer.op.weight_name}"
     # The output projection of attention comes with the attention module.
-    return key.removesuffix(".out_proj") if layer.is_read else key
+    return key.removesuffix(".out_proj") if layer.with_attention else key
 
 
 def ends_with(key: str, names: Iterable[str]) -> str | None:

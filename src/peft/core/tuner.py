@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft.config import PeftConfig
 from peft.core import injection, making, unloading
+from peft.core.around import is_read
 from peft.core.base_op import AttentionOp
 from peft.core.biases import TrainedBiases
 from peft.core.call import calling, current, remember_for_backward
@@ -157,6 +158,7 @@ class BaseTuner(nn.Module):
             layer = method.make_layer(peft_config, target, parameter_name, current_key)
             layer.share(method.shared)
             layer.in_expert = in_expert(current_key)
+            layer.is_read = parameter_name is None and is_read(self.model, current_key)
             self._replace_module(parent, target_name, layer, target)
         planned = method.planned.get((id(layer.get_base_layer()), parameter_name))
         layer.add_adapter(adapter_name, peft_config, planned, **settings)
@@ -167,7 +169,7 @@ class BaseTuner(nn.Module):
             self._create_and_replace(
                 peft_config, adapter_name, attention.out_proj, "out_proj", attention, current_key=current_key
             )
-            attention.out_proj.is_read = True
+            attention.out_proj.is_read = attention.out_proj.with_attention = True
 
     def _find_layer(
         self, module: nn.Module, parameter_name: str | None, kind: type[AdapterLayer]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from peft.core import merge as merging
+from peft.core.around import see_to_fast_paths
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
@@ -90,6 +91,7 @@ def unload(
     for key in tied[1:]:
         model.get_submodule(key).weight = model.get_submodule(tied[0]).weight
     tuner._parts = None
+    see_to_fast_paths(model)
     methods, names = tuner.methods(), list(tuner.peft_config)
     if "peft_config" in model.__dict__:
         del model.peft_config
@@ -117,7 +119,7 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 def _is_shared(layer: AdapterLayer, shared: set[int]) -> bool:
     # Tied modules with trained tokens share those as well, as a rule, so they stay tied.
-    return id(layer.weight) in shared and not (isinstance(layer, TrainableTokensLayer) and layer.has_twin)
+    return id(layer.own_weight) in shared and not (isinstance(layer, TrainableTokensLayer) and layer.has_twin)
 
 
 def _tied_alike(tuner: BaseTuner, names: Sequence[str]) -> list[str]:

@@ -81,7 +81,7 @@ class LayerChange:
     def tensors(self, rank: int) -> dict[str, Tensor]:
         """The LoRA of that rank per block."""
         # LoRA counts the change of a projection that attention reads twice, see `peft.tuners.lora.layer.Linear.delta`.
-        return of_svd(self.layer, self.u, self.s / (2 if self.layer.is_read else 1), self.vh, rank)
+        return of_svd(self.layer, self.u, self.s / (2 if self.layer.with_attention else 1), self.vh, rank)
 
     def error(self, rank: int) -> float:
         """How much of the change is lost, relative to it."""

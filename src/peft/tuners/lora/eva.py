@@ -287,7 +287,7 @@ def _layers(model: Any, adapter_name: str) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Linear) and module.has(adapter_name) and not module.is_read
+        if isinstance(module, Linear) and module.has(adapter_name) and not module.with_attention
     }
 
 

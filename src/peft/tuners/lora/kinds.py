@@ -19,7 +19,7 @@ class Linear(LoraLayer):
     """LoRA on linear layers, with their weight as [out, in] or transposed."""
 
     def change(self, name: str) -> Change | Iterable[Change]:
-        if not self.is_read:
+        if not self.with_attention:
             return super().change(name)
         added = self.low_rank(name)
 

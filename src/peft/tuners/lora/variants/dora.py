@@ -88,7 +88,7 @@ class Dora(Variant):
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             trained = m.requires_grad or a.requires_grad or b.requires_grad
             if not trained or (_cache_trained and not layer.training):
-                stamps = [(id(t), t._version, t.data_ptr()) for t in (layer.weight, m, a, b)]
+                stamps = [(id(t), t._version, t.data_ptr()) for t in (layer.own_weight, m, a, b)]
                 key = stamps, layer.scaling[name], layer.merged_adapters
                 if self._kept is not None and self._kept[0] == key:
                     return self._kept[1]
@@ -106,7 +106,7 @@ class Dora(Variant):
         if layer.ledger.originals:
             squares = row_squares(weight)
         else:
-            squares = remember(layer.weight, "row squares", lambda: row_squares(weight))
+            squares = remember(layer.own_weight, "row squares", lambda: row_squares(weight))
         return _lengths(layer, name, weight, squares)
 
 
