@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.core.biases import TrainedBiases
+from peft.core.auxiliary import AuxiliaryTrainingWrapper
+from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
 from peft.core.targets import ends_with
 from peft.core.tuner import BaseTuner
@@ -103,9 +103,7 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     config = config_of(model, adapter_name)
     slots = adapter_slots(model, adapter_name)
-    slots.update(_bias_slots(model, adapter_name))
-    if getattr(config, "bias", "none") == "all":
-        slots.update(_bias_copies(model, adapter_name))
+    slots.update(_bias_slots(model, adapter_name, copies=getattr(config, "bias", "none") == "all"))
     if config.is_prompt_learning and isinstance(model, PromptHost):
         tensors = model.prompt_state_dict(adapter_name)
     else:
@@ -131,29 +129,10 @@ def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _bias_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
-    """The biases of the base model that belong to an adapter."""
-    slots = {}
-    for path, part in parts_of(model):
-        if isinstance(part, TrainedBiases) and part.has(adapter_name):
-            for name in part.of(adapter_name):
-                live = f"{path.rpartition('.')[0]}.{name}"
-                slots[_in_files(model, live)] = Slot(live, part.of(adapter_name), name)
-    return slots
-
-
-def _bias_copies(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
-    """Biases of modules trained in full and of their originals, which files of `bias="all"` have as well."""
-    slots = {}
-    for path, part in parts_of(model):
-        if isinstance(part, ModulesToSaveWrapper) and part.has(adapter_name):
-            for inner in (f"modules_to_save.{adapter_name}", "original_module"):
-                for name, _ in part.get_submodule(inner).named_parameters():
-                    owner_path, _, leaf = f"{inner}.{name}".rpartition(".")
-                    if leaf.endswith("bias"):
-                        key, owner = f"{path}.{inner.partition('.')[0]}.{name}", part.get_submodule(owner_path)
-                        slots[_in_files(model, key)] = Slot(f"{path}.{inner}.{name}", owner, leaf)
-    return slots
+def _bias_slots(model: nn.Module, adapter_name: str, copies: bool = False) -> dict[str, Slot]:
+    """The biases of the base model that an adapter has trained; with `copies`, see `stored_biases`."""
+    biases = stored_biases(model, adapter_name, copies)
+    return {_in_files(model, key): Slot(live, owner, name) for key, live, owner, name in biases}
 
 
 def _depth(layer: AdapterLayer) -> int:

@@ -34,14 +34,14 @@ def is_read(model: nn.Module, key: str) -> bool:
     module = model
     for place, part in enumerate(parts):
         module = base_of(module)
-        if ".".join(parts[place:]) in _read_by(type(module)):
+        if ".".join(parts[place:]) in _read_by(type(module)):  # type: ignore[arg-type]
             return True
         module = getattr(module, part)
     return False
 
 
 @cache
-def _read_by(kind: type) -> frozenset[str]:
+def _read_by(kind: type[nn.Module]) -> frozenset[str]:
     """Paths of the modules inside one of this class whose weights its methods read."""
     read: set[str] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:

@@ -12,7 +12,7 @@ from peft.core import merge as merging
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
-from peft.core.walk import live_modules
+from peft.core.walk import live_modules, parts_of
 
 #: what a module calls the biases that are kept for it
 _CHILD = "trained_biases"
@@ -102,6 +102,18 @@ def own_biases(parts: Iterable[tuple[str, Part]]) -> Iterator[None]:
             part.refresh()
 
 
+def check_mixture(parts: Sequence[tuple[str, Part]], adapters: set[str]) -> None:
+    """Raises ValueError where adapters, the active ones counted in, cannot be in one batch: merged or biased ones."""
+    if any(part.merged_adapters for _, part in parts):
+        raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+    biased = {name for _, part in parts if isinstance(part, TrainedBiases) for name in part.adapter_names()} & adapters
+    if biased and len(adapters) > 1:
+        raise ValueError(
+            f"Adapter {', '.join(sorted(biased))} trains biases of the base model, which cannot differ from sample to"
+            " sample (adapter_names)."
+        )
+
+
 def train_biases(
     parts: Iterable[tuple[str, Part]], model: nn.Module, adapter_name: str, layer_class: type[AdapterLayer] | None
 ) -> None:
@@ -125,11 +137,10 @@ def train_biases(
         biases.add(adapter_name, {name: copied[id(own[name])] for name in names})
 
 
-def note_layers(parts: Iterable[tuple[str, Part]]) -> None:
+def note_layers(parts: Sequence[tuple[str, Part]]) -> None:
     """Lets trained biases know the layers around their modules."""
-    parts = [part for _, part in parts]
-    biases = {id(part.module): part for part in parts if isinstance(part, TrainedBiases)}
-    for layer in parts if biases else ():
+    biases = {id(part.module): part for _, part in parts if isinstance(part, TrainedBiases)}
+    for _, layer in parts if biases else ():
         if isinstance(layer, AdapterLayer) and id(layer.get_base_layer()) in biases:
             biases[id(layer.get_base_layer())].__dict__["around"] = layer
 
@@ -137,18 +148,40 @@ def note_layers(parts: Iterable[tuple[str, Part]]) -> None:
 def _modules_with_biases(
     layers: Sequence[AdapterLayer], model: nn.Module, adapter_name: str, layer_class: type[AdapterLayer] | None
 ) -> list[tuple[Any, list[str]]]:
+    found: list[tuple[Any, list[str]]] = []
     if layer_class is not None:
-        found = [layer for layer in layers if isinstance(layer, layer_class) and layer.has(adapter_name)]
-        return [
-            (layer.get_base_layer(), [layer.op.bias_name])
-            for layer in found
-            if layer.op.bias_name and isinstance(layer.get_base_layer()._parameters.get(layer.op.bias_name), Tensor)
-        ]
+        for layer in layers:
+            module, name = layer.get_base_layer(), layer.op.bias_name
+            here = name in module._parameters and layer.get_base_bias() is not None
+            if name and here and isinstance(layer, layer_class) and layer.has(adapter_name):
+                found.append((module, [name]))
+        return found
     modules = [module for _, module in live_modules(model, copies=False)]
     in_full = {id(m) for w in modules if isinstance(w, ModulesToSaveWrapper) for m in w.original_module.modules()}
-    found = []
     for module in modules:
         names = [name for name, value in module._parameters.items() if value is not None and name.endswith("bias")]
         if names and id(module) not in in_full:
             found.append((module, names))
     return found
+
+
+def stored_biases(model: nn.Module, adapter_name: str, copies: bool) -> Iterator[tuple[str, str, nn.Module, str]]:
+    """The biases of an adapter: the name in files, the name in the model, what holds it, and its name there.
+
+    Args:
+        model: the model.
+        adapter_name: the adapter.
+        copies: those of modules trained in full, and of their originals, too, which files of `bias="all"` have once
+            more under these names.
+    """
+    for path, part in parts_of(model):
+        if isinstance(part, TrainedBiases) and part.has(adapter_name):
+            for name in part.of(adapter_name):
+                live = f"{path.rpartition('.')[0]}.{name}"
+                yield live, live, part.of(adapter_name), name
+        elif isinstance(part, ModulesToSaveWrapper) and copies and part.has(adapter_name):
+            for held, inner in (("modules_to_save", f"modules_to_save.{adapter_name}"), ("original_module",) * 2):
+                for place, owner in part.get_submodule(inner).named_modules():
+                    for name in [name for name in owner._parameters if name.endswith("bias")]:
+                        tail = f".{place}.{name}" if place else f".{name}"
+                        yield f"{path}.{held}{tail}", f"{path}.{inner}{tail}", owner, name

@@ -11,7 +11,6 @@ from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
 from peft.core.storage import backend_of
-from peft.core.tokens import TrainableTokensWrapper
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 

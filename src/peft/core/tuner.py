@@ -14,7 +14,7 @@ from peft.config import PeftConfig
 from peft.core import injection, making, unloading
 from peft.core.around import is_read
 from peft.core.base_op import AttentionOp
-from peft.core.biases import TrainedBiases
+from peft.core.biases import check_mixture
 from peft.core.call import calling, current, remember_for_backward
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -157,8 +157,7 @@ class BaseTuner(nn.Module):
         if layer is None:
             layer = method.make_layer(peft_config, target, parameter_name, current_key)
             layer.share(method.shared)
-            layer.in_expert = in_expert(current_key)
-            layer.is_read = parameter_name is None and is_read(self.model, current_key)
+            layer.in_expert, layer.is_read = in_expert(current_key), is_read(self.model, current_key)
             self._replace_module(parent, target_name, layer, target)
         planned = method.planned.get((id(layer.get_base_layer()), parameter_name))
         layer.add_adapter(adapter_name, peft_config, planned, **settings)
@@ -333,15 +332,7 @@ class BaseTuner(nn.Module):
             yield
             return
         self.check_names([name for name in dict.fromkeys(adapter_names) if name != BASE])
-        if any(part.merged_adapters for _, part in self.parts()):
-            raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
-        concerned = {*adapter_names, *self.active_adapters}
-        biased = concerned & {n for _, p in self.parts() if isinstance(p, TrainedBiases) for n in p.adapter_names()}
-        if biased and len(concerned) > 1:
-            raise ValueError(
-                f"Adapter {', '.join(sorted(biased))} trains biases of the base model, which cannot differ from sample"
-                " to sample (adapter_names)."
-            )
+        check_mixture(self.parts(), {*adapter_names, *self.active_adapters})
         with calling(route=Route(adapter_names)):
             yield
 
