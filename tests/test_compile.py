@@ -16,9 +16,7 @@ from test_conformance import SETTINGS, SUPPORTED, over
 
 #: draw anew in each pass, so that two passes differ
 RANDOM = {"POLY", "PVERA"}
-#: whose filters are worked out while the graph is made
-BREAKS = {"WAVEFT"}
-LEFT_OUT = RANDOM | BREAKS | {"TRAINABLE_TOKENS", "LORA MonteCLoRA"}
+LEFT_OUT = RANDOM | {"TRAINABLE_TOKENS", "LORA MonteCLoRA"}
 NAMES = sorted({method for method, kind in SUPPORTED if kind == "Linear"} - LEFT_OUT)
 
 

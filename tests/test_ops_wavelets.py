@@ -20,7 +20,7 @@ def matrix_of(family: str, out_features: int, in_features: int, count: int, seed
 
 def by_definition(matrix: Wavelets, values: torch.Tensor) -> torch.Tensor:
     """Each coefficient by itself: an outer product of two shifted filters, cut to the matrix."""
-    taps, total = matrix.taps, torch.zeros(matrix.shape, dtype=torch.float64)
+    taps, total = torch.tensor(matrix.taps, dtype=torch.float64), torch.zeros(matrix.shape, dtype=torch.float64)
     length = taps.shape[1]
     for value, (i, j) in zip(values, matrix.positions.T.tolist(), strict=True):
         high, sides = [], []
@@ -40,7 +40,7 @@ def by_definition(matrix: Wavelets, values: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_filters(family):
-    low, high = filters(family)
+    low, high = torch.tensor(filters(family), dtype=torch.float64)
     near = 0.05 if family == "coif4" else 1e-6  # that one is what adapters that exist have
     for shift in range(0, len(low), 2):
         ahead = (low[: len(low) - shift] * low[shift:]).sum()
@@ -54,7 +54,7 @@ def test_filters(family):
 
 def test_symlets_are_those_of_daubechies_with_the_energy_in_the_middle():
     for order in range(4, 11):
-        db, sym = (filters(f"{name}{order}")[0] for name in ("db", "sym"))
+        db, sym = (torch.tensor(filters(f"{name}{order}")[0], dtype=torch.float64) for name in ("db", "sym"))
         spectra = [torch.fft.rfft(low, n=64).abs() for low in (db, sym)]
         torch.testing.assert_close(*spectra, rtol=1e-5, atol=1e-8)
         places = torch.arange(2 * order, dtype=torch.float64) - (2 * order - 1) / 2
@@ -87,7 +87,7 @@ def test_matrix_is_the_sum_of_its_wavelets(out_features, in_features, share, fam
 def test_analysis_is_the_transpose_of_synthesis(size, family):
     taps = filters(family)
     x = torch.randn(size, 3, dtype=torch.float64)
-    c = torch.randn(2 * half_length(size, taps.shape[1]), 3, dtype=torch.float64)
+    c = torch.randn(2 * half_length(size, len(taps[0])), 3, dtype=torch.float64)
     torch.testing.assert_close((analyse(x, taps) * c).sum(), (x * synthesise(c, taps, size)).sum())
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peft
+from peft.ops.principal import principal_factors
 from peft.ops.shared_vector import assign_entries, take_entries
-from peft.ops.singular import Framed, common_basis, coordinates, keeping_off, leading_factors
+from peft.ops.singular import Framed, common_basis, coordinates, keeping_off
 from peft.ops.sparse import Entries, in_row_order, off_diagonal_positions
 from peft.tuners.frod import kind_of, number_of
 
@@ -31,14 +32,14 @@ def saved(model: peft.PeftModel, folder) -> dict[str, Tensor]:
 # ---- TinyLoRA
 
 
-def test_leading_factors_are_the_best_approximation_and_balanced():
+def test_principal_factors_are_the_best_approximation_and_balanced():
     matrix = torch.randn(7, 5, dtype=torch.float64)
     values = torch.linalg.svdvals(matrix)
-    b, a = leading_factors(matrix, 2)
+    a, b = principal_factors(matrix, 2, even=True)
     torch.testing.assert_close(torch.linalg.matrix_norm(matrix - b @ a), values[2:].norm())
     torch.testing.assert_close(b.T @ b, torch.diag(values[:2]))
     torch.testing.assert_close(a @ a.T, torch.diag(values[:2]))
-    assert leading_factors(matrix, 9)[1].shape == (5, 5)
+    assert principal_factors(matrix, 9, even=True)[0].shape == (5, 5)
 
 
 def tiny(**settings) -> peft.TinyLoraConfig:

@@ -13,21 +13,6 @@ from peft.ops.matrix import Matrix
 from peft.ops.sparse import Entries
 
 
-def leading_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of a matrix by one of low rank, as two factors that share its singular values evenly.
-
-    Args:
-        matrix: [rows, columns], in single or double precision.
-        rank: r; as many as there are singular values where that is less.
-
-    Returns:
-        B [rows, r] and A [r, columns], with B^T B = A A^T a diagonal matrix of the largest singular values.
-    """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    root = values[:rank].sqrt()
-    return left[:, :rank] * root, root[:, None] * right[:rank]
-
-
 def common_basis(matrices: Sequence[Tensor], ridge: float) -> Tensor:
     """A basis V [columns, columns] in which several matrices W_i [rows, columns] look alike: W_i = U_i diag(l_i) V^T.
 

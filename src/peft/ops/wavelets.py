@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,13 +72,19 @@ FAMILIES = (
 )
 
 
-@lru_cache(maxsize=64)
-def filters(family: str) -> Tensor:
-    """The low and the high filter of a family, for synthesis: [2, length], float64.
+#: the low and the high filter of a family, for synthesis
+Filters = tuple[tuple[float, ...], tuple[float, ...]]
+_KNOWN: dict[str, Filters] = {}
+
+
+def filters(family: str) -> Filters:
+    """The filters of a family; numbers rather than tensors, so that a compiled graph has them as constants.
 
     Raises:
         ValueError: there is no such family.
     """
+    if family in _KNOWN:  # always so while a graph is traced, which cannot look into NumPy
+        return _KNOWN[family]
     if family not in FAMILIES:
         raise ValueError(f"Unknown wavelet family {family!r}; there are {', '.join(FAMILIES)}.")
     name, order = re.fullmatch(r"([a-z]+)([0-9]+)", family).groups()  # type: ignore[union-attr]
@@ -87,8 +93,7 @@ def filters(family: str) -> Tensor:
     else:
         low = _daubechies(int(order), _SYMLETS[int(order)] if name == "sym" else ())
     high = low[::-1] * (-1.0) ** np.arange(len(low))
-    with torch.device("cpu"):
-        return torch.from_numpy(np.stack((low, high)))
+    return _KNOWN.setdefault(family, (tuple(low.tolist()), tuple(high.tolist())))
 
 
 def _daubechies(order: int, outside: tuple[int, ...]) -> np.ndarray:
@@ -113,28 +118,28 @@ def half_length(size: int, taps: int) -> int:
     return (size + taps - 1) // 2
 
 
-def analyse(columns: Tensor, taps: Tensor) -> Tensor:
+def analyse(columns: Tensor, taps: Filters) -> Tensor:
     """The coefficients of columns [size, t]: [2 m, t], low ones first; the transpose of `synthesise`."""
-    size, length = columns.shape[0], taps.shape[1]
+    size, length = columns.shape[0], len(taps[0])
     shifts = half_length(size, length)
     # Convolutions of a single channel are slow on CPUs, sums of whole rows are not.
     pairs = F.pad(columns.contiguous(), (0, 0, length - 2, 2 * shifts - size)).unflatten(0, (-1, 2))
     places = [pairs[tap // 2 : tap // 2 + shifts, tap % 2] for tap in range(length)]
-    return torch.cat([_weighted(places, weights) for weights in taps.tolist()])
+    return torch.cat([_weighted(places, weights) for weights in taps])
 
 
-def synthesise(waves: Tensor, taps: Tensor, size: int) -> Tensor:
+def synthesise(waves: Tensor, taps: Filters, size: int) -> Tensor:
     """The columns [size, t] that coefficients [2 m, t] stand for."""
-    length = taps.shape[1]
+    length = len(taps[0])
     last = length // 2 - 1
     padded = [F.pad(part, (0, 0, last, last)) for part in waves.contiguous().chunk(2)]
     count = len(padded[0]) - last
     places = [part[last - shift : last - shift + count] for part in padded for shift in range(last + 1)]
-    sides = [_weighted(places, taps[:, side::2].flatten().tolist()) for side in (0, 1)]
+    sides = [_weighted(places, taps[0][side::2] + taps[1][side::2]) for side in (0, 1)]
     return torch.stack(sides, dim=1).flatten(0, 1)[length - 2 : length - 2 + size]
 
 
-def _weighted(parts: list[Tensor], weights: list[float]) -> Tensor:
+def _weighted(parts: list[Tensor], weights: Sequence[float]) -> Tensor:
     """The sum of tensors, each times its weight."""
     total = parts[0] * weights[0]
     for part, weight in zip(parts[1:], weights[1:], strict=True):
@@ -166,7 +171,7 @@ class Wavelets(Matrix):
         """The order of the coefficients by row of S, and their places in it [2, n]."""
         places, high, counts = [], [], []
         for size, index in zip(self.shape, self.positions.long(), strict=True):
-            count = half_length(size, self.taps.shape[1])
+            count = half_length(size, len(self.taps[0]))
             index = index + (2 * count - size) // 2
             places.append(index % count)
             high.append(index // count)
@@ -179,13 +184,13 @@ class Wavelets(Matrix):
     @property
     def single(self) -> bool:
         """Whether the entries of M that its coefficients reach are so few that each is added by itself."""
-        return 4 * self.values.numel() * self.taps.shape[1] ** 2 <= self.shape[0] * self.shape[1]
+        return 4 * self.values.numel() * len(self.taps[0]) ** 2 <= self.shape[0] * self.shape[1]
 
     def dense(self) -> Tensor:
         if self.single:
             return self.added_to(self.values.new_zeros(self.shape))
         with torch.autocast(self.values.device.type, enabled=False):
-            heights, widths = (2 * half_length(size, self.taps.shape[1]) for size in self.shape)
+            heights, widths = (2 * half_length(size, len(self.taps[0])) for size in self.shape)
             index = self.waves[0].long() * widths + self.waves[1]
             spectrum = self.values.new_zeros(heights * widths).index_add(0, index, self.values).view(heights, widths)
             columns = synthesise(spectrum, self.taps, self.shape[0])
@@ -194,14 +199,14 @@ class Wavelets(Matrix):
     def added_to(self, weight: Tensor) -> Tensor:
         if not self.single:
             return super().added_to(weight)
-        index, shares = remember(self.positions, ("entries", self.taps.shape[1], self.shape), self._entries)
+        index, shares = remember(self.positions, ("entries", len(self.taps[0]), self.shape), self._entries)
         entries = (self.values[:, None] * shares.to(self.values)).flatten()
         return weight.reshape(-1).index_add(0, index, entries.to(weight.dtype)).view(weight.shape)
 
     def _entries(self) -> tuple[Tensor, Tensor]:
         """Which entries of M the coefficients reach [n length^2], and by how much [n, length^2]."""
-        length = self.taps.shape[1]
-        taps = self.taps.to(self.waves.device)
+        length = len(self.taps[0])
+        taps = torch.tensor(self.taps, dtype=torch.float64, device=self.waves.device)
         indices, shares = [], []
         for size, waves in zip(self.shape, self.waves.long(), strict=True):
             count = half_length(size, length)
@@ -219,7 +224,7 @@ class Wavelets(Matrix):
         # For a few vectors, the coefficients are looked up rather than put into a matrix.
         outer, inner = self.waves.long()
         waves = analyse(rows.to(self.values.dtype).T, self.taps).index_select(0, inner) * self.values[:, None]
-        spectrum = waves.new_zeros(2 * half_length(self.shape[0], self.taps.shape[1]), len(rows))
+        spectrum = waves.new_zeros(2 * half_length(self.shape[0], len(self.taps[0])), len(rows))
         product = synthesise(spectrum.index_add(0, outer, waves), self.taps, self.shape[0]).T
         return product.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 

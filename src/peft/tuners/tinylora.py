@@ -16,7 +16,7 @@ from peft.core.method import Method
 from peft.core.plan import Plan
 from peft.core.slots import Buffers, Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.singular import leading_factors
+from peft.ops.principal import principal_factors
 from peft.registry import PeftType
 
 
@@ -91,7 +91,7 @@ class TinyLoraLayer(AdapterLayer):
     def draw(self, name: str, config: TinyLoraConfig) -> None:
         matrix = self.start_matrix()
         # Files have the factors of an embedding's weight as it is held: [vectors, features].
-        b, a = leading_factors(matrix.T if self.op.kind == "Embedding" else matrix, config.r)
+        a, b = principal_factors(matrix.T if self.op.kind == "Embedding" else matrix, config.r, even=True)
         generator = torch.Generator().manual_seed(config.projection_seed + self.tinylora_index[name])
         p = torch.normal(0.0, 1 / len(a) ** 0.5, (config.u, len(a), len(a)), generator=generator)
         self.tinylora_A[name], self.tinylora_B[name], self.tinylora_P[name] = a.contiguous(), b.contiguous(), p

@@ -20,7 +20,7 @@ from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Matrix
 from peft.ops.memo import remember
 from peft.ops.sparse import Entries, draw_places
-from peft.ops.wavelets import FAMILIES, Wavelets
+from peft.ops.wavelets import FAMILIES, Wavelets, filters
 from peft.registry import PeftType
 
 
@@ -88,6 +88,7 @@ class WaveFTLayer(AdapterLayer):
         count = n_frequency or config.n_frequency
         self.waveft_n_frequency[name], self.waveft_scaling[name] = count, config.scaling
         self.waveft_wavelet_family[name], self.waveft_use_idwt[name] = config.wavelet_family, config.use_idwt
+        filters(config.wavelet_family)  # kept from here on
         start = torch.zeros(count) if config.init_weights else 0.01 * torch.randn(count)
         self.waveft_spectrum[name] = nn.Parameter(start)
 
