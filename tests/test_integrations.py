@@ -18,7 +18,7 @@ from peft import (
     shift_tokens_right,
 )
 from peft.integrations import backends
-from peft.integrations.transformers import fsdp_auto_wrap_policy
+from peft.integrations.fsdp import fsdp_auto_wrap_policy
 from tiny_models import llama, tokens
 
 

@@ -87,7 +87,8 @@ _OTHER = {
     **_at("peft.core.targets", "get_pattern_key"),
     **_at("peft.core.walk", "_get_submodules=get_submodules"),
     **_at("peft.integrations.backends", "get_quantization_config id_tensor_storage"),
-    **_at("peft.integrations.transformers", "fsdp_auto_wrap_policy shift_tokens_right"),
+    **_at("peft.integrations.fsdp", "fsdp_auto_wrap_policy"),
+    **_at("peft.integrations.transformers", "shift_tokens_right"),
     **_at("peft.integrations.backends", "is_gptqmodel_available is_xpu_available"),
 }
 _BACKENDS = _at(
@@ -283,17 +284,13 @@ def _value_at(home: str) -> Any:
 
 
 def _put_at(home: str, value: Any) -> None:
-    """Puts something there, and wherever it has been imported to."""
+    """Puts something there."""
     module, _, name = home.partition(":")
     name, _, key = name.partition("[")
     if key:
         getattr(import_module(module), name)[key.removesuffix("]")] = value
-        return
-    before = getattr(import_module(module), name)
-    setattr(import_module(module), name, value)
-    for path, loaded in list(sys.modules.items()):  # those that have imported it call the new one, too
-        if path.partition(".")[0] == "peft" and vars(loaded).get(name) is before:
-            setattr(loaded, name, value)
+    else:
+        setattr(import_module(module), name, value)
 
 
 class OldPath(ModuleType):

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peft.checkpoint.gather import Slot, prompt_tensors, values_of
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
+from peft.core.storage.flat import put, shape_of
 from peft.core.targets import ends_with
 from peft.core.tuner import BaseTuner
 from peft.core.walk import live_modules, parts_of
+from peft.core.wrappers import unwrapped
 from peft.errors import PeftWarning
 from peft.hub import fetch
 from peft.registry import method_of
@@ -30,19 +33,6 @@ class IncompatibleKeys(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
-
-
-class Slot(NamedTuple):
-    """Where one tensor of an adapter lives in a model."""
-
-    live_name: str
-    owner: nn.Module
-    attribute: str
-    device: torch.device | None = None  # where it belongs, if it has no memory yet
-
-    @property
-    def tensor(self) -> Tensor:
-        return getattr(self.owner, self.attribute)
 
 
 def adapter_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
@@ -97,22 +87,22 @@ def get_peft_model_state_dict(
             or the vocabulary has another size than that of the model it is named after.
 
     Raises:
-        KeyError: there is no such adapter.
+        KeyError: there is no such adapter, or `state_dict` lacks a tensor of it.
+        ValueError, RuntimeError: a tensor is not whole.
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     config = config_of(model, adapter_name)
     slots = adapter_slots(model, adapter_name)
     slots.update(_bias_slots(model, adapter_name, copies=getattr(config, "bias", "none") == "all"))
+    tensors: dict[str, Tensor] = {}
     if config.is_prompt_learning and isinstance(model, PromptHost):
-        tensors = model.prompt_state_dict(adapter_name)
+        tensors = prompt_tensors(model, adapter_name, state_dict)
     else:
-        tensors = {}
         if _wants_embeddings(model, config, save_embedding_layers):
             plain, adapted = _embedding_slots(model)
             slots.update(adapted if adapted and not _vocabulary_changed(model, config) else plain | adapted)
-    for key, slot in slots.items():
-        tensors[key] = slot.tensor.detach() if state_dict is None else state_dict[slot.live_name]
+    tensors |= values_of(model, slots, state_dict)
     method = getattr(method_of(config.peft_type).model_class, "method_class", None)
     return _unaliased(tensors if method is None else method.write_tensors(model, adapter_name, tensors))
 
@@ -182,7 +172,7 @@ def _embedding_slots(model: nn.Module) -> tuple[dict[str, Slot], dict[str, Slot]
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         layer: Any = getattr(model, getter)() if hasattr(model, getter) else None
         path = (
-            next((path for path, module in model.named_modules() if module is layer), None)
+            next((path for path, module in live_modules(model) if module is unwrapped(layer)), None)
             if layer is not None
             else None
         )
@@ -238,8 +228,8 @@ def set_peft_model_state_dict(
             unexpected.append(key)
             continue
         target = prompt[key] if slot is None else slot.tensor
-        if target.shape != value.shape:
-            wrong.append((key, f"{key}: the file has {tuple(value.shape)}, the model {tuple(target.shape)}"))
+        if shape_of(target) != value.shape:
+            wrong.append((key, f"{key}: the file has {tuple(value.shape)}, the model {tuple(shape_of(target))}"))
             continue
         _check_kind(key, value, target)
         found.append((key, value, slot))
@@ -253,7 +243,7 @@ def set_peft_model_state_dict(
             elif slot.tensor.is_meta:
                 _assign(slot, value)
             else:
-                slot.tensor.copy_(value)
+                put(slot.tensor, value)
     for _, part in parts_of(model):
         if isinstance(part, AdapterLayer) and part.has(adapter_name):
             part.loaded(adapter_name)
@@ -415,7 +405,7 @@ def base_slot(model: nn.Module, key: str) -> Slot | None:
     candidates: Iterator[str] = iter((path, f"{path}.base_layer", f"{path}.original_module"))
     for candidate in candidates:
         try:
-            owner = model.get_submodule(candidate)
+            owner = unwrapped(model.get_submodule(candidate))
         except AttributeError:
             continue
         if name in owner._parameters and owner._parameters[name] is not None:

@@ -13,6 +13,8 @@ from peft.core.call import current_route
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import Slot
+from peft.core.storage.flat import copy_of
+from peft.core.wrappers import state_names
 from peft.errors import PeftWarning
 
 
@@ -91,7 +93,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None) -> None:
         """Makes a copy of the original for another adapter."""
-        copied = copy.deepcopy(self.original_module)
+        copied = copy_of(self.original_module)
         for path, part in [*copied.named_modules()]:
             if isinstance(part, Part) and part.unload(merge=False) is None:  # biases that adapters train
                 del copied.get_submodule(path.rpartition(".")[0])._modules[path.rpartition(".")[2]]
@@ -141,7 +143,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def key_map(self, name: str) -> dict[str, str]:
         if not self.has(name):
             return {}
-        return {leaf: f"modules_to_save.{name}.{leaf}" for leaf in self.modules_to_save[name].state_dict()}
+        return {leaf: f"modules_to_save.{name}.{leaf}" for leaf in state_names(self.modules_to_save[name])}
 
     def unload(self, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
         if not merge or not self._active:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from peft.core.routing import rows_of, select_rows
+from peft.core.storage.flat import run_with, shaped
 from peft.ops.matrix import Matrix
 
 
@@ -48,7 +48,7 @@ class BaseOp:
 
     def features(self, module: Any) -> tuple[int, int]:
         """(out_features, in_features)."""
-        out_features, in_features = self.matrix(getattr(module, self.weight_name)).shape
+        out_features, in_features = self.matrix(shaped(getattr(module, self.weight_name))).shape
         return out_features, in_features
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class BaseOp:
         tensors = {self.weight_name: weight}
         if bias is not None and self.bias_name is not None:
             tensors[self.bias_name] = bias
-        return functional_call(module, tensors, args, kwargs)
+        return run_with(module, tensors, args, kwargs)
 
     def low_rank(self, module: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """What the module, with the matrix up down in place of its own and no bias, makes of x.
@@ -330,7 +330,7 @@ class ParameterOp(BaseOp):
 
     def __init__(self, module: nn.Module, parameter_name: str):
         self.weight_name = parameter_name
-        weight = getattr(module, parameter_name)
+        weight = shaped(getattr(module, parameter_name))
         if weight.dim() not in (2, 3):
             raise ValueError(
                 f"Parameter {parameter_name!r} has {weight.dim()} dimensions; a matrix or a stack of matrices"
@@ -416,10 +416,6 @@ _KINDS: list[tuple[Callable[[nn.Module], bool], type[BaseOp]]] = [
     (lambda module: type(module).__name__ == "EetqLinear", EetqOp),
     (_is_linear_like, LinearOp),
 ]
-
-
-#: classes of modules that only call a linear layer and clip what goes in and comes out, and what they call it
-LINEAR_INSIDE = {"Gemma4ClippableLinear": "linear", "DiffusionGemmaClippableLinear": "linear"}
 
 
 def base_op(module: nn.Module, parameter_name: str | None = None) -> BaseOp | None:

@@ -12,6 +12,7 @@ from peft.core import merge as merging
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
+from peft.core.storage.flat import together
 from peft.core.walk import live_modules, parts_of
 
 #: what a module calls the biases that are kept for it
@@ -133,7 +134,8 @@ def train_biases(
             biases = module._modules[_CHILD] = TrainedBiases(module, names)
         own = biases.of(None)
         for name in names:  # tied biases stay tied
-            copied.setdefault(id(own[name]), nn.Parameter(own[name].detach().clone(), requires_grad=False))
+            with together([own[name]]):
+                copied.setdefault(id(own[name]), nn.Parameter(own[name].detach().clone(), requires_grad=False))
         biases.add(adapter_name, {name: copied[id(own[name])] for name in names})
 
 

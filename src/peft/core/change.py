@@ -121,6 +121,8 @@ class LowRank(Change):
         return not self.dropout and self.low is None and self.high is None and self.where is None
 
     def acts(self, op: BaseOp) -> bool:
+        if self.low is not None:
+            return True
         if not op.multiplies or self.down.dim() != 2:
             return False
         if op.linear:

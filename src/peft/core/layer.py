@@ -24,7 +24,8 @@ from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route
 from peft.core.run import run, run_routed
 from peft.core.slots import Record, Slot
-from peft.core.storage import onloaded, place_of, storage_of
+from peft.core.storage import onloaded, place_of, read_bias, storage_of
+from peft.core.storage.flat import bring_together
 from peft.errors import PeftWarning
 from peft.ops.memo import remember
 
@@ -96,6 +97,8 @@ class AdapterLayer(Part):
 
     def changes(self, names: Sequence[str]) -> list[Change]:
         """What these adapters do to the module, the first next to it."""
+        if "ds_id" in self.__dict__:
+            bring_together(self, self.held(names))
         changes: list[Change] = []
         for name in names:
             change = self.change(name)
@@ -173,8 +176,7 @@ class AdapterLayer(Part):
 
     def get_base_bias(self) -> Tensor | None:
         """The base module's own bias, or None."""
-        bias = getattr(self.get_base_layer(), self.op.bias_name, None) if self.op.bias_name else None
-        return None if bias is None or not bias.numel() else bias  # Transformer Engine's layers have an empty one
+        return read_bias(self.get_base_layer(), self.op.bias_name)
 
     def original_weight(self) -> Tensor:
         """The base weight as `get_base_weight` gives it, without what is merged into it."""

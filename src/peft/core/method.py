@@ -13,6 +13,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
 from peft.core.slots import Slot
 from peft.core.targets import default_targets
+from peft.core.wrappers import state_names
 
 
 class Method:
@@ -143,10 +144,6 @@ class Method:
         """A layer of the method around `target`, without adapters yet."""
         return self.layer_class(target, parameter_name)
 
-    def add(self, layer: AdapterLayer, adapter_name: str, config: Any, planned: Any, settings: dict[str, Any]) -> None:
-        """Makes an adapter on a layer, with what `plan_settings` and `layer_settings` say."""
-        layer.add_adapter(adapter_name, config, planned, **settings)
-
     def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
         """Makes an adapter on one module the same as that on the module it shares its weight with."""
         raise ValueError(
@@ -191,7 +188,7 @@ class Method:
         for name, container in containers.items():
             if self.slot(name).is_stored(config) and adapter_name in container:
                 held: Any = container[adapter_name]
-                groups = [""] if isinstance(held, Tensor) else [f".{group}" for group in held.state_dict()]
+                groups = [""] if isinstance(held, Tensor) else [f".{group}" for group in state_names(held)]
                 keys.update({f"{name}{group}": f"{name}.{adapter_name}{group}" for group in groups})
         return keys
 

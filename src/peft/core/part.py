@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft.core.slots import Record, Setting, Slot
+from peft.core.wrappers import state_names
 
 
 class Part(nn.Module):
@@ -22,6 +23,8 @@ class Part(nn.Module):
     slots: ClassVar[Mapping[str, Slot]] = {}
     #: those that are not shared by several parts
     adapter_layer_names: tuple[str, ...] = ()
+    #: slots of modules that FSDP may make units of: they are called, or read by `storage.flat.weight_of`
+    unit_slots: ClassVar[frozenset[str]] = frozenset()
     #: the settings that adapters have here
     other_param_names: tuple[str, ...] = ()
 
@@ -108,6 +111,14 @@ class Part(nn.Module):
                 parameters.append(entries[name])
         return parameters
 
+    def held(self, names: Sequence[str]) -> Iterator[nn.Parameter]:
+        """All parameters in the slots of these adapters, fixed ones too."""
+        for container in (self._modules.get(slot) for slot in self.slots):
+            for name in names if container is not None else ():
+                entry = container._parameters.get(name)  # type: ignore[union-attr]
+                inside: Any = container._modules.get(name)  # type: ignore[union-attr]
+                yield from (inside.parameters() if inside is not None else () if entry is None else (entry,))
+
     def shared_tensor(self, slot: str, name: str) -> Tensor:
         """What adapter `name` has in a shared slot: the one of all layers, or of the group that this layer is in."""
         held = self._modules[slot][name]  # type: ignore[index]
@@ -133,7 +144,7 @@ class Part(nn.Module):
             entries = getattr(self, slot)
             if name in entries and self.slots[slot].is_stored(self.records[name].config):
                 entry = entries[name]
-                leaves = [f".{leaf}" for leaf in _state_names(entry)] if isinstance(entry, nn.Module) else [""]
+                leaves = [f".{leaf}" for leaf in state_names(entry)] if isinstance(entry, nn.Module) else [""]
                 keys.update({f"{slot}{leaf}": f"{slot}.{name}{leaf}" for leaf in leaves})
         return keys
 
@@ -242,13 +253,6 @@ def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
     """`module.parameters()`, without a walk where there is nothing to walk through."""
     own = module.parameters() if module._modules else module._parameters.values()
     return [parameter for parameter in own if parameter is not None]
-
-
-def _state_names(module: nn.Module) -> Iterable[str]:
-    """The keys of `module.state_dict()`, without making one where a plain linear layer has nothing else in it."""
-    if type(module) is nn.Linear and not module._state_dict_hooks and not module._modules and not module._buffers:
-        return [name for name, parameter in module._parameters.items() if parameter is not None]
-    return [name for name, value in module.state_dict().items() if isinstance(value, Tensor)]
 
 
 def _move_module(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:

@@ -13,6 +13,7 @@ from peft.core.base_op import base_op
 from peft.core.change import Change, Rows, Weight
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
+from peft.core.storage.flat import shape_of
 from peft.core.targets import check_target_module_exists, ends_with, model_modules
 from peft.core.tying import input_embedding_name, tied_embedding_modules
 
@@ -205,9 +206,9 @@ def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:
 def check_rows(key: str, module: nn.Module, indices: Sequence[int]) -> None:
     """Raises TypeError, IndexError or ValueError where these are no rows of an embedding to train."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    if not isinstance(weight, Tensor) or len(shape_of(weight)) != 2:
         raise TypeError(f"trainable_token_indices needs an embedding; {key!r} is a {type(module).__name__}.")
-    tokens = weight.shape[0]
+    tokens = shape_of(weight)[0]
     if not all(isinstance(index, int) for index in indices):
         raise TypeError(f"trainable_token_indices must be integers, got {list(indices)}.")
     outside = [index for index in indices if not -tokens <= index < tokens]

@@ -11,6 +11,7 @@ from torch import nn
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
+from peft.core.wrappers import unwrapped
 
 
 def parts_of(model: nn.Module) -> list[tuple[str, Part]]:
@@ -21,12 +22,14 @@ def parts_of(model: nn.Module) -> list[tuple[str, Part]]:
 def live_modules(model: nn.Module, copies: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()` without what adapters are made of; without `copies`, also without modules trained in full.
 
-    So the walk takes as long with a hundred adapters as with none.
+    So the walk takes as long with a hundred adapters as with none. What FSDP and others put around modules has no part
+    in it, nor in the names.
     """
     seen: set[nn.Module] = set()
     waiting = [("", model)]
     while waiting:
         path, module = waiting.pop()
+        module = unwrapped(module)
         if module in seen:
             continue
         seen.add(module)
@@ -58,10 +61,11 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
 def put_back(model: nn.Module, key: str, module: nn.Module | None) -> None:
     """Puts `module` in place of the part called `key`; what holds a token adapter stands for both, and is put back."""
     parent, _, name = key.rpartition(".")
+    owner: Any = unwrapped(model.get_submodule(parent))
     if module is None:
-        del model.get_submodule(parent)._modules[name]
+        del owner._modules[name]
     elif name != "token_adapter":
-        setattr(model.get_submodule(parent), name, module)
+        setattr(owner, name, module)
 
 
 def live_key(model: nn.Module, key: str) -> str:

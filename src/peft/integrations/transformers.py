@@ -8,7 +8,6 @@ parameter is read from transformers' own rules for weights.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -407,44 +406,3 @@ def _fuse_operation(side: str) -> Any:
                 return {target_patterns[0]: _FUSE[side]([input_dict[pattern] for pattern in source_patterns])}
 
     return FuseExperts()
-
-
-# ---- FSDP
-
-
-def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
-    """Which modules FSDP wraps: transformer blocks, soft prompts, and each trainable leaf by itself.
-
-    A leaf of its own because FSDP wants the parameters of a wrapped module all trainable or all frozen.
-
-    Args:
-        model: a `PeftModel`. The classes of its blocks are those that its parts list as `_no_split_modules`, or the
-            names in the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP, separated by commas.
-
-    Returns:
-        A policy as `torch.distributed.fsdp` takes it.
-
-    Raises:
-        TypeError: the model has no module of a class that is named.
-    """
-    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    if names is not None:
-        wanted = {name.strip() for name in names.split(",") if name.strip()}
-    else:
-        wanted = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    by_name = {type(module).__name__: type(module) for module in model.modules()}
-    missing = sorted(wanted - by_name.keys())
-    if names is not None and missing:
-        raise TypeError(f"FSDP_TRANSFORMER_CLS_TO_WRAP names {', '.join(missing)}; the model has no such module.")
-    classes = {by_name[name] for name in wanted if name in by_name}
-    classes |= {method.model_class for method in METHODS.values() if method.prompt}
-
-    def wraps(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-        return recurse or isinstance(module, tuple(classes)) or _is_trainable_leaf(module)
-
-    return wraps
-
-
-def _is_trainable_leaf(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return next(module.children(), None) is None and isinstance(weight, Tensor) and weight.requires_grad

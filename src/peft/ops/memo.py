@@ -26,7 +26,7 @@ def remember(parameter: Tensor, key: Hashable, compute: Callable[[], T], *others
         others: what else it is computed from.
     """
     sources = (parameter, *others)
-    if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() or t.is_meta for t in sources):
+    if torch.compiler.is_compiling() or any(_changes_unseen(t) for t in sources):
         return compute()
     stamp = tuple((t._version, t.data_ptr(), t.dtype) for t in sources)
     values = _kept.setdefault(parameter, {})
@@ -34,3 +34,8 @@ def remember(parameter: Tensor, key: Hashable, compute: Callable[[], T], *others
         with torch.inference_mode(False):  # it may be needed where gradients are wanted next
             values[key] = (stamp, compute())
     return values[key][1]
+
+
+def _changes_unseen(tensor: Tensor) -> bool:
+    # DeepSpeed's ZeRO-3 takes values away and brings them back.
+    return tensor.requires_grad or tensor.is_inference() or tensor.is_meta or hasattr(tensor, "ds_id")

@@ -16,6 +16,7 @@ from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import Setting, Slot
+from peft.core.storage.flat import is_apart
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.errors import PeftWarning
@@ -241,6 +242,7 @@ class RankAllocator:
             for path, layer in self._layers(model).items()
             for slot in _SLOTS
         }
+        _check_whole(tensors.values())
         if all(tensor.grad is None for tensor in tensors.values()):
             raise ValueError(
                 f"Adapter {self.adapter_name!r} has no gradients: update_and_allocate() has to come after backward()"
@@ -293,6 +295,14 @@ class RankAllocator:
                     e.masked_fill_(~torch.tensor(list(kept), dtype=torch.bool, device=e.device)[:, None], 0.0)
 
 
+def _check_whole(tensors: Iterable[Tensor]) -> None:
+    if any(is_apart(tensor) or tensor.dim() != 2 for tensor in tensors):
+        raise NotImplementedError(
+            "AdaLoRA reads its tensors and their gradients outside of the layers' forward passes, where"
+            " FullyShardedDataParallel and DeepSpeed ZeRO-3 have them in parts. Train it with DDP or fully_shard."
+        )
+
+
 class AdaLoraMethod(Method):
     """The schedule of ranks of the adapter that is trained, and the penalty that keeps A and B near to orthonormal.
 
@@ -321,6 +331,7 @@ class AdaLoraMethod(Method):
         if isinstance(loss, Tensor) and name in self.configs and not self.tuner.disabled:
             weight = self.configs[name].orth_reg_weight
             layers = [layer for layer in self.tuner.layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
+            _check_whole([layer.lora_A[name] for layer in layers])
             factors = [factor for layer in layers for factor in (layer.lora_A[name], layer.lora_B[name].T)]
             output.loss = loss + weight * orthogonality_gap(factors).to(loss.device)
         return output

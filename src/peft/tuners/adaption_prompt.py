@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft.config import PeftConfig
 from peft.core.injection import Before, check_adapter_name
 from peft.core.storage import place_of
+from peft.core.storage.flat import shape_of
 from peft.core.targets import ends_with, model_modules
 from peft.core.tuner import UPCAST_DTYPES, BaseTuner
 from peft.core.undo import undone_on_error
@@ -90,7 +91,7 @@ class AdaptedAttention(nn.Module):
         projection: Any = self.model.c_attn if self.fused else self.model.k_proj
         device, dtype = place_of(projection)
         dtype = torch.float32 if autocast and dtype in UPCAST_DTYPES else dtype
-        width = projection.weight.shape[0] if self.fused else projection.in_features
+        width = shape_of(projection.weight)[0] if self.fused else projection.in_features
         prompt, gate = torch.randn(1, length, width, device=device), torch.zeros(1, device=device)
         self.kept[name] = nn.ParameterDict({"adaption_prompt": prompt.to(dtype), "adaption_gate": gate.to(dtype)})
 

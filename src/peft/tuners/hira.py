@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp, ConvOp
+from peft.core.base_op import BaseOp, ConvOp, kernel_numel
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -79,7 +79,7 @@ class HiraLayer(AdapterLayer):
         r = self.r[name] = r or config.r
         self.hira_dropout[name] = config.hira_dropout
         kernel = self.get_base_layer().kernel_size if isinstance(self.op, ConvOp) else ()
-        inside = (self.get_base_layer().weight.shape[1], *kernel) if kernel else (self.in_features,)
+        inside = (self.in_features // kernel_numel(self.get_base_layer()), *kernel) if kernel else (self.in_features,)
         a, b = torch.randn(r, *inside), torch.randn(self.out_features, r, *[1] * len(kernel))
         embedding = self.op.kind == "Embedding"
         if config.init_weights and embedding:

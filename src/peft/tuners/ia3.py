@@ -77,7 +77,7 @@ class IA3Layer(AdapterLayer):
     def create(self, name: str, config: IA3Config) -> None:
         size = self.op.input_size(self.get_base_layer()) if self.is_feedforward else self.out_features
         if isinstance(self.op, ConvOp):
-            shape = (1, size, *[1] * (self.get_base_layer().weight.dim() - 2))
+            shape = (1, size, *[1] * len(self.get_base_layer().kernel_size))
         else:
             shape = (1, size) if self.is_feedforward else (size, 1)
         start = torch.ones(shape) if config.init_ia3_weights else torch.randn(shape)

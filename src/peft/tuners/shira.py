@@ -16,6 +16,7 @@ from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import Buffers, Setting, Slot
+from peft.core.storage import onloaded
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.errors import PeftWarning
@@ -93,7 +94,8 @@ class ShiraLayer(AdapterLayer):
             return random_positions(self.out_features, self.in_features, count, config.random_seed)
         if config.mask_fn is None:
             return torch.full((2, count), -1, dtype=torch.int32)
-        mask = config.mask_fn(self.get_base_layer(), config.r)
+        with onloaded(self.get_base_layer()):
+            mask = config.mask_fn(self.get_base_layer(), config.r)
         positions = self.op.matrix(mask).nonzero().T.int().contiguous()
         if positions.shape[1] != count:
             raise ValueError(

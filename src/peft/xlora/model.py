@@ -14,6 +14,7 @@ from peft.core.call import calling, current, fact
 from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import UPCAST_DTYPES
+from peft.core.wrappers import state_names
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraMethod, LoraModel
 from peft.tuners.lora.variants import VARIANTS
@@ -110,7 +111,7 @@ class XLoraMethod(LoraMethod):
         if adapter_name != self.tuner.xlora_name:
             return {}
         name = "internal_xlora_classifier"
-        return {f"{name}.{key}": f"{name}.{key}" for key in self.tuner.internal_xlora_classifier.state_dict()}
+        return {f"{name}.{key}": f"{name}.{key}" for key in state_names(self.tuner.internal_xlora_classifier)}
 
     # ---- forward
 

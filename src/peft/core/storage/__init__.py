@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.storage.base import Storage
+from peft.core.storage.flat import check_whole, is_apart, shape_of, storage_for, together
 from peft.core.storage.quantised import QUANTISED
 
 _PLAIN = Storage()
@@ -29,11 +30,12 @@ def storage_of(module: nn.Module, name: str) -> Storage:
     if weight is None:
         weight = getattr(module, name, None)
     if _is_usual(weight):
-        return _PLAIN
+        return storage_for(weight) or _PLAIN
     for storage in QUANTISED:
         if storage.holds(module, name, weight):
             return storage
     if isinstance(weight, Tensor) and weight.is_floating_point() and not _is_packed(module, weight):
+        check_whole(module, name)
         return _PLAIN
     raise TypeError(
         f"{type(module).__module__}.{type(module).__name__} holds its weight {name!r} as"
@@ -55,6 +57,14 @@ def _is_packed(module: nn.Module, weight: Tensor) -> bool:
     return weight.itemsize == 1 and any("scale" in name for name in (*module._parameters, *module._buffers))
 
 
+def read_bias(module: nn.Module, name: str | None) -> Tensor | None:
+    """A module's bias; None where it has none."""
+    bias = getattr(module, name, None) if name else None
+    if bias is None or not shape_of(bias).numel():  # Transformer Engine's layers have an empty one
+        return None
+    return storage_of(module, name).read(module, name) if is_apart(bias) else bias  # type: ignore[arg-type]
+
+
 def is_plain(module: nn.Module, name: str) -> bool:
     """Whether a weight is a plain floating tensor, which can be computed with as it is."""
     return _is_usual(getattr(module, name, None)) or storage_of(module, name) is _PLAIN
@@ -64,11 +74,15 @@ def is_plain(module: nn.Module, name: str) -> bool:
 def onloaded(module: nn.Module) -> Iterator[None]:
     """While it lasts, the weights of a module that accelerate offloads (to the CPU or the disk) are there.
 
-    Changes made meanwhile are kept: they go back to where the weights were.
+    Changes made meanwhile are kept: they go back to where the weights were. So are those that ZeRO-3 has shared out,
+    without their changes, which `Storage.write` puts in; a call of all processes. (In a forward pass of its engine,
+    DeepSpeed gathers what is asked for by itself.)
     """
     hook = getattr(module, "_hf_hook", None)
     if hook is None or not getattr(hook, "offload", False):
-        yield
+        running = getattr(module._parameters, "_in_forward", False)
+        with together(() if running else module._parameters.values()):
+            yield
         return
     hook.pre_forward(module)
     try:

@@ -18,7 +18,9 @@ from peft.core.part import without
 from peft.core.run import is_watched
 from peft.core.slots import Setting, Slot
 from peft.core.storage import onloaded, storage_of
+from peft.core.storage.flat import weight_of
 from peft.core.targets import get_pattern_key
+from peft.core.wrappers import unwrapped
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.megatron import check_megatron, check_parallel
 from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_start, start_of
@@ -80,6 +82,7 @@ class LoraLayer(AdapterLayer):
     slots: ClassVar[dict[str, Slot]] = {
         "lora_A": Slot(modules=True), "lora_B": Slot(modules=True), "lora_dropout": DROPOUT,
     }  # fmt: skip
+    unit_slots = frozenset(("lora_A", "lora_B", "lora_magnitude_vector"))
     label = "lora"
     kinds = AdapterLayer.kinds | {ParallelLinearOp.kind}
 
@@ -115,16 +118,9 @@ class LoraLayer(AdapterLayer):
             self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
-        """Makes an adapter, or makes it anew.
-
-        Args:
-            adapter_name, r, lora_alpha, config: its name, rank, numerator of its scale, configuration.
-            kwargs: `target_name`, the module's name; `planned`, see `add_adapter`.
-        """
-        key = kwargs.get("target_name", "")
-        self.add_adapter(adapter_name, config, kwargs.get("planned"), r=r, lora_alpha=lora_alpha, key=key)
-        if "planned" not in kwargs:  # else the model does so when all its layers have the adapter
-            self.settle(adapter_name)
+        """Makes an adapter, or makes it anew."""
+        self.add_adapter(adapter_name, config, r=r, lora_alpha=lora_alpha, key=kwargs.get("target_name", ""))
+        self.settle(adapter_name)
 
     def create(self, name: str, config: LoraConfig, r: int = 0, lora_alpha: float | None = None, key: str = "") -> None:
         r = r or config.r
@@ -219,7 +215,8 @@ class LoraLayer(AdapterLayer):
         offset = None if bias is None else bias * scaling
         down, up = self.flat_factors(_weight(a), _weight(b))
         change = LowRank(down, up, scaling, self.dropout_of(name), offset)
-        if self.op.linear and not (is_plain(a) and is_plain(b)):  # somebody wants to see them called
+        # Somebody wants to see them called; FSDP has done so to bring their weights together.
+        if self.op.linear and not (is_plain(unwrapped(a)) and is_plain(unwrapped(b))):
             change.low, change.high = partial(_call, a), partial(_call, b)
         return change
 
@@ -336,7 +333,7 @@ def check_config(config: LoraConfig) -> None:
 
 
 def _check_parameter(config: LoraConfig, name: str) -> None:
-    for setting in ("fan_in_fan_out", "lora_bias"):
+    for setting in ("lora_dropout", "fan_in_fan_out", "lora_bias"):
         if getattr(config, setting):
             raise ValueError(f"{setting}={getattr(config, setting)} is not supported for target_parameters ({name!r}).")
 
@@ -360,6 +357,8 @@ def draw_(a: Tensor, r: int, init_lora_weights: bool | str) -> None:
 
 
 def _weight(factor: Any) -> Tensor:
-    weight = factor._parameters.get("weight")
-    return factor.weight if weight is None else weight
+    try:
+        return factor._parameters["weight"]  # faster than the attribute, and ZeRO-3 gathers it as well
+    except KeyError:
+        return weight_of(factor)
 

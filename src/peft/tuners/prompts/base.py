@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
 from peft.core.model_config import MODEL_CONFIG_NAMES, read_model_config
-from peft.core.storage import place_of
+from peft.core.storage import onloaded, place_of
+from peft.core.storage.flat import put, shape_of
 from peft.registry import TaskType, method_of
 
 #: inputs with one entry per token, for which 0 is a good entry for a virtual token
@@ -52,7 +53,8 @@ def embedding_width(embeddings: nn.Module) -> int | None:
     width = getattr(embeddings, "embedding_dim", None)
     if width is None:
         weight = getattr(embeddings, "weight", None)
-        width = weight.shape[1] if weight is not None and weight.ndim == 2 else None
+        shape = () if weight is None else shape_of(weight)
+        width = shape[1] if len(shape) == 2 else None
     return width
 
 
@@ -96,6 +98,8 @@ class VirtualTokens(nn.Module):
     adds_tokens: ClassVar[bool] = True
     #: whether an encoder-decoder's decoder gets its half of the prompt too
     prompts_decoder: ClassVar[bool] = False
+    #: whether tensors of its modules are read, rather than the modules called
+    reads_weights: ClassVar[bool] = False
     #: tensors that are stored beside the prompt, under their own names
     stored_beside: ClassVar[tuple[str, ...]] = ()
 
@@ -214,7 +218,7 @@ class VirtualTokens(nn.Module):
         """Takes in tensors of a file, of the shapes and by the names of `stored_tensors`."""
         own = self.stored_tensors()
         for name, value in tensors.items():
-            own[name].copy_(value)
+            put(own[name], value)
 
 
 class PromptHost(nn.Module):
@@ -248,7 +252,8 @@ class PromptHost(nn.Module):
         before = dict(config.__dict__)
         try:
             config.__dict__.update(encoder_class.shapes(config, self.base_model, embeddings))
-            encoder = encoder_class.build(config, self.base_model, embeddings).to(place_of(embeddings)[0])
+            with onloaded(embeddings):
+                encoder = encoder_class.build(config, self.base_model, embeddings).to(place_of(embeddings)[0])
         except BaseException:
             config.__dict__.update(before)
             raise
@@ -316,11 +321,6 @@ class PromptHost(nn.Module):
         """What a file stores as `prompt_embeddings`: [tokens, width]."""
         encoder: Any = self.prompt_encoder[adapter_name]
         return encoder.rows_to_save()
-
-    def prompt_state_dict(self, adapter_name: str) -> dict[str, Tensor]:
-        """An adapter's soft prompt as a file stores it."""
-        encoder: Any = self.prompt_encoder[adapter_name]
-        return {**encoder.stored_tensors(), "prompt_embeddings": self.get_prompt_embedding_to_save(adapter_name)}
 
     # ---- the prompt in the inputs
 

@@ -56,6 +56,8 @@ class CartridgeEncoder(CachedTokens):
 
     frozen_embedding: nn.Parameter | None
 
+    reads_weights = True
+
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None):
         super().__init__(config, word_embeddings)
         width, frozen = config.num_layers * 2 * config.token_dim, config.num_frozen_tokens

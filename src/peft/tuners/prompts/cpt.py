@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
 from peft.core.storage import place_of
+from peft.core.storage.flat import put_in_forward
 from peft.registry import PeftType, TaskType
 from peft.tuners.prompts.base import IGNORED, VirtualTokens, embedding_width
 
@@ -88,6 +89,7 @@ class CPTEmbedding(VirtualTokens):
         ValueError: an id that the base model does not have.
     """
 
+    reads_weights = True
     bounds: Tensor
 
     def __init__(self, config: Any, word_embeddings: Any):
@@ -122,7 +124,8 @@ class CPTEmbedding(VirtualTokens):
         with torch.no_grad():
             norms = delta.norm(dim=1, keepdim=True)
             # With a little room, so that what has been shortened is not shortened again for its rounding.
-            delta.mul_(torch.where(norms > self.bounds * (1 + 1e-6), self.bounds / norms, 1.0))
+            shorter = torch.where(norms > self.bounds * (1 + 1e-6), self.bounds / norms, 1.0)
+            put_in_forward(delta, delta * shorter)
         return vectors + F.embedding(indices, torch.where(self.bounds > 0, delta, delta.detach()))
 
     def mask(self, batch_size: int) -> Tensor:

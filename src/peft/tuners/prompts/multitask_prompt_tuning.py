@@ -90,6 +90,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
     """
 
     prompts_decoder: ClassVar[bool] = True
+    reads_weights = True
     stored_beside: ClassVar[tuple[str, ...]] = ("prefix_task_cols", "prefix_task_rows")
 
     def __init__(self, config: Any, word_embeddings: nn.Module):

@@ -21,6 +21,7 @@ from peft.core.plan import Plan
 from peft.core.slots import Setting, Slot
 from peft.core.storage import place_of
 from peft.core.tuner import BaseTuner
+from peft.core.wrappers import state_names
 from peft.registry import PeftType, TaskType
 from peft.tuners.shadow import detached, network
 
@@ -282,7 +283,7 @@ class ShadowMethod(Method):
             f"{slot}.default.{leaf}": f"{slot}.{adapter_name}.{leaf}"
             for slot, container in self.shared.items()
             if adapter_name in container  # type: ignore[operator]
-            for leaf in container[adapter_name].state_dict()  # type: ignore[index]
+            for leaf in state_names(container[adapter_name])  # type: ignore[index]
         }
 
     # ---- while the model runs

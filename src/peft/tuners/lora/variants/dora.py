@@ -13,6 +13,7 @@ from peft.core.base_op import ConvOp
 from peft.core.change import Change, Dropped, ScaleOutput
 from peft.core.slots import Slot
 from peft.core.storage import onloaded
+from peft.core.storage.flat import weight_of
 from peft.ops.memo import remember
 from peft.ops.norms import changed_row_norms, row_squares
 from peft.tuners.lora.starts import Remainder, heavy
@@ -82,7 +83,7 @@ class Dora(Variant):
 
     def _factor(self, layer: LoraLayer, name: str) -> Tensor:
         """m_i / ||(W + s B A)_i||: [out]."""
-        m = layer.lora_magnitude_vector[name].weight
+        m = weight_of(layer.lora_magnitude_vector[name])
         a, b = layer.factors(name)
         key = None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -1,0 +1,109 @@
+"""The values of an adapter's tensors, whole, wherever and in whatever parts they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.storage.flat import SUMMON, is_cut_up, shape_of, together
+from peft.core.wrappers import plain_name, state_names, unwrapped
+from peft.tuners.prompts.base import PromptHost
+
+
+class Slot(NamedTuple):
+    """Where one tensor of an adapter lives in a model."""
+
+    live_name: str
+    owner: nn.Module
+    attribute: str
+    device: torch.device | None = None  # where it belongs, if it has no memory yet
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.owner, self.attribute)
+
+
+def values_of(
+    model: nn.Module, slots: Mapping[str, Slot], state_dict: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The tensors in these places: out of `state_dict`, which asks no other process, or read by all processes together.
+
+    Raises:
+        KeyError: `state_dict` lacks one.
+        ValueError: one there has no values.
+        RuntimeError: FSDP1 has cut them up, and nobody has put them together.
+    """
+    if state_dict is not None:
+        return _given(slots, state_dict)
+    tensors = {key: slot.tensor for key, slot in slots.items()}
+    cut = is_cut_up(model, tensors)
+    if cut is not None:
+        raise RuntimeError(
+            f"{cut!r} is shared out among processes by FullyShardedDataParallel, and what this one has of it is no"
+            " adapter. Either give the whole: state_dict=, from model.state_dict() of the wrapped model, called on all"
+            f" processes under StateDictType.FULL_STATE_DICT (`accelerator.get_state_dict(model)`); or {SUMMON}."
+        )
+    with together(tensors.values()):  # what is together for a while is copied
+        return {
+            key: tensor.detach().clone() if hasattr(tensor, "ds_id") else tensor.detach()
+            for key, tensor in tensors.items()
+        }
+
+
+def _given(slots: Mapping[str, Slot], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    given = {plain_name(name): value for name, value in state_dict.items()}
+    missing = [slot.live_name for slot in slots.values() if slot.live_name not in given]
+    if missing:
+        raise KeyError(
+            f"state_dict has no {missing[0]!r}"
+            + (f" (nor {len(missing) - 1} more of the adapter's tensors)" if missing[1:] else "")
+            + f"; it has {len(given)} entries. It has to be that of the whole PeftModel; FSDP may give it to the first"
+            " process only, which then has to be the one that saves."
+        )
+    values = {key: given[slot.live_name] for key, slot in slots.items()}
+    for key, slot in slots.items():
+        found, whole = values[key].shape, shape_of(slot.tensor)
+        if (not found.numel() and whole.numel()) or (hasattr(slot.tensor, "ds_id") and found != whole):
+            raise ValueError(
+                f"state_dict has {slot.live_name!r} with shape {tuple(found)}, a part of it. DeepSpeed ZeRO-3 gives"
+                " whole tensors where it gathers them (`accelerator.get_state_dict(model)`, with"
+                " stage3_gather_16bit_weights_on_model_save); or leave state_dict out, and call save_pretrained on all"
+                " processes."
+            )
+    return values
+
+
+def prompt_tensors(model: PromptHost, adapter_name: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """A soft prompt as a file stores it; what it is made of may lie in parts."""
+    encoder: Any = model.prompt_encoder[adapter_name]
+    slots = {}
+    for name in state_names(encoder):
+        path, _, attribute = name.rpartition(".")
+        slots[name] = Slot(f"prompt_encoder.{adapter_name}.{name}", encoder.get_submodule(path), attribute)
+    encoder = _with_values(encoder, values_of(model, slots, state_dict))
+    return {**encoder.stored_tensors(), "prompt_embeddings": encoder.rows_to_save()}
+
+
+def _with_values(module: nn.Module, values: Mapping[str, Tensor], prefix: str = "") -> Any:
+    """A module like this one with these tensors, by their names in it, and nothing around its forward pass."""
+    module = unwrapped(module)
+    made: Any = object.__new__(type(module))
+    nn.Module.__init__(made)
+    bare = made.__dict__.keys()
+    mine = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    made.__dict__.update({k: v for k, v in module.__dict__.items() if k not in {*bare, *mine, "forward"}})
+    if "_flat_weights" in made.__dict__:  # of an LSTM, which keeps it up to date
+        made._flat_weights = list(made._flat_weights)
+    made.training = module.training
+    for name, buffer in module._buffers.items():
+        made.register_buffer(name, mine.pop(name, buffer), name not in module._non_persistent_buffers_set)
+    made._parameters.update(dict.fromkeys(module._parameters))
+    for name, value in mine.items():
+        if "." not in name:
+            setattr(made, name, nn.Parameter(value, requires_grad=False))
+    for name, child in module._modules.items():
+        made._modules[name] = None if child is None else _with_values(child, values, f"{prefix}{name}.")
+    return made

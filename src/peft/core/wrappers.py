@@ -1,0 +1,59 @@
+"""Modules that other packages put around those of a model: FSDP's, activation checkpointing's, torch.compile's.
+
+They have no part in the names that tensors have in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+#: where such a module keeps what it is around
+_INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The module that others are around; itself where there are none."""
+    while (inner := _inside(module)) is not None:
+        module = inner
+    return module
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    modules = module._modules
+    for name in _INSIDE:
+        if name in modules:
+            return modules[name]
+    return None
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or tensor without the modules that are around others."""
+    if not any(part in name for part in _INSIDE):
+        return name
+    return ".".join(part for part in name.split(".") if part not in _INSIDE)
+
+
+def state_names(module: nn.Module) -> list[str]:
+    """The keys of `module.state_dict()`, without making one: that of FSDP is a call of all processes."""
+    return list(_state_names(module, "", {}))
+
+
+def _state_names(module: nn.Module, prefix: str, flattened: dict[int, list[str]]) -> Iterator[str]:
+    while (inner := _inside(module)) is not None:
+        # FSDP may have made attributes of what were parameters.
+        flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)
+        for name, owner, *_ in (*flat._param_infos, *flat._shared_param_infos) if flat is not None else ():
+            flattened.setdefault(id(owner), []).append(name)
+        module = inner
+    own = [name for name, value in module._parameters.items() if value is not None and name != "_flat_param"]
+    for name in dict.fromkeys((*own, *flattened.get(id(module), ()))):
+        yield prefix + name
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield prefix + name
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _state_names(child, f"{prefix}{name}.", flattened)
