@@ -284,13 +284,17 @@ def _value_at(home: str) -> Any:
 
 
 def _put_at(home: str, value: Any) -> None:
-    """Puts something there."""
+    """Puts something there, and wherever it has been imported to."""
     module, _, name = home.partition(":")
     name, _, key = name.partition("[")
     if key:
         getattr(import_module(module), name)[key.removesuffix("]")] = value
-    else:
-        setattr(import_module(module), name, value)
+        return
+    before = getattr(import_module(module), name)
+    setattr(import_module(module), name, value)
+    for path, loaded in list(sys.modules.items()):  # those that have imported it call the new one, too
+        if path.partition(".")[0] == "peft" and vars(loaded).get(name) is before:
+            setattr(loaded, name, value)
 
 
 class OldPath(ModuleType):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import patterns
@@ -143,11 +145,7 @@ class PeftConfigMixin:
 
     def to_json_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` holds."""
-        content = {}
-        for name in self._written():
-            value = getattr(self, name)
-            content[name] = _plain(value.to_dict() if hasattr(value, "to_dict") else _subfields(value))
-        return content
+        return {name: _plain(value) for name, value in self.to_dict().items()}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *, auto_mapping_dict: dict | None = None, **kwargs: Any
@@ -274,8 +272,34 @@ def _is_scalar(kind: Any) -> bool:
     return any(is_of(value, kind) for value in (0, 0.5, False, ""))
 
 
-def _subfields(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+#: as they are here; a class of another package may have its own, or somebody may have replaced them
+_SAVE, _READ = PeftConfigMixin.save_pretrained, PeftConfigMixin.from_pretrained.__func__  # type: ignore[attr-defined]
+
+
+def saved_form(config: PeftConfigMixin) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What the class of a configuration saves: the content of `adapter_config.json`, and further files by name."""
+    if type(config).save_pretrained is _SAVE:
+        return config.to_json_dict(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        files = {entry.name: Path(entry).read_bytes() for entry in os.scandir(folder) if entry.is_file()}
+    return json.loads(files.pop(CONFIG_NAME)), files
+
+
+def read_form(content: Mapping[str, Any], source: str | os.PathLike, trusted: bool, options: dict[str, Any]) -> Any:
+    """The configuration that the class for a file's content reads.
+
+    Args:
+        content: the file's.
+        source: where it lies.
+        trusted: whether it may say where else things lie, see `untrusted`.
+        options: where in `source`, and the hub's.
+    """
+    config_class: Any = method_of(content["peft_type"]).config_class if content.get("peft_type") else None
+    found = getattr(config_class, "from_pretrained", None)
+    if found is None or found.__func__ is _READ:
+        return build_config(content, source, {"trust_remote_code": trusted})
+    return found(source, **options, **({"trust_remote_code": True} if trusted else {}))
 
 
 def dump_config(content: Mapping[str, Any]) -> str:

@@ -20,10 +20,11 @@ from peft.checkpoint import (
 )
 from peft.checkpoint.files import load_peft_weights
 from peft.checkpoint.state import IncompatibleKeys
-from peft.config import CONFIG_NAME, PeftConfig, build_config
+from peft.config import CONFIG_NAME, PeftConfig, read_form, saved_form
 from peft.core import status
 from peft.core.auxiliary import save_modules, unsave_modules
 from peft.core.injection import check_adapter_name
+from peft.core.method import Method
 from peft.core.part import as_names
 from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
@@ -142,10 +143,16 @@ class PeftModel(PromptHost, Delegated):
             self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
         else:
             self._peft_config = None
-            tuner_class = method_of(peft_config.peft_type or "").model_class
+            tuner_class: Any = method_of(peft_config.peft_type or "").model_class
             convert_peft_config_for_transformers(peft_config, model)
-            self.base_model = tuner_class(model, {}, adapter_name)
-            self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+            if tuner_class.method_class.members is not Method.members:  # which are loaded before it
+                self.base_model = tuner_class(model, {}, adapter_name)
+                self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+            else:
+                warn_of_name(adapter_name, peft_config)
+                more = {} if autocast_adapter_dtype else {"autocast_adapter_dtype": False}
+                named = {adapter_name: peft_config}
+                self.base_model = tuner_class(model, named, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, **more)
         self.prepare_model_for_gradient_checkpointing(model)
         base_config: Any = getattr(self.get_base_model(), "config", None)
         if getattr(base_config, "pretraining_tp", 1) != 1:
@@ -506,7 +513,8 @@ class PeftModel(PromptHost, Delegated):
         for name in names:
             config = self.peft_config[name]
             tensors = get_peft_model_state_dict(self, gathered, name, save_embedding_layers=save_embedding_layers)
-            content = {**config.to_json_dict(), "inference_mode": True, **self._facts(config)}
+            content, more = saved_form(config)
+            content |= {"inference_mode": True, **self._facts(config)}
             if path_initial_model_for_weight_conversion is not None:
                 if self._tuner is None:
                     raise ValueError(
@@ -515,15 +523,15 @@ class PeftModel(PromptHost, Delegated):
                     )
                 initial = load_peft_weights(path_initial_model_for_weight_conversion, "cpu")
                 tensors, content = self._tuner.method(config).without_start(name, tensors, content, initial)
-            saves.append((name, tensors, content))
+            saves.append((name, tensors, content, more))
         if not is_main_process:
             return
-        for name, tensors, content in saves:
+        for name, tensors, content, more in saves:
             owner = self._tuner.method(self.peft_config[name]).owner(name) if self._tuner is not None else None
             path = [part for part in (owner, name) if part not in (None, "default")]
             folder = os.path.join(save_directory, *path)
             own_card = card if name == "default" else None
-            write_adapter(folder, content, tensors, card=own_card, safe_serialization=safe_serialization)
+            write_adapter(folder, content, tensors, card=own_card, safe_serialization=safe_serialization, more=more)
         if "default" not in names:
             self.create_or_update_model_card(save_directory)
         if to_hub:
@@ -785,8 +793,8 @@ class _Source:
             content, tensors = read_adapter(model_id, subfolder, device=device, key_mapping=key_mapping, **hub)
             if not content.get("peft_type"):
                 raise ValueError(f"The adapter_config.json of {os.fspath(model_id)!r} names no method (peft_type).")
-            trust = {"trust_remote_code": options.get("trust_remote_code", False)}
-            config = build_config(content, model_id, trust)
+            where = {"subfolder": subfolder, **split_hub_arguments(options)[0]}
+            config = read_form(content, model_id, options.get("trust_remote_code", False), where)
         else:
             tensors = load_peft_weights(model_id, device, key_mapping, subfolder=subfolder, **hub)
         config.inference_mode = not is_trainable

@@ -38,6 +38,7 @@ def write_adapter(
     card: str | None = None,
     safe_serialization: bool = True,
     metadata: Mapping[str, str] | None = None,
+    more: Mapping[str, bytes] | None = None,
 ) -> None:
     """Saves one adapter: configuration, weights and model card replace what is there all at once, or not at all.
 
@@ -51,6 +52,7 @@ def write_adapter(
         card: text of `README.md`; None leaves it as it is.
         safe_serialization: write `adapter_model.safetensors`; False writes `adapter_model.bin`, a pickle.
         metadata: further entries for the header of the safetensors file.
+        more: further files, by name.
 
     Raises:
         ValueError: `folder` is a file, or a tensor has no values (it is on the meta device).
@@ -80,7 +82,8 @@ def write_adapter(
         name, other, write = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, write_safetensors
     else:
         name, other, write = WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME, write_pickle
-    files: dict[str, bytes | Callable[[str], object]] = {CONFIG_NAME: dump_config(config).encode(), name: write}
+    files: dict[str, bytes | Callable[[str], object]] = dict(more or {})
+    files |= {CONFIG_NAME: dump_config(config).encode(), name: write}
     if card is not None:
         files[CARD_NAME] = card.encode()
     replace_files(folder, files, drop=[other])

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peft.core import making
 from peft.core.around import see_to_fast_paths
 from peft.core.auxiliary import save_modules
 from peft.core.base_op import base_op
 from peft.core.biases import TrainedBiases, note_layers, own_biases, train_biases
+from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan, make_plan
 from peft.core.routing import BASE
@@ -29,6 +31,7 @@ from peft.core.targets import (
     model_modules,
     shortened,
     state_dict_targets,
+    target_name,
 )
 from peft.core.tokens import token_rows, train_tokens
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
@@ -48,6 +51,7 @@ def inject(
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
     state_dict: dict[str, Tensor] | None = None,
+    any_kind: bool = False,
 ) -> None:
     """Adds an adapter; what `BaseTuner.inject_adapter` does. A call that raises leaves model and `config` as before."""
     check_adapter_name(adapter_name)
@@ -66,7 +70,10 @@ def inject(
             undo.callback(restructured)
         also_target, also_save = tie_configuration(config, model)
         only = state_dict_targets(state_dict, method.prefix) if state_dict is not None else None
-        plan = make_plan(model, config, method.layer_class, only=only, also_target=also_target, also_save=also_save)
+        plan = make_plan(
+            model, config, method.layer_class, only=only, also_target=also_target, also_save=also_save,
+            any_kind=any_kind, matches=tuner._check_target_module_exists,
+        )  # fmt: skip
         method.check_plan(plan, config)
         tokens = token_rows(config, model)
         warn_of_tied_targets(plan.module_names, config, model)
@@ -86,8 +93,8 @@ def inject(
         tuner._parts = None
         tuner.targeted_module_names = list(dict.fromkeys(tuner.targeted_module_names + plan.module_names))
         tuner.targeted_parameter_names = list(dict.fromkeys(tuner.targeted_parameter_names + plan.parameter_names))
-        tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         tuner.peft_config[adapter_name] = config
+        tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         tie_layers(tuner, model, tied, adapter_name)
         _freeze_base(tuner, before)
         if getattr(config, "bias", "none") != "none":
@@ -161,6 +168,18 @@ def share_again(tuner: BaseTuner, adapter_name: str) -> None:
         elif isinstance(old, (nn.ParameterDict, Buffers)):
             for group in old:
                 new[group] = new[group] if old[group].is_meta else old[group]
+
+
+def fill_in(tuner: BaseTuner, adapter_name: str) -> None:
+    """Gives tensors of an adapter that are still without memory the values of a fresh adapter."""
+    share_again(tuner, adapter_name)
+    config = tuner.peft_config[adapter_name]
+    for key, part in tuner.parts():
+        if isinstance(part, AdapterLayer) and part.has(adapter_name) and making.lacks(part, adapter_name):
+            settings = tuner.method(config).layer_settings(config, target_name(key, part))
+            making.fill_in(part, adapter_name, config, settings)
+    if getattr(config, "ensure_weight_tying", False):
+        tie_layers(tuner, tuner.model, tied_embedding_modules(tuner.model), adapter_name)
 
 
 def _is_blank(value: Any) -> bool:

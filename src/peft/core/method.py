@@ -144,6 +144,10 @@ class Method:
         """A layer of the method around `target`, without adapters yet."""
         return self.layer_class(target, parameter_name)
 
+    def add(self, layer: AdapterLayer, adapter_name: str, config: Any, planned: Any, settings: dict[str, Any]) -> None:
+        """Makes an adapter on a layer, with what `plan_settings` and `layer_settings` say."""
+        layer.add_adapter(adapter_name, config, planned, **settings)
+
     def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
         """Makes an adapter on one module the same as that on the module it shares its weight with."""
         raise ValueError(

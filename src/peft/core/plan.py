@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.auxiliary import ModulesToSaveWrapper
-from peft.core.base_op import BaseOp, ParameterOp, base_op
+from peft.core.base_op import LINEAR_INSIDE, BaseOp, ParameterOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.making import start_of
 from peft.core.storage import onloaded, storage_of
@@ -131,6 +131,8 @@ def make_plan(
     only: set[str] | None = None,
     also_target: Iterable[str] = (),
     also_save: Iterable[str] = (),
+    any_kind: bool = False,
+    matches: Callable[[LayerConfig, str], Any] | None = None,
 ) -> Plan:
     """Works out what `config` means in `model` and checks that it can be done.
 
@@ -141,12 +143,14 @@ def make_plan(
         only: names of modules to adapt instead of the configuration's targets (from a state dict).
         also_target: names of modules to adapt beyond `config.target_modules`.
         also_save: names of modules to train in full beyond `config.modules_to_save`.
+        matches: what says by which entry of `config.target_modules` a name is meant, if by any.
+        any_kind: leave modules of kinds that are not known to whoever puts the adapter on them.
 
     Raises:
         NoMatchingPeftModuleError: nothing matches.
         ValueError: a module that matches cannot carry the method.
     """
-    plan, also_target = Plan(), set(also_target)
+    plan, also_target, matches = Plan(), set(also_target), matches or check_target_module_exists
     used: set[str] = set()
     saved = {*(config.modules_to_save or ()), *also_save}
     inside_saved: str | None = None
@@ -170,8 +174,8 @@ def make_plan(
         if only is not None or key in also_target:
             target_entry = key if key in (also_target if only is None else only) else None
         else:
-            target_entry = check_target_module_exists(config, key)
-        if target_entry is None:
+            target_entry = matches(config, key)
+        if not target_entry:
             if only is None and config.exclude_modules and matching_entry(config.target_modules, key):
                 plan.left_out.append(key)
             continue
@@ -180,10 +184,16 @@ def make_plan(
                 f"{key!r} is trained in full by another adapter (modules_to_save) and cannot get an adapter too."
             )
         used.add(target_entry)
+        inner = LINEAR_INSIDE.get(type(module).__name__)
+        if inner is not None:
+            key, module, parent, child = f"{key}.{inner}", getattr(module, inner), module, inner
         plan.targets.append(Target(key, module, parent, child))
+    # Names may mean both what is around a linear layer and the layer.
+    plan.targets = list({target.name: target for target in plan.targets}.values())
     _check_matches(plan, model, config, names, used, only)
     for target in plan.targets:
-        _check_target(target, config, layer_class)
+        if not (any_kind and target.parameter_name is None and base_op(target.base) is None):
+            _check_target(target, config, layer_class)
     return plan
 
 

@@ -20,7 +20,7 @@ from peft.core.merge import changed
 from peft.core.routing import Route, join_rows
 from peft.core.storage import is_plain, onloaded
 from peft.core.storage.flat import run_with
-from peft.ops.factored import FactoredWeight
+from peft.ops.factored import FactoredWeight, warn_of_no_dropout
 from peft.ops.lora import compute_dtype, lora_linear, needs_plain
 
 if TYPE_CHECKING:
@@ -164,10 +164,11 @@ def _stand_in(layer: AdapterLayer, changes: Sequence[Change]) -> tuple[Tensor, N
     op = layer.op
     if not isinstance(op, ParameterOp) or not changes:
         return None
+    products = [change for change in changes if type(change) is LowRank and change.low is change.high is None]
+    if len(products) < len(changes):
+        return None
     lefts, rights = [], []
-    for change in changes:
-        if type(change) is not LowRank or change.low is not None or change.high is not None:
-            return None
+    for change in products:
         down, up = change.folded()
         up = up * change.scale
         if down.dim() == 2 and op.num_experts > 1:
@@ -178,12 +179,15 @@ def _stand_in(layer: AdapterLayer, changes: Sequence[Change]) -> tuple[Tensor, N
         rights.append(down)
     base = layer.get_base_weight()
     if needs_plain(base, *lefts, *rights):
+        if any(change.dropout for change in products):
+            warn_of_no_dropout()
         return None
     # Several adapters act together as one of all their ranks.
     left, right = (lefts[0].contiguous(), rights[0]) if len(lefts) == 1 else (torch.cat(lefts, 2), torch.cat(rights, 1))
     if op.transposed:
         left, right = right.mT, left.mT
-    return FactoredWeight.of(base, *((left[0], right[0]) if base.dim() == 2 else (left, right))), None
+    factors = (left[0], right[0]) if base.dim() == 2 else (left, right)
+    return FactoredWeight.of(base, *factors, dropout=max(change.dropout for change in products)), None
 
 
 # ---- mixed batches

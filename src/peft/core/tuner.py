@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
-from peft.core import injection, making, unloading
+from peft.core import injection, unloading
 from peft.core.around import is_read
 from peft.core.base_op import AttentionOp
 from peft.core.biases import check_mixture
@@ -20,8 +20,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, in_expert
-from peft.core.targets import has_default_targets, target_name
-from peft.core.tying import tied_embedding_modules
+from peft.core.targets import check_target_module_exists, has_default_targets
 from peft.core.walk import model_config_of, parts_of
 from peft.errors import PeftWarning
 
@@ -38,6 +37,7 @@ class BaseTuner(nn.Module):
         adapter_name: the first adapter's name.
         low_cpu_mem_usage: make the adapter's tensors without memory (on the meta device), to be loaded next.
         state_dict: an adapter's tensors; their names decide which modules get the adapter.
+        autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
 
     Raises:
         ValueError, TypeError, NotImplementedError: the configuration does not fit the model; the model is as before.
@@ -59,6 +59,7 @@ class BaseTuner(nn.Module):
         adapter_name: str,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
+        autocast_adapter_dtype: bool = True,
     ):
         super().__init__()
         self.hold(model)
@@ -74,13 +75,14 @@ class BaseTuner(nn.Module):
         #: PEFT type -> what its method says
         self._methods: dict[str, Method] = {}
         if configs.get(adapter_name) is not None:
+            config = configs[adapter_name]
             self.inject_adapter(
-                self.model,
-                adapter_name,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-                config=configs[adapter_name],
+                self.model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, config=config
             )
+
+    @staticmethod
+    def _check_target_module_exists(config: Any, key: str) -> Any:
+        return check_target_module_exists(config, key)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -125,7 +127,11 @@ class BaseTuner(nn.Module):
             config: its configuration; `self.peft_config[adapter_name]` if None.
         """
         config = config or self.peft_config[adapter_name]
-        injection.inject(self, model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        # Some packages replace it, for kinds of modules of their own.
+        any_kind = type(self)._create_and_replace is not _CREATE_AND_REPLACE
+        injection.inject(
+            self, model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, any_kind
+        )
 
     def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:
         """Fills in the defaults for the model type."""
@@ -160,7 +166,7 @@ class BaseTuner(nn.Module):
             layer.in_expert, layer.is_read = in_expert(current_key), is_read(self.model, current_key)
             self._replace_module(parent, target_name, layer, target)
         planned = method.planned.get((id(layer.get_base_layer()), parameter_name))
-        layer.add_adapter(adapter_name, peft_config, planned, **settings)
+        method.add(layer, adapter_name, peft_config, planned, settings)
         if isinstance(layer.op, AttentionOp):
             # Its output projection is a module that is read, not called, and gets a layer of its own. What the
             # configuration says of the attention module (a rank, say) holds for both.
@@ -187,16 +193,7 @@ class BaseTuner(nn.Module):
 
     def fill_in(self, adapter_name: str) -> None:
         """Gives tensors of an adapter that are still without memory the values of a fresh adapter."""
-        injection.share_again(self, adapter_name)
-        for key, part in self.parts():
-            if not isinstance(part, AdapterLayer) or not part.has(adapter_name):
-                continue
-            if making.lacks(part, adapter_name):
-                config = self.peft_config[adapter_name]
-                settings = self.method(config).layer_settings(config, target_name(key, part))
-                making.fill_in(part, adapter_name, config, settings)
-        if getattr(self.peft_config[adapter_name], "ensure_weight_tying", False):
-            injection.tie_layers(self, self.model, tied_embedding_modules(self.model), adapter_name)
+        injection.fill_in(self, adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Brings an adapter to the dtype it is trained in: its base weight's, but float32 in place of halves."""
@@ -449,3 +446,6 @@ class BaseTuner(nn.Module):
                 if hasattr(method, name):
                     return getattr(method, name)
         return getattr(self.model, name)
+
+
+_CREATE_AND_REPLACE = BaseTuner._create_and_replace

@@ -8,6 +8,7 @@ Anything else sees the sum, computed when it is first asked for.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,31 +17,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from peft.errors import PeftRuntimeWarning
 from peft.ops.lora import compute_dtype, lora_linear
 
 
 class FactoredWeight(Tensor):
     """W + L R in the shape of W, which is [out, in], or a stack of such matrices, or either of them transposed.
 
+    What is multiplied with it is dropped with probability `dropout` before it meets the factors.
+
     It has no memory of its own. To autograd it is a function of its parts, and code that reads it past Python (an
     autograd function, say) gets the sum, so that the change reaches whatever is computed, and gradients reach L and R.
     """
 
     parts: tuple[Tensor, Tensor, Tensor]
+    dropout: float
     _sum: Tensor | None
     _factors_by_index: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None
 
     @staticmethod
-    def of(base: Tensor, left: Tensor, right: Tensor) -> FactoredWeight:
+    def of(base: Tensor, left: Tensor, right: Tensor, dropout: float = 0.0) -> FactoredWeight:
         """base [..., m, n] + left [..., m, r] right [..., r, n]; the factors may be in another dtype."""
         weight: FactoredWeight = _StandIn.apply(base, left, right)
         weight.parts, weight._sum, weight._factors_by_index = (base, left, right), None, None
+        weight.dropout = dropout
         return weight
 
     def summed(self) -> Tensor:
         """The weight as a plain tensor."""
         if self._sum is None:
             base, left, right = self.parts
+            if self.dropout:
+                warn_of_no_dropout()
             self._sum = (base + left @ right).to(base.dtype)
         return self._sum
 
@@ -110,7 +118,8 @@ def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
     else:
         result, base_of_product = None, base.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
-    return lora_linear(input.to(dtype), base_of_product, bias, result, right, left, 1.0, overwrite=True)
+    p = weight.dropout
+    return lora_linear(input.to(dtype), base_of_product, bias, result, right, left, 1.0, p, overwrite=True)
 
 
 def _matmul(func: Any, first: Tensor, second: Tensor, *rest: Any, **settings: Any) -> Tensor:
@@ -122,13 +131,13 @@ def _matmul(func: Any, first: Tensor, second: Tensor, *rest: Any, **settings: An
             return _linear(F.linear, first, _transposed(second))
         dtype = compute_dtype(first)
         base, left, right = second.parts
-        low_first, low_second = func(first, left.to(dtype)), right.to(dtype)
+        low_first, low_second = func(_dropped(first, second), left.to(dtype)), right.to(dtype)
         result = func(first, base)
     else:
         assert isinstance(first, FactoredWeight)
         dtype = compute_dtype(second)
         base, left, right = first.parts
-        low_first, low_second = left.to(dtype), func(right.to(dtype), second)
+        low_first, low_second = left.to(dtype), func(right.to(dtype), _dropped(second, first))
         result = func(base, second)
     if result.dim() == low_first.dim() == low_second.dim() == 3:
         return result.baddbmm_(low_first, low_second)
@@ -145,7 +154,20 @@ def _grouped_mm(func: Any, x: Tensor, weight: Tensor, offs: Tensor | None = None
     left = F.pad(left.mT.to(x.dtype), (0, 0, 0, missing)).contiguous().mT
     right = F.pad(right.mT.to(x.dtype), (0, missing)).contiguous().mT
     result = func(x, base, offs=offs, **settings)
-    return result.add_(func(func(x, left, offs=offs), right, offs=offs))
+    return result.add_(func(func(_dropped(x, weight), left, offs=offs), right, offs=offs))
+
+
+def _dropped(x: Tensor, weight: FactoredWeight) -> Tensor:
+    return F.dropout(x, weight.dropout) if weight.dropout else x
+
+
+def warn_of_no_dropout() -> None:
+    """Says that the input of an adapter's factors is nowhere to be had, so that nothing of it can be dropped."""
+    warnings.warn(
+        "lora_dropout has no effect on a parameter that its module does more with than multiplying.",
+        PeftRuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _select(func: Any, weight: Any, index: Any) -> Tensor:
@@ -153,18 +175,19 @@ def _select(func: Any, weight: Any, index: Any) -> Tensor:
     if not isinstance(weight, FactoredWeight) or weight.dim() != 3:
         return NotImplemented
     if isinstance(index, slice) or (isinstance(index, Tensor) and index.dim() == 1):
-        return FactoredWeight.of(*(part[index] for part in weight.parts))
+        base, left, right = (part[index] for part in weight.parts)
+        return FactoredWeight.of(base, left, right, weight.dropout)
     if isinstance(index, bool) or not isinstance(index, int | Tensor):
         return NotImplemented
     if isinstance(index, Tensor) and (index.dim() or index.is_floating_point() or index.dtype == torch.bool):
         return NotImplemented
     index = int(index)
-    return FactoredWeight.of(weight.parts[0][index], *weight.factors_at(index))
+    return FactoredWeight.of(weight.parts[0][index], *weight.factors_at(index), dropout=weight.dropout)
 
 
 def _transposed(weight: FactoredWeight) -> FactoredWeight:
     base, left, right = weight.parts
-    return FactoredWeight.of(base.mT, right.mT, left.mT)
+    return FactoredWeight.of(base.mT, right.mT, left.mT, weight.dropout)
 
 
 def _transpose(func: Any, weight: Any, *dims: int) -> Tensor:
@@ -179,7 +202,8 @@ def _by_part(func: Any, weight: Any, *args: Any, **settings: Any) -> Tensor:
     """Another dtype, device or layout."""
     if not isinstance(weight, FactoredWeight):
         return NotImplemented
-    return FactoredWeight.of(*(func(part, *args, **settings) for part in weight.parts))
+    base, left, right = (func(part, *args, **settings) for part in weight.parts)
+    return FactoredWeight.of(base, left, right, weight.dropout)
 
 
 #: what a stand-in says about itself

@@ -113,6 +113,18 @@ class ParamWrapper(LoraLayer):
 
     op: ParameterOp
 
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        parameter_name: str | None = None,
+        config: LoraConfig | None = None,
+        r: int = 0,
+        lora_alpha: float = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(base_layer, adapter_name, config, r, lora_alpha, parameter_name, **kwargs)
+
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         experts = self.op.num_experts
         self.lora_A[name] = nn.Linear(self.in_features, r * experts, bias=False)
@@ -125,7 +137,7 @@ class ParamWrapper(LoraLayer):
         return a.view(experts, r, -1), b.view(b.shape[0], r, experts).permute(2, 0, 1)
 
     def low_rank(self, name: str) -> LowRank:
-        return LowRank(*self.stacks(name), self.scaling[name])
+        return LowRank(*self.stacks(name), self.scaling[name], self.dropout_of(name))
 
     @property
     def num_experts(self) -> int:

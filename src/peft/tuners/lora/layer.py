@@ -118,9 +118,16 @@ class LoraLayer(AdapterLayer):
             self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
-        """Makes an adapter, or makes it anew."""
-        self.add_adapter(adapter_name, config, r=r, lora_alpha=lora_alpha, key=kwargs.get("target_name", ""))
-        self.settle(adapter_name)
+        """Makes an adapter, or makes it anew.
+
+        Args:
+            adapter_name, r, lora_alpha, config: its name, rank, numerator of its scale, configuration.
+            kwargs: `target_name`, the module's name; `planned`, see `add_adapter`.
+        """
+        key = kwargs.get("target_name", "")
+        self.add_adapter(adapter_name, config, kwargs.get("planned"), r=r, lora_alpha=lora_alpha, key=key)
+        if "planned" not in kwargs:  # else the model does so when all its layers have the adapter
+            self.settle(adapter_name)
 
     def create(self, name: str, config: LoraConfig, r: int = 0, lora_alpha: float | None = None, key: str = "") -> None:
         r = r or config.r
@@ -333,7 +340,7 @@ def check_config(config: LoraConfig) -> None:
 
 
 def _check_parameter(config: LoraConfig, name: str) -> None:
-    for setting in ("lora_dropout", "fan_in_fan_out", "lora_bias"):
+    for setting in ("fan_in_fan_out", "lora_bias"):
         if getattr(config, setting):
             raise ValueError(f"{setting}={getattr(config, setting)} is not supported for target_parameters ({name!r}).")
 

@@ -75,7 +75,13 @@ class LoraMethod(Method):
             made: type[LoraLayer] = LoraParallelLinear
         else:
             made = linear_class(base) if op.kind == "Linear" else LAYERS[op.kind]
-        return made(target, parameter_name=parameter_name, op=op)
+        # in this order, for some replace the constructor
+        wrapper: Any = made
+        return made(target, op=op) if parameter_name is None else wrapper(target, None, parameter_name, None, op=op)
+
+    def add(self, layer: Any, adapter_name: str, config: LoraConfig, planned: Any, settings: dict[str, Any]) -> None:
+        r, lora_alpha, key = settings["r"], settings["lora_alpha"], settings["key"]
+        layer.update_layer(adapter_name, r, lora_alpha, config=config, target_name=key, planned=planned)
 
     def without_start(
         self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: dict[str, Tensor]
