@@ -1,4 +1,5 @@
-"""Writes docs/support.md and docs/methods/: what each method works on, by trying it, and what its configuration says.
+"""Writes docs/support.md, docs/serving.md and docs/methods/: what each method works on, by trying it, what serving engines
+take, and what configurations say.
 
 python docs/generate.py            # write the pages
 python docs/generate.py --check    # say which pages are not up to date
@@ -26,6 +27,7 @@ sys.path[:0] = [str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
 import peft  # noqa: E402
 import test_conformance as cells  # noqa: E402
 from peft.config import LayerConfig, PeftConfig, PromptLearningConfig  # noqa: E402
+from peft.integrations.serving import ENGINES, FEATURES, REMEDIES  # noqa: E402
 from peft.registry import METHODS  # noqa: E402
 
 TEXTS: dict[str, dict[str, Any]] = yaml.safe_load((DOCS / "methods.yaml").read_text(encoding="utf-8"))
@@ -202,6 +204,31 @@ def _note(reason: str, notes: dict[str, int]) -> str:
     return f"({notes.setdefault(reason, len(notes) + 1)})"
 
 
+# ---- serving.md
+
+
+def serving_page() -> str:
+    reasons: dict[str, int] = {}
+    lines = ["| an adapter with | " + " | ".join(engine.title for engine in ENGINES.values()) + " |"]
+    lines.append("|---" * (len(ENGINES) + 1) + "|")
+    for key, feature in FEATURES.items():
+        row = [f"| {feature.title}"]
+        for engine in ENGINES.values():
+            answer = engine.answers[key]
+            why = f"{answer.why}: {REMEDIES[answer.remedy]}." if answer.remedy else ""
+            row.append(f"{answer.verdict} {_note(why, reasons)}" if why else answer.verdict)
+        lines.append(" | ".join(row) + " |")
+    intro = (
+        "Serving engines read adapters with code of their own. Of what an adapter may have, they *take* some, *refuse* some"
+        " with an error, and load some without a word to compute something else (*differs*). The numbers say why, and what"
+        " to do. [Serving](tasks/serving.md) has the commands, and how to ask about one adapter."
+    )
+    read = [f"- {engine.title}: {engine.read}" for engine in ENGINES.values()]
+    notes = [f"{number}. {why[0].upper()}{why[1:]}" for why, number in reasons.items()]
+    parts = ["# What serving engines take", "", intro, "", *lines, "", *notes, "", "Read from:", "", *read, ""]
+    return "\n".join([BY_HAND, *parts])
+
+
 # ---- methods/
 
 
@@ -282,6 +309,45 @@ class Llama7B:
         return trained, where
 
 
+_EXAMPLE = """\
+```python
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft import {names}, get_peft_model
+
+shape = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+model = LlamaForCausalLM(LlamaConfig(**shape))  # in earnest: AutoModelForCausalLM.from_pretrained(...)
+{before}config = {config}
+model = get_peft_model(model, config)
+model.print_trainable_parameters()
+
+batch = torch.randint(0, 512, (2, 16))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+for step in range(3):
+    model(input_ids=batch, labels=batch{forward}).loss.backward()
+    optimizer.step()
+{after}    optimizer.zero_grad()
+model.save_pretrained("{folder}")
+```"""
+
+
+def example(method: str) -> str:
+    """A block that trains an adapter of the method on a small model, and saves it."""
+    name, text = METHODS[method].config_class.__name__, TEXTS.get(method, {})
+    more: dict[str, str] = text.get("example", {})
+    settings = {field: repr(value) for field, value in text.get("settings", {}).items()} | more.get("settings", {})
+    given = "".join(f", {field}={value}" for field, value in settings.items())
+    return _EXAMPLE.format(
+        names=", ".join([name, *more.get("names", "").split()]),
+        before=more.get("before", ""),
+        config=f'{name}(task_type="CAUSAL_LM"{given})',
+        forward=more.get("forward", ""),
+        after=f"    {more['after']}\n" if "after" in more else "",
+        folder=method.lower(),
+    )
+
+
 def method_page(method: str, count: tuple[int, str] | None) -> str:
     config_class = METHODS[method].config_class
     text = TEXTS.get(method, {})
@@ -291,6 +357,7 @@ def method_page(method: str, count: tuple[int, str] | None) -> str:
     lines = [BY_HAND, f"# {text.get('name', method)}", "", about(config_class), ""]
     if text.get("use"):
         lines += ["## When to use it", "", text["use"], ""]
+    lines += ["## In code", "", example(method), ""]
     if count is not None:
         settings = ", ".join(f"{name}={value!r}" for name, value in text.get("settings", {}).items())
         with_settings = f" with `{settings}`" if settings else ""
@@ -354,6 +421,7 @@ def pages(support: bool = True, methods: bool = True) -> dict[Path, str]:
     if methods:
         llama = Llama7B()
         counts = {method: llama.count(method) for method in METHODS}
+        made[DOCS / "serving.md"] = serving_page()
         made |= {DOCS / "methods" / page_name(method): method_page(method, counts[method]) for method in METHODS}
         made[DOCS / "methods" / "README.md"] = index_page(counts)
     return made

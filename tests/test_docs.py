@@ -1,7 +1,7 @@
 """The documentation runs as it stands: its Python blocks are executed, its links lead somewhere, translations agree.
 
-The models that the pages name are there as tiny ones of the same kind, in folders of the same names; the hub that they
-push to is a server of the tests.
+The pages of tasks and methods make the models that they use. Those that the quick tour and the README name are there as
+tiny ones of the same kind, in folders of the same names; the hub that they push to is a server of the tests.
 """
 
 from __future__ import annotations
@@ -99,15 +99,49 @@ def test_the_method_of_the_contributors_page_works(tmp_path):
     run(ROOT / "CONTRIBUTING.md", tmp_path)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quicktour.md"])
+def run_here(page: Path, folder: Path, monkeypatch) -> None:
+    """Runs the page's blocks in this process inside `folder`; skips where a package is not installed."""
+    code = script(page)
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            pytest.importorskip(str(name).partition(".")[0])
+    monkeypatch.chdir(folder)
+    exec(compile(code, page.name, "exec"), {"__name__": page.stem})
+
+
+SHORT = sorted([*(ROOT / "docs/tasks").glob("*.md"), ROOT / "docs/data.md", ROOT / "docs/migration.md"])
+
+
+@pytest.mark.parametrize("page", [page for page in SHORT if script(page).strip()], ids=lambda page: page.stem)
+def test_the_page_of_a_task_runs(page, tmp_path, monkeypatch):
+    run_here(page, tmp_path, monkeypatch)
+
+
+METHOD_PAGES = sorted(page for page in (ROOT / "docs/methods").glob("*.md") if page.stem != "README")
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=lambda page: page.stem)
+def test_the_page_of_a_method_runs(page, tmp_path, monkeypatch):
+    run_here(page, tmp_path, monkeypatch)
+    assert files(tmp_path / page.stem) > {"README.md", "adapter_config.json"}
+
+
+CHINESE = {ROOT / "README.md": ROOT / "README.zh.md"} | {
+    ROOT / "docs" / page.relative_to(ROOT / "docs/zh"): page for page in sorted((ROOT / "docs/zh").rglob("*.md"))
+}
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.stem)
 def test_translated_pages_hold_the_same_code(page):
-    english = ROOT / page
-    chinese = ROOT / ("README.zh.md" if page == "README.md" else "docs/zh/quicktour.md")
-    text = chinese.read_text(encoding="utf-8")
-    assert len(re.findall(r"[\u4e00-\u9fff]", text)) > 500
+    english, chinese = page.read_text(encoding="utf-8"), CHINESE[page].read_text(encoding="utf-8")
+    assert len(re.findall(r"[\u4e00-\u9fff]", chinese)) > len(re.sub(r"```.*?```", "", english, flags=re.DOTALL)) / 8
     # `ast` leaves out the comments, which are translated
-    code = [ast.unparse(ast.parse(script(path))) for path in (english, chinese)]
+    code = [ast.unparse(ast.parse(script(path))) for path in (page, CHINESE[page])]
     assert code[0] and code[0] == code[1]
+    headings = [len(re.findall(r"^#+ ", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE))
+                for text in (english, chinese)]  # fmt: skip
+    assert headings[0] == headings[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -116,6 +150,19 @@ def test_links_to_files_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose)
     broken = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert broken == []
+
+
+def test_what_the_page_on_troubles_quotes_is_said_somewhere():
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    said = [
+        node.value
+        for path in (ROOT / "src/peft").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    quoted = [found[1] for row in rows if (found := re.match(r"`([^`]+)`(?! of)", row))]
+    assert len(quoted) > 20
+    assert [text for text in quoted if not any(text in constant for constant in said)] == []
 
 
 def test_the_picture_of_the_rooms_is_complete():
