@@ -1,5 +1,4 @@
-"""Writes docs/support.md, docs/serving.md and docs/methods/: what each method works on, by trying it, what serving engines
-take, and what configurations say.
+"""Writes docs/support.md, serving.md and methods/: what works on what, by trying it, and what tables and classes say.
 
 python docs/generate.py            # write the pages
 python docs/generate.py --check    # say which pages are not up to date
@@ -209,8 +208,8 @@ def _note(reason: str, notes: dict[str, int]) -> str:
 
 def serving_page() -> str:
     reasons: dict[str, int] = {}
-    lines = ["| an adapter with | " + " | ".join(engine.title for engine in ENGINES.values()) + " |"]
-    lines.append("|---" * (len(ENGINES) + 1) + "|")
+    titles = " | ".join(engine.title for engine in ENGINES.values())
+    lines = [f"| an adapter with | {titles} |", "|---" * (len(ENGINES) + 1) + "|"]
     for key, feature in FEATURES.items():
         row = [f"| {feature.title}"]
         for engine in ENGINES.values():
@@ -219,12 +218,12 @@ def serving_page() -> str:
             row.append(f"{answer.verdict} {_note(why, reasons)}" if why else answer.verdict)
         lines.append(" | ".join(row) + " |")
     intro = (
-        "Serving engines read adapters with code of their own. Of what an adapter may have, they *take* some, *refuse* some"
-        " with an error, and load some without a word to compute something else (*differs*). The numbers say why, and what"
-        " to do. [Serving](tasks/serving.md) has the commands, and how to ask about one adapter."
+        "Engines read adapters with code of their own. What an adapter may have they *take*, *refuse* with an error, or"
+        " load without a word to compute something else (*differs*). The numbers say why, and what to do."
+        " [Serving](tasks/serving.md) has the commands, and how to ask about one adapter."
     )
+    notes = [f"{number}. {why}" for why, number in reasons.items()]
     read = [f"- {engine.title}: {engine.read}" for engine in ENGINES.values()]
-    notes = [f"{number}. {why[0].upper()}{why[1:]}" for why, number in reasons.items()]
     parts = ["# What serving engines take", "", intro, "", *lines, "", *notes, "", "Read from:", "", *read, ""]
     return "\n".join([BY_HAND, *parts])
 
