@@ -243,3 +243,60 @@ def test_a_models_configuration_is_read_whatever_holds_it(config):
     model.config = config
     assert BaseTuner.get_model_config(model) == {"model_type": "mine"}
     assert BaseTuner.get_model_config(net()) == {"model_type": "custom"}
+
+
+# ---- what modules around an adapter look for
+
+
+class OwnLinear(nn.Linear):
+    """Says more of itself than a linear layer does, as modules around it may ask."""
+
+    gain = 2.0
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.stride, self._width = (2,), 4
+        self.cores = nn.ModuleDict({"one": nn.Identity()})
+        self._hook_of_another_library = object()
+
+    def halved(self):
+        return self.gain / 2
+
+
+def test_a_layer_has_what_its_module_has():
+    model = get_peft_model(nn.Sequential(OwnLinear()), lora())
+    layer = model.base_model.model[0]
+    assert (layer.gain, layer.stride, layer._width, layer.halved(), len(layer.cores)) == (2.0, (2,), 4, 1.0, 1)
+    assert not hasattr(layer, "_hook_of_another_library") and not hasattr(layer, "no_such_thing")
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2))
+
+
+def transformer() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
+
+
+@pytest.mark.parametrize("build", [encoder, transformer])
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_inside_torchs_transformer(build, bias):
+    config = lora(target_modules=["self_attn", "multihead_attn"], init_lora_weights=False, lora_bias=bias)
+    model = get_peft_model(build(), config)
+    if bias:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                nn.init.normal_(parameter)
+    x = (torch.randn(2, 5, 8),) * (2 if build is transformer else 1)
+    trained = model.train()(*x)
+    trained.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(*x), trained)  # the fast path
+        model.merge_adapter()
+        torch.testing.assert_close(model(*x), trained)
+    attention = next(m for n, m in model.named_modules() if n.endswith("self_attn"))
+    assert attention.embed_dim == 8 and attention.num_heads == 2 and attention.batch_first
+    assert attention.merge_masks(None, None, x[0])[0] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -448,6 +449,23 @@ def test_half_precision_base_trains_the_adapter_in_float32(method):
         build("Linear", torch.bfloat16), config_for(method, "Linear"), autocast_adapter_dtype=False
     )
     assert all(parameter.dtype == torch.bfloat16 for parameter in kept.parameters() if parameter.requires_grad)
+
+
+@over("method", LAYER_METHODS)
+def test_training_goes_on_after_inference_and_inside_autocast(method):
+    """What is kept from a pass in inference mode is of use in the next; a backward pass may run inside autocast."""
+    for name, module in list(sys.modules.items()):
+        for value in vars(module).values() if name.startswith("peft.ops.") else ():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+    model = adapted(method, "Linear")
+    x = inputs_of(model)
+    with torch.inference_mode():
+        model.eval()(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x).float().pow(2).sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
 @over("method", [method for method in LAYER_METHODS if method not in BESIDE])

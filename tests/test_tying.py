@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft
 import tiny_models as tiny
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from tiny_models import gpt2, llama, t5
 
 IDS = torch.tensor([[1, 5, 9, 3], [2, 7, 4, 8]])
 
@@ -161,3 +165,77 @@ def test_an_output_layer_trained_in_full_has_no_trained_tokens_beside(tmp_path):
     other.set_adapter("other")
     with torch.no_grad():
         torch.testing.assert_close(other.eval()(IDS).logits, model(IDS).logits)
+
+
+# ---- trained rows of tied modules, beside other adapters on them
+
+ROWS = {
+    "both named": (gpt2, ["c_attn"], {"wte": [1, 2], "lm_head": [1, 2]}),
+    "other rows": (gpt2, ["c_attn"], {"wte": [1, 2], "lm_head": [2, 3]}),
+    "LoRA on the head": (gpt2, ["lm_head"], [1, 2]),
+    "LoRA on the head, both named": (lambda: llama(tie_word_embeddings=True), ["q_proj"], {"embed_tokens": [1, 2]}),
+    "LoRA on T5's head": (t5, ["lm_head", "q"], {"shared": [1, 2]}),
+}
+
+
+def with_rows(name: str, **fields):
+    build, targets, rows = ROWS[name]
+    config = LoraConfig(target_modules=targets, trainable_token_indices=rows, init_lora_weights=False, **fields)
+    model = get_peft_model(build(), config).eval()
+    torch.manual_seed(3)
+    for parameter in (p for n, p in model.named_parameters() if "trainable_tokens" in n):
+        parameter.data += torch.randn_like(parameter)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    ids = torch.tensor([[3, 1, 2, 7]])
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+    return model(**inputs).logits
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_trained_rows_of_tied_modules_keep_the_laws(name, tmp_path):
+    build = ROWS[name][0]
+    base, model = logits_of(build()), with_rows(name)
+    out = logits_of(model)
+    for _ in range(2):
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model), base)
+        model.merge_adapter()
+        torch.testing.assert_close(logits_of(model), out, rtol=1e-3, atol=1e-3)
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model), base)
+        torch.testing.assert_close(logits_of(model), out, rtol=1e-3, atol=1e-3)
+        model.unmerge_adapter()
+        assert torch.equal(logits_of(model), out)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(build(), tmp_path)), out)
+    torch.testing.assert_close(logits_of(copy.deepcopy(model).merge_and_unload()), out, rtol=1e-3, atol=1e-3)
+    assert torch.equal(logits_of(model.unload()), base)
+
+
+@pytest.mark.parametrize("tying", [False, True])
+def test_equal_rows_of_tied_modules_are_one_parameter_and_stay_tied(tying):
+    model = with_rows("both named", ensure_weight_tying=tying)
+    assert len([n for n, _ in model.named_parameters() if "trainable_tokens" in n]) == 1
+    assert [key for key in get_peft_model_state_dict(model) if "tokens" in key] == [
+        "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"
+    ]
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+
+
+def test_other_rows_of_tied_modules_cannot_be_kept_tied():
+    base = gpt2()
+    names = [name for name, _ in base.named_modules()]
+    config = LoraConfig(trainable_token_indices={"wte": [1], "lm_head": [2]}, ensure_weight_tying=True)
+    with pytest.raises(ValueError, match=r"transformer.wte: \[1\], lm_head: \[2\]"):
+        get_peft_model(base, config)
+    assert [name for name, _ in base.named_modules()] == names
+
+
+def test_lora_on_a_head_whose_rows_are_trained_is_stored_under_its_own_name():
+    keys = [key for key in get_peft_model_state_dict(with_rows("LoRA on the head")) if "lora" in key]
+    assert keys == ["base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight"]

@@ -16,23 +16,9 @@ from torch.nn.functional import pad
 from peft.config import PeftConfig
 from peft.errors import PeftWarning
 from peft.model import TASK_CLASSES, PeftModel
-from peft.tuners.prompts.base import cached_tokens, find_word_embeddings, lengthen
+from peft.tuners.prompts.base import cached_tokens, lengthen, replaced
 
 _COMMON = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
-
-
-@contextmanager
-def _replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """For a while, `owner.name` is `value`."""
-    before = owner.__dict__.get(name)
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before
 
 
 @functools.cache
@@ -116,7 +102,9 @@ class TaskModel(PeftModel):
             return super().forward(*args, **kwargs)
         with self.routed((), kwargs):
             inputs = self._prompted(kwargs)
-            return self._prompt.finish(self._run(inputs, kwargs.get("input_ids")), inputs.get("labels"), kwargs)
+            with self._prompt.around(self.base_model, inputs):
+                output = self._run(inputs, kwargs.get("input_ids"))
+            return self._prompt.finish(output, inputs.get("labels"), kwargs)
 
     def _base_takes(self, name: str) -> bool:
         """Whether the base model's forward pass has an argument of this name."""
@@ -231,15 +219,10 @@ class GeneratingModel(TaskModel):
             return make_cache(*args[:4], args[4] + tokens, *args[5:], **kwargs)
 
         with ExitStack() as stack:
-            stack.enter_context(_replaced(self.base_model, "prepare_inputs_for_generation", prepare_step))
+            stack.enter_context(replaced(self.base_model, "prepare_inputs_for_generation", prepare_step))
             if make_cache is not None:
-                stack.enter_context(_replaced(self.base_model, "_prepare_cache_for_generation", make_longer_cache))
+                stack.enter_context(replaced(self.base_model, "_prepare_cache_for_generation", make_longer_cache))
             yield
-
-    @property
-    def _decoder_embeddings(self) -> nn.Module:
-        """The word embeddings of an encoder-decoder's decoder."""
-        return find_word_embeddings(self.base_model.get_decoder())
 
     def _prepare_step(
         self, prepare: Callable[..., dict[str, Any]], task_ids: Tensor | None, input_ids: Tensor, **kwargs: Any
@@ -277,8 +260,7 @@ class GeneratingModel(TaskModel):
                     inputs[name] = inputs[name][:, filled:]
             if task_ids is not None:  # beams stand next to each other
                 task_ids = task_ids.repeat_interleave(batch // task_ids.shape[0], dim=0)
-            embed = self._decoder_embeddings if side else self.word_embeddings
-            prompt.insert(inputs, prompt.prompt(batch, task_ids), embed, side)
+            prompt.insert(inputs, prompt.prompt(batch, task_ids), self._prompted_embeddings(prompt, side), side)
         return inputs
 
 
@@ -308,7 +290,9 @@ class PeftModelForSeq2SeqLM(GeneratingModel):
         batch = inputs["inputs_embeds"].shape[0]
         lengthen(inputs, "labels", prompt.labels(batch))
         prompt.make_room(inputs, batch, 0, "decoder_")
-        prompt.insert(inputs, prompt.prompt(batch, task_ids), self._decoder_embeddings, "decoder_")
+        prompt.insert(
+            inputs, prompt.prompt(batch, task_ids), self._prompted_embeddings(prompt, "decoder_"), "decoder_"
+        )
         return inputs
 
     def _generate_with_prompt(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from peft.checkpoint.gather import Slot, prompt_tensors, values_of
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
+from peft.core.model_config import embeddings_of
 from peft.core.storage.flat import put, shape_of
 from peft.core.targets import ends_with
 from peft.core.tuner import BaseTuner
@@ -169,13 +170,10 @@ def _embedding_slots(model: nn.Module) -> tuple[dict[str, Slot], dict[str, Slot]
     """The base weights of the embedding and the output layer: of those without adapters, and of those with."""
     slots: dict[str, Slot] = {}
     adapted: dict[str, Slot] = {}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        layer: Any = getattr(model, getter)() if hasattr(model, getter) else None
-        path = (
-            next((path for path, module in live_modules(model) if module is unwrapped(layer)), None)
-            if layer is not None
-            else None
-        )
+    for side in ("input", "output"):
+        layer: Any = embeddings_of(model, side)
+        layer = None if layer is None else unwrapped(layer)
+        path = next((path for path, module in live_modules(model) if module is layer), None)
         if path is None:
             continue
         if isinstance(layer, AuxiliaryTrainingWrapper):

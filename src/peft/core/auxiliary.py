@@ -21,14 +21,8 @@ from peft.errors import PeftWarning
 class AuxiliaryTrainingWrapper(Part):
     """A module of the model with something trained in its place: one version of it per adapter."""
 
-    # Attributes the wrapper lacks are those of the module it stands for.
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "_modules" not in self.__dict__:
-                raise
-            return getattr(self.current_module(), name)
+    def of_module(self, name: str) -> Any:
+        return getattr(self.current_module(), name)
 
     @property
     def wrapped(self) -> nn.Module:

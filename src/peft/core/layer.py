@@ -75,6 +75,10 @@ class AdapterLayer(Part):
             ledger=ledger, _live=[], _merged=ledger.entries, waits_for_file=False,
         )  # fmt: skip
 
+    def of_module(self, name: str) -> Any:
+        is_changed = name in (self.op.weight_name, self.op.bias_name) and self.acting()
+        return self._seen()[name == self.op.bias_name] if is_changed else getattr(self._modules["base_layer"], name)
+
     # ---- what a method writes
 
     def create(self, name: str, config: Any) -> None:
@@ -195,9 +199,8 @@ class AdapterLayer(Part):
 
     def original_bias(self) -> Tensor | None:
         """The base bias without what is merged into it, or None."""
-        if self.get_base_bias() is None or self.op.bias_name is None:
-            return None
-        return self._original(self.op.bias_name)
+        name = self.op.bias_name
+        return None if name is None or self.get_base_bias() is None else self._original(name)
 
     def _original(self, name: str) -> Tensor:
         """A tensor of the base module without what is merged into it, there also while it is offloaded."""
@@ -215,8 +218,7 @@ class AdapterLayer(Part):
 
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor in the module's shape, whatever it is stored as."""
-        base = self.get_base_layer()
-        return storage_of(base, self.op.weight_name).read(base, self.op.weight_name)
+        return storage_of(base := self.get_base_layer(), self.op.weight_name).read(base, self.op.weight_name)
 
     @property
     def in_features(self) -> int:
@@ -403,8 +405,7 @@ class AdapterLayer(Part):
 
     def names_to_merge(self, adapter_names: str | Sequence[str] | None) -> list[str]:
         """Which adapters of this layer a merge of `adapter_names` (None: of the active ones) concerns."""
-        wanted = self._active if adapter_names is None else as_names(adapter_names)
-        here = [name for name in wanted if self.has(name)]
+        here = [name for name in (self._active if adapter_names is None else as_names(adapter_names)) if self.has(name)]
         merged = [name for name in here if name in self.merged_adapters]
         if merged:
             warnings.warn(f"Adapter {', '.join(merged)} is merged already.", PeftWarning, stacklevel=3)
@@ -421,9 +422,8 @@ class AdapterLayer(Part):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What adapter `adapter` changes the base weight by, in the module's shape and dtype."""
-        change = merging.difference(self, adapter)
         native = self.get_base_weight()
-        return self.op.unmatrix(change, native).to(native.dtype)
+        return self.op.unmatrix(merging.difference(self, adapter), native).to(native.dtype)
 
     def adapter_dtype(self) -> torch.dtype | None:
         """The dtype that adapters here are kept in."""

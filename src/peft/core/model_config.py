@@ -27,3 +27,15 @@ def read_model_config(model: nn.Module, field: str) -> Any:
     sections = [entry(config, name) for name in TEXT_SECTIONS] + [config]
     values = (entry(s, name) for s in sections if s is not None for name in MODEL_CONFIG_NAMES.get(field, (field,)))
     return next((value for value in values if value is not None), None)
+
+
+def embeddings_of(model: Any, side: str = "input") -> nn.Module | None:
+    """The module that `model.get_input_embeddings()` gives (for `side="output"`, `get_output_embeddings()`).
+
+    None where there is none to be had: models of pictures and sounds lack the method, or raise whatever they meet.
+    """
+    try:
+        found = getattr(model, f"get_{side}_embeddings")()
+    except Exception:
+        return None
+    return found if isinstance(found, nn.Module) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,6 @@ class Part(nn.Module):
     #: shared slot -> the group of layers that it shares the slot's tensor with, where there are groups
     groups = Setting[dict[str, str]]()
 
-    if TYPE_CHECKING:
-        # torch says of every attribute of a module that it is a tensor or a module.
-        def __getattr__(self, name: str) -> Any: ...
-
     _active: list[str]
     #: the adapters that were made trainable last
     _trained: set[str]
@@ -56,6 +52,26 @@ class Part(nn.Module):
         self.__dict__.update(
             records={}, _active=[], _trained=set(), _disable_adapters=False, _trained_before_disable=[]
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """What a part lacks is what its module has, for modules around it: weights as adapted, sizes, methods.
+
+        Not so what hooks leave on a module: private things that are neither of its class nor plain values.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or not self.__dict__.get("_modules"):
+                raise
+            value = self.of_module(name)
+            is_own = isinstance(value, (int, float, str)) or hasattr(type(self.wrapped), name)
+            if name.startswith("_") and not is_own:
+                raise
+            return value
+
+    def of_module(self, name: str) -> Any:
+        """An attribute of the module that this one is in place of, as it is in effect; AttributeError without one."""
+        raise AttributeError(name)
 
     @property
     def wrapped(self) -> nn.Module:

@@ -11,6 +11,7 @@ from peft import patterns
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.base_op import LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
+from peft.core.model_config import embeddings_of
 from peft.target_tables import DEFAULT_TARGETS
 
 #: stands for "nothing", for configurations whose targets come from elsewhere
@@ -161,7 +162,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def all_linear(model: Any, leave_out: Iterable[str] = ()) -> set[str]:
     """What "all-linear" means in a model: every linear layer but the output embedding and those in `leave_out`."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = embeddings_of(model, "output")
     leave_out = set(leave_out)
     inside = {id(m) for _, a in model_modules(model) if isinstance(a, nn.MultiheadAttention) for m in a.children()}
     return {

@@ -16,6 +16,7 @@ from peft.core.slots import Setting, Slot
 from peft.core.storage.flat import shape_of
 from peft.core.targets import check_target_module_exists, ends_with, model_modules
 from peft.core.tying import input_embedding_name, tied_embedding_modules
+from peft.core.walk import live_key
 
 
 class TrainableTokensLayer(AdapterLayer):
@@ -24,6 +25,7 @@ class TrainableTokensLayer(AdapterLayer):
     Args:
         base_layer: an `nn.Embedding`, or the linear layer tied to one.
         tied: the layer whose rows these are too (an output layer shares those of the embedding).
+        apart: whether the modules get weights of their own when rows are merged, since others change one of them too.
     """
 
     slots: ClassVar[dict[str, Slot]] = {"trainable_tokens_delta": Slot()}
@@ -33,24 +35,25 @@ class TrainableTokensLayer(AdapterLayer):
     trainable_tokens_delta: nn.ParameterDict
     token_indices = Setting[list[int]]()
 
-    def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None):
+    def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None, apart: bool = False):
         super().__init__(base_layer)
         self._is_tied = False
-        #: whether the rows are those of another layer too
+        #: whether rows and weight are those of another layer too, and stay so when they are merged
         self.has_twin = False
         #: whether files hold its rows too: not where they are known to be the embedding's
         self._is_stored = tied is None
         if tied is not None:
-            self.tie_to(tied)
+            self.tie_to(tied, apart)
 
-    def tie_to(self, tied: TrainableTokensLayer) -> None:
+    def tie_to(self, tied: TrainableTokensLayer, apart: bool = False) -> None:
         """Takes the rows of another layer for this one's too."""
         # The same containers: what is trained, moved or deleted there is so here.
         self.trainable_tokens_delta = tied.trainable_tokens_delta
         self.records = tied.records
-        self._is_tied = self.has_twin = tied.has_twin = True
-        if self.get_base_layer().weight is tied.get_base_layer().weight:
+        self._is_tied = True
+        if not apart and self.get_base_layer().weight is tied.get_base_layer().weight:
             self.ledger = tied.ledger
+            self.has_twin = tied.has_twin = True
         self.refresh()
 
     def new_record(self, name: str, config: Any) -> None:
@@ -107,6 +110,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         adapter_name: the first adapter.
         token_indices: the rows it trains.
         tied_adapter: the token adapter of the embedding that this module is tied to.
+        apart: see [`TrainableTokensLayer`].
     """
 
     def __init__(
@@ -115,12 +119,13 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         adapter_name: str,
         token_indices: Sequence[int],
         tied_adapter: TrainableTokensLayer | None = None,
+        apart: bool = False,
     ):
         super().__init__()
         op = base_op(module_to_save)
         if op is None or op.kind not in TrainableTokensLayer.kinds:
             raise TypeError(f"trainable_token_indices needs an embedding, got {type(module_to_save).__name__}.")
-        self.token_adapter = TrainableTokensLayer(module_to_save, tied_adapter)
+        self.token_adapter = TrainableTokensLayer(module_to_save, tied_adapter, apart)
         self.update(adapter_name, token_indices=token_indices)
 
     @property
@@ -200,7 +205,21 @@ def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:
                     " leave out one of them."
                 )
             check_rows(key, module, indices)
+    if getattr(config, "ensure_weight_tying", False):
+        _check_tied(model, rows)
     return dict(rows)
+
+
+def _check_tied(model: nn.Module, rows: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError where tied modules are to train different rows."""
+    wanted, tied = _by_module(model, rows), tied_embedding_modules(model)
+    named = {key: list(wanted[key]) for key in tied if key in wanted}
+    if any(indices != next(iter(named.values())) for indices in named.values()):
+        raise ValueError(
+            "ensure_weight_tying=True, but trainable_token_indices names different rows of tied modules: "
+            + ", ".join(f"{key}: {indices}" for key, indices in named.items())
+            + ". Name the same rows, or leave out ensure_weight_tying."
+        )
 
 
 def check_rows(key: str, module: nn.Module, indices: Sequence[int]) -> None:
@@ -219,27 +238,57 @@ def check_rows(key: str, module: nn.Module, indices: Sequence[int]) -> None:
 
 
 def train_tokens(model: nn.Module, adapter_name: str, rows: Mapping[str, Sequence[int]]) -> None:
-    """Lets an adapter train rows of embeddings; output layers tied to the input embedding share its rows."""
+    """Lets an adapter train rows of embeddings; modules tied to the input embedding share its rows.
+
+    Not so those that are trained in full, or for which other rows are named. What is said of an output layer alone
+    holds for it alone.
+    """
+    wanted = _by_module(model, rows)
     tied = tied_embedding_modules(model) if rows else []
-    for name, indices in rows.items():
-        for key in [key for key, _ in model_modules(model) if ends_with(key, {name})]:
-            layer = _train_tokens_of(model, key, adapter_name, indices, None)
-            # What is said of the output layer alone holds for it alone.
-            for other in tied if key in tied[:1] else ():
-                in_full = isinstance(model.get_submodule(other), ModulesToSaveWrapper)
-                if other != key and not in_full and not any(ends_with(other, {named}) for named in rows):
-                    _train_tokens_of(model, other, adapter_name, indices, layer)
+    if tied and tied[0] in wanted:
+        indices = wanted.pop(tied[0])
+        modules = {key: model.get_submodule(live_key(model, key)) for key in tied}
+        apart = any(isinstance(module, AdapterLayer) for module in modules.values())
+        layer = _train_tokens_of(model, tied[0], adapter_name, indices)
+        for key in tied[1:]:
+            in_full = isinstance(modules[key], ModulesToSaveWrapper)
+            if not in_full and list(wanted.get(key, indices)) == list(indices):
+                wanted.pop(key, None)
+                _train_tokens_of(model, key, adapter_name, indices, layer, apart)
+    for key, indices in wanted.items():
+        _train_tokens_of(model, key, adapter_name, indices)
+
+
+def _by_module(model: nn.Module, rows: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The rows to train by the whole names of the modules."""
+    keys = [key for key, _ in model_modules(model)] if rows else []
+    return {key: indices for name, indices in rows.items() for key in keys if ends_with(key, {name})}
 
 
 def _train_tokens_of(
-    model: nn.Module, key: str, adapter_name: str, indices: Sequence[int], tied: TrainableTokensLayer | None
+    model: nn.Module,
+    key: str,
+    adapter_name: str,
+    indices: Sequence[int],
+    tied: TrainableTokensLayer | None = None,
+    apart: bool = False,
 ) -> TrainableTokensLayer:
-    parent, _, name = key.rpartition(".")
+    parent, _, name = live_key(model, key).rpartition(".")
     owner = model.get_submodule(parent)
     module = getattr(owner, name)
+    if isinstance(module, AdapterLayer):
+        # LoRA on an output layer tied to the embedding: below it, for the rows come first.
+        while isinstance(module.base_layer, AdapterLayer):
+            module = module.base_layer
+        if not isinstance(module, TrainableTokensLayer):
+            layer = TrainableTokensLayer(module.base_layer, tied, apart).train(module.training)
+            layer.ledger = module.ledger
+            module.base_layer = module = layer
+        module.add_adapter(adapter_name, None, token_indices=indices)
+        return module
     if isinstance(module, TrainableTokensWrapper):
         module.update(adapter_name, token_indices=indices)
     else:
-        module = TrainableTokensWrapper(module, adapter_name, indices, tied).train(module.training)
+        module = TrainableTokensWrapper(module, adapter_name, indices, tied, apart).train(module.training)
         setattr(owner, name, module)
     return module.token_adapter

@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import nn
 
+from peft.core.model_config import embeddings_of
 from peft.core.targets import check_target_module_exists, ends_with, model_modules
 from peft.errors import PeftWarning
 
 
 def tied_embedding_modules(model: Any) -> list[str]:
     """Names of the modules that share the input embedding's weight, the embedding first; empty if none does."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
+    embedding = embeddings_of(model)
+    if embedding is None or not hasattr(embedding, "weight"):
         return []
     weight = _plain_weight(embedding)
     tied = [key for key, module in model_modules(model) if key and _plain_weight(module) is weight]
@@ -24,7 +25,7 @@ def tied_embedding_modules(model: Any) -> list[str]:
 
 def input_embedding_name(model: Any) -> str:
     """The name of the model's input embedding; `embed_tokens` where the model does not say which it is."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = embeddings_of(model)
     key = next((name for name, module in model.named_modules() if module is embedding), "embed_tokens")
     for part in (".token_adapter.base_layer", ".token_adapter"):
         key = key.removesuffix(part)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.model_config import embeddings_of
 from peft.core.storage.gradients import let_gradients_through
 from peft.errors import PeftWarning
 
@@ -77,8 +78,8 @@ def let_gradients_through_inputs(model: Any) -> None:
     """Makes the embeddings' output require gradients, which re-entrant checkpointing of frozen layers needs."""
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    elif hasattr(model, "get_input_embeddings"):
-        model.get_input_embeddings().register_forward_hook(_require_grad)
+    elif (embedding := embeddings_of(model)) is not None:
+        embedding.register_forward_hook(_require_grad)
 
 
 def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:

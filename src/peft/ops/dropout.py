@@ -58,6 +58,7 @@ def draw_mask(numel: int, p: float, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept may be needed where gradients are wanted
 def _factors(p: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[256, 8]: for each byte of a mask, what its eight elements are multiplied with."""
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1

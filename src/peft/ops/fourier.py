@@ -21,6 +21,7 @@ from peft.ops.sparse import draw_places, sampled_product, sparse_product
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may be needed where gradients are wanted
 def draw_frequencies(out_features: int, in_features: int, count: int, seed: int) -> Tensor:
     """`count` random places (u, v) of a spectrum, all different, v folded to at most in / 2: [2, count], on the CPU."""
     with torch.device("cpu"):

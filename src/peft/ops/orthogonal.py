@@ -19,6 +19,7 @@ PACKED = 32
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be needed where gradients are wanted
 def _skew_layout(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each entry of a skew-symmetric matrix comes from in the vector of its upper triangle, and its sign."""
     rows, columns = torch.triu_indices(size, size, 1, device=device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=1)  # the layers of an adapter ask for the same one after the other
+@torch.inference_mode(False)  # what is kept may be needed where gradients are wanted
 def assign_entries(count: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """Which entry of a vector each of many values takes, each entry as often as any other, in random order.
 

@@ -28,6 +28,7 @@ def random_positions(rows: int, columns: int, count: int, seed: int | None = Non
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may be needed where gradients are wanted
 def draw_places(rows: int, columns: int, count: int, seed: int) -> Tensor:
     """`count` different positions of a matrix in the order in which this seed gives them: [2, count], on the CPU."""
     with torch.device("cpu"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
-from peft.core.model_config import MODEL_CONFIG_NAMES, read_model_config
+from peft.core.model_config import MODEL_CONFIG_NAMES, embeddings_of, read_model_config
 from peft.core.storage import onloaded, place_of
 from peft.core.storage.flat import put, shape_of
 from peft.registry import TaskType, method_of
@@ -28,14 +28,9 @@ def find_word_embeddings(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: none of these.
     """
-    if hasattr(model, "get_input_embeddings"):
-        get_input_embeddings: Any = model.get_input_embeddings
-        try:
-            found = get_input_embeddings()
-        except (NotImplementedError, AttributeError):  # what transformers raises for models that it cannot tell for
-            found = None
-        if found is not None and embedding_width(found) is not None:
-            return found
+    found = embeddings_of(model)
+    if found is not None and embedding_width(found) is not None:
+        return found
     embeddings = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     vocabulary = read_model_config(model, "vocab_size")
     matching = [module for module in embeddings.values() if vocabulary in (None, module.num_embeddings)]
@@ -80,6 +75,23 @@ def lengthen(inputs: dict[str, Any], name: str, front: Tensor) -> None:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"With a soft prompt, {name} must have the shape [batch, length]; got {shape}.")
     inputs[name] = torch.cat((front.to(value), value), dim=1)
+
+
+_ABSENT = object()
+
+
+@contextmanager
+def replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """For a while, `owner.name` is `value`."""
+    before = owner.__dict__.get(name, _ABSENT)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
 
 
 class VirtualTokens(nn.Module):
@@ -197,6 +209,10 @@ class VirtualTokens(nn.Module):
         """[batch, num_virtual_tokens]: 1 for each virtual token that attention may see."""
         return torch.ones(batch_size, self.num_virtual_tokens, dtype=torch.long)
 
+    def around(self, model: nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """What a forward pass of the base model with these arguments, the prompt among them, runs in."""
+        return nullcontext()
+
     def labels(self, batch_size: int) -> Tensor:
         """[batch, num_virtual_tokens]: what stands before the labels, where they go by token."""
         return torch.full((batch_size, self.num_virtual_tokens), IGNORED)
@@ -248,7 +264,7 @@ class PromptHost(nn.Module):
         if config.num_virtual_tokens is None:
             raise ValueError(f"{type(config).__name__} needs num_virtual_tokens, the length of the prompt; got None.")
         encoder_class: type[VirtualTokens] = method_of(config.peft_type).model_class
-        embeddings = self.word_embeddings
+        embeddings = self._prompted_embeddings(encoder_class)
         before = dict(config.__dict__)
         try:
             config.__dict__.update(encoder_class.shapes(config, self.base_model, embeddings))
@@ -294,6 +310,16 @@ class PromptHost(nn.Module):
     def word_embeddings(self) -> nn.Module:
         """The base model's word embeddings."""
         return find_word_embeddings(self.base_model)
+
+    def _prompted_embeddings(self, encoder: VirtualTokens | type[VirtualTokens], side: str = "") -> nn.Module:
+        """The word embeddings that a prompt stands beside; the model where it has none, and the prompt needs none."""
+        model: Any = self.base_model.get_decoder() if side else self.base_model
+        try:
+            return find_word_embeddings(model)
+        except ValueError:
+            if encoder.adds_tokens:
+                raise
+            return model
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
@@ -365,5 +391,5 @@ class PromptHost(nn.Module):
         for name in labelled_positions if encoder.adds_tokens else ():
             if inputs.get(name) is not None:
                 inputs[name] = inputs[name].clamp(min=0) + encoder.num_virtual_tokens
-        encoder.insert(inputs, encoder.prompt(batch, task_ids), self.word_embeddings)
+        encoder.insert(inputs, encoder.prompt(batch, task_ids), self._prompted_embeddings(encoder))
         return inputs
