@@ -26,7 +26,7 @@ from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.registry import METHODS
 from peft.tuners.lora.variants import dora
-from tiny_models import llama
+from tiny_models import llama, t5
 
 
 def net() -> nn.Module:
@@ -300,3 +300,69 @@ def test_attention_inside_torchs_transformer(build, bias):
     attention = next(m for n, m in model.named_modules() if n.endswith("self_attn"))
     assert attention.embed_dim == 8 and attention.num_heads == 2 and attention.batch_first
     assert attention.merge_masks(None, None, x[0])[0] is None
+
+
+# ---- modules trained in full, and what files hold
+
+
+def test_an_entry_of_modules_to_save_is_the_end_of_a_name():
+    with pytest.warns(PeftWarning, match="input_layernorm, norm, post_attention_layernorm"):
+        model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
+    kept = [key for key in peft.get_peft_model_state_dict(model) if "lora" not in key]
+    assert len(kept) == 5 and all(key.endswith("norm.weight") for key in kept)
+    with warnings_as_errors():
+        get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["head"]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        (dict(target_modules=["embed_tokens", "q_proj"], layers_to_transform=[0]), []),
+        (dict(target_modules=["embed_tokens", "q_proj"], exclude_modules=["embed_tokens"]), []),
+        (dict(target_modules=["lm_head", "q_proj"], exclude_modules=["lm_head"]), []),
+        (dict(target_modules=["model.embed_tokens", "q_proj"]), []),
+        (dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), ["model.embed_tokens.weight"]),
+        (dict(target_modules=["lm_head"]), ["lm_head.base_layer.weight"]),
+        (dict(target_modules=".*embed_tokens"), ["model.embed_tokens.base_layer.weight"]),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_files_hold_embeddings_where_adapters_are_on_them(fields, kept, tied):
+    model = get_peft_model(llama(tie_word_embeddings=tied), LoraConfig(**fields))
+    keys = [key.removeprefix("base_model.model.") for key in peft.get_peft_model_state_dict(model)]
+    assert [key for key in keys if "lora" not in key] == kept
+
+
+def test_merging_that_unties_says_so_in_the_configuration():
+    model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(target_modules=["lm_head"]))
+    with pytest.warns(PeftWarning, match="tie_word_embeddings is now False"):
+        assert model.merge_and_unload().config.tie_word_embeddings is False
+    kept = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(target_modules=["q_proj"]))
+    assert kept.merge_and_unload().config.tie_word_embeddings is True
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "hra_only", "other_only"])
+def test_biases_may_be_asked_for_by_any_name(bias):
+    model = get_peft_model(net(), HRAConfig(target_modules=["0"], bias=bias))
+    assert [key for key in peft.get_peft_model_state_dict(model) if key.endswith("bias")]
+    with pytest.raises(NotImplementedError, match="hra_only"):
+        get_peft_model(net(), HRAConfig(target_modules=["0"], bias="hra"))
+
+
+def test_trained_tokens_of_an_output_layer_alone_leave_the_embedding_tied_to_it():
+    config = peft.TrainableTokensConfig(target_modules=["lm_head"], token_indices=[1])
+    keys = list(peft.get_peft_model_state_dict(get_peft_model(llama(tie_word_embeddings=True), config)))
+    assert keys == ["base_model.model.lm_head.trainable_tokens_delta"]
+
+
+def test_norms_of_other_packages_are_tuned():
+    model = get_peft_model(t5(), peft.LNTuningConfig())
+    assert len(peft.get_peft_model_state_dict(model)) == 12
+    ids = torch.tensor([[3, 1, 2]])
+    model(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_bias_of_lora_that_cannot_be_merged_is_warned_of():
+    with pytest.warns(PeftWarning, match="merged into them"):
+        get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], lora_bias=True))

@@ -15,7 +15,6 @@ from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
 from peft.core.model_config import embeddings_of
 from peft.core.storage.flat import put, shape_of
-from peft.core.targets import ends_with
 from peft.core.tuner import BaseTuner
 from peft.core.walk import live_modules, parts_of
 from peft.core.wrappers import unwrapped
@@ -100,9 +99,7 @@ def get_peft_model_state_dict(
     if config.is_prompt_learning and isinstance(model, PromptHost):
         tensors = prompt_tensors(model, adapter_name, state_dict)
     else:
-        if _wants_embeddings(model, config, save_embedding_layers):
-            plain, adapted = _embedding_slots(model)
-            slots.update(adapted if adapted and not _vocabulary_changed(model, config) else plain | adapted)
+        slots.update(_embeddings_to_save(model, config, save_embedding_layers))
     tensors |= values_of(model, slots, state_dict)
     method = getattr(method_of(config.peft_type).model_class, "method_class", None)
     return _unaliased(tensors if method is None else method.write_tensors(model, adapter_name, tensors))
@@ -137,20 +134,25 @@ def _names_embeddings(config: Any) -> bool:
     targets: Any = getattr(config, "target_modules", None)
     if isinstance(targets, str):
         return any(name in targets for name in EMBEDDING_LAYER_NAMES)
-    return bool(targets) and any(ends_with(target, set(EMBEDDING_LAYER_NAMES)) for target in targets)
+    return bool(targets) and any(name in targets for name in EMBEDDING_LAYER_NAMES)
 
 
-def _wants_embeddings(model: nn.Module, config: Any, choice: bool | str) -> bool:
-    if choice != "auto":
-        return bool(choice)
-    if _names_embeddings(config) and config.stores_embeddings:
+def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | str) -> dict[str, Slot]:
+    """The base weights of embeddings that are saved along: if not chosen, those that the adapter names and is on."""
+    if not choice:
+        return {}
+    named = choice == "auto" and _names_embeddings(config) and config.stores_embeddings
+    changed = _vocabulary_changed(model, config)
+    if choice == "auto" and not named and not changed:
+        return {}
+    plain, adapted = _embedding_slots(model)
+    if named and adapted:
         warnings.warn(
             "The adapter targets embedding layers, so their base weights are saved along (save_embedding_layers=True).",
             PeftWarning,
             stacklevel=4,
         )
-        return True
-    return _vocabulary_changed(model, config)
+    return adapted if (named or adapted) and not changed else plain | adapted
 
 
 def _vocabulary_changed(model: nn.Module, config: Any) -> bool:

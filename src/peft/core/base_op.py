@@ -308,7 +308,7 @@ class ParallelLinearOp(BaseOp):
 
 
 class NormOp(BaseOp):
-    """`nn.LayerNorm`, `nn.GroupNorm` and the RMS norms: weight [dim], the matrix [dim, 1]."""
+    """`nn.LayerNorm`, `nn.GroupNorm`, norms of other packages (T5's, RMS): weight [dim], the matrix [dim, 1]."""
 
     kind = "LayerNorm"
 
@@ -385,7 +385,7 @@ def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and (
         isinstance(module, (nn.LayerNorm, nn.GroupNorm))
-        or (type(module).__name__.endswith("RMSNorm") and weight.dim() == 1)
+        or (type(module).__name__.endswith("Norm") and weight.dim() == 1)
     )
 
 

@@ -244,8 +244,8 @@ class Before:
 def _check_bias(tuner: BaseTuner, adapter_name: str, config: Any) -> None:
     """Raises where an adapter asks to train biases in a way that is unknown, or beside another adapter."""
     kind, bias = type(tuner).__name__, getattr(config, "bias", "none")
-    own = f"{tuner.method(config).prefix.rstrip('_').split('_')[0]}_only"
-    if bias not in ("none", "all", own):
+    if bias not in ("none", "all") and not bias.endswith("_only"):  # some write their own name, some "lora_only"
+        own = f"{tuner.method(config).prefix.rstrip('_').split('_')[0]}_only"
         raise NotImplementedError(f"bias={bias!r} is not known; use 'none', 'all' or {own!r}.")
     others = [name for name in tuner.peft_config if name != adapter_name]
     if bias != "none" and others:

@@ -28,9 +28,10 @@ from peft.core.targets import (
     linear_modules,
     matching_entry,
     model_places,
+    saved_as,
     target_name,
 )
-from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning
+from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, PeftWarning
 
 #: so many names that match nothing are named
 _MANY = 20
@@ -160,7 +161,7 @@ def make_plan(
         names.append(key)
         if inside_saved is not None and key.startswith(inside_saved):
             continue
-        entry = ends_with(key, saved)
+        entry = saved_as(key, saved)
         if entry is not None:
             _check_saved(key, module)
             plan.save.append(key)
@@ -190,11 +191,24 @@ def make_plan(
         plan.targets.append(Target(key, module, parent, child))
     # Names may mean both what is around a linear layer and the layer.
     plan.targets = list({target.name: target for target in plan.targets}.values())
+    _name_saved(plan, saved)
     _check_matches(plan, model, config, names, used, only)
     for target in plan.targets:
         if not (any_kind and target.parameter_name is None and base_op(target.base) is None):
             _check_target(target, config, layer_class)
     return plan
+
+
+def _name_saved(plan: Plan, saved: set[str]) -> None:
+    """Says which modules an entry of `modules_to_save` means, where their names differ."""
+    for entry in sorted(saved - HEAD_NAMES):
+        names = {key.rpartition(".")[2] for key in plan.save if saved_as(key, saved) == entry}
+        if len(names) > 1:
+            warnings.warn(
+                f"modules_to_save={entry!r} means all modules whose names end with it: {', '.join(sorted(names))}.",
+                PeftWarning,
+                stacklevel=4,
+            )
 
 
 def _check_saved(key: str, module: nn.Module) -> None:

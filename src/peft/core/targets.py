@@ -65,12 +65,20 @@ def ends_with(key: str, names: Iterable[str]) -> str | None:
         start = dot + 1
 
 
+def saved_as(key: str, names: Iterable[str]) -> str | None:
+    """Which entry of `modules_to_save` means the module `key`: the longest that its name ends with, part of a word too.
+
+    So it is in huggingface/peft: "norm" means input_layernorm as well.
+    """
+    return max((name for name in names if name and key.endswith(name)), key=len, default=None)
+
+
 def modules_named(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The model's modules that `names` mean, outermost only."""
     names = set(names)
     found: list[str] = []
     for key, _ in model_modules(model):
-        if ends_with(key, names) and not any(key.startswith(f"{outer}.") for outer in found):
+        if saved_as(key, names) and not any(key.startswith(f"{outer}.") for outer in found):
             found.append(key)
     return found
 

@@ -14,7 +14,7 @@ from peft.core.change import Change, Rows, Weight
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
 from peft.core.storage.flat import shape_of
-from peft.core.targets import check_target_module_exists, ends_with, model_modules
+from peft.core.targets import check_target_module_exists, ends_with, model_modules, saved_as
 from peft.core.tying import input_embedding_name, tied_embedding_modules
 from peft.core.walk import live_key
 
@@ -199,7 +199,7 @@ def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:
         for key, module in found:
             if check_target_module_exists(config, key):
                 raise TypeError(f"{key!r} is in target_modules and in trainable_token_indices; choose one of them.")
-            if isinstance(module, ModulesToSaveWrapper) or ends_with(key, config.modules_to_save or ()):
+            if isinstance(module, ModulesToSaveWrapper) or saved_as(key, config.modules_to_save or ()):
                 raise ValueError(
                     f"{key!r} is trained in full (modules_to_save), so trainable_token_indices has nothing to add;"
                     " leave out one of them."

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peft.core.model_config import embeddings_of
-from peft.core.targets import check_target_module_exists, ends_with, model_modules
+from peft.core.targets import check_target_module_exists, model_modules, saved_as
 from peft.errors import PeftWarning
 
 
@@ -55,9 +55,9 @@ def tie_configuration(config: Any, model: nn.Module) -> tuple[list[str], list[st
         warnings.warn("ensure_weight_tying has no effect: the model ties no weights.", PeftWarning, stacklevel=3)
         return [], []
     saved = config.modules_to_save or ()
-    if any(ends_with(key, saved) for key in tied):
+    if any(saved_as(key, saved) for key in tied):
         config.modules_to_save = sorted({*saved, tied[0]})
-        return [], [key for key in tied if not ends_with(key, saved)]
+        return [], [key for key in tied if not saved_as(key, saved)]
     if any(check_target_module_exists(config, key) for key in tied):
         if not isinstance(config.target_modules, str):
             config.target_modules = {*config.target_modules, tied[0]}
@@ -69,7 +69,7 @@ def warn_of_tied_targets(targets: Sequence[str], config: Any, model: nn.Module) 
     """Says what happens when one of several modules that are the same tensor gets an adapter."""
     tied = tied_embedding_modules(model)
     hit = [key for key in tied if key in targets] or [
-        key for key in tied if config.modules_to_save and ends_with(key, config.modules_to_save)
+        key for key in tied if config.modules_to_save and saved_as(key, config.modules_to_save)
     ]
     if hit and not getattr(config, "ensure_weight_tying", False):
         others = [key for key in tied if key not in hit]

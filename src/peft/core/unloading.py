@@ -75,6 +75,7 @@ def unload(
     parts = list(reversed(tuner.parts()))
     shared = _shared_weights(model) if merge else set()
     tied = _tied_alike(tuner, tuner.active_adapters if adapter_names is None else adapter_names) if merge else []
+    were_tied = tied_embedding_modules(model) if merge else []
     for key, part in with_progress(parts, progressbar, "Merging" if merge else "Unloading"):
         if isinstance(part, AdapterLayer):
             if merge:
@@ -90,6 +91,8 @@ def unload(
         put_back(model, key, part.unload(merge, adapter_names))
     for key in tied[1:]:
         model.get_submodule(key).weight = model.get_submodule(tied[0]).weight
+    if were_tied and tied_embedding_modules(model) != were_tied:
+        _note_untied(model)
     tuner._parts = None
     see_to_fast_paths(model)
     methods, names = tuner.methods(), list(tuner.peft_config)
@@ -105,6 +108,18 @@ def unload(
 def _is_left(tuner: BaseTuner, part: Part) -> bool:
     """Whether merging for good leaves a part where it is."""
     return isinstance(part, AuxiliaryTrainingWrapper) and not all(method.unwraps_saved for method in tuner.methods())
+
+
+def _note_untied(model: nn.Module) -> None:
+    """Lets the model's configuration say that embedding and output layer differ: else they become one on loading."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        warnings.warn(
+            "Merging gave embeddings and output layer weights of their own: config.tie_word_embeddings is now False.",
+            PeftWarning,
+            stacklevel=6,
+        )
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

@@ -14,7 +14,7 @@ from peft.checkpoint.files import read_adapter
 from peft.checkpoint.state import Places, Slot, adapter_slots, config_of
 from peft.config import PeftConfig, build_config
 from peft.core.combine import fill
-from peft.core.targets import ends_with, target_name
+from peft.core.targets import saved_as, target_name
 from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.registry import PeftType
@@ -221,7 +221,7 @@ def _sorted_out(
         bare = here.removeprefix(_ROOT)  # injected adapters have no `PeftModel` around them
         here = bare if here not in slots and bare in slots else here
         slot = slots.get(here)
-        if slot is None and not ends_with(here.rpartition(".")[0], config.modules_to_save or ()):
+        if slot is None and not saved_as(here.rpartition(".")[0], config.modules_to_save or ()):
             slot = places.of_base(here, value)  # embeddings and biases of the base model that were saved along
         if slot is None:
             unexpected.append(key)

@@ -10,6 +10,7 @@ from torch import nn
 from peft.config import LayerConfig
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
+from peft.core.targets import check_target_module_exists
 from peft.core.tokens import TrainableTokensLayer
 from peft.core.tuner import BaseTuner
 from peft.core.tying import input_embedding_name, tied_embedding_modules
@@ -53,7 +54,8 @@ class TrainableTokensMethod(Method):
 
     def complete_config(self, config: Any, model_config: dict[str, Any]) -> None:
         # Tied weights stay tied, without being asked to.
-        config.ensure_weight_tying = bool(tied_embedding_modules(self.model))
+        tied = tied_embedding_modules(self.model)  # not so if the output layer alone is named
+        config.ensure_weight_tying = bool(tied) and check_target_module_exists(config, tied[0]) is not None
 
     def check_config(self, adapter_name: str, config: TrainableTokensConfig) -> None:
         if not config.token_indices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -15,7 +16,9 @@ from peft.core.call import calling
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.part import as_names
+from peft.core.plan import Plan
 from peft.core.tuner import BaseTuner
+from peft.errors import PeftWarning
 from peft.ops.merging import SignMethod
 from peft.tuners.lora.combine import Combination, add_weighted_adapter
 from peft.tuners.lora.config import LoraConfig
@@ -62,6 +65,17 @@ class LoraMethod(Method):
                     f"layer_replication={config.layer_replication} changes the layers that adapter {name!r} is on"
                     f" (its layer_replication is {other.layer_replication}); all adapters need the same."
                 )
+
+    def check_plan(self, plan: Plan, config: LoraConfig) -> None:
+        modules = [target for target in plan.targets if target.parameter_name is None]
+        bare = [target.key for target in modules if getattr(target.base, target.op.bias_name or "", 0) is None]
+        if config.lora_bias and bare:
+            warnings.warn(
+                f"lora_bias=True, and {len(bare)} modules, such as {bare[0]!r}, have no bias: the adapter cannot be"
+                " merged into them.",
+                PeftWarning,
+                stacklevel=3,
+            )
 
     def layer_settings(self, config: LoraConfig, key: str) -> dict[str, Any]:
         return {"r": rank_of(config, key), "lora_alpha": alpha_of(config, key), "key": key}
