@@ -6,7 +6,7 @@ is decided here: a training step of each method beside the frozen model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,6 +83,11 @@ def map_as_low_rank(change: OnInput, numel: int, weight_numel: int) -> bool:
     return change.thin is not None and 4 * numel >= weight_numel
 
 
-def stack_wide(groups: int, rank: int, rows: int) -> bool:
-    """Whether the samples of a mixed batch go through the factors of all its adapters, and leave out the others'."""
-    return rows <= 64 or groups * rank <= 32
+def stack_wide(ranks: int, vectors: int) -> bool:
+    """Whether the samples of a mixed batch go through the ranks of all its adapters, and leave out the others'."""
+    return vectors <= 64 or ranks <= 32
+
+
+def factors_by_sample(products: Mapping[str, LowRank], tokens: int) -> bool:
+    """Whether each sample gets a copy of its factors; else samples are sorted by adapter."""
+    return 3 * tokens >= 2 * max(len(product.down) for product in products.values())

@@ -32,6 +32,8 @@ class Route:
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
         self._groups: dict[tuple[int, torch.device, int | None], list[tuple[str, Tensor]]] = {}
+        #: what layers have made of the route alone, for the layers that follow
+        self.kept: dict[Any, Tensor] = {}
 
     def groups(self, rows: int, device: torch.device, rounds: int | None = 1) -> list[tuple[str, Tensor]]:
         """(adapter, indices of its rows) for a tensor of `rows` rows.

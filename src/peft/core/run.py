@@ -17,7 +17,7 @@ from peft.core.base_op import ParameterOp
 from peft.core.call import calling
 from peft.core.change import Add, Change, LowRank, OnInput
 from peft.core.merge import changed
-from peft.core.routing import Route, join_rows
+from peft.core.routing import BASE, Route, join_rows
 from peft.core.storage import is_plain, onloaded
 from peft.core.storage.flat import run_with
 from peft.ops.factored import FactoredWeight, warn_of_no_dropout
@@ -232,12 +232,15 @@ def _add_groups(
 ) -> Tensor:
     """The output as each sample's adapter leaves it; `groups` are adapters and their samples."""
     op, dim, module = layer.op, layer.op.batch_dim, layer.get_base_layer()
-    products = [some[0] for some in changes.values() if len(some) == 1 and type(some[0]) is LowRank]
-    plain = op.linear and len(products) == len(changes) and all(product.is_product for product in products)
-    plain = plain and len({product.dropout for product in products}) == 1
-    rank = max(len(product.down) for product in products) if plain else 0
-    if plain and costs.stack_wide(len(products), rank, x.numel() // x.shape[-1]):
-        return _add_stacked(groups, changes, x, y)
+    vectors = x.numel() // x.shape[-1]
+    products = {name: some[0] for name, some in changes.items() if len(some) == 1 and type(some[0]) is LowRank}
+    plain = op.linear and len(products) == len(changes) and all(product.is_product for product in products.values())
+    plain = plain and len({product.dropout for product in products.values()}) == 1
+    plain = plain and not any(isinstance(product.scale, Tensor) for product in products.values())
+    if plain and costs.stack_wide(sum(len(product.down) for product in products.values()), vectors):
+        return _add_stacked(route, groups, products, x, y)
+    if plain and x.dim() > 2 and op.rounds == 1 and costs.factors_by_sample(products, vectors // len(x)):
+        return _add_by_sample(route, products, x, y, is_watched(layer._modules["base_layer"]))
     parts = []
     for name, index in groups:
         some_x, some_y = x.index_select(dim, index), y.index_select(dim, index)
@@ -249,22 +252,42 @@ def _add_groups(
     return join_rows(parts, dim, len(x) if dim == 0 else x.shape[dim])
 
 
+def _add_by_sample(route: Route, products: dict[str, LowRank], x: Tensor, y: Tensor, watched: bool) -> Tensor:
+    """Each sample times its own factors, so that no inputs or outputs have to be picked out and put together."""
+    dtype, some = compute_dtype(x), next(iter(products.values()))
+    rank, repeats = max(len(product.down) for product in products.values()), len(x) // len(route.names)
+    factors = {BASE: (x.new_zeros(rank, x.shape[-1], dtype=dtype), y.new_zeros(y.shape[-1], rank, dtype=dtype))}
+    for name, product in products.items():
+        more = rank - len(product.down)
+        down, up = F.pad(product.down.to(dtype), (0, 0, 0, more)), (product.up * product.scale).to(dtype)
+        factors[name] = down, F.pad(up, (0, more))
+    own = [factors.get(name, factors[BASE]) for name in route.names for _ in range(repeats)]
+    x, y = (F.dropout(x, some.dropout) if some.dropout else x).to(dtype).flatten(1, -2), y.to(dtype)
+    low, up = torch.bmm(x, torch.stack([down for down, _ in own]).mT), torch.stack([up for _, up in own])
+    if torch.is_grad_enabled() or watched or not y.is_contiguous():
+        return torch.baddbmm(y.flatten(1, -2), low, up.mT).view(y.shape)
+    y.flatten(1, -2).baddbmm_(low, up.mT)
+    return y
+
+
 def _add_stacked(
-    groups: Sequence[tuple[str, Tensor]], changes: dict[str, list[Any]], x: Tensor, y: Tensor
+    route: Route, groups: Sequence[tuple[str, Tensor]], products: dict[str, LowRank], x: Tensor, y: Tensor
 ) -> Tensor:
     """All low-rank products at once: samples go through the ranks of all adapters, those of others count zero."""
     dtype = compute_dtype(x)
-    products = {name: some[0] for name, some in changes.items()}
     down = torch.cat([product.down for product in products.values()]).to(dtype)
-    up = torch.cat([product.up * product.scale for product in products.values()], dim=1).to(dtype)
-    own = x.new_zeros(len(x), len(down), dtype=dtype)
-    first = 0
-    places = dict(groups)
-    for name, product in products.items():
-        own[places[name], first : first + len(product.down)] = 1
-        first += len(product.down)
+    up = torch.cat([product.up for product in products.values()], dim=1).to(dtype)
+    key = (len(x), x.device, dtype, *((name, len(product.down), product.scale) for name, product in products.items()))
+    share = route.kept.get(key)
+    if share is None:  # the same for all layers, as a rule
+        share = x.new_zeros(len(x), len(down), dtype=dtype)
+        places, first = dict(groups), 0
+        for name, product in products.items():
+            share[places[name], first : first + len(product.down)] = product.scale
+            first += len(product.down)
+        route.kept[key] = share
     x = x.to(dtype)
     p = next(iter(products.values())).dropout
     low = F.linear(F.dropout(x, p) if p else x, down)
-    low = low * own.view(len(own), *[1] * (low.dim() - 2), -1)
+    low = low * share.view(len(share), *[1] * (low.dim() - 2), -1)
     return y.to(dtype) + F.linear(low, up)
