@@ -7,14 +7,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := $(VENV)/.demo
+SITE := $(VENV)/.site
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: help setup test lint style types architecture demo bench fuzz clean
+.PHONY: help setup test lint style types architecture demo docs bench fuzz clean
 
 help:
 	@echo "make test    everything in tests/, on all cores"
 	@echo "make lint    style, types, architecture"
 	@echo "make demo    fine-tune a small language model here, and ask it before and after (a few minutes)"
+	@echo "make docs    the site, in build/site; a link that leads nowhere is an error"
 	@echo "make fuzz    20,000 damaged and hostile files, in processes with limits of time and memory (Linux)"
 	@echo "make bench   speed and memory against the reference"
 	@echo "make setup   .venv with the pinned packages, for work on the library"
@@ -60,6 +62,14 @@ $(DEMO): pyproject.toml constraints.txt
 
 demo: $(DEMO)
 	@PEFT_HOME=$(VENV)/models $(BIN)/peft demo
+
+$(SITE): $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The variable silences a notice about the theme's future.
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -21,7 +21,9 @@ import torch
 import yaml
 
 DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
+sys.path[:0] = [str(DOCS), str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
+
+from method_example import example  # noqa: E402
 
 import peft  # noqa: E402
 import test_conformance as cells  # noqa: E402
@@ -223,9 +225,8 @@ def serving_page() -> str:
         " [Serving](tasks/serving.md) has the commands, and how to ask about one adapter."
     )
     notes = [f"{number}. {why}" for why, number in reasons.items()]
-    read = [f"- {engine.title}: {engine.read}" for engine in ENGINES.values()]
-    parts = ["# What serving engines take", "", intro, "", *lines, "", *notes, "", "Read from:", "", *read, ""]
-    return "\n".join([BY_HAND, *parts])
+    notes += ["", "Read from:", "", *(f"- {engine.title}: {engine.read}" for engine in ENGINES.values()), ""]
+    return "\n".join([BY_HAND, "# What serving engines take", "", intro, "", *lines, "", *notes])
 
 
 # ---- methods/
@@ -308,66 +309,27 @@ class Llama7B:
         return trained, where
 
 
-_EXAMPLE = """\
-```python
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from peft import {names}, get_peft_model
-
-shape = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
-model = LlamaForCausalLM(LlamaConfig(**shape))  # in earnest: AutoModelForCausalLM.from_pretrained(...)
-{before}config = {config}
-model = get_peft_model(model, config)
-model.print_trainable_parameters()
-
-batch = torch.randint(0, 512, (2, 16))
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-for step in range(3):
-    model(input_ids=batch, labels=batch{forward}).loss.backward()
-    optimizer.step()
-{after}    optimizer.zero_grad()
-model.save_pretrained("{folder}")
-```"""
-
-
-def example(method: str) -> str:
-    """A block that trains an adapter of the method on a small model, and saves it."""
-    name, text = METHODS[method].config_class.__name__, TEXTS.get(method, {})
-    more: dict[str, str] = text.get("example", {})
-    settings = {field: repr(value) for field, value in text.get("settings", {}).items()} | more.get("settings", {})
-    given = "".join(f", {field}={value}" for field, value in settings.items())
-    return _EXAMPLE.format(
-        names=", ".join([name, *more.get("names", "").split()]),
-        before=more.get("before", ""),
-        config=f'{name}(task_type="CAUSAL_LM"{given})',
-        forward=more.get("forward", ""),
-        after=f"    {more['after']}\n" if "after" in more else "",
-        folder=method.lower(),
-    )
-
-
 def method_page(method: str, count: tuple[int, str] | None) -> str:
     config_class = METHODS[method].config_class
     text = TEXTS.get(method, {})
     papers = re.findall(r"arXiv:(\d{4}\.\d{5})", config_class.__doc__ or "")
-    inherited = {field.name for base in COMMON for field in fields(base)}
     kept = {"num_virtual_tokens"} if METHODS[method].prompt else set()
+    inherited = {field.name for base in COMMON for field in fields(base)} - kept
     lines = [BY_HAND, f"# {text.get('name', method)}", "", about(config_class), ""]
     if text.get("use"):
         lines += ["## When to use it", "", text["use"], ""]
-    lines += ["## In code", "", example(method), ""]
+    lines += ["## In code", "", example(method, METHODS[method].config_class.__name__, text), ""]
     if count is not None:
         settings = ", ".join(f"{name}={value!r}" for name, value in text.get("settings", {}).items())
         with_settings = f" with `{settings}`" if settings else ""
         on = f", on {count[1]}" if count[1] else ""
-        share = 100 * count[0] / 6_738_415_616
-        size = f"{count[0]:,} trained values on Llama-2-7B ({share:.3g} %), by default{with_settings}{on}."
+        share = f"{100 * count[0] / 6_738_415_616:.3g} %"
+        size = f"{count[0]:,} trained values on Llama-2-7B ({share}), by default{with_settings}{on}."
         lines += ["## Size", "", size, ""]
     elif "size" in text:
         lines += ["## Size", "", text["size"], ""]
-    lines += ["## Fields", "", f"`{config_class.__name__}` has the [common fields](README.md#common-fields), and:", ""]
-    lines += [*field_table(config_class, inherited - kept), ""]
+    has = f"`{config_class.__name__}` has the [common fields](README.md#common-fields), and:"
+    lines += ["## Fields", "", has, "", *field_table(config_class, inherited), ""]
     if papers:
         lines += ["## Paper", "", *(f"- [arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in papers), ""]
     return "\n".join(lines)
