@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.cli import main, tiny
-from peft.cli.options import COMMANDS
+from peft.cli.options import COMMANDS, Estimate
 from peft.cli.tasks import CHATML
 from tiny_models import bert, byte_tokenizer, llama
 
@@ -137,6 +138,10 @@ def test_inspect_says_what_the_files_hold(made, tmp_path, monkeypatch, capsys):
         assert module["norm"] == pytest.approx((a.square().sum() + b.square().sum()).sqrt().item(), rel=1e-5)
         assert module["update_norm"] == pytest.approx((alpha / 4 * (b @ a)).norm().item(), rel=1e-5)
         assert module["parameters"] == a.numel() + b.numel()
+        values = torch.linalg.svdvals(alpha / 4 * (b @ a).double())[:4]
+        assert module["singular_values"] == pytest.approx(values.tolist(), rel=1e-5)
+        kept = values[: module["rank_90"]].square().sum() / values.square().sum()
+        assert kept >= 0.9 > kept - values[module["rank_90"] - 1].square() / values.square().sum()
     query = modules["model.layers.1.self_attn.q_proj"]
     assert (query["layer"], query["kind"]) == (1, "q_proj")
 
@@ -163,18 +168,46 @@ def test_an_estimate_counts_what_training_has(made, capsys, method):
     assert "does not fit" in capsys.readouterr().out
 
 
-def test_activations_of_an_estimate_grow_with_the_batch_and_shrink_with_checkpointing(made):
-    # In a process of its own, as the command runs: what transformers keeps from one model to the next counts as well.
-    code = f"""
-from peft.cli.estimate import measure
-from peft.cli.options import Estimate
+@pytest.mark.parametrize(
+    ("method", "checkpointing"),
+    [("lora", False), ("lora", True), ("vera", False), ("ia3", True), ("prefix-tuning", False)],
+)
+def test_an_estimate_is_the_peak_of_training(made, method, checkpointing):
+    """The same, whatever was estimated before in the process; counted with values, where the estimate has none."""
+    from peft.cli.estimate import Live, measure
+    from peft.cli.plan import configure
 
-for changed in ({{"batch_size": 8}}, {{"batch_size": 4}}, {{"batch_size": 4, "gradient_checkpointing": True}}):
-    print(measure(Estimate({str(made.base)!r}, length=64, **changed), {{}})[0]["activations"])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    eight, four, checkpointed = map(float, done.stdout.split())
-    assert eight == pytest.approx(2 * four, rel=0.1) and checkpointed < four
+    said = Estimate(str(made.base), method, batch_size=4, length=64, gradient_checkpointing=checkpointing)
+    parts, facts = measure(said, {})
+    measure(Estimate(str(made.base), "lora", batch_size=2, length=16, dtype="bfloat16"), {})
+    assert measure(said, {}) == (parts, facts)
+    config = configure(method.upper().replace("-", "_"), {}, "CAUSAL_LM", 100)
+    model = get_peft_model(base_of(made.base), config).train()
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+    ids = torch.zeros(4, 64, dtype=torch.long)
+    live = Live(zeros=torch.cuda.is_available())
+    live.note(*model.parameters(), *model.buffers())
+    with live:
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert facts["peak"] == pytest.approx(live.peak, rel=0.1)
+
+
+def test_a_quantised_base_is_smaller_and_processes_share_it(made):
+    from peft.cli.estimate import measure
+
+    whole, four, shared = (
+        measure(Estimate(str(made.base), batch_size=1, length=8, **more), {})
+        for more in ({}, {"load_in_4bit": True}, {"processes": 2})
+    )
+    for parts, facts in (four, shared):
+        assert parts["base weights"] < whole[0]["base weights"] and facts["peak"] < whole[1]["peak"]
+    assert 2 * shared[0]["base weights"] == whole[0]["base weights"]
 
 
 def test_extract_names_its_base_by_an_absolute_path(made, tmp_path, monkeypatch):
@@ -222,6 +255,27 @@ def test_help_needs_nothing_heavy():
     assert "arXiv:2305.14314" in " ".join(done.stdout.split())
 
 
+@pytest.mark.parametrize(
+    ("line", "there", "not_there"),
+    [
+        ("peft ", "train\nresize\nenv", "--model"),
+        ("peft tr", "train", "tune"),
+        ("peft train --max_s", "--max_steps", "--model"),
+        ("peft train --method vera --d_", "--d_initial", "--lora_alpha"),
+        ("peft train --task c", "causal-lm\nchat\nclassification", "seq2seq"),
+        ("peft convert a --to g", "gguf", "mlx"),
+    ],
+)
+def test_a_shell_completes_commands_options_and_values(tmp_path, line, there, not_there):
+    pytest.importorskip("argcomplete")
+    answer = tmp_path / "answer"
+    asked = dict(COMP_TYPE="9", COMP_LINE=line, COMP_POINT=str(len(line)), _ARGCOMPLETE="1", _ARGCOMPLETE_IFS="\n")
+    environment = os.environ | asked | {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    subprocess.run([sys.executable, "-c", "import peft.cli; peft.cli.main()"], env=environment, timeout=300)
+    found = [word.strip() for word in answer.read_text().split("\n")]
+    assert set(there.split("\n")) <= set(found) and not_there not in found
+
+
 def test_the_fields_of_a_method_are_listed_with_their_meaning(capsys):
     assert main(["train", "--fields", "lora"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -236,7 +290,7 @@ WRONG = {
     "inspect {one} --jsn": (2, "no option 'jsn'. Did you mean 'json'"),
     "inspect {base}": (1, "adapter_config.json"),
     "inspect nowhere": (1, "adapter_config.json"),
-    "merge {one} {two} --weights 1 --output x": (1, "--weights: 1 of them for 2 adapters"),
+    "merge {one} {two} --weights 1 --output x": (2, "--weights: 1 of them for 2 adapters"),
     "merge {soft} --output x": (1, "soft prompt"),
     "merge {one} --model ./nowhere --output x": (1, "no model ./nowhere: no such folder"),
     "merge {one} --model {bert} --output x": (1, "q_proj"),
@@ -248,7 +302,7 @@ WRONG = {
     "extract {base} {bert} --output x": (1, "is a llama model, but"),
     "extract {base} {base} --task-type POEM --output x": (1, "--task-type takes CAUSAL_LM"),
     "convert table.csv --output x": (1, "LoRA files end with .safetensors"),
-    "convert {one} --output x": (1, "--to kohya or --to diffusers"),
+    "convert {one} --output x": (2, "kohya, diffusers, gguf, mlx, fused or per-expert"),
     "estimate {base} --batch-size 0": (2, "--batch-size has to be 1 or more"),
     "train --model {base} --data table.csv": (1, "table.csv, line 2: the fields 'a', 'b'"),
     "train --model {bert} --data chat.jsonl": (1, "a bert model has no head for chat"),

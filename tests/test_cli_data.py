@@ -11,10 +11,12 @@ from transformers import LlamaConfig
 
 from peft.cli import options as commands
 from peft.cli.models import check_task, device_of, locate
-from peft.cli.parse import OptionError, read, settings_of
+from peft.cli.options import ALIASES, Train
+from peft.cli.parse import OptionError, init_types, read, settings_of
 from peft.cli.plan import learning_rate
 from peft.cli.records import read_records, understand
 from peft.cli.tasks import CHATML, Encoder
+from peft.registry import METHODS
 from tiny_models import byte_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -263,6 +265,23 @@ def test_text_becomes_the_type_of_the_option(line, name, value):
     found = {**vars(own), **fields, **trainer}[name]
     assert found == value
     assert type(found) is type(value) or isinstance(value, int)
+
+
+def test_a_name_is_that_of_the_method_then_of_the_command_then_of_the_trainer():
+    from transformers import TrainingArguments
+
+    own = {(m, name) for m, row in METHODS.items() for name in ALIASES.keys() & init_types(row.config_class).keys()}
+    assert ("C3A", "block_size") in own
+    for method, name in own:
+        assert read("train", ["--method", method.lower(), f"--{name}", "4"])[1] == {name: 4}
+    theirs = ALIASES.keys() & init_types(TrainingArguments).keys()
+    assert {"learning_rate", "output_dir"} <= theirs
+    for name in theirs:
+        known = init_types(Train)[ALIASES[name]]
+        value = "x" if known in (str, str | None) else "true" if known is bool else "1"
+        options, fields, trainer = read("train", ["--weight_decay", "0.1", f"--{name}", value])
+        assert trainer == {"weight_decay": 0.1} and not fields
+        assert str(getattr(options, ALIASES[name])).lower() in (value, "1.0")
 
 
 @pytest.mark.parametrize(

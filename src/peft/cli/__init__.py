@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 where a command failed; 2 where its options cannot be read; 130 where it was interrupted.
     """
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line may go on
+        from peft.cli.parse import complete
+
+        complete(os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])])
     argv = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in argv
     argv = [token for token in argv if token != "--traceback"]

@@ -1,33 +1,84 @@
-"""`peft convert`: LoRA files of other programs read, and written."""
+"""`peft convert`: LoRA files of other programs read and written, and LoRA of experts in its other layout."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from peft import PeftConfig, load_peft_weights
 from peft.checkpoint.files import write_adapter
+from peft.cli import models
 from peft.cli.merge import check_empty
 from peft.cli.options import Convert
+from peft.cli.parse import OptionError
+from peft.lora_tools import experts, gguf, mlx
 from peft.lora_tools.formats import module_names, read_lora_file, write_lora_file
+
+ENDINGS = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"}
 
 
 def run(options: Convert, *_: Any) -> int:
-    if os.path.isfile(options.source):
-        if not options.source.endswith((".safetensors", ".bin", ".pt", ".ckpt")):
-            raise ValueError(f"{options.source}: LoRA files end with .safetensors, .bin, .pt or .ckpt")
+    if os.path.isfile(options.source) or mlx.is_mlx(options.source):
+        if options.to:
+            raise OptionError(f"--to {options.to}: {options.source} is another program's; make an adapter of it first")
         check_empty(options.output)
-        names = module_names(options.model) if options.model else None
-        config, tensors = read_lora_file(options.source, part=options.part, names=names)
-        config.base_model_name_or_path = config.base_model_name_or_path or options.model
+        config, tensors = _read(options)
+        config.base_model_name_or_path = options.model or config.base_model_name_or_path
         config.inference_mode = True
         write_adapter(options.output, config.to_json_dict(), tensors)
     else:
         if options.to is None:
-            raise ValueError("--to kohya or --to diffusers is needed to write an adapter for another program")
-        if not options.output.endswith(".safetensors"):
-            raise ValueError(f"--output {options.output}: a file is written, so its name must end with .safetensors")
+            kinds = "kohya, diffusers, gguf, mlx, fused or per-expert"
+            raise OptionError(f"--to is needed, to say which form the adapter is to have: {kinds}")
+        ending = ENDINGS.get(options.to)
+        if ending and not options.output.endswith(ending):
+            raise OptionError(f"--output {options.output}: a file is written, so its name must end with {ending}")
         config, tensors = PeftConfig.from_pretrained(options.source), load_peft_weights(options.source, "cpu")
-        write_lora_file(options.output, config, tensors, options.to, options.part or "unet")
+        _write(options, config, tensors)
     print(f"{len(tensors)} tensors: {options.output}")
     return 0
+
+
+def _read(options: Convert) -> tuple[Any, dict[str, Any]]:
+    if mlx.is_mlx(options.source):
+        base = _skeleton(options.model, "mlx-lm's files do not tell what is an embedding")
+        embeddings = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Embedding)]
+        return mlx.read_mlx(options.source, embeddings)
+    if options.source.endswith(".gguf"):
+        base = _skeleton(options.model, "GGUF has names of its own for modules")
+        return gguf.read_gguf(options.source, base.config, [name for name, _ in base.named_modules()])
+    if not options.source.endswith((".safetensors", ".bin", ".pt", ".ckpt")):
+        raise ValueError(f"{options.source}: LoRA files end with .safetensors, .gguf, .bin, .pt or .ckpt")
+    names = module_names(options.model) if options.model else None
+    return read_lora_file(options.source, part=options.part, names=names)
+
+
+def _write(options: Convert, config: Any, tensors: Mapping[str, Any]) -> None:
+    if options.to in ("kohya", "diffusers"):
+        return write_lora_file(options.output, config, tensors, options.to, options.part or "unet")
+    base = _skeleton(options.model or config.base_model_name_or_path, "the adapter names no base model")
+    if options.to == "gguf":
+        return gguf.write_gguf(options.output, config, tensors, base.config)
+    check_empty(options.output)
+    if options.to == "mlx":
+        return mlx.write_mlx(options.output, config, tensors, base.config.num_hidden_layers)
+    change = experts.fuse_experts if options.to == "fused" else experts.split_experts
+    config, tensors = change(config, tensors, base)
+    write_adapter(options.output, config.to_json_dict(), tensors)
+
+
+def _skeleton(model: str | None, why: str) -> Any:
+    """The base model without weights.
+
+    Raises:
+        OptionError: none is named.
+    """
+    if not model:
+        raise OptionError(f"--model is needed, for {why}")
+    source = models.locate(model, print)
+    kind = "AutoModelForSeq2SeqLM" if models.config_of(source).is_encoder_decoder else "AutoModelForCausalLM"
+    return models.skeleton(source, kind)
+

@@ -1,13 +1,22 @@
-"""`peft estimate`: what training would take, from the model's configuration alone."""
+"""`peft estimate`: what training would take, from the model's configuration alone.
+
+Two steps of training are run with tensors that have a shape and a device, and no memory; what they would hold is
+counted.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.cli import models
@@ -18,9 +27,6 @@ from peft.cli.tasks import TASKS
 
 #: bytes of a weight in 4 and 8 bits, with the scales of its blocks (NF4 with doubly quantised scales)
 BITS4, BITS8 = 0.5 + 1 / 64 + 4 / (64 * 256), 1 + 4 / 4096
-#: float32 copies of the logits that are alive at the peak beside those that are kept: themselves, the gradients of
-#: cross entropy and of softmax, what the matrix product packs (as the peak of a process on a CPU shows)
-LOGITS = 4
 GB = 1e9
 Sizes = dict[str, float]
 
@@ -30,14 +36,17 @@ def run(options: Estimate, fields: Mapping[str, Any], *_: Any) -> int:
         if getattr(options, name) < 1:
             raise OptionError(f"--{name.replace('_', '-')} has to be 1 or more, got {getattr(options, name)}")
     parts, facts = measure(options, fields)
+    if options.json:
+        print(json.dumps({**facts, **parts}))
+        return 0
     print(f"{options.method} on {options.model}: {facts['trainable']:,} of {facts['parameters']:,} parameters train;"
           f" the adapter's file has {facts['file'] / 1e6:,.1f} MB")  # fmt: skip
     for name, size in parts.items():
         print(f"  {name:<28} {size / GB:8.3f} GB")
-    total = sum(parts.values())
     memory = options.memory * GB if options.memory else _memory()
-    verdict = "fits" if total < 0.95 * memory else "does not fit"
-    print(f"  {'peak':<28} {total / GB:8.3f} GB, beside what torch itself takes; {verdict} into {memory / GB:.1f} GB")
+    verdict = "fits" if facts["peak"] < 0.95 * memory else "does not fit"
+    print(f"  {'peak':<28} {facts['peak'] / GB:8.3f} GB, beside what torch itself takes;"
+          f" {verdict} into {memory / GB:.1f} GB")  # fmt: skip
     return 0
 
 
@@ -48,62 +57,90 @@ def _memory() -> float:
 
 
 def measure(options: Estimate, fields: Mapping[str, Any]) -> tuple[Sizes, Sizes]:
-    """(bytes by what they are for, parameters and the size of the file).
-
-    Activations are what the backward pass of one forward pass keeps, read off a run with tensors that have no memory.
-    """
+    """(bytes by what they are for, which are not all there at one time; the peak, parameters and the file's size)"""
     method, config = method_named(options.method), models.config_of(models.locate(options.model, print))
-    configure(method, fields, "CAUSAL_LM", 100)  # a wrong field is said as it is
-    try:
-        with FakeTensorMode():  # tensors that have a shape and a device, and no memory
-            return _measured(options, fields, method, config)
-    except Exception:  # some methods move tensors in ways that these do not know
-        with torch.device("meta"):
-            return _measured(options, fields, method, config)
-
-
-def _measured(options: Estimate, fields: Mapping[str, Any], method: str, config: Any) -> tuple[Sizes, Sizes]:
     task = TASKS["seq2seq" if config.is_encoder_decoder else "causal-lm"]
+    configured = configure(method, fields, task.peft, 100, layers=config.get_text_config())
     quantised = BITS4 if options.load_in_4bit else BITS8 if options.load_in_8bit else None
     dtype = models.dtype_of(options.dtype) or (torch.bfloat16 if quantised else config.dtype or torch.float32)
-    text = config.get_text_config()
-    base = getattr(models.transformers(), task.auto).from_config(config, dtype=dtype)
-    everything = sum(p.numel() for p in base.parameters())
-    outer = {id(head) for head in (base.get_output_embeddings(),) if head is not None}
-    inner = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear) and id(m) not in outer)
-    weights = everything * dtype.itemsize + (inner * (quantised - dtype.itemsize) if quantised else 0)
-    model = get_peft_model(base, configure(method, fields, task.peft, 100, layers=text))
+    with torch.device("meta"):
+        base = getattr(models.transformers(), task.auto).from_config(config, dtype=dtype)
+        everything = sum(p.numel() for p in base.parameters())
+        outer = {id(head) for head in (base.get_output_embeddings(),) if head is not None}
+        inner = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and id(m) not in outer)
+        model = get_peft_model(base, configured)
+        try:
+            file = sum(t.numel() * t.element_size() for t in get_peft_model_state_dict(model).values())
+        except NotImplementedError:  # a soft prompt is computed when it is saved
+            file = 0
     trains = [p for p in model.parameters() if p.requires_grad]
-    own = float(sum(p.numel() * p.element_size() for p in trains))
-    kept, logits = _activations(model, options)
-    if options.gradient_checkpointing:  # the input of each layer, and all of one layer
-        rows = options.batch_size * options.length * text.hidden_size * dtype.itemsize
-        kept = text.num_hidden_layers * rows + (kept - logits) / text.num_hidden_layers + logits
-    parts = {"base weights": weights / options.processes, "adapter": own, "gradients": own}
-    parts |= {"optimizer (AdamW)": 2 * own, "activations": kept, "logits and their loss": LOGITS * logits}
-    try:
-        file = float(sum(t.numel() * t.element_size() for t in get_peft_model_state_dict(model).values()))
-    except NotImplementedError:  # a soft prompt is computed when it is saved
-        file = own
+    own = sum(p.numel() * p.element_size() for p in trains)
     trainable = sum(p.numel() for p in trains)
-    return parts, {"trainable": trainable, "parameters": everything + trainable, "file": file}
+    weights = everything * dtype.itemsize
+    held, peak = _trained(model, options)
+    smaller = weights - (weights + (inner * (quantised - dtype.itemsize) if quantised else 0)) / options.processes
+    parts = {"base weights": weights - smaller, "adapter": own, "gradients": own, "optimizer (AdamW)": 2 * own}
+    parts["activations and loss"] = peak - held
+    facts = {"trainable": trainable, "parameters": everything + trainable, "file": file or own}
+    return parts, {**facts, "peak": peak - smaller}
 
 
-def _activations(model: Any, options: Estimate) -> tuple[float, float]:
-    """(bytes that a forward pass keeps for the backward pass, bytes of the logits in float32)"""
-    seen: dict[int, tuple[int, Any]] = {}
-    held = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    storages = {storage._cdata for storage in held}  # as long as these are held, the numbers are theirs
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, and how many there were at most at one time.
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in storages:
-            seen[storage._cdata] = (storage.nbytes(), storage)
-        return tensor
+    Args:
+        zeros: count the gradient of the loss by the scores, of which a CPU never writes more than an entry a token:
+            pages of zeros that are not written take no memory there.
+    """
 
-    ids = torch.zeros(options.batch_size, options.length, dtype=torch.long)
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = model(input_ids=ids, labels=ids)
-    logits = found.logits
-    return float(sum(size for size, _ in seen.values())), float(logits.numel() * 4)
+    def __init__(self, zeros: bool = True) -> None:
+        super().__init__()
+        self.zeros, self.now, self.peak = zeros, 0, 0
+        self.seen: Any = weakref.WeakKeyDictionary()
+
+    def note(self, *values: Any) -> None:
+        for value in values:
+            storage = value.untyped_storage() if isinstance(value, torch.Tensor) else None
+            if storage is not None and storage not in self.seen:
+                size = self.seen[storage] = storage.nbytes()
+                self.now += size
+                weakref.finalize(storage, self._gone, size)
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if self.zeros or func is not torch.ops.aten.nll_loss_backward.default:
+            self.note(*tree_leaves(found))
+        return found
+
+
+def _trained(model: Any, options: Estimate) -> tuple[int, int]:
+    """(bytes that are there between two steps of training, bytes at the peak)"""
+    live = Live(zeros=options.memory is not None or torch.cuda.is_available())
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and tensor.is_meta:
+                        if tensor not in made:  # tied ones are one
+                            empty = torch.empty_like(tensor, device="cpu")
+                            parameter = isinstance(tensor, nn.Parameter)
+                            made[tensor] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+                        held[name] = made[tensor]
+        model.train()
+        if options.gradient_checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+        live.note(*model.parameters(), *model.buffers())
+        with live:
+            for _ in range(2):  # the optimizer has its moments in the second
+                ids = torch.zeros(options.batch_size, options.length, dtype=torch.long)
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return live.now, live.peak

@@ -33,11 +33,7 @@ def run(options: Extract, *_: Any) -> int:
     config.base_model_name_or_path = os.path.abspath(options.base) if os.path.isdir(options.base) else options.base
     config.inference_mode = True
     write_adapter(options.output, config.to_json_dict(), tensors)
-    worst = max(found.errors, key=found.errors.__getitem__)
     size = sum(tensor.numel() for tensor in tensors.values())
-    print(
-        f"LoRA on {len(found.errors)} modules, {size:,} parameters: {options.output}\n"
-        f"Lost of the change: {sum(found.errors.values()) / len(found.errors):.1%} on average,"
-        f" {found.errors[worst]:.1%} at most ({worst})"
-    )
+    print(f"LoRA on {len(found.errors)} modules, {size:,} parameters: {options.output}")
+    print(models.lost(found.errors))
     return 0

@@ -61,7 +61,8 @@ def _load(options: Generate) -> tuple[Any, Any]:
         task = "AutoModelForSeq2SeqLM" if models.config_of(base).is_encoder_decoder else "AutoModelForCausalLM"
         dtype, device = models.dtype_of(options.dtype), models.device_of(options.device)
         return models.load_base(base, task, dtype=dtype, device=device), models.load_tokenizer(base)
-    return models.load_adapted(name, model=options.model, dtype=options.dtype, device=options.device)
+    model = models.load_adapted(name, model=options.model, dtype=options.dtype, device=options.device)
+    return model, models.load_tokenizer(model.get_base_model().name_or_path, name)
 
 
 def talk(model: Any, tokenizer: Any, messages: list[dict[str, str]], options: Generate) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from peft import PeftConfig, load_peft_weights
 from peft.cli.options import Inspect
-from peft.cli.plots import norms
+from peft.cli.plots import layers
+from peft.ops.merging import svd_of_product
 from peft.registry import METHODS
 
 #: the fields that say how large an adapter is, by the names that the methods give them
@@ -36,8 +37,7 @@ def run(options: Inspect, *_: Any) -> int:
         _show(found, key, label)
     png = options.png or (None if options.json else f"{name}-norms.png")
     if png:
-        rows = [(m["kind"], m["layer"], m[key]) for m in found["modules"] if m[key] is not None]
-        drawn = norms(rows, f"{name}: {found['method']}", label, png)
+        drawn = layers(found["modules"], key, f"{name}: {found['method']}", label, png)
         if not options.json:
             print(f"Picture: {png}" if drawn else "No picture: matplotlib is not installed (pip install 'peft[cli]')")
     return 0
@@ -53,7 +53,8 @@ def examine(adapter: str) -> Found:
         `method`, `base_model`, `task_type`, `rank` (or None), `target_modules`, `parameters`, `bytes`, `dtypes`,
         `config`, and `modules`: of each its `name`, `layer` (index or None), `kind` (its name without the layer),
         `full` (stored whole, not as an adapter), `parameters`, `norm` (Frobenius, of all its tensors together),
-        `update_norm` (of LoRA's scaling * B A, else None), and `tensors`: `name`, `shape`, `dtype`, `norm`.
+        `update_norm` and `singular_values` (of LoRA's scaling * B A, else None), `rank_90` (how many of them have 90 %
+        of its energy), and `tensors`: `name`, `shape`, `dtype`, `norm`.
 
     Raises:
         ValueError: there is no adapter.
@@ -69,6 +70,8 @@ def examine(adapter: str) -> Found:
     rows = []
     for name, tensors in modules.items():
         index = re.search(r"(?<=\.)\d+(?=\.)", name)
+        spectrum = _spectrum(name, tensors, config) if method == "LORA" else None
+        energy = None if spectrum is None else spectrum.square().cumsum(0)
         rows.append({
             "name": name,
             "layer": int(index.group()) if index else None,
@@ -76,7 +79,9 @@ def examine(adapter: str) -> Found:
             "full": all(part in ("weight", "bias", "base_layer.bias") for part in tensors),
             "parameters": sum(tensor.numel() for tensor in tensors.values()),
             "norm": _norm(tensors.values()),
-            "update_norm": _update_norm(name, tensors, config) if method == "LORA" else None,
+            "update_norm": None if spectrum is None else spectrum.norm().item(),
+            "singular_values": None if spectrum is None or not spectrum.any() else spectrum.tolist(),
+            "rank_90": None if energy is None else int((energy < 0.9 * energy[-1]).sum()) + 1,
             "tensors": [{"name": part, "shape": list(tensor.shape), "dtype": _dtype(tensor), "norm": _norm([tensor])}
                         for part, tensor in tensors.items()],
         })  # fmt: skip
@@ -129,14 +134,12 @@ def _norm(tensors: Iterable[torch.Tensor]) -> float | None:
     return torch.stack(parts).norm().item() if parts else None
 
 
-def _update_norm(name: str, tensors: Mapping[str, torch.Tensor], config: Found) -> float | None:
-    """Frobenius norm of scaling * B A, without making that product: |BA|^2 is the sum of (B^T B) * (A A^T)."""
-    parts = {part.removesuffix(".weight"): tensor for part, tensor in tensors.items()}
-    found = {part[-1]: tensor for part, tensor in parts.items() if part.endswith(("_A", "_B"))}
-    if set(found) != {"A", "B"} or any("magnitude" in part for part in tensors):
+def _spectrum(name: str, tensors: Mapping[str, torch.Tensor], config: Found) -> torch.Tensor | None:
+    """The singular values of scaling * B A, without making that product."""
+    found = {part.removesuffix(".weight")[-2:]: tensor for part, tensor in tensors.items()}
+    if set(found) != {"_A", "_B"}:
         return None
-    a, b = found["A"].double().flatten(1), found["B"].double().flatten(1)
-
+    a, b = found["_A"].double().flatten(1), found["_B"].double().flatten(1)
 
     def of_module(pattern: str, default: float) -> float:
         chosen = (v for k, v in (config.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({k})", name))
@@ -146,7 +149,8 @@ def _update_norm(name: str, tensors: Mapping[str, torch.Tensor], config: Found) 
     if a.shape[0] != rank or b.shape[1] != rank:
         return None  # the experts of a fused parameter, the groups of a convolution
     scaling = of_module("alpha_pattern", config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
-    return abs(scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
+    wide = rank > min(a.shape[1], b.shape[0])
+    return abs(scaling) * (torch.linalg.svdvals(b @ a) if wide else svd_of_product(b, a)[1])
 
 
 def _show(found: Found, key: str, label: str) -> None:
@@ -185,6 +189,9 @@ def _show(found: Found, key: str, label: str) -> None:
         layered = []
     rows = [[m["name"], _number(m["norm"] if m[key] is None else m[key]), f"{m['parameters']:,}"]
             for m in found["modules"] if m not in layered]  # fmt: skip
+    enough = [module["rank_90"] for module in found["modules"] if module["rank_90"]]
+    if enough:
+        console.print(f"90 % of a change are in rank {min(enough)} to {max(enough)} (see `peft resize`)")
     if rows:
         console.print(_table(["module", "norm", "params"], rows))
 

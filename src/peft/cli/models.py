@@ -191,8 +191,17 @@ def load_for_training(model: str, task: Task, options: Any, fields: Mapping[str,
     return load_base(model, task.auto, dtype=dtype, device=torch.device("cpu"), **more)
 
 
-def load_adapted(adapter: str, *, model: str | None, dtype: str | None, device: str | None) -> tuple[Any, Any]:
-    """(a `PeftModel`, its tokenizer) for a saved adapter, on the base model that it names or on `model`.
+def load_adapted(
+    adapter: str, *, model: str | None, dtype: str | None = None, device: str | None = None, empty: bool = False
+) -> Any:
+    """A `PeftModel` for a saved adapter, on the base model that it names or on `model`.
+
+    Args:
+        adapter: folder or hub id.
+        model: base model, in place of the one that the adapter names.
+        dtype: of the base model, by name; by default as it is stored.
+        device: by name; by default a GPU if there is one.
+        empty: do not load the weights of the base model, nor take memory for them; their values are undefined.
 
     Raises:
         ValueError: there is no adapter there, or it names no base model and none is given.
@@ -207,12 +216,31 @@ def load_adapted(adapter: str, *, model: str | None, dtype: str | None, device: 
     name = AUTO_CLASSES[task or ("SEQ_2_SEQ_LM" if settings.is_encoder_decoder else "CAUSAL_LM")]
     if not task and (config.auto_mapping or {}).get("base_model_class"):
         name = config.auto_mapping["base_model_class"]
-    more: dict[str, Any] = {"revision": config.revision} if config.revision and not model else {}
     labels = _label_count(adapter) if task in ("SEQ_CLS", "TOKEN_CLS") else None
-    if labels:
-        more["num_labels"] = labels
-    base = load_base(source, name, dtype=dtype_of(dtype), device=device_of(device), **more)
-    return PeftModel.from_pretrained(base, adapter), load_tokenizer(source, adapter)
+    more: dict[str, Any] = {"num_labels": labels} if labels else {}
+    if empty:
+        base = skeleton(source, name, dtype_of(dtype), **more).to_empty(device="cpu").eval()
+        base.tie_weights()
+    else:
+        more |= {"revision": config.revision} if config.revision and not model else {}
+        base = load_base(source, name, dtype=dtype_of(dtype), device=device_of(device), **more)
+    return PeftModel.from_pretrained(base, adapter)
+
+
+def skeleton(model: str, class_name: str, dtype: torch.dtype | None = None, **fields: Any) -> Any:
+    """A base model without values, on the meta device; `fields` are set in its configuration."""
+    library, config = transformers(), config_of(model)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        return getattr(library, class_name).from_config(config, dtype=dtype or config.dtype)
+
+
+def lost(errors: Mapping[str, float]) -> str:
+    """In words, how much of a change a LoRA lacks: module -> share."""
+    worst = max(errors, key=errors.__getitem__)
+    mean = sum(errors.values()) / len(errors)
+    return f"Lost of the change: {mean:.1%} on average, {errors[worst]:.1%} at most ({worst})"
 
 
 def _label_count(adapter: str) -> int | None:

@@ -142,7 +142,8 @@ class Estimate:
         load_in_8bit: the base model in 8 bits.
         gradient_checkpointing: less memory for more time.
         processes: over which the base model is sharded (FSDP).
-        memory: what one device has, in GB; by default that of this machine.
+        memory: what the device has that it is to be trained on, in GB; by default that of this machine.
+        json: everything in bytes, as JSON.
     """
 
     model: str
@@ -155,6 +156,7 @@ class Estimate:
     gradient_checkpointing: bool = False
     processes: int = 1
     memory: float | None = None
+    json: bool = False
 
 
 @dataclass
@@ -198,6 +200,7 @@ class Merge:
         adapters: folders or hub ids of adapters of one base model.
         output: folder for the merged model and its tokenizer.
         weights: factor of each adapter's change (LoRA); by default 1.
+        by_shard: with the weights of one of the base model's files in memory at a time, for large ones.
         model: base model, where it is not the one that the adapters name.
         dtype: float32, bfloat16 or float16; by default as the base model is stored.
         device: cpu, cuda, cuda:1, mps; by default a GPU if there is one.
@@ -206,6 +209,7 @@ class Merge:
     adapters: list[str]
     output: str = "merged"
     weights: list[float] = field(default_factory=list)
+    by_shard: bool = False
     model: str | None = None
     dtype: Dtype | None = None
     device: str | None = None
@@ -241,20 +245,41 @@ class Extract:
 
 
 @dataclass
-class Convert:
-    """Read or write LoRA files of kohya's scripts and diffusers.
+class Resize:
+    """Make a LoRA of another rank of an adapter: the nearest there is, by singular values.
 
     Args:
-        source: a LoRA file of kohya's or diffusers', or a saved adapter.
+        adapter: folder or hub id of an adapter.
+        output: folder for the LoRA.
+        rank: the new rank.
+        energy: share of the squared singular values to keep, above 0 and up to 1: each module gets the rank it takes.
+        model: base model, where it is not the one that the adapter names.
+    """
+
+    adapter: str
+    output: str = "resized"
+    rank: int | None = None
+    energy: float | None = None
+    model: str | None = None
+
+
+@dataclass
+class Convert:
+    """Read or write LoRA files of other programs, or give LoRA of experts its other layout.
+
+    Args:
+        source: a saved adapter; a LoRA file of kohya's scripts, diffusers or llama.cpp (GGUF); a folder of mlx-lm.
         output: folder of the adapter, or the file.
-        to: program to write an adapter for: kohya or diffusers.
+        to: the form that an adapter is to have: kohya, diffusers, gguf (llama.cpp), mlx; fused or per-expert are the
+            layouts that the experts of mixtures have in transformers 5 and in files.
         part: part of a pipeline: unet, text_encoder, transformer, ...
-        model: folder of the base model, whose names kohya's files need.
+        model: base model, where it is not the one that the adapter names; kohya's files need its folder, GGUF and MLX
+            its configuration.
     """
 
     source: str
     output: str
-    to: Literal["kohya", "diffusers"] | None = None
+    to: Literal["kohya", "diffusers", "gguf", "mlx", "fused", "per-expert"] | None = None
     part: str | None = None
     model: str | None = None
 
@@ -302,6 +327,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "generate": (Generate, ("transformers",)),
     "merge": (Merge, ("transformers",)),
     "extract": (Extract, ("transformers",)),
+    "resize": (Resize, ("transformers",)),
     "convert": (Convert, ()),
     "inspect": (Inspect, ("rich",)),
     "demo": (Demo, ("transformers", "accelerate", "datasets", "rich")),

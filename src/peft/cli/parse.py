@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -94,8 +95,8 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     if issubclass(own, Base) and any(_canonical(name, known) not in known for name in [*given, *content]):
         from transformers import TrainingArguments
 
+        known = _known(owners, TrainingArguments)
         owners.append(TrainingArguments)
-        known = _known(owners)
     texts: dict[str, str] = {}
     for name, value in content.items():
         if value is not None:
@@ -113,8 +114,36 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     return own(**parts[0]), parts[1], parts[2]
 
 
-def _known(owners: Sequence[Any]) -> Values:
-    return {name: kind for owner in reversed(owners) for name, kind in init_types(owner).items()}
+def complete(line: str) -> None:
+    """Answers argcomplete, with the options of the command, and of the method, that stand in `line` so far."""
+    from argcomplete.completers import ChoicesCompleter, FilesCompleter
+    from jsonargparse import ArgumentParser
+
+    words = line.split()
+    command = words[1] if len(words) > 2 or (len(words) == 2 and line.endswith(" ")) else ""
+    if command in COMMANDS:
+        owners = [COMMANDS[command][0]]
+        method = str(_scan(words).get("method") or "lora").upper().replace("-", "_")
+        if "method" in init_types(owners[0]) and method in METHODS:
+            owners.append(METHODS[method].config_class)
+        parser, known = parser_of(command, *owners), _known(owners)
+        for action in parser._actions:
+            members = _members(known.get(action.dest))
+            values = [str(value) for member in members if get_origin(member) is Literal for value in get_args(member)]
+            values += ["true", "false"] * (bool in members)
+            action.completer = ChoicesCompleter(dict.fromkeys(values, "")) if values else FilesCompleter()
+        rest = line.split(maxsplit=1)[1]  # a command stands in the place of the program
+        os.environ.update(COMP_LINE=rest, COMP_POINT=str(len(rest)))
+    else:
+        parser = ArgumentParser()
+        parser.add_argument("command", choices=list(COMMANDS))
+    parser.parse_args([])
+
+
+def _known(owners: Sequence[Any], others: Any = None) -> Values:
+    """The options by name; of `others`, those that have no name of the command's own."""
+    known = {name: kind for name, kind in init_types(others).items() if name not in ALIASES} if others else {}
+    return known | {name: kind for owner in reversed(owners) for name, kind in init_types(owner).items()}
 
 
 def _scan(argv: Sequence[str]) -> dict[str, str]:
@@ -129,11 +158,10 @@ def _scan(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _canonical(name: str, known: Mapping[str, Any]) -> str:
+    """The name here of an option; one that is known as it is comes before those of other programs."""
     name = name.replace("-", "_")
-    if name == "block_size" and name in known:  # a field of C3A
-        return name
     alias = ALIASES.get(name, name)
-    return alias if alias in known else name
+    return name if name in known or alias not in known else alias
 
 
 def _checked(name: str, known: Mapping[str, Any], where: str = "") -> str:

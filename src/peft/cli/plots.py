@@ -68,11 +68,12 @@ def loss_curve(log: Sequence[Mapping[str, Any]], title: str, path: str | Path) -
     return True
 
 
-def norms(rows: Sequence[tuple[str, int | None, float]], title: str, label: str, path: str | Path) -> bool:
-    """Norms by layer: a line for each kind of module, and bars for modules outside the layers.
+def layers(modules: Sequence[Mapping[str, Any]], key: str, title: str, label: str, path: str | Path) -> bool:
+    """Norms by layer (a line for each kind of module, bars for modules outside the layers) and the spectra of LoRA.
 
     Args:
-        rows: (kind of module, index of its layer or None, norm).
+        modules: as `inspect.examine` gives them.
+        key: which of their norms is drawn; those without one are left out.
         title: above the picture.
         label: what the norm is of.
         path: where the PNG goes.
@@ -82,24 +83,32 @@ def norms(rows: Sequence[tuple[str, int | None, float]], title: str, label: str,
     """
     if not drawn():
         return False
-    lines: dict[str, list[tuple[int, float]]] = {}
-    bars = [(kind, norm) for kind, layer, norm in rows if layer is None]
-    for kind, layer, norm in rows:
-        if layer is not None:
-            lines.setdefault(kind, []).append((layer, norm))
-    shares = [width for width, there in ((3.0, lines), (1.5, bars)) if there]
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    rows = [module for module in modules if module[key] is not None]
+    bars = [module for module in rows if module["layer"] is None]
+    for module in rows:
+        if module["layer"] is not None:
+            lines.setdefault(module["kind"], []).append(module)
+    spectra = [module for module in modules if module["singular_values"]]
+    shares = [width for width, there in ((3.0, lines), (1.5, bars), (3.0, spectra)) if there]
     made, axes = figure(5 + 2 * len(shares), max(4.0, 0.25 * len(bars)), len(shares), width_ratios=shares)
-    if lines:
-        for (kind, points), marker in zip(lines.items(), "osD^vP*X<>hd" * math.ceil(len(lines) / 12), strict=False):
-            axes[0].plot(*zip(*sorted(points), strict=True), marker=marker, markersize=5, linewidth=1.5, label=kind)
-        axes[0].set(xlabel="layer", ylabel=label, ylim=(0, 1.08 * max(row[2] for row in rows) or 1))
+    colours = {kind: f"C{number % 10}" for number, kind in enumerate(lines)}
+    for (kind, points), marker in zip(lines.items(), "osD^vP*X<>hd" * math.ceil(len(lines) / 12), strict=False):
+        points.sort(key=lambda module: module["layer"])
+        places = [module["layer"] for module in points]
+        axes[0].plot(places, [module[key] for module in points], f"{marker}-", markersize=5, label=kind)
+        axes[0].set(xlabel="layer", ylabel=label, ylim=(0, 1.08 * max(module[key] for module in rows) or 1))
         axes[0].xaxis.get_major_locator().set_params(integer=True)
         axes[0].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     if bars:
-        names, values = zip(*bars, strict=True)
-        axes[-1].barh(names, values, color=INK, height=0.5)
-        axes[-1].invert_yaxis()
-        axes[-1].set(xlabel="norm" if lines else label)
+        axis = axes[bool(lines)]
+        axis.barh([module["kind"] for module in bars], [module[key] for module in bars], color=INK, height=0.5)
+        axis.invert_yaxis()
+        axis.set(xlabel="norm" if lines else label)
+    for module in spectra:
+        values = [value / module["singular_values"][0] for value in module["singular_values"]]
+        axes[-1].semilogy(range(1, len(values) + 1), values, color=colours.get(module["kind"], INK), alpha=0.5)
+        axes[-1].set(xlabel="rank", ylabel="singular value by the largest", ylim=(1e-4, 1.5))
     made.suptitle(title)
     made.savefig(path, dpi=140)
     return True

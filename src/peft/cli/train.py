@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -85,7 +87,11 @@ def train(options: Train, fields: Mapping[str, Any], trainer: Mapping[str, Any],
 def _processes(options: Base) -> Any:
     from accelerate import PartialState
 
-    models.device_of(options.device)
+    if models.device_of(options.device).type == "cpu":
+        # glibc keeps what is freed for later, up to as much again as training needs; what is larger than this it gives
+        # back (M_MMAP_THRESHOLD). Other C libraries have no such function.
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(-3, 1 << 20)
     if options.device and ":" in options.device:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.device.partition(":")[2]
     elif "RANK" not in os.environ:  # several GPUs in one process are slower than one, and Trainer would take them

@@ -21,6 +21,7 @@ from peft.core.routing import BASE, Route, join_rows
 from peft.core.storage import is_plain, onloaded
 from peft.core.storage.flat import run_with
 from peft.ops.factored import FactoredWeight, warn_of_no_dropout
+from peft.ops.internals import is_fake
 from peft.ops.lora import compute_dtype, lora_linear, needs_plain
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def _frozen_linear(layer: AdapterLayer, x: Tensor) -> tuple[Tensor, Tensor | Non
     if (type(base) is not nn.Linear and type(base).__name__ != "Conv1D") or "forward" in base.__dict__:
         return None
     held, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if type(held) is not nn.Parameter or held.requires_grad or (bias is not None and bias.requires_grad):
+    plain = type(held) is nn.Parameter or is_fake(held)
+    if not plain or held.requires_grad or (bias is not None and bias.requires_grad):
         return None
     if is_watched(base):
         return None

@@ -232,7 +232,9 @@ def _check_complete(config: Any, stack: ExpertStack) -> None:
 def _set_rank(config: Any, stacks: list[ExpertStack]) -> None:
     """Gives the fused parameter the rank and alpha of all its layers together."""
     rule = stacks[0].rule
-    for pattern, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+    n = len(rule.projections)
+    scaled = n**0.5 if config.use_rslora else n  # the scale stays alpha / r, or alpha / sqrt(r)
+    for pattern, default, factor in (("rank_pattern", config.r, n), ("alpha_pattern", config.lora_alpha, scaled)):
         values = getattr(config, pattern)
         layers = [layer for stack in stacks for name in rule.projections for layer in stack.layers(name)[1:]]
         found = {values.get(get_pattern_key(values, layer), default) for layer in layers} if values else {default}
@@ -240,7 +242,7 @@ def _set_rank(config: Any, stacks: list[ExpertStack]) -> None:
             raise ValueError(
                 f"{pattern} gives layers of experts that are one parameter, {rule.parameter}, {sorted(found)}."
             )
-        total = found.pop() * len(rule.projections)
+        total = found.pop() * factor
         if total != default:
             values[rf".*\.{rule.parameter}"] = total
 

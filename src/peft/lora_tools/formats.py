@@ -23,12 +23,20 @@ from torch import Tensor
 
 from peft.config import build_config
 from peft.folder import replace_files
+from peft.integrations.serving import ENGINES, FEATURES, findings
 from peft.pickles import WeightsFileError
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import alpha_of, rank_of
 from peft.untrusted import parse_json
 
 FORMATS = ("kohya", "diffusers")
+#: layouts -> what a name of theirs matches; no name matches two of them
+_LAYOUTS = {
+    "kohya": r"^lora_[a-z0-9]+_[^.]+\.(lora_\w+\.weight|alpha|dora_scale)$",
+    "diffusers": r"^(?!base_model\.)\w+\..*\.(lora_[AB]\.\w+|lora\.(down|up)\.weight|alpha|lora_magnitude_vector)$",
+    "a saved adapter, whose folder with adapter_config.json is to be named": r"^base_model\.",
+    "mlx-lm, whose folder is to be named": r"\.(lora_[ab]|m)$",
+}
 _ROOT = "base_model.model."
 _KOHYA = re.compile(r"^lora_(?P<part>[a-z0-9]+)_(?P<name>.+?)\.(?P<leaf>lora_\w+\.weight|alpha|dora_scale)$")
 _LEAVES = {
@@ -46,6 +54,7 @@ _LEAVES = {
 _OF_KOHYA = {
     "lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"
 }  # fmt: skip
+_OF_EMBEDDINGS = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
 #: kohya's names for the parts of a pipeline -> those of diffusers
 PARTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 _METADATA = "lora_adapter_metadata"
@@ -64,17 +73,21 @@ def module_names(folder: str | os.PathLike) -> list[str]:
 
 
 def format_of(keys: Iterable[str]) -> str:
-    """Which program wrote a file with these names.
+    """Which program wrote a file with these names; of all its names, for a guess would be worse than an error.
 
     Raises:
-        ValueError: none that is known.
+        ValueError: none that is known, or it cannot be told; names what was found.
     """
     keys = list(keys)
-    if any(key.startswith("lora_") and (".lora_down." in key or ".lora_up." in key) for key in keys):
-        return "kohya"
-    if any(re.search(r"\.(lora_[AB]|lora\.(down|up))\.weight$", key) for key in keys):
-        return "diffusers"
-    raise ValueError(f"The names are neither kohya's nor diffusers': {', '.join(keys[:3])}.")
+    found = {name: [key for key in keys if re.search(pattern, key)] for name, pattern in _LAYOUTS.items()}
+    (name, most), *_ = sorted(found.items(), key=lambda item: -len(item[1]))
+    words = f"no name is of a layout that is known here, as {keys[0]!r}" if not most else name
+    if most and len(most) < len(keys):
+        other = next(key for key in keys if key not in most)
+        words = f"{other!r} is no part of a LoRA of {name}, as {len(most)} of {len(keys)} names are"
+    if name not in FORMATS or len(most) < len(keys):
+        raise ValueError(f"This is neither a file of kohya's scripts nor one of diffusers: {words}.")
+    return name
 
 
 def read_lora_file(
@@ -95,14 +108,7 @@ def read_lora_file(
         ValueError: the format is unknown, the part is missing or not the only one, a name is no module's, or a module
             has no whole LoRA.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise WeightsFileError(f"{os.fspath(path)} is damaged or not a safetensors file: {error}") from error
+    tensors, metadata = load_tensors(path)
     found = _kohya_modules(tensors, names) if format_of(tensors) == "kohya" else _diffusers_modules(tensors)
     if part is None and len(found) > 1:
         raise ValueError(f"{os.fspath(path)!r} holds LoRAs for {', '.join(sorted(found))}: say which part is wanted.")
@@ -110,17 +116,22 @@ def read_lora_file(
     if part not in found:
         raise ValueError(f"{os.fspath(path)!r} holds nothing for {part!r}; it has {', '.join(sorted(found))}.")
     modules = found[part]
-    for name, leaves in modules.items():
-        missing = {"lora_A.weight", "lora_B.weight"} - set(leaves)
-        if missing:
-            raise ValueError(f"{name!r} has no {' and no '.join(sorted(missing))}.")
-    config = _config(modules, _settings(metadata, part, os.fspath(path)), path)
-    return config, {
-        f"{_ROOT}{name}.{leaf}": value.contiguous()
-        for name, leaves in modules.items()
-        for leaf, value in leaves.items()
-        if leaf != "alpha"
-    }
+    return config_of_modules(modules, path, _settings(metadata, part, os.fspath(path)))
+
+
+def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a .safetensors file.
+
+    Raises:
+        WeightsFileError: it is none.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise WeightsFileError(f"{os.fspath(path)} is damaged or not a safetensors file: {error}") from error
 
 
 Modules = dict[str, dict[str, dict[str, Tensor]]]
@@ -164,11 +175,35 @@ def _settings(metadata: Mapping[str, str], part: str, path: str) -> dict[str, An
     return {key: value for key, value in fields.items() if key in set(LoraConfig.__dataclass_fields__) - {"peft_type"}}
 
 
-def _config(
-    modules: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, Any], path: str | os.PathLike
-) -> LoraConfig:
-    if "lora_alpha" in settings:
-        return build_config({"peft_type": "LORA", **settings}, path)
+def config_of_modules(
+    modules: Mapping[str, Mapping[str, Tensor]],
+    path: str | os.PathLike,
+    settings: Mapping[str, Any] | None = None,
+    embeddings: Iterable[str] = (),
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """(configuration, tensors by the names that this library's files have for them) of modules with their factors.
+
+    Args:
+        modules: module -> `lora_A.weight` [r, in], `lora_B.weight` [out, r], perhaps `alpha`, and others of files.
+        path: where they come from, for messages.
+        settings: fields of the configuration, where they are known; else ranks and alphas are those of the modules.
+        embeddings: those of the modules that are embeddings.
+
+    Raises:
+        ValueError: a module has no whole LoRA.
+    """
+    for name, leaves in modules.items():
+        missing = {"lora_A.weight", "lora_B.weight"} - set(leaves)
+        if missing:
+            raise ValueError(f"{name!r} has no {' and no '.join(sorted(missing))}.")
+    tensors = {
+        f"{_ROOT}{name}.{_OF_EMBEDDINGS.get(leaf, leaf) if name in embeddings else leaf}": value.contiguous()
+        for name, leaves in modules.items()
+        for leaf, value in leaves.items()
+        if leaf != "alpha"
+    }
+    if "lora_alpha" in (settings or {}):
+        return build_config({"peft_type": "LORA", **(settings or {})}, path), tensors
     ranks = {name: leaves["lora_A.weight"].shape[0] for name, leaves in modules.items()}
     alphas = {name: float(leaves.get("alpha", ranks[name])) for name, leaves in modules.items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
@@ -180,7 +215,45 @@ def _config(
         alpha_pattern={name: _whole(value) for name, value in alphas.items() if value != alpha},
         use_dora=any("lora_magnitude_vector" in leaves for leaves in modules.values()),
         lora_bias=any("lora_B.bias" in leaves for leaves in modules.values()),
-    )
+    ), tensors
+
+
+def scaled_factors(
+    config: Any, tensors: Mapping[str, Tensor], engine: str
+) -> tuple[float, dict[str, dict[str, Tensor]]]:
+    """(an alpha for all, module -> `A` [r, in], `B` [out, r], DoRA's `M` [out]) of a LoRA, for formats with one alpha.
+
+    A change is alpha / r * B A with the r of its factors; where a module has another scale, its B makes up for it.
+
+    Args:
+        config: of the adapter.
+        tensors: by the names that this library's files have for them.
+        engine: the key of the program in the table of `integrations.serving`, which says what it has a place for.
+
+    Raises:
+        ValueError: the adapter holds what the program has no place for.
+    """
+    solved = {FEATURES[key].title for key in ("rslora", "rank_pattern", "alpha_pattern")} | {"the files"}
+    for finding in findings(engine, config.to_json_dict(), tensors):
+        if finding.feature not in solved:
+            raise ValueError(f"For {ENGINES[engine].title}, {finding}.")
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.endswith(".base_layer.weight"):  # the base model's embeddings, saved along
+            continue
+        match = re.fullmatch(rf"{_ROOT}(.+)\.(?:lora_(?:embedding_)?([AB])(?:\.weight)?|lora_magnitude_vector)", key)
+        if match is None or value.dim() > 2:
+            raise ValueError(f"{ENGINES[engine].title} has no place for {key!r} {list(value.shape)}.")
+        found.setdefault(match[1], {})[match[2] or "M"] = value
+    alphas = {}
+    for name, leaves in found.items():
+        r = leaves["A"].shape[0]
+        alphas[name] = alpha_of(config, name) * (math.sqrt(r) if config.use_rslora else 1.0)
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    for name, leaves in found.items():
+        if alphas[name] != alpha:
+            leaves["B"] = leaves["B"] * (alphas[name] / alpha)
+    return float(alpha), found
 
 
 def _whole(value: float) -> Any:

@@ -21,6 +21,11 @@ def is_transformed() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0 or _peek_interpreter() is not None
 
 
+def is_fake(tensor: object) -> bool:
+    """Whether this stands for a plain tensor or parameter and has no values, as where memory is estimated."""
+    return type(tensor).__name__ == "FakeTensor"
+
+
 def backward_pass() -> int:
     """A number for the backward pass that this code runs in; -1 outside of one (and where torch does not say)."""
     return -1 if torch.compiler.is_compiling() else _graph_task()
