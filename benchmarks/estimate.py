@@ -1,7 +1,7 @@
 """What `peft estimate` says beside the peak of a process that trains: `python benchmarks/estimate.py [NAME ...]`.
 
 Each row is one `peft train` of two steps in a process of its own, on a model with random weights; its peak is the
-largest resident size less what the process has after the imports. The outcome is in docs/command.md.
+largest resident size less what the process has after the imports.
 """
 
 from __future__ import annotations
