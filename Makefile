@@ -10,10 +10,11 @@ DEMO := $(VENV)/.demo
 SITE := $(VENV)/.site
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: help setup test lint style types architecture demo docs bench fuzz clean
+.PHONY: help setup test test-versions lint style types architecture demo docs bench fuzz clean
 
 help:
 	@echo "make test    everything in tests/, on all cores"
+	@echo "make test-versions   the tests against the oldest and the newest torch and transformers (hours, gigabytes)"
 	@echo "make lint    style, types, architecture"
 	@echo "make demo    fine-tune a small language model here, and ask it before and after (a few minutes)"
 	@echo "make docs    the site, in build/site; a link that leads nowhere is an error"
@@ -37,6 +38,10 @@ $(READY): pyproject.toml constraints.txt
 # One thread per worker: the models of the tests are tiny, and the workers use all cores.
 test: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+# ARGS="oldest tests/test_import.py" runs one of them, or some tests
+test-versions:
+	$(PYTHON) tests/tools/versions.py $(ARGS)
 
 lint: style types architecture
 

@@ -211,7 +211,7 @@ def test_what_goes_to_the_adapter_of_an_expert_is_dropped():
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     config = transformers.MixtralConfig(**small, num_key_value_heads=2, num_local_experts=4)
     base = transformers.MixtralForCausalLM(config)
-    if not hasattr(base.model.layers[0].mlp, "experts") or isinstance(base.model.layers[0].mlp.experts, nn.ModuleList):
+    if not any(name.endswith("experts.down_proj") for name, _ in base.named_parameters()):
         pytest.skip("experts are modules of their own here")
     settings = dict(target_parameters=["experts.down_proj"], init_lora_weights=False)
     model = get_peft_model(copy.deepcopy(base), LoraConfig(lora_dropout=0.5, **settings))
@@ -224,3 +224,38 @@ def test_what_goes_to_the_adapter_of_an_expert_is_dropped():
         runs = torch.stack([model(ids).logits for _ in range(300)])
     assert not torch.allclose(runs[0], runs[1])
     assert (runs.mean(0) - whole).norm() < 0.2 * (runs[0] - whole).norm()
+
+
+# ---- methods of old
+
+
+def test_methods_of_old_do_what_they_did():
+    model = get_peft_model(llama(), LoraConfig(init_lora_weights=False, use_dora=True))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 3, 32)
+    assert layer._cast_input_dtype(x, torch.float64).dtype == torch.float64
+    mixed = layer._mixed_batch_forward(x, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(mixed[1], layer.base_layer(x[1]))
+    torch.testing.assert_close(mixed[0], layer(x[0]))
+    with pytest.raises(ValueError, match="length 1"):
+        layer._check_forward_args(x, adapter_names=["default"])
+    layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
+    assert layer.lora_A["default"].weight.is_meta
+    other = model.base_model.model.model.layers[1].self_attn.q_proj
+    magnitude, lengths = other.lora_magnitude_vector["default"], other.lora_magnitude_vector["default"].weight.clone()
+    a, b = other.lora_A["default"].weight, other.lora_B["default"].weight
+    nn.init.zeros_(magnitude.weight)
+    magnitude.update_layer(base_layer=other.base_layer, lora_A=a, lora_B=b, scaling=other.scaling["default"])
+    torch.testing.assert_close(magnitude.weight, lengths)
+
+
+def test_a_parameter_is_that_of_an_adapter_for_a_while():
+    settings = dict(target_parameters=["0.mlp.up_proj.weight"], init_lora_weights=False)
+    model = get_peft_model(llama(), LoraConfig(**settings))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    base, x = layer.get_base_layer(), torch.randn(3, 32)
+    before, want = dict(base.named_parameters()), layer(x)
+    with layer._activate_lora(["default"]):
+        torch.testing.assert_close(base(x), want)
+    assert dict(base.named_parameters()).keys() == before.keys() and base.weight is before["weight"]
+    assert not torch.allclose(base(x), want)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 from peft.registry import METHODS, PeftType
@@ -233,7 +233,7 @@ MORE_NAMES: dict[str, dict[str, str]] = {
     "peft.tuners.lora.layer": {
         **_LINEAR,
         **_at("peft.tuners.lora.kinds", "Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention ParamWrapper"),
-        **_at("peft.legacy", "BufferDict VARIANT_KWARG_KEYS"),
+        **_at("peft.legacy", "BufferDict VARIANT_KWARG_KEYS _LoraParameterProxy=Added"),
         **_at("peft.core.layer", "BaseTunerLayer=AdapterLayer"),
         **_at(
             "peft.integrations.backends",
@@ -254,6 +254,18 @@ METHOD_PATHS = {
     if not method.module.startswith(("peft.tuners.lora", "peft.tuners.shadow", "peft.xlora"))
     for part in ("", ".config", ".layer", ".model")
 }
+
+#: methods that classes once had, and that nothing here calls; class -> name there -> a function of its objects
+OLD_METHODS: dict[str, dict[str, str]] = {
+    "peft.core.layer:AdapterLayer": _at(
+        "peft.legacy",
+        "_cast_input_dtype=cast_input_dtype _check_forward_args=check_forward_args"
+        " _mixed_batch_forward=mixed_batch_forward _move_adapter_to_device_of_base_layer=move_adapter_to_base_layer",
+    ),
+    "peft.tuners.lora.kinds:ParamWrapper": _at("peft.legacy", "_activate_lora=activate_lora"),
+    "peft.tuners.lora.variants.dora:Magnitude": _at("peft.legacy", "update_layer=measure_lengths"),
+}
+_WITH_OLD_METHODS = frozenset(path.partition(":")[0] for path in OLD_METHODS)
 
 #: folders whose modules load on attribute access
 FOLDERS = ("peft.optimizers", "peft.tuners", "peft.tuners.lora", "peft.tuners.shadow")
@@ -345,6 +357,17 @@ class OldPath(ModuleType):
         )
 
 
+class OldMethod:
+    """A method of old: looked up when somebody asks for it."""
+
+    def __init__(self, home: str):
+        self.home = home
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        function = _value_at(self.home)
+        return function if instance is None else MethodType(function, instance)
+
+
 class FileLoader(SourceFileLoader):
     """Loads a file as it is; then what is below it, and what it once had, can be asked for as an attribute."""
 
@@ -362,6 +385,10 @@ class FileLoader(SourceFileLoader):
             return _value_at(more[name]) if name in more else submodule(module.__name__, name)
 
         module.__dict__["__getattr__"] = load
+        for path, methods in OLD_METHODS.items():
+            home, _, kind = path.partition(":")
+            for name, function in methods.items() if home == module.__name__ else ():
+                setattr(module.__dict__[kind], name, OldMethod(function))
 
 
 class OldPathFinder:
@@ -369,7 +396,7 @@ class OldPathFinder:
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
         one_file = METHOD_PATHS.get(name) == name
-        if name in FOLDERS or one_file or name in MORE_NAMES:
+        if name in FOLDERS or one_file or name in MORE_NAMES or name in _WITH_OLD_METHODS:
             spec = PathFinder.find_spec(name, path)
             if spec is not None and one_file and spec.submodule_search_locations is None:
                 # The file as it is, but as a package, so that what is below it is looked for at all.

@@ -35,11 +35,7 @@ LEFT_OUT = {
     "peft.BoneModel": "not in huggingface/peft 0.21.2 either",
     "peft.tuners.param_wrapper": "not in huggingface/peft 0.21.2 either; axolotl takes another way where it exists",
     "peft.config.PeftConfigMixin.from_pretrained_origin": "put there by ms-swift itself",
-    "peft.tuners.lora.dora.DoraLinearLayer.update_layer": "a part of the mechanism that works otherwise here",
-    "peft.tuners.lora.layer.ParamWrapper._activate_lora": "a part of the mechanism that works otherwise here",
-    "peft.tuners.lora.layer._LoraParameterProxy": "a part of the mechanism that works otherwise here",
     "peft.tuners.lora.variants.MiCALinearVariant": "a part of the mechanism that works otherwise here",
-    "peft.tuners.tuners_utils.BaseTuner._check_target_module_exists": "a part of the mechanism that works otherwise",
     "peft.utils.save_and_load._maybe_shard_state_dict_for_tp": "sharding is not a step of loading of its own here",
 }
 #: what a `try` around a use must catch for its absence to do no harm
