@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from transformers import (
 
 import peft
 from peft import LoraConfig, get_peft_model
+from tiny_models import gpt2, tokens
 
 METHODS = {
     "lora": lambda **more: LoraConfig(r=2, **more),
@@ -126,3 +129,205 @@ def test_fast_paths_are_as_before_without_adapters():
     with pytest.raises(ValueError):
         get_peft_model(base, METHODS["lora"](target_modules=["linear1", "self_attn", "encoder"]))
     assert layer.activation_relu_or_gelu == fast
+
+
+# ---- weights that are made of others, forwards of a module's own
+
+
+class Parametrised(nn.Module):
+    def __init__(self, kind: str, parametrise):
+        super().__init__()
+        modules = {"linear": lambda: nn.Linear(6, 6), "conv": lambda: nn.Conv1d(6, 6, 3, padding=1)}
+        self.inner = parametrise(modules[kind]())
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_adapters_are_merged_into_weights_of_normed_length(kind, method):
+    torch.manual_seed(0)
+    base = Parametrised(kind, nn.utils.parametrizations.weight_norm)
+    names, x = [*base.state_dict()], torch.randn(2, 6, 6)
+    model = trained(get_peft_model(base, METHODS[method](target_modules=["inner"])))
+    with model.disable_adapter():
+        before = model(x)
+    acting = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), acting, atol=1e-5, rtol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), acting)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), acting, atol=1e-5, rtol=1e-4)
+    assert [*merged.state_dict()] == names
+
+
+@pytest.mark.parametrize(
+    "parametrise",
+    [
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_cannot_take_a_change_are_not_merged(parametrise):
+    model = trained(get_peft_model(Parametrised("linear", parametrise), METHODS["lora"](target_modules=["inner"])))
+    x = torch.randn(2, 6)
+    acting = model(x)
+    with pytest.raises(NotImplementedError, match="merged"):
+        model.merge_adapter()
+    assert torch.equal(model(x), acting)
+
+
+class Shifted(nn.Embedding):
+    """Rows of other tokens than it is asked for, as OPT's positions."""
+
+    def forward(self, ids):
+        return super().forward(ids + 2)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Unchanged(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.twice, self.plain = Shifted(12, 8), Doubled(8, 8), Unchanged(8, 8)
+
+    def forward(self, ids):
+        return self.plain(self.twice(self.table(ids)))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "miss", "lokr", "vera"])
+def test_a_forward_of_its_own_runs_with_the_changed_weight(method):
+    torch.manual_seed(0)
+    more = {
+        "miss": lambda **k: peft.MissConfig(r=2, **k),
+        "lokr": lambda **k: peft.LoKrConfig(r=2, **k),
+        "vera": lambda **k: peft.VeraConfig(r=2, **k),
+    }
+    targets = ["twice", "plain"] if method == "vera" else ["table", "twice", "plain"]
+    model = trained(get_peft_model(Own(), {**METHODS, **more}[method](target_modules=targets)))
+    ids = torch.tensor([[0, 3, 9], [1, 1, 4]])
+    acting = model(ids)
+    assert acting.requires_grad
+    layers = model.base_model.model
+    assert not layers.plain.op.own_forward and layers.twice.op.own_forward
+    model.merge_adapter()
+    torch.testing.assert_close(model(ids), acting, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    mixed = model(ids, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(mixed[0], acting[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixed[1], Own.forward(model.unload(), ids)[1], atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_that_cannot_act_is_refused():
+    model = get_peft_model(Own(), LoraConfig(target_modules=["twice"], lora_dropout=0.1)).train()
+    with pytest.raises(ValueError, match="Doubled"):
+        model(torch.tensor([[0]]))
+
+
+# ---- mixed batches where the input is not one row a sample
+
+
+def mixed(model: nn.Module, config) -> nn.Module:
+    model = get_peft_model(model, config, "one")
+    model.add_adapter("two", config)
+    model.set_adapter(["one", "two"])
+    trained(model).set_adapter("one")
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_positions_that_all_samples_share_are_looked_up_for_each(method):
+    model = mixed(gpt2(), METHODS[method](target_modules=["wpe"]))
+    ids = tokens(3, 6)
+    names = ["two", "__base__", "one"]
+    together = model(ids, adapter_names=names).logits
+    for place, name in enumerate(names):
+        alone = model(ids[place : place + 1], adapter_names=[name]).logits
+        torch.testing.assert_close(together[place : place + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.relative_attention_bias = nn.Linear(8, 8), nn.Embedding(4, 8)
+
+    def forward(self, x):
+        distances = torch.arange(6)[:, None].sub(torch.arange(6)).clamp(0, 3)
+        return self.lin(x.transpose(0, 1)).transpose(0, 1) + self.relative_attention_bias(distances).sum(1)
+
+
+@pytest.mark.parametrize("target", ["lin", "relative_attention_bias"])
+def test_rows_that_are_no_samples_are_not_mixed(target):
+    model, x = mixed(SequenceFirst(), LoraConfig(r=2, target_modules=[target])), torch.randn(3, 6, 8)
+    with pytest.raises(ValueError, match="no row for each sample"):
+        model(x, adapter_names=["one", "two", "one"])
+    expected = model(x, adapter_names=["two"] * 3)
+    model.set_adapter("two")
+    torch.testing.assert_close(model(x), expected)
+
+
+# ---- what is watched in the first passes
+
+
+class Parts(nn.Module):
+    """One layer that is called, one that is not, and one behind which gradients end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.idle, self.cut = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.called(x) + self.cut(x).detach()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_are_not_called_or_get_no_gradient_are_named_once(method):
+    model = get_peft_model(Parts(), METHODS[method](target_modules=["called", "idle", "cut"]))
+    x = torch.randn(2, 8)
+    with pytest.warns(UserWarning, match="'idle' were not called") as seen:
+        model.eval()(x)
+    assert not any("'called'" in str(w.message) for w in seen)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            model.train()(x).sum().backward()
+    said = [str(warning.message) for warning in seen if "no gradient" in str(warning.message)]
+    assert len(said) == 1 and "'cut'" in said[0] and "called'" not in said[0]
+    assert "_watch" not in model.base_model.__dict__
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_model_that_passes_no_gradient_on_is_named():
+    model = get_peft_model(Parts(), LoraConfig(target_modules=["cut"]))
+    with pytest.warns(UserWarning, match="'cut' got no gradient"):
+        model.train()(torch.randn(2, 8))
+
+
+def test_a_model_in_order_is_silent():
+    model = get_peft_model(gpt2(), LoraConfig(target_modules=["c_attn"], modules_to_save=["ln_f"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            model(tokens()).logits.sum().backward()
+    assert "_watch" not in model.base_model.__dict__
+
+
+def test_a_start_that_was_not_made_is_named():
+    model = get_peft_model(Parts(), LoraConfig(target_modules=["called"], init_lora_weights="eva"))
+    with pytest.warns(UserWarning, match="initialize_lora_eva_weights"):
+        model.train()(torch.randn(2, 8))

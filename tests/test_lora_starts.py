@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -405,3 +406,29 @@ def test_eva_says_what_it_needs():
         start_eva(eva_model(), [X[:3]])
     with pytest.warns(peft.PeftWarning, match="no effect"):
         LoraConfig(eva_config=peft.EvaConfig())
+
+
+@pytest.mark.parametrize(
+    "start, settings",
+    [
+        ("pissa_niter_0", {}),
+        ("lora_ga", {"lora_ga_config": peft.LoraGAConfig(direction="random")}),
+        ("lora_ga", {"lora_ga_config": peft.LoraGAConfig(scale="weight_svd")}),
+    ],
+)
+def test_a_random_start_is_the_same_again_on_loading(start, settings, tmp_path):
+    torch.manual_seed(1)
+    model, config = prepared(start, **settings)
+    adapted = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        adapted.base_model.model.up.lora_B["default"].weight.mul_(1.5)
+    adapted.save_pretrained(tmp_path)
+    for number in range(2):
+        torch.manual_seed(2 + number)
+        loaded = peft.PeftModel.from_pretrained(prepared(start, **settings)[0], tmp_path)
+        torch.testing.assert_close(loaded(X), adapted(X), atol=1e-3, rtol=1e-3)
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert content.pop("init_seed") == adapted.peft_config["default"].init_seed
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="does not say what .* was drawn from"):
+        peft.PeftModel.from_pretrained(prepared(start, **settings)[0], tmp_path)

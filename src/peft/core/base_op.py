@@ -42,6 +42,7 @@ class BaseOp:
     scales_output = False
     batch_dim = 0
     rounds: int | None = 1
+    own_forward = False  # whether its forward is more than its kind, so that only its weight can be changed
 
     def __init__(self, module: nn.Module):
         self.out_features, self.in_features = self.features(module)
@@ -127,7 +128,8 @@ class LinearOp(_LastDimension):
             return super().features(module)
 
     def run(self, module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        return F.linear(args[0], weight, bias)
+        own = self.own_forward
+        return super().run(module, weight, bias, *args, **kwargs) if own else F.linear(args[0], weight, bias)
 
 
 class EetqOp(LinearOp):
@@ -158,9 +160,9 @@ class ConvOp(BaseOp):
 
     multiplies = scales_input = scales_output = True
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         super().__init__(module)
-        self.kind = type(module).__name__
+        self.kind = f"Conv{len(module.kernel_size)}d"  # subclasses too
 
     def low_rank(self, module: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         # LoRA's A sees the channels of all groups, and B has those of the ranks that belong to the output's group. As a
@@ -171,6 +173,12 @@ class ConvOp(BaseOp):
         low = _convolve(module, x, down.reshape(-1, *window).repeat(groups, *[1] * len(window)), groups)
         conv = _CONVOLUTIONS[len(module.kernel_size) - 1]
         return conv(low, up.reshape(*up.shape, *[1] * len(module.kernel_size)), groups=module.groups)
+
+    def run(self, module: Any, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        if self.weight_name in module._parameters:
+            return super().run(module, weight, bias, *args, **kwargs)
+        y = _convolve(module, args[0], weight, module.groups)  # the weight is made of other tensors
+        return y if bias is None else y + self.along_output(module, bias)
 
     def product(self, module: Any, x: Tensor, matrix: Matrix) -> Tensor:
         weight = matrix.dense().to(x.dtype).reshape(-1, module.in_channels // module.groups, *module.kernel_size)
@@ -237,7 +245,7 @@ class EmbeddingOp(BaseOp):
         return super().features(module)
 
     def run(self, module: Any, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        if not module.weight.is_floating_point():  # its own forward unpacks
+        if not module.weight.is_floating_point() or self.weight_name not in module._parameters:  # made by its forward
             return F.embedding(args[0], weight, module.padding_idx)
         return super().run(module, weight, bias, *args, **kwargs)
 

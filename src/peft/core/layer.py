@@ -20,6 +20,7 @@ from peft.core import merge as merging
 from peft.core.base_op import BaseOp, NormOp, base_op
 from peft.core.call import current_route
 from peft.core.change import Change
+from peft.core.own_forward import has_own_forward
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route
 from peft.core.run import run, run_routed
@@ -54,7 +55,7 @@ class AdapterLayer(Part):
     is_read: bool
     #: whether it comes with the layer of the attention module that it is the output projection of
     with_attention: bool
-    in_expert: bool
+    without_samples: str | None
     ledger: merging.Ledger
     _live: list[str]
     _merged: list[merging.Entry]
@@ -67,11 +68,12 @@ class AdapterLayer(Part):
         found = op or self.op_of(self.get_base_layer(), parameter_name)
         if found is None:
             raise ValueError(f"{type(self.get_base_layer()).__name__} has no weight that an adapter can change.")
+        found.own_forward = parameter_name is None and has_own_forward(self.get_base_layer(), found)
         for slot in self.adapter_layer_names:
             self._modules[slot] = self.slots[slot].container()
         ledger = base_layer.ledger if isinstance(base_layer, AdapterLayer) else merging.Ledger()
         self.__dict__.update(
-            op=found, parameter_name=parameter_name, is_read=False, with_attention=False, in_expert=False,
+            op=found, parameter_name=parameter_name, is_read=False, with_attention=False, without_samples=None,
             ledger=ledger, _live=[], _merged=ledger.entries, waits_for_file=False,
         )  # fmt: skip
 

@@ -179,6 +179,9 @@ class Method:
         """Stands around a generation, which is many forward passes."""
         return self.around_forward(args, kwargs)
 
+    def check_before_training(self) -> None:
+        """Warns of what should have been done before the active adapters are trained; called once."""
+
     def after_forward(self, output: Any) -> Any:
         """The model's output, as the method wants it (with a penalty added to the loss, say)."""
         return output

@@ -17,9 +17,16 @@ BASE = "__base__"
 _EXPERT = re.compile(r"(^|\.)\w*experts?[._]\d+(\.|$)")
 
 
-def in_expert(key: str) -> bool:
-    """Whether the module `key` belongs to one of several experts, going by its name."""
-    return _EXPERT.search(key) is not None
+#: tables of distances: T5, MPNet, WavLM, BERT and their like
+_DISTANCES = re.compile(r"(^|\.)(relative_attention_bias|rel_attn_embed|rel_embeddings|distance_embedding)$")
+
+
+def without_samples(key: str) -> str | None:
+    """What the module `key` is given in place of a row for each sample, going by its name; None for such rows.
+
+    `"tokens"` where it belongs to one of several experts, `"distances"` of positions, which all samples share.
+    """
+    return "tokens" if _EXPERT.search(key) else "distances" if _DISTANCES.search(key) else None
 
 
 class Route:
@@ -69,8 +76,9 @@ class Route:
             if len(set(self.names)) == 1:
                 return {self.names[0]: list(range(rows))}
             raise ValueError(
-                "Mixed batches (adapter_names) do not work here: an expert's layer gets the tokens that are sent to it,"
-                " and cannot tell which sample each of them is from. Run the samples of each adapter by themselves."
+                "Mixed batches (adapter_names) do not work here: the layer is given what has no row for each sample"
+                " (tokens sent to an expert, distances between positions, or sequences before samples). Run the samples"
+                " of each adapter by themselves."
             )
         if not self.names or rows % (rounds * len(self.names)):
             raise ValueError(

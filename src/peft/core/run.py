@@ -33,7 +33,7 @@ def run(layer: AdapterLayer, names: Sequence[str], x: Tensor, *args: Any, **kwar
     changes = layer.changes(names)
     op = layer.op
     for change in changes:
-        if not change.acts(op):
+        if op.own_forward or not change.acts(op):
             return _run_weight(layer, changes, x, *args, **kwargs)
     if len(changes) == 1:
         return _first(layer, changes[0], x, args, kwargs)
@@ -145,6 +145,11 @@ def is_watched(module: Any) -> bool:
 def _run_weight(layer: AdapterLayer, changes: Sequence[Change], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The base module run with the weight that these changes make of its own."""
     base = layer.get_base_layer()
+    if layer.op.own_forward and any(getattr(change, "dropout", 0) for change in changes):
+        raise ValueError(
+            f"Dropout of an adapter does not work on {type(base).__name__}, whose forward is more than a product with"
+            " its weight: the adapter can only change that. Set the adapter's dropout to 0."
+        )
     with onloaded(base):
         weight, bias = _stand_in(layer, changes) or changed(layer, changes)
         if isinstance(layer.op, ParameterOp) and layer.below is not None:
@@ -199,9 +204,13 @@ def run_routed(layer: AdapterLayer, route: Route, x: Tensor, *args: Any, **kwarg
     """The samples of each adapter run with that adapter."""
     op = layer.op
     rows = x.shape[op.batch_dim]
+    if rows == 1 and len(set(route.names)) > 1 and op.kind == "Embedding":  # positions, one row of them for all samples
+        rows = len(route.names)
+        x = x.expand(rows, *x.shape[1:])
     known = set(layer.adapter_names())
     # An expert that is a module by itself is given the tokens that are sent to it, unless it sees whole samples.
-    rounds = None if layer.in_expert and x.dim() < 3 else op.rounds
+    apart = layer.without_samples == "distances" or (layer.without_samples == "tokens" and x.dim() < 3)
+    rounds = None if apart or _is_sequence_first(op, x, len(route.names)) else op.rounds
     if rounds is None and known.isdisjoint(route.names):
         return layer.base_layer(x, *args, **kwargs)
     groups = route.groups(rows, x.device, rounds)
@@ -211,7 +220,8 @@ def run_routed(layer: AdapterLayer, route: Route, x: Tensor, *args: Any, **kwarg
     if len(groups) == 1:
         return run(layer, here, x, *args, **kwargs)
     changes = {name: layer.changes([name]) for name in here}
-    if all(type(c).enter is Change.enter and c.acts(op) for some in changes.values() for c in some):
+    every = [change for some in changes.values() for change in some]
+    if not op.own_forward and all(type(change).enter is Change.enter and change.acts(op) for change in every):
         # What goes in is the same for all adapters, so the base module runs once over all samples.
         y, rest = _parts(layer.base_layer(x, *args, **kwargs))
         y = _add_groups(layer, route, groups, changes, x, y)
@@ -222,6 +232,11 @@ def run_routed(layer: AdapterLayer, route: Route, x: Tensor, *args: Any, **kwarg
         with calling(route=Route([name]), samples=route.samples(name)):
             parts.append((index, run(layer, [name] if name in known else [], *some_args, **some_kwargs)))
     return join_rows(parts, op.batch_dim, rows)
+
+
+def _is_sequence_first(op: Any, x: Tensor, samples: int) -> bool:
+    """Whether samples are counted by the second dimension, as far as can be told."""
+    return op.batch_dim == 0 and x.is_floating_point() and x.dim() > 2 and x.shape[0] != samples == x.shape[1]
 
 
 def _add_groups(

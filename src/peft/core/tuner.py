@@ -19,9 +19,10 @@ from peft.core.call import calling, current, remember_for_backward
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.part import Part, as_names
-from peft.core.routing import BASE, Route, in_expert
+from peft.core.routing import BASE, Route, without_samples
 from peft.core.targets import check_target_module_exists, has_default_targets
 from peft.core.walk import model_config_of, parts_of
+from peft.core.watch import watch_anew
 from peft.errors import PeftWarning
 
 #: dtypes that adapters are not trained in
@@ -163,7 +164,7 @@ class BaseTuner(nn.Module):
         if layer is None:
             layer = method.make_layer(peft_config, target, parameter_name, current_key)
             layer.share(method.shared)
-            layer.in_expert, layer.is_read = in_expert(current_key), is_read(self.model, current_key)
+            layer.without_samples, layer.is_read = without_samples(current_key), is_read(self.model, current_key)
             self._replace_module(parent, target_name, layer, target)
         planned = method.planned.get((id(layer.get_base_layer()), parameter_name))
         method.add(layer, adapter_name, peft_config, planned, settings)
@@ -260,6 +261,7 @@ class BaseTuner(nn.Module):
         for part in parts:
             part.set_adapter(names, inference_mode)
         self._active = names
+        watch_anew(self)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Makes adapters trainable or not, active or not."""
@@ -397,14 +399,7 @@ class BaseTuner(nn.Module):
                 layer.unmerge()
         return self._unload_and_optionally_merge(merge=False)
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: Sequence[str] | None = None,
-    ) -> nn.Module:
-        return unloading.unload(self, merge, progressbar, safe_merge, adapter_names)
+    _unload_and_optionally_merge = unloading.unload
 
     # ---- being the model
 
@@ -417,7 +412,8 @@ class BaseTuner(nn.Module):
         if methods:
             with methods[0].around_forward(args, kwargs):
                 return methods[0].after_forward(self._forward(methods[1:], args, kwargs))
-        output, call = self.model(*args, **kwargs), current()
+        watch, call = self.__dict__.get("_watch"), current()
+        output = self.model(*args, **kwargs) if watch is None else watch.run(self, args, kwargs)
         if call and torch.is_grad_enabled():
             remember_for_backward(output, call)
         return output

@@ -67,7 +67,11 @@ def unmerge_all(tuner: BaseTuner) -> None:
 
 
 def unload(
-    tuner: BaseTuner, merge: bool, progressbar: bool, safe_merge: bool, adapter_names: Sequence[str] | None
+    tuner: BaseTuner,
+    merge: bool = True,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: Sequence[str] | None = None,
 ) -> nn.Module:
     """Takes all parts off the model, after merging for good if `merge`, and returns it."""
     model: nn.Module = tuner.model

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from peft.core.storage.base import Storage
 from peft.core.storage.flat import check_whole, is_apart, shape_of, storage_for, together
+from peft.core.storage.parametrised import Parametrised, is_parametrised
 from peft.core.storage.quantised import QUANTISED
 
-_PLAIN = Storage()
+_PLAIN, _PARAMETRISED = Storage(), Parametrised()
 
 
 def storage_of(module: nn.Module, name: str) -> Storage:
@@ -28,6 +29,8 @@ def storage_of(module: nn.Module, name: str) -> Storage:
     """
     weight: Any = module._parameters.get(name)
     if weight is None:
+        if is_parametrised(module, name):
+            return _PARAMETRISED
         weight = getattr(module, name, None)
     if _is_usual(weight):
         return storage_for(weight) or _PLAIN

@@ -23,6 +23,14 @@ class Storage:
 
     def check_write(self, module: nn.Module, name: str) -> None:
         """Raises NotImplementedError where `write` cannot put another weight in."""
+        if name not in module._parameters and f"{name}_{'v' if f'{name}_g' in module._parameters else 'orig'}" in (
+            module._parameters
+        ):
+            raise NotImplementedError(
+                f"{name!r} of {type(module).__name__} is made of other tensors before each call (torch.nn.utils'"
+                " weight_norm or spectral_norm), so nothing can be merged into it; torch.nn.utils.parametrizations has"
+                " both in a form that allows it."
+            )
 
     def keep(self, module: nn.Module, name: str, own: bool = False) -> Any:
         """What `restore` needs to put the present weight back exactly; with `own`, the parameter itself."""

@@ -82,6 +82,8 @@ class LoraConfig(LayerConfig):
         velora_config: keep less of the input for the gradient of A, see [`VeloraConfig`].
         kasa_config: replace the least singular parts of the weight, see [`KasaConfig`].
         monteclora_config: perturb A by samples of a learned distribution, see [`MontecloraConfig`].
+        init_seed: what a start that is drawn at random and changes the base weights (`"pissa_niter_N"`, `"lora_ga"`) is
+            drawn from, so that loading repeats it; drawn itself and stored if None.
     """
 
     r: int = 8
@@ -112,7 +114,9 @@ class LoraConfig(LayerConfig):
     arrow_config: ArrowConfig | dict | None = None
     kasa_config: KasaConfig | dict | None = None
     ensure_weight_tying: bool = False
+    init_seed: int | None = None
 
+    beyond_reference: ClassVar[frozenset[str]] = frozenset(("init_seed",))
     runtime_fields: ClassVar[frozenset[str]] = frozenset(("runtime_config",))
 
     def __post_init__(self) -> None:

@@ -355,6 +355,7 @@ def initialize_lora_eva_weights(
 
 def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, Tensor]) -> None:
     tuner: Any = model.base_model
+    config.__dict__["_eva_has_run"] = True
     plain = copy.copy(config)
     plain.init_lora_weights = True
     setting = config.eva_config or EvaConfig()

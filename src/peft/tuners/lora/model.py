@@ -27,7 +27,7 @@ from peft.tuners.lora.kinds import LAYERS, Embedding, Linear
 from peft.tuners.lora.layer import LoraLayer, TiedFactor, alpha_of, check_config, rank_of
 from peft.tuners.lora.parallel import LoraParallelLinear
 from peft.tuners.lora.quantised import linear_class
-from peft.tuners.lora.starts import start_of
+from peft.tuners.lora.starts import settle_seed, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.alora import Watch
 from peft.tuners.lora.variants.dora import Dora
@@ -44,6 +44,9 @@ class LoraMethod(Method):
     def start_is_replaceable(cls, config: LoraConfig) -> bool:
         start, variant = start_of(config.init_lora_weights), variant_of(config)
         return not (start is not None and start.changes_base) and not (variant is not None and variant.changes_base)
+
+    def complete_config(self, config: LoraConfig, model_config: dict[str, Any]) -> None:
+        settle_seed(config)
 
     def check_config(self, adapter_name: str, config: LoraConfig) -> None:
         check_config(config)
@@ -126,6 +129,7 @@ class LoraMethod(Method):
         wider = 2**0.5 if content["use_rslora"] else 2
         content = {**content, "init_lora_weights": True, "r": 2 * content["r"]}
         content |= {"corda_config": None, "lora_ga_config": None}
+        content.pop("init_seed", None)
         content["lora_alpha"] *= wider
         content["rank_pattern"] = {key: 2 * r for key, r in (content["rank_pattern"] or {}).items()}
         content["alpha_pattern"] = {key: wider * alpha for key, alpha in (content["alpha_pattern"] or {}).items()}
@@ -161,6 +165,18 @@ class LoraMethod(Method):
         facts = watch.prompt(prompt) if watch.tokens() else {}
         with super().around_generate(args, kwargs), calling(**facts):
             yield
+
+    def check_before_training(self) -> None:
+        for name in self.tuner.active_adapters:
+            config = self.configs.get(name)
+            unmade = config is not None and config.init_lora_weights == "eva" and not hasattr(config, "_said_by")
+            if unmade and "_eva_has_run" not in config.__dict__:
+                warnings.warn(
+                    f"Adapter {name!r} is trained from A and B as they start by default: init_lora_weights='eva' has no"
+                    " effect before initialize_lora_eva_weights(model, dataloader).",
+                    PeftWarning,
+                    stacklevel=2,
+                )
 
     # ---- losses
 

@@ -19,6 +19,7 @@ from peft.config import as_subconfig
 from peft.core.base_op import BaseOp
 from peft.core.storage import onloaded, storage_of
 from peft.errors import PeftWarning
+from peft.ops.principal import randomised_svd
 from peft.ops.quantise import int8_rounded, nf4_rounded
 from peft.tuners.lora.settings import LoftQConfig, LoraGAConfig
 
@@ -94,6 +95,28 @@ def _in_two(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple[Tensor, T
     return root[:, None] * vh, u * root
 
 
+def settle_seed(config: LoraConfig) -> None:
+    """Sees to it that a start which is drawn at random, and changes the base weights, is the same again on loading."""
+    start = str(config.init_lora_weights)
+    if config.init_seed is not None or not (start.startswith("pissa_niter") or start == "lora_ga"):
+        return
+    if not hasattr(config, "_said_by"):
+        config.init_seed = int(torch.randint(2**31, ()))
+    else:
+        warnings.warn(
+            f"The file does not say what init_lora_weights={start!r} was drawn from (init_seed), and the adapter needs"
+            " the base weights that this start left: they are drawn anew, and outputs are off by the difference. Where"
+            " the adapter was trained, save it with path_initial_model_for_weight_conversion.",
+            PeftWarning,
+            stacklevel=2,
+        )
+
+
+def generator_of(config: LoraConfig) -> torch.Generator | None:
+    """What a layer's start is drawn from."""
+    return None if config.init_seed is None else torch.Generator().manual_seed(config.init_seed)
+
+
 def _pissa(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
     """The r largest singular values of W and their vectors (arXiv:2404.02948)."""
     weight, r = base_matrix(layer, config), layer.r[name]
@@ -101,8 +124,7 @@ def _pissa(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
     if steps is None:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     else:
-        u, s, v = torch.svd_lowrank(weight, q=r, niter=int(steps[0]))
-        vh = v.T
+        u, s, vh = randomised_svd(weight, r, int(steps[0]), generator_of(config))
     fill_factors(layer, name, *_in_two(u[:, :r], s[:r], vh[:r], layer.scaling[name]))
     return without_product(layer, name)
 
@@ -151,22 +173,23 @@ def _lora_ga(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | Non
         layer.reset_lora_parameters(name)
         return None
     gradient = heavy(layer.op.matrix(base.__dict__[GRADIENT]), config)
-    u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
+    generator = generator_of(config)
+    u, s, vh = randomised_svd(gradient, min(4 * r, *gradient.shape), 4, generator)
     of_a: Any
     of_b: Any
     if setting.direction == "random":
-        of_a = of_b = torch.randperm(min(2 * r, len(s)), device=s.device)[:r]
+        of_a = of_b = torch.randperm(min(2 * r, len(s)), generator=generator)[:r].to(s.device)
     else:
         of_a, of_b = {
             "ArBr": (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
             "A2rBr": (slice(r, 2 * r), slice(0, r)),
             "ArB2r": (slice(0, r), slice(r, 2 * r)),
         }[setting.direction]
-    a, b, lengths = v.T[of_a], u[:, of_b] * s[of_b], s[of_b]
+    a, b, lengths = vh[of_a], u[:, of_b] * s[of_b], s[of_b]
     if setting.scale == "stable":
         b = b * (layer.out_features**0.25 / setting.stable_gamma**0.5)
     elif setting.scale == "weight_svd" and lengths[0] > 0:
-        largest = torch.svd_lowrank(base_matrix(layer, config), q=r, niter=4)[1][0]
+        largest = randomised_svd(base_matrix(layer, config), r, 4, generator)[1][0]
         b = b * (largest / lengths[0])
     elif setting.scale == "gd_scale":
         a, b = a / scaling, b / scaling

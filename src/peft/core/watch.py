@@ -1,0 +1,185 @@
+"""The first passes with new active adapters, watched: is every layer called, does every one get gradients?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.auxiliary import ModulesToSaveWrapper
+from peft.core.call import current_route
+from peft.core.layer import AdapterLayer
+from peft.core.part import Part
+from peft.core.tokens import TrainableTokensLayer
+from peft.errors import PeftWarning
+from peft.ops.internals import is_transformed
+
+if TYPE_CHECKING:
+    from peft.core.tuner import BaseTuner
+
+#: training passes after which a layer that none of them has called is named: some blocks are left out at random
+_TRIES = 3
+
+
+class Watch:
+    """What is known of the layers so far. Ends by itself; afterwards no pass costs anything."""
+
+    def __init__(self) -> None:
+        self._called: set[int] = set()
+        self._passes = 0
+        self._is_done_with_calls = False
+        self._reached: set[int] | None = None
+        self._went_back = False
+        self._handles: list[Any] = []
+
+    def run(self, tuner: BaseTuner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output."""
+        if torch.compiler.is_compiling() or is_transformed() or current_route() is not None or tuner.disabled:
+            return tuner.model(*args, **kwargs)
+        if not _can_be_watched(tuner.model):
+            self._end(tuner)
+            return tuner.model(*args, **kwargs)
+        trains = tuner.training and torch.is_grad_enabled()
+        if trains and self._went_back:
+            self._report_gradients(tuner)
+        if trains and self._reached is None:
+            for method in tuner.methods():
+                method.check_before_training()
+        output = tuner.model(*args, **kwargs) if self._is_done_with_calls else self._watch_calls(tuner, args, kwargs)
+        if trains and self._reached is None and tuner.__dict__.get("_watch") is self:
+            self._watch_gradients(tuner, output)
+        return output
+
+    def _watch_calls(self, tuner: BaseTuner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layers = [(key, layer) for key, layer in _outer_layers(tuner) if id(layer) not in self._called]
+        for _, layer in layers:
+            layer.__dict__["forward"] = partial(_note_call, layer, self._called)
+        try:
+            output = tuner.model(*args, **kwargs)
+        finally:
+            for _, layer in layers:
+                layer.__dict__.pop("forward", None)
+        missed = [key for key, layer in layers if id(layer) not in self._called]
+        self._passes += 1
+        self._is_done_with_calls = not missed or not tuner.training or self._passes == _TRIES
+        if missed and self._is_done_with_calls:
+            warnings.warn(
+                f"Adapters on {_listed(missed)} were not called in a forward pass of the whole model, so they had no"
+                " part in it. They may be for inputs of another kind; or the model does not call these modules at all.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        return output
+
+    def _watch_gradients(self, tuner: BaseTuner, output: Any) -> None:
+        parts = _trained_parts(tuner)
+        values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+        tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
+        if not parts or not tensors:
+            if parts:
+                _warn_of_gradients([key for key, _ in parts])
+            self._end(tuner)
+            return
+        reached = self._reached = set()
+
+        def note(place: int, grad: Tensor) -> None:
+            reached.add(place)
+
+        def goes_back(grad: Tensor) -> None:
+            self._went_back = True
+
+        self._handles = [tensor.register_hook(goes_back) for tensor in tensors]
+        for _, part in parts:
+            self._handles += [p.register_hook(partial(note, id(part))) for p in _trained_parameters(part)]
+
+    def _report_gradients(self, tuner: BaseTuner) -> None:
+        reached = self._reached or set()
+        dead = [key for key, part in _trained_parts(tuner) if id(part) not in reached]
+        if dead:
+            _warn_of_gradients(dead)
+        self._went_back = False
+        if self._is_done_with_calls:
+            self._end(tuner)
+        self._let_go()
+
+    def _end(self, tuner: BaseTuner) -> None:
+        tuner.__dict__.pop("_watch", None)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        return Watch()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Watch, ()
+
+
+def watch_anew(tuner: BaseTuner) -> None:
+    """Has the next passes of a model watched, as its adapters are others now."""
+    before = tuner.__dict__.pop("_watch", None)
+    if before is not None:
+        before._let_go()
+    tuner.__dict__["_watch"] = Watch()
+
+
+def _note_call(layer: AdapterLayer, called: set[int], *args: Any, **kwargs: Any) -> Any:
+    called.add(id(layer))
+    layer.__dict__.pop("forward", None)
+    return layer.forward(*args, **kwargs)
+
+
+def _outer_layers(tuner: BaseTuner) -> Iterable[tuple[str, AdapterLayer]]:
+    """Layers with adapters that act when they are called; of several around one module the outermost."""
+    inner = {id(layer.below) for layer in tuner.layers()}
+    for key, part in tuner.parts():
+        if not isinstance(part, AdapterLayer) or isinstance(part, TrainableTokensLayer) or id(part) in inner:
+            continue
+        if part.live() and not part.is_read and part.without_samples != "tokens" and "forward" not in part.__dict__:
+            yield key, part
+
+
+def _trained_parameters(part: Part) -> list[nn.Parameter]:
+    return [p for name in part.active_adapters for p in part.trainable_parameters(name) if p.requires_grad]
+
+
+def _trained_parts(tuner: BaseTuner) -> list[tuple[str, Part]]:
+    return [
+        (key, part)
+        for key, part in tuner.parts()
+        if isinstance(part, (AdapterLayer, ModulesToSaveWrapper))
+        and getattr(part, "without_samples", None) != "tokens"
+        and any(parameter.is_leaf for parameter in _trained_parameters(part))
+    ]
+
+
+def _can_be_watched(model: nn.Module) -> bool:
+    """Whether parameters are where they seem, and layers are what is called: not so if sharded or compiled."""
+    for module in model.modules():
+        if type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel", "OptimizedModule")):
+            return False
+        if module._compiled_call_impl is not None:
+            return False
+    return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _warn_of_gradients(keys: Sequence[str]) -> None:
+    warnings.warn(
+        f"Adapters on {_listed(keys)} got no gradient in training, so they stay as they are. Either the loss does not"
+        " depend on these modules, or something around them lets no gradient through (torch.no_grad, a quantised layer"
+        " in evaluation mode, checkpointing of frozen inputs).",
+        PeftWarning,
+        stacklevel=2,
+    )
+
+
+def _listed(keys: Sequence[str]) -> str:
+    names = [".".join(part for part in key.split(".") if part != "base_layer") for key in keys]
+    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more modules" if len(names) > 4 else "")
