@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -14,6 +15,8 @@ from transformers import (
     MambaModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    T5Config,
+    T5Model,
 )
 
 import peft
@@ -331,3 +334,70 @@ def test_a_start_that_was_not_made_is_named():
     model = get_peft_model(Parts(), LoraConfig(target_modules=["called"], init_lora_weights="eva"))
     with pytest.warns(UserWarning, match="initialize_lora_eva_weights"):
         model.train()(torch.randn(2, 8))
+
+
+# ---- modules with several places
+
+
+def t5() -> nn.Module:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5Model(T5Config(vocab_size=40, initializer_factor=0.3, **sizes)).eval()
+
+
+class TwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.inner = nn.ModuleDict({"second": self.first})
+
+    def forward(self, x):
+        return self.inner["second"](torch.relu(self.first(x)))
+
+
+SEVERAL = {
+    "an embedding that others are tied to": (t5, "shared", {"input_ids": IDS, "decoder_input_ids": IDS}),
+    "the first name": (TwoNames, "first", {"x": torch.randn(2, 8)}),
+    "the second name": (TwoNames, "second", {"x": torch.randn(2, 8)}),
+    "a pattern for both": (TwoNames, r"first|inner\.second", {"x": torch.randn(2, 8)}),
+}
+
+
+@pytest.mark.parametrize("method", [*METHODS, "in full"])
+@pytest.mark.parametrize("case", SEVERAL)
+def test_a_module_has_its_adapter_in_all_its_places(case, method, tmp_path):
+    make, target, inputs = SEVERAL[case]
+
+    def run(model):
+        y = model(**inputs)
+        return y if isinstance(y, torch.Tensor) else y.last_hidden_state
+
+    torch.manual_seed(0)
+    base = make()
+    names, before = [*base.state_dict()], run(base).detach()
+    if method == "in full" and base.__class__ is TwoNames:
+        pytest.skip("nothing is left for the adapter itself")
+    elif method == "in full":
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q"], modules_to_save=[target]))
+    else:
+        model = get_peft_model(base, METHODS[method](target_modules=target if "|" in target else [target]))
+    trained(model)
+    acting = run(model)
+    acting.square().sum().backward()
+    assert (acting - before).abs().max() > 1e-3
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with model.disable_adapter():
+        torch.testing.assert_close(run(model), before, atol=1e-6, rtol=1e-6)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    torch.testing.assert_close(run(peft.PeftModel.from_pretrained(make(), tmp_path)), acting)
+    copied = copy.deepcopy(model)
+    if method != "in full":
+        model.merge_adapter()
+        torch.testing.assert_close(run(model), acting, atol=1e-4, rtol=1e-3)
+        model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(run(merged), acting, atol=1e-4, rtol=1e-3)
+    assert [*merged.state_dict()] == names
+    plain = copied.unload()
+    torch.testing.assert_close(run(plain), before, atol=1e-6, rtol=1e-6)
+    assert [*plain.state_dict()] == names

@@ -18,6 +18,7 @@ from peft.core.base_op import base_op
 from peft.core.biases import TrainedBiases, note_layers, own_biases, train_biases
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
+from peft.core.places import put_everywhere, take_away_everywhere, unite_embeddings
 from peft.core.plan import Plan, make_plan
 from peft.core.routing import BASE
 from peft.core.slots import Buffers
@@ -75,6 +76,9 @@ def inject(
             any_kind=any_kind, matches=tuner._check_target_module_exists,
         )  # fmt: skip
         method.check_plan(plan, config)
+        united = unite_embeddings(model, plan)
+        if united is not None:
+            undo.callback(united)
         tokens = token_rows(config, model)
         warn_of_tied_targets(plan.module_names, config, model)
         _note_layout(config, plan)
@@ -89,6 +93,7 @@ def inject(
             _apply(tuner, plan, config, adapter_name)
             save_modules(model, plan.save, adapter_name, tied)
             train_tokens(model, adapter_name, tokens)
+        put_everywhere(model)
         method.planned = {}
         tuner._parts = None
         tuner.targeted_module_names = list(dict.fromkeys(tuner.targeted_module_names + plan.module_names))
@@ -300,12 +305,14 @@ def _join_in(tuner: BaseTuner, before: Before, adapter_name: str) -> None:
 def _take_out(tuner: BaseTuner, method: Method, model: nn.Module, adapter_name: str, before: Before) -> None:
     """Takes an adapter that could not be added back out."""
     old = {id(part) for _, part in before.parts}
-    tuner._parts = None
+    tuner._parts, left = None, {}
     for key, part in reversed(tuner.parts()):
         if id(part) in old:
             part.delete_adapter(adapter_name)
         else:
-            put_back(model, key, part.unload(merge=False))
+            left[part] = part.unload(merge=False)
+            put_back(model, key, left[part])
+    take_away_everywhere(model, left)
     tuner.forget_shared(method, adapter_name)
     method.planned = {}
     tuner._parts = None

@@ -156,7 +156,7 @@ def make_plan(
     saved = {*(config.modules_to_save or ()), *also_save}
     inside_saved: str | None = None
     parameters = set(getattr(config, "target_parameters", None) or ())
-    names = []
+    names, saved_modules = [], []
     for key, module, parent, child in model_places(model):
         names.append(key)
         if inside_saved is not None and key.startswith(inside_saved):
@@ -165,6 +165,7 @@ def make_plan(
         if entry is not None:
             _check_saved(key, module)
             plan.save.append(key)
+            saved_modules.append(module)
             used.add(entry)
             inside_saved = f"{key}."
             continue
@@ -191,6 +192,7 @@ def make_plan(
         plan.targets.append(Target(key, module, parent, child))
     # Names may mean both what is around a linear layer and the layer.
     plan.targets = list({target.name: target for target in plan.targets}.values())
+    _drop_further_names(plan, saved_modules)
     _name_saved(plan, saved)
     _check_matches(plan, model, config, names, used, only)
     for target in plan.targets:
@@ -209,6 +211,14 @@ def _name_saved(plan: Plan, saved: set[str]) -> None:
                 PeftWarning,
                 stacklevel=4,
             )
+
+
+def _drop_further_names(plan: Plan, saved: list[nn.Module]) -> None:
+    """Leaves one name of modules that have several: what is put on a module is in all its places."""
+    targets = {(id(target.module), target.parameter_name): target for target in reversed(plan.targets)}
+    plan.targets = [target for target in plan.targets if targets[id(target.module), target.parameter_name] is target]
+    first = {id(module): key for key, module in reversed(list(zip(plan.save, saved, strict=True)))}
+    plan.save = [key for key, module in zip(plan.save, saved, strict=True) if first[id(module)] == key]
 
 
 def _check_saved(key: str, module: nn.Module) -> None:

@@ -67,12 +67,13 @@ def tie_configuration(config: Any, model: nn.Module) -> tuple[list[str], list[st
 
 def warn_of_tied_targets(targets: Sequence[str], config: Any, model: nn.Module) -> None:
     """Says what happens when one of several modules that are the same tensor gets an adapter."""
-    tied = tied_embedding_modules(model)
+    tied, get = tied_embedding_modules(model), dict(model_modules(model)).get
     hit = [key for key in tied if key in targets] or [
         key for key in tied if config.modules_to_save and saved_as(key, config.modules_to_save)
     ]
-    if hit and not getattr(config, "ensure_weight_tying", False):
-        others = [key for key in tied if key not in hit]
+    one = {id(get(key)) for key in hit}
+    if hit and not getattr(config, "ensure_weight_tying", False) and len({id(get(key)) for key in tied}) > 1:
+        others = [key for key in tied if key not in hit and id(get(key)) not in one]
         warnings.warn(
             f"{', '.join(hit)} shares its weight with {', '.join(others) or 'each other'} (tied embeddings),"
             " and the adapter"

@@ -14,6 +14,7 @@ from peft.core.around import see_to_fast_paths
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
+from peft.core.places import take_away_everywhere
 from peft.core.tokens import TrainableTokensLayer
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import live_key, put_back, with_progress
@@ -80,6 +81,7 @@ def unload(
     shared = _shared_weights(model) if merge else set()
     tied = _tied_alike(tuner, tuner.active_adapters if adapter_names is None else adapter_names) if merge else []
     were_tied = tied_embedding_modules(model) if merge else []
+    left: dict[Part, nn.Module | None] = {}
     for key, part in with_progress(parts, progressbar, "Merging" if merge else "Unloading"):
         if isinstance(part, AdapterLayer):
             if merge:
@@ -92,7 +94,9 @@ def unload(
                 stacklevel=5,
             )
             continue
-        put_back(model, key, part.unload(merge, adapter_names))
+        left[part] = part.unload(merge, adapter_names)
+        put_back(model, key, left[part])
+    take_away_everywhere(model, left)
     for key in tied[1:]:
         model.get_submodule(key).weight = model.get_submodule(tied[0]).weight
     if were_tied and tied_embedding_modules(model) != were_tied:
