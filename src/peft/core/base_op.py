@@ -175,9 +175,9 @@ class ConvOp(BaseOp):
         return conv(low, up.reshape(*up.shape, *[1] * len(module.kernel_size)), groups=module.groups)
 
     def run(self, module: Any, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        if self.weight_name in module._parameters:
+        if self.weight_name in module._parameters:  # else it is made of other tensors
             return super().run(module, weight, bias, *args, **kwargs)
-        y = _convolve(module, args[0], weight, module.groups)  # the weight is made of other tensors
+        y = _convolve(module, args[0], weight, module.groups)
         return y if bias is None else y + self.along_output(module, bias)
 
     def product(self, module: Any, x: Tensor, matrix: Matrix) -> Tensor:

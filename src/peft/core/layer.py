@@ -51,10 +51,8 @@ class AdapterLayer(Part):
     label: ClassVar[str] = ""
 
     parameter_name: str | None
-    #: whether modules around it read `weight` and `bias`: what they see is with the adapters
-    is_read: bool
-    #: whether it comes with the layer of the attention module that it is the output projection of
-    with_attention: bool
+    is_read: bool  # whether modules around it read `weight` and `bias`: what they see is with the adapters
+    with_attention: bool  # whether it is the output projection of an attention module with a layer around it
     without_samples: str | None
     ledger: merging.Ledger
     _live: list[str]

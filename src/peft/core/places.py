@@ -37,7 +37,7 @@ def unite_embeddings(model: Any, plan: Plan) -> Callable[[], None] | None:
         (holder, name, child)
         for _, holder in live_modules(model)
         for name, child in holder._modules.items()
-        if type(child) is type(embedding) and child is not embedding and child._parameters.get("weight") is weight
+        if child is not None and type(child) is type(embedding) and child._parameters.get("weight") is weight
         and id(child) not in named
     ]  # fmt: skip
     for holder, name, _ in others:
