@@ -10,11 +10,12 @@ DEMO := $(VENV)/.demo
 SITE := $(VENV)/.site
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: help setup test test-versions lint style types architecture demo docs bench fuzz clean
+.PHONY: help setup test test-distributed test-versions lint style types architecture demo docs bench fuzz clean
 
 help:
 	@echo "make test    everything in tests/, on all cores"
 	@echo "make test-versions   the tests against the oldest and the newest torch and transformers (hours, gigabytes)"
+	@echo "make test-distributed  every method on models that several processes share out (an hour or two)"
 	@echo "make lint    style, types, architecture"
 	@echo "make demo    fine-tune a small language model here, and ask it before and after (a few minutes)"
 	@echo "make docs    the site, in build/site; a link that leads nowhere is an error"
@@ -38,6 +39,12 @@ $(READY): pyproject.toml constraints.txt
 # One thread per worker: the models of the tests are tiny, and the workers use all cores.
 test: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+# Some 400 cells, a few seconds each; what was found goes to tests/data/distributed.json, and from there to docs.
+# CELLS="-k 'LORA and DDP'" runs some of them.
+test-distributed: $(READY)
+	PEFT_DISTRIBUTED=all OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false timeout 3h \
+		$(BIN)/python -m pytest -q tests/test_distributed.py $(CELLS)
 
 # ARGS="oldest tests/test_import.py" runs one of them, or some tests
 test-versions:

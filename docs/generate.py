@@ -1,4 +1,5 @@
 """Writes docs/support.md, serving.md and methods/: what works on what, by trying it, and what tables and classes say.
+The table of distributed.md comes from what a run of its tests has recorded.
 
 python docs/generate.py            # write the pages
 python docs/generate.py --check    # say which pages are not up to date
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import sys
 import typing
@@ -32,6 +34,9 @@ from peft.integrations.serving import ENGINES, FEATURES, REMEDIES  # noqa: E402
 from peft.registry import METHODS  # noqa: E402
 
 TEXTS: dict[str, dict[str, Any]] = yaml.safe_load((DOCS / "methods.yaml").read_text(encoding="utf-8"))
+DISTRIBUTED, RECORD = DOCS / "distributed.md", DOCS.parent / "tests" / "data" / "distributed.json"
+TABLE_BEGINS = "<!-- The table is written by `python docs/generate.py`, of what `make test-distributed` found. -->"
+TABLE_ENDS = "<!-- end of the table -->"
 BY_HAND = "<!-- Written by `python docs/generate.py`; do not edit. -->"
 #: bases whose fields all methods of a kind have
 COMMON = (PeftConfig, LayerConfig, PromptLearningConfig)
@@ -374,9 +379,34 @@ def page_name(method: str) -> str:
     return f"{method.lower()}.md"
 
 
+# ---- distributed.md
+
+
+def distributed_page() -> str:
+    """The page with its table anew, of what `make test-distributed` has recorded; the rest is written by hand."""
+    record: dict[str, dict[str, str]] = json.loads(RECORD.read_text(encoding="utf-8"))
+    methods = list(dict.fromkeys(method for found in record.values() for method in found))
+    notes: dict[str, int] = {}
+    lines = ["| method | " + " | ".join(record) + " |", "|---|" + "---|" * len(record)]
+    for method in methods:
+        cells_ = [found.get(method, "not tried") for found in record.values()]
+        row = ["yes" if cell == "yes" else _note(_why(cell), notes) for cell in cells_]
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    lines += ["", *(f"{number}. {note}" for note, number in notes.items()), ""]
+    page = DISTRIBUTED.read_text(encoding="utf-8")
+    head, tail = page.split(TABLE_BEGINS)[0], page.split(TABLE_ENDS)[1]
+    return head + TABLE_BEGINS + "\n" + "\n".join(lines) + TABLE_ENDS + tail
+
+
+def _why(cell: str) -> str:
+    """What is said of a cell that does not hold, without names and numbers that differ from method to method."""
+    return re.sub(r"'[\w.]*'", "a module", re.sub(r"'[\w.]*\.(\w+)'", r"`\1`", cell.split("\n")[0]))
+
+
 def pages(support: bool = True, methods: bool = True) -> dict[Path, str]:
     """All generated pages by their path."""
     made: dict[Path, str] = {}
+    made[DISTRIBUTED] = distributed_page()
     if support:
         made[DOCS / "support.md"] = support_page()
     if methods:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,17 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from peft.registry import METHODS
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
+#: some that are among the samples
+TOKENS = [int(token) for token in tiny_models.tokens(4, 8)[:2, 0]]
 #: method -> what it needs to fit the model, beyond its targets
 SETTINGS: dict[str, dict[str, Any]] = {
     "LORA": {"r": 4, "lora_alpha": 6},
     "LORA DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
+    "LORA PiSSA": {"r": 4, "init_lora_weights": "pissa"},
+    "LORA biases": {"r": 4, "bias": "all", "target_modules": ["v_proj"]},
+    "LORA embeddings": {"r": 4, "target_modules": ["embed_tokens", "lm_head"]},
+    "LORA modules_to_save": {"r": 4, "modules_to_save": ["lm_head"]},
+    "LORA trainable_token_indices": {"r": 4, "trainable_token_indices": TOKENS, "target_modules": ["q_proj", "o_proj"]},
     "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 100, "tinit": 2, "tfinal": 2},
     "ADAMSS": {"r": 4, "num_subspaces": 2, "subspace_rank": 2, "save_clusters": True},
     "ADAPTION_PROMPT": {"adapter_layers": 2, "adapter_len": 4},
@@ -66,7 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SHIRA": {"r": 1},
     "SUPERTUNING": {"sparsity": 0.8},
     "TINYLORA": {"r": 2, "u": 6},
-    "TRAINABLE_TOKENS": {"token_indices": [7, 9]},
+    "TRAINABLE_TOKENS": {"token_indices": TOKENS},
     "UNILORA": {"r": 2, "theta_d_length": 20, "init_theta_d_bound": 1e-3},
     "VBLORA": {"num_vectors": 6, "vector_length": 8, "init_vector_bank_bound": 1e-2},
     "VERA": {"r": 6},
@@ -78,7 +85,7 @@ UNTARGETED = {"ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS", "LN_TUNING", "XLO
 UNMERGED = {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}
 #: whose forward pass needs each sample's task
 BY_TASK = {"POLY", "MULTITASK_PROMPT_TUNING"}
-ALL_METHODS = [*METHODS, "LORA DoRA"]
+ALL_METHODS = [*METHODS, *(name for name in SETTINGS if " " in name)]
 
 
 def config_of(method: str, targets: list[str]) -> Any:
@@ -86,7 +93,9 @@ def config_of(method: str, targets: list[str]) -> Any:
     row = METHODS[name]
     fields = {**CAUSAL, **SETTINGS.get(method, {})}
     if not row.prompt and name not in UNTARGETED:
-        fields["target_modules"] = targets
+        fields.setdefault("target_modules", targets)
+    if name == "XLORA":
+        fields |= {"hidden_size": 32, "adapters": {str(seed): saved_lora(tuple(targets), seed) for seed in (1, 2)}}
     if name == "IA3":
         fields["feedforward_modules"] = []
     if name == "BEFT":
@@ -94,8 +103,16 @@ def config_of(method: str, targets: list[str]) -> Any:
     return row.config_class(**fields)
 
 
+@lru_cache
+def saved_lora(targets: tuple[str, ...], seed: int) -> str:
+    """A folder with a LoRA, for this process."""
+    folder = tempfile.mkdtemp()
+    filled(adapted(base_model(), "LORA", [*targets]), seed).save_pretrained(folder)
+    return folder
+
+
 def base_model(method: str = "") -> nn.Module:
-    return tiny_models.llama(attention_bias=method == "BEFT")
+    return tiny_models.llama(attention_bias=method in ("BEFT", "LORA biases"), use_cache=method != "XLORA")
 
 
 def batch(method: str, rows: slice = slice(None)) -> dict[str, Tensor]:
@@ -107,6 +124,16 @@ def batch(method: str, rows: slice = slice(None)) -> dict[str, Tensor]:
 
 def adapted(model: nn.Module, method: str, targets: list[str]) -> PeftModel:
     return get_peft_model(model, config_of(method, targets)).eval()
+
+
+def filled(model: PeftModel, seed: int = 1) -> PeftModel:
+    """With random values in all that is trained, so that the adapter changes the output as a trained one does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
 
 
 # ---- how a model is shared out
@@ -132,12 +159,14 @@ class Sharding:
     splits_batch: bool = True
     targets: list[str] = field(default_factory=lambda: ["q_proj", "down_proj"])
 
+    def shares(self) -> list[slice]:
+        """The samples of each process, or group of processes."""
+        return [slice(0, 2), slice(2, 4)] if self.splits_batch else [slice(None)]
+
     def rows(self) -> slice:
         """The samples of this process."""
-        if not self.splits_batch:
-            return slice(None)
-        each = 4 // self.processes
-        return slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+        shares = self.shares()
+        return shares[dist.get_rank() * len(shares) // self.processes]
 
     def loss(self, runs: nn.Module, method: str) -> Tensor:
         """The loss of this process's samples."""
@@ -159,17 +188,11 @@ class Sharding:
 
     def step(self, runs: nn.Module, optimizer: Any) -> None:
         optimizer.step()
-        optimizer.zero_grad()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without its share-out; a call of all processes."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().clone()
 
 
 def _ddp(model: nn.Module) -> nn.Module:
@@ -228,12 +251,7 @@ def _two_dimensions(model: nn.Module) -> nn.Module:
     return _fsdp2(_tensor_parallel(model, mesh["tp"]), mesh["dp"])
 
 
-class TwoDimensions(Sharding):
-    def rows(self) -> slice:
-        first = dist.get_rank() // 2 * 2
-        return slice(first, first + 2)
-
-
+LORA = METHODS["LORA"].config_class
 COLUMNS, ROWS = ["q_proj", "up_proj"], ["o_proj", "down_proj"]
 TP = partial(Sharding, adapter_first=False, splits_batch=False)
 SHARDINGS: dict[str, Sharding] = {
@@ -246,7 +264,7 @@ SHARDINGS: dict[str, Sharding] = {
         TP("TP rowwise", _tensor_parallel, targets=ROWS),
         TP("TP embeddings", _tensor_parallel, targets=["embed_tokens", "lm_head"]),
         TP("TP transformers", partial(_by_transformers, tp_size=2), targets=[*COLUMNS, *ROWS]),
-        TwoDimensions("FSDP2 x TP", _two_dimensions, processes=4, adapter_first=False, targets=[*COLUMNS, *ROWS]),
+        Sharding("FSDP2 x TP", _two_dimensions, processes=4, adapter_first=False, targets=[*COLUMNS, *ROWS]),
     )
 }
 
@@ -263,6 +281,8 @@ class Alone:
     """The same in one process."""
 
     state: dict[str, Tensor]
+    values: dict[str, Tensor]
+    output: Tensor
     loss: Tensor
     gradients: dict[str, Tensor]
     trained: list[float]
@@ -271,36 +291,50 @@ class Alone:
 STEPS = 5
 
 
-def alone(method: str, targets: list[str]) -> Alone:
+def alone(method: str, sharding: Sharding) -> Alone:
     torch.manual_seed(7)
-    model = tiny_models.fill_adapter(adapted(base_model(method), method, targets))
+    model = filled(adapted(base_model(method), method, sharding.targets))
     state = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
-    loss = model(**batch(method)).loss
+    values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        output = model(**batch(method)).logits
+    shares = sharding.shares()
+
+    def mean_loss() -> Tensor:  # some methods (Lily) average over all tokens that they are given
+        return torch.stack([model(**batch(method, rows)).loss for rows in shares]).mean()
+
+    loss = mean_loss()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     trained = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        step = model(**batch(method)).loss
+        step = mean_loss()
         step.backward()
         optimizer.step()
+        allocate(model, len(trained))
         trained.append(float(step.detach()))
-    return Alone(state, loss.detach(), gradients, trained)
+    return Alone(state, values, output, loss.detach(), gradients, trained)
 
 
 def shared_out(method: str, sharding: Sharding, expected: Alone) -> tuple[PeftModel, nn.Module]:
     """The model with its adapter, and what is called (the same, or a wrapper around it)."""
     if sharding.adapter_first:
         torch.manual_seed(7)
-        model = tiny_models.fill_adapter(adapted(base_model(method), method, sharding.targets))
+        model = filled(adapted(base_model(method), method, sharding.targets))
         return model, sharding.share(model)
     torch.manual_seed(100 + dist.get_rank())  # whatever the state of its generator, all processes start the same
     base = sharding.share(base_model(method))
     model = adapted(base, method, sharding.targets)
     for name, p in model.named_parameters():
-        if "default" in name.split("."):
+        if p.requires_grad or "default" in name.split("."):
             assert_same_everywhere(f"start of {name}", whole(p))
+    if METHODS[method.split()[0]].prompt:  # files have what an encoder makes, not the encoder
+        with torch.no_grad():
+            for name, value in expected.values.items():
+                model.get_parameter(name).copy_(value)
+        return model, model
     missing = set_peft_model_state_dict(model, expected.state)
     if missing.missing_keys or missing.unexpected_keys:
         raise Broken(f"loading: {missing}")
@@ -310,8 +344,9 @@ def shared_out(method: str, sharding: Sharding, expected: Alone) -> tuple[PeftMo
 def observe(method: str, sharding: Sharding) -> dict[str, str]:
     """Promise -> "" where it holds, else what was found."""
     found: dict[str, str] = {}
-    expected = alone(method, sharding.targets)
+    expected = alone(method, sharding)
     model, runs = shared_out(method, sharding, expected)
+    optimizer = sharding.optimizer(runs)
     loss = sharding.loss(runs, method)
     with promise(found, "loss"):
         assert_close("loss", mean(loss), expected.loss)
@@ -328,7 +363,7 @@ def observe(method: str, sharding: Sharding) -> dict[str, str]:
         with promise(found, "merging"):
             check_merging(method, sharding, model, runs)
     with promise(found, "training"):
-        check_training(method, sharding, runs, expected)
+        check_training(method, sharding, model, runs, optimizer, expected)
     return found
 
 
@@ -345,37 +380,45 @@ def check_files(method: str, sharding: Sharding, model: PeftModel, runs: nn.Modu
         if wrong:
             raise Broken(f"another value in the file: {wrong[:3]}")
         with torch.no_grad():
-            assert_close("loss of the file in one process", loaded(**batch(method)).loss, expected.loss)
+            assert_close("output of the file in one process", loaded(**batch(method)).logits, expected.output, 1e-5)
         if not sharding.adapter_first:
-            again = PeftModel.from_pretrained(sharding.share(base_model(method)), folder, is_trainable=True).eval()
+            trainable = not METHODS[method.split()[0]].prompt
+            again = PeftModel.from_pretrained(sharding.share(base_model(method)), folder, is_trainable=trainable).eval()
             assert_close("loss of the file", mean(sharding.loss(again, method)), expected.loss)
 
 
 def check_merging(method: str, sharding: Sharding, model: PeftModel, runs: nn.Module) -> None:
     with torch.no_grad():
-        before = {name: local(p) for name, p in model.named_parameters()}
+        before = {name: whole(p) for name, p in model.named_parameters()}
         expected = mean(sharding.loss(runs, method))
         model.merge_adapter()
-        changed = any(not torch.equal(local(p), before[name]) for name, p in model.named_parameters())
-        if not any(everywhere(torch.tensor(changed))):
+        if all(torch.equal(whole(p), before[name]) for name, p in model.named_parameters()):
             raise Broken("merging changes nothing")
         assert_close("merged", mean(sharding.loss(runs, method)), expected, 1e-5)
         model.unmerge_adapter()
         assert_close("unmerged", mean(sharding.loss(runs, method)), expected, 0)
         for name, p in model.named_parameters():
-            if not torch.equal(local(p), before[name]):
+            if not torch.equal(whole(p), before[name]):
                 raise Broken(f"{name} is not what it was before merging")
 
 
-def check_training(method: str, sharding: Sharding, runs: nn.Module, expected: Alone) -> None:
-    optimizer = sharding.optimizer(runs)
-    optimizer.zero_grad()
-    losses = []
+def allocate(model: PeftModel, step: int) -> None:
+    """What AdaLoRA asks for in each step."""
+    if model.peft_type == "ADALORA":
+        model.base_model.update_and_allocate(step)
+
+
+def check_training(
+    method: str, sharding: Sharding, model: PeftModel, runs: nn.Module, optimizer: Any, expected: Alone
+) -> None:
+    losses: list[float] = []
     for _ in range(STEPS):
+        optimizer.zero_grad()
         loss = sharding.loss(runs, method)
         losses.append(float(mean(loss)))
         sharding.backward(runs, loss)
         sharding.step(runs, optimizer)
+        allocate(model, len(losses) - 1)
     if losses[-1] >= losses[0]:
         raise Broken(f"training raises the loss: {losses}")
     assert_close("losses in training", torch.tensor(losses), torch.tensor(expected.trained), 1e-3)
@@ -434,7 +477,65 @@ def shared_folder() -> Iterator[str]:
         os.rmdir(folder)
 
 
+# ---- special to a kind of sharding
+
+
+def dropout_is_the_same() -> None:
+    """Under tensor parallelism, whatever the state of each process's generator."""
+    torch.manual_seed(dist.get_rank())
+    model = get_peft_model(
+        _tensor_parallel(base_model()),
+        LORA(r=4, lora_dropout=0.5, use_dora=True, init_lora_weights=False, target_modules=[*COLUMNS, *ROWS], **CAUSAL),
+    ).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model(**batch("")).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    for name, p in model.named_parameters():
+        if "lora" in name:
+            assert_same_everywhere(name, p)
+    assert losses[0] != losses[1]
+
+
+def what_is_refused() -> str:
+    """A module that tensor parallelism shares out, and whose kind is not known there."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"1": SequenceParallel()})
+    before = [name for name, _ in model.named_modules()]
+    try:
+        get_peft_model(model, METHODS["LN_TUNING"].config_class(target_modules=["1"]))
+    except ValueError as error:
+        assert [name for name, _ in model.named_modules()] == before
+        return str(error)
+    return ""
+
+
+def resumed() -> None:
+    """By torch's own state dicts, which take tensors that several modules hold once."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    for method in ("VERA", "RANDLORA"):
+        model = filled(adapted(base_model(), method, COLUMNS))
+        runs = _fsdp2(model)
+        expected = runs(**batch("")).loss.detach()
+        state = get_model_state_dict(runs)
+        again = adapted(base_model(), method, COLUMNS)
+        other = _fsdp2(again)
+        set_model_state_dict(other, state)
+        assert torch.equal(other(**batch("")).loss.detach(), expected)
+
+
 # ---- processes that stay
+
+#: seconds that the processes may take to start
+START = 300.0
 
 
 def _worker(rank: int, processes: int, folder: str, pipe: Any) -> None:
@@ -443,6 +544,8 @@ def _worker(rank: int, processes: int, folder: str, pipe: Any) -> None:
     meet = f"file://{folder}/meet"
     timeout = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=processes, timeout=timeout)
+    base_model()  # imports take a while
+    pipe.send("ready")
     while True:
         task = pipe.recv()
         if task is None:
@@ -455,7 +558,7 @@ def _worker(rank: int, processes: int, folder: str, pipe: Any) -> None:
 
 
 class Pool:
-    """Processes that run one task after the other together. After an error they are replaced."""
+    """Processes that run one task after the other together. Where they do not end it alike they are replaced."""
 
     def __init__(self, processes: int = 2):
         self.processes = processes
@@ -486,8 +589,10 @@ class Pool:
                 elif not process.is_alive():
                     answers[rank], end = ("no answer",), min(end, time.monotonic() + 2)
                     waiting.discard(rank)
-        if any(answer[0] != "seen" for answer in answers):
-            self.close(kill=True)
+        if len({answer[:2] if answer[0] == "raised" else answer[0] for answer in answers}) > 1 or not all(
+            answer[0] in ("seen", "raised") for answer in answers
+        ):
+            self.close(kill=True)  # they are not at the same place any more
         return answers
 
     def _start(self) -> None:
@@ -498,6 +603,9 @@ class Pool:
             process = context.Process(target=_worker, args=(rank, self.processes, folder, there), daemon=True)
             process.start()
             self._running.append((process, here))
+        for _, pipe in self._running:
+            if not pipe.poll(START) or pipe.recv() != "ready":
+                raise RuntimeError("The processes do not start.")
 
     def close(self, kill: bool = False) -> None:
         for process, pipe in self._running:
@@ -514,7 +622,7 @@ def run_cell(method: str, sharding: str) -> dict[str, str]:
 
 
 def outcome(pool: Pool, method: str, sharding: str, limit: float = 60.0) -> str:
-    """What the matrix says of a cell: "yes", "refused: ..." (an error raised on all), or what broke."""
+    """What the matrix says of a cell: "yes", "refused: ..." (an error that the library raises), or what broke."""
     answers = pool.run(partial(run_cell, method, sharding), limit)
     raised = [answer[1] for answer in answers if answer[0] == "raised"]
     if len(raised) == len(answers) and all(text.startswith(("ValueError", "NotImplementedError")) for text in raised):

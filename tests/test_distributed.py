@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import distributed_runs as runs
 
 RECORD = Path(__file__).parent / "data" / "distributed.json"
 ALL = bool(os.environ.get("PEFT_DISTRIBUTED"))
-FEW = [("LORA", "DDP"), ("HRA", "DDP")]
+FEW = [("LORA", "FSDP2"), ("HRA", "FSDP2 first"), ("IA3", "TP colwise"), ("LORA DoRA", "TP rowwise")]
 CELLS = [(method, name) for name in runs.SHARDINGS for method in runs.ALL_METHODS] if ALL else FEW
 #: seconds for a cell; processes that take longer are ended
 LIMIT = 120.0
@@ -39,3 +40,15 @@ def test_it_does_what_it_does_in_one_process(pools, method, sharding):
         record.setdefault(sharding, {})[method] = found
         RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     assert found == "yes" or found.startswith("refused: ")
+
+
+@pytest.mark.parametrize("task", [runs.dropout_is_the_same, runs.resumed])
+def test_what_is_special(pools, task):
+    answers = pools[2].run(task, LIMIT)
+    assert [answer[:2] for answer in answers] == [("seen", None)] * 2
+
+
+def test_what_tensor_parallelism_does_not_know_is_refused(pools):
+    for kind, said in pools[2].run(runs.what_is_refused, LIMIT):
+        assert kind == "seen"
+        assert re.search(r"'1' is a LayerNorm that tensor parallelism shares out .* exclude_modules", said)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.storage.flat import SUMMON, is_cut_up, shape_of, together
+from peft.core.storage.sharded import whole
 from peft.core.wrappers import plain_name, state_names, unwrapped
 from peft.tuners.prompts.base import PromptHost
 
@@ -48,7 +49,7 @@ def values_of(
         )
     with together(tensors.values()):  # what is together for a while is copied
         return {
-            key: tensor.detach().clone() if hasattr(tensor, "ds_id") else tensor.detach()
+            key: tensor.detach().clone() if hasattr(tensor, "ds_id") else whole(tensor.detach())
             for key, tensor in tensors.items()
         }
 
@@ -63,10 +64,10 @@ def _given(slots: Mapping[str, Slot], state_dict: Mapping[str, Tensor]) -> dict[
             + f"; it has {len(given)} entries. It has to be that of the whole PeftModel; FSDP may give it to the first"
             " process only, which then has to be the one that saves."
         )
-    values = {key: given[slot.live_name] for key, slot in slots.items()}
+    values = {key: whole(given[slot.live_name]) for key, slot in slots.items()}
     for key, slot in slots.items():
-        found, whole = values[key].shape, shape_of(slot.tensor)
-        if (not found.numel() and whole.numel()) or (hasattr(slot.tensor, "ds_id") and found != whole):
+        found, wanted = values[key].shape, shape_of(slot.tensor)
+        if (not found.numel() and wanted.numel()) or (hasattr(slot.tensor, "ds_id") and found != wanted):
             raise ValueError(
                 f"state_dict has {slot.live_name!r} with shape {tuple(found)}, a part of it. DeepSpeed ZeRO-3 gives"
                 " whole tensors where it gathers them (`accelerator.get_state_dict(model)`, with"

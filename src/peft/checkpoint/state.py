@@ -14,7 +14,8 @@ from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
 from peft.core.model_config import embeddings_of
-from peft.core.storage.flat import put, shape_of
+from peft.core.storage.flat import shape_of
+from peft.core.storage.sharded import put, reshard
 from peft.core.tuner import BaseTuner
 from peft.core.walk import live_modules, parts_of
 from peft.core.wrappers import unwrapped
@@ -236,6 +237,7 @@ def set_peft_model_state_dict(
     places.warn()
     _warn_if_not_finite(adapter_name, found)
     _report_sizes(adapter_name, [text for _, text in wrong], ignore_mismatched_sizes)
+    reshard()
     with torch.no_grad():
         for key, value, slot in found:
             if slot is None:

@@ -13,7 +13,7 @@ from peft.core.call import current_route
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import Slot
-from peft.core.storage.flat import copy_of
+from peft.core.storage.sharded import whole_copy
 from peft.core.wrappers import state_names
 from peft.errors import PeftWarning
 
@@ -87,7 +87,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None) -> None:
         """Makes a copy of the original for another adapter."""
-        copied = copy_of(self.original_module)
+        copied = whole_copy(self.original_module)
         for path, part in [*copied.named_modules()]:
             if isinstance(part, Part) and part.unload(merge=False) is None:  # biases that adapters train
                 del copied.get_submodule(path.rpartition(".")[0])._modules[path.rpartition(".")[2]]

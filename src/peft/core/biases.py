@@ -13,6 +13,7 @@ from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
 from peft.core.storage.flat import together
+from peft.core.storage.sharded import is_managed
 from peft.core.walk import live_modules, parts_of
 
 #: what a module calls the biases that are kept for it
@@ -69,6 +70,11 @@ class TrainedBiases(Part):
         wanted = self.of(adapter_name)
         if wanted is self._present:
             return
+        if is_managed(self.module):
+            raise NotImplementedError(
+                f"fully_shard holds the biases of this {type(self.module).__name__}, so no others can take their place."
+                " Switch adapters before fully_shard, or train no biases (bias='none')."
+            )
         entries = self.around.ledger.entries if self.around is not None else []
         if self.around is not None and entries:
             merging.rewrite(self.around, [])
@@ -129,6 +135,11 @@ def train_biases(
     layers = [part for _, part in parts if isinstance(part, AdapterLayer)]
     copied: dict[int, nn.Parameter] = {}
     for module, names in _modules_with_biases(layers, model, adapter_name, layer_class):
+        if is_managed(module):
+            raise ValueError(
+                f"fully_shard holds the biases of a {type(module).__name__} that adapter {adapter_name!r} is to train:"
+                " put the adapter on before fully_shard, or train no biases (bias='none')."
+            )
         biases = module._modules.get(_CHILD)
         if not isinstance(biases, TrainedBiases):
             biases = module._modules[_CHILD] = TrainedBiases(module, names)

@@ -24,6 +24,7 @@ from peft.core.routing import BASE
 from peft.core.slots import Buffers
 from peft.core.storage import place_of
 from peft.core.storage.gradients import blocking
+from peft.core.storage.sharded import agree, average_gradients, reshard
 from peft.core.targets import (
     ALL_LINEAR,
     CLASSIFIER_NAMES,
@@ -56,6 +57,7 @@ def inject(
 ) -> None:
     """Adds an adapter; what `BaseTuner.inject_adapter` does. A call that raises leaves model and `config` as before."""
     check_adapter_name(adapter_name)
+    reshard()
     with _no_garbage_collection(), ExitStack() as undo:
         undo.callback(_put_back, config, dict(config.__dict__))
         config = tuner._prepare_adapter_config(config, model_config_of(model))
@@ -109,11 +111,16 @@ def inject(
         note_layers(tuner.parts())
         see_to_fast_paths(model)
         _join_in(tuner, before, adapter_name)
+        agree((tensor for _, part in tuner.parts() for tensor in part.tensors(adapter_name)), model)
+        average_gradients(model)
+        average_gradients(tuner)  # which may hold more
         model.peft_config = tuner.peft_config  # type: ignore[assignment]
         for layer in tuner.layers():
             changed = layer.settle(adapter_name)
             if changed is not None:
                 undo.callback(layer.unsettle, changed)
+        for part in tuner.layers() if tuner._stays else ():
+            part.leave_shared()
         _warn_of_lost_gradients(model, config)
         method.added(adapter_name)
         hand_over(undo)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft.core.base_op import ParameterOp
 from peft.core.change import Change, LowRank
 from peft.core.storage import onloaded, storage_of
+from peft.core.storage.sharded import is_managed, reshard
 
 if TYPE_CHECKING:
     from peft.core.layer import AdapterLayer
@@ -65,7 +66,7 @@ def changed(layer: AdapterLayer, changes: Sequence[Change]) -> tuple[Tensor, Ten
 def difference(layer: AdapterLayer, name: str) -> Tensor:
     """What adapter `name` by itself changes the matrix by: [out, in], in the dtype of the adapter."""
     base = layer.get_base_layer()
-    with onloaded(base), without_dropout(layer):
+    with onloaded(base), without_dropout(layer), layer.gathered():
         changes = layer.changes([name])
         native = layer.original_weight()
         matrix = layer.op.matrix(native).to(layer.dtype_of(name) or native.dtype)
@@ -83,7 +84,7 @@ def difference(layer: AdapterLayer, name: str) -> Tensor:
 @torch.no_grad()
 def bias_difference(layer: AdapterLayer, name: str) -> Tensor | None:
     """What adapter `name` changes the bias by [out], if it does."""
-    with onloaded(layer.get_base_layer()), without_dropout(layer):
+    with onloaded(layer.get_base_layer()), without_dropout(layer), layer.gathered():
         bias = layer.get_base_bias()
         after = bias
         for change in layer.changes([name]):
@@ -213,6 +214,8 @@ def rewrite(layer: AdapterLayer, entries: list[Entry], safe: bool = False, own: 
     """
     base, ledger = layer.get_base_layer(), layer.ledger
     own = ledger.own if own is None else own
+    if is_managed(base):
+        reshard()
     with onloaded(base), torch.no_grad():
         values = _values(base, ledger, entries)
         if safe:
@@ -247,18 +250,18 @@ def _values(base: nn.Module, ledger: Ledger, entries: Sequence[Entry]) -> dict[s
         names = [entry[1] for entry in entries if entry[0] is layer and entry not in ledger.settled]
         if not names:
             continue
-        with without_dropout(layer):
+        with without_dropout(layer), layer.gathered():
             changes = layer.changes(names)
-        name, bias_name = layer.op.weight_name, layer.op.bias_name
-        native = values[name] if name in values else ledger.original(base, name)
-        after = apply(layer, changes, native)
-        if after is not native:
-            values[name] = after
-        if bias_name is not None and layer.get_base_bias() is not None:
-            bias = values[bias_name] if bias_name in values else ledger.original(base, bias_name)
-            changed_bias = apply_to_bias(changes, bias)
-            if changed_bias is not bias and changed_bias is not None:
-                values[bias_name] = changed_bias
+            name, bias_name = layer.op.weight_name, layer.op.bias_name
+            native = values[name] if name in values else ledger.original(base, name)
+            after = apply(layer, changes, native)
+            if after is not native:
+                values[name] = after
+            if bias_name is not None and layer.get_base_bias() is not None:
+                bias = values[bias_name] if bias_name in values else ledger.original(base, bias_name)
+                changed_bias = apply_to_bias(changes, bias)
+                if changed_bias is not bias and changed_bias is not None:
+                    values[bias_name] = changed_bias
     return values
 
 

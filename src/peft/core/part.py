@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft.core.slots import Record, Setting, Slot
+from peft.core.storage.sharded import gathered
 from peft.core.wrappers import state_names
 
 
@@ -33,6 +35,8 @@ class Part(nn.Module):
     #: shared slot -> the group of layers that it shares the slot's tensor with, where there are groups
     groups = Setting[dict[str, str]]()
 
+    #: shared slots that are left to the model around
+    _left: frozenset[str] = frozenset()
     _active: list[str]
     #: the adapters that were made trainable last
     _trained: set[str]
@@ -148,6 +152,29 @@ class Part(nn.Module):
     def trainable_parameters(self, name: str) -> Iterable[nn.Parameter]:
         """Those of them that training changes; all unless the method says otherwise."""
         return self.adapter_parameters(name)
+
+    def tensors(self, name: str) -> list[Tensor]:
+        """All tensors that adapter `name` has here, trained or fixed, those that it shares among them."""
+        found: list[Tensor] = []
+        modules: Any = self._modules
+        for entries in (modules[slot] for slot in self.slots if slot in modules):
+            if name in entries:
+                entry = entries[name]
+                found += (*entry.parameters(), *entry.buffers()) if isinstance(entry, nn.Module) else (entry,)
+        return found
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """While it lasts, the tensors of the adapters here are whole, also where processes share them out."""
+        modules: Any = self._modules
+        return gathered(modules[slot] for slot in self.slots if slot in modules)
+
+    def leave_shared(self) -> None:
+        """Leaves what layers share to the model around, which holds it as well."""
+        self.__dict__["_left"] = frozenset(slot for slot, kind in self.slots.items() if kind.shared)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Without what is left to the model around: `fully_shard` of a block finds its parameters in this way."""
+        return ((name, child) for name, child in super().named_children() if name not in self._left)
 
     def dtype_of(self, name: str) -> torch.dtype | None:
         """The dtype that an adapter is kept in, if its parameters have one."""

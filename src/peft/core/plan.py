@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
+from peft.core import tensor_parallel
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.base_op import LINEAR_INSIDE, BaseOp, ParameterOp, base_op
 from peft.core.layer import AdapterLayer
@@ -262,6 +263,7 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
             storage_of(module, op.weight_name)
     except TypeError as error:
         raise ValueError(f"Target module {target.key!r} is not supported. {error}") from None
+    tensor_parallel.check(target.key, module, op)
     layer_class.check(config, target.key, module, op)
 
 

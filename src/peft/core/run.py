@@ -20,6 +20,7 @@ from peft.core.merge import changed
 from peft.core.routing import BASE, Route, join_rows
 from peft.core.storage import is_plain, onloaded
 from peft.core.storage.flat import run_with
+from peft.core.tensor_parallel import layout_of
 from peft.ops.factored import FactoredWeight, warn_of_no_dropout
 from peft.ops.internals import is_fake
 from peft.ops.lora import compute_dtype, lora_linear, needs_plain
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 def run(layer: AdapterLayer, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The module's output with these adapters, one on top of the other, the first next to the base module."""
+    layout = layout_of(layer)
+    if layout is not None:
+        return layout.run(names, x, *args, **kwargs)
     changes = layer.changes(names)
     op = layer.op
     for change in changes:
@@ -221,7 +225,8 @@ def run_routed(layer: AdapterLayer, route: Route, x: Tensor, *args: Any, **kwarg
         return run(layer, here, x, *args, **kwargs)
     changes = {name: layer.changes([name]) for name in here}
     every = [change for some in changes.values() for change in some]
-    if not op.own_forward and all(type(change).enter is Change.enter and change.acts(op) for change in every):
+    once = all(type(change).enter is Change.enter and change.acts(op) for change in every)
+    if once and not op.own_forward and layout_of(layer) is None:
         # What goes in is the same for all adapters, so the base module runs once over all samples.
         y, rest = _parts(layer.base_layer(x, *args, **kwargs))
         y = _add_groups(layer, route, groups, changes, x, y)

@@ -75,6 +75,7 @@ class BaseTuner(nn.Module):
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         #: PEFT type -> what its method says
         self._methods: dict[str, Method] = {}
+        self._stays = isinstance(peft_config, dict)  # one that is made for an injection is thrown away
         if configs.get(adapter_name) is not None:
             config = configs[adapter_name]
             self.inject_adapter(

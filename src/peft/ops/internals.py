@@ -5,6 +5,7 @@ Each function here does without the name it asks for: something then takes the p
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -52,6 +53,20 @@ def kept_product(x: Tensor) -> tuple[Tensor, Tensor] | None:
     if u is None or v is None or not u.shape == v.shape == x.shape or not u.dtype == v.dtype == x.dtype:
         return None
     return u, v
+
+
+def fsdp_modules() -> list[Any]:
+    """The modules of this process that `fully_shard` was called with; none where torch does not say."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    return [] if kind is None else [module for module in list(states) if isinstance(module, kind)]
+
+
+def is_put_away(module: Any, parameter: Any) -> bool:
+    """Whether `fully_shard` was called with this module and has its parameter put away at present; no if unknown."""
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    groups = getattr(state, "_fsdp_param_groups", ())
+    return any(held.sharded_param is parameter for group in groups for held in group.fsdp_params)
 
 
 _DEFERRED = ("torch.utils.checkpoint", "torch.autograd.graph")

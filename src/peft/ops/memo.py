@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peft.ops.internals import fsdp_modules
+
 T = TypeVar("T")
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -17,7 +19,8 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def remember(parameter: Tensor, key: Hashable, compute: Callable[[], T], *others: Tensor) -> T:
     """What `compute` makes of `parameter`; of a frozen one, once, until it is written to or moved.
 
-    Parameters that are trained are left out: optimisers may write to them in ways that leave no trace.
+    Parameters that are trained are left out: optimisers may write to them in ways that leave no trace; and so are all
+    where `fully_shard` is at work, which fills the same memory anew in each forward pass.
 
     Args:
         parameter: what the value is computed from, and kept with.
@@ -26,7 +29,7 @@ def remember(parameter: Tensor, key: Hashable, compute: Callable[[], T], *others
         others: what else it is computed from.
     """
     sources = (parameter, *others)
-    if torch.compiler.is_compiling() or any(_changes_unseen(t) for t in sources):
+    if torch.compiler.is_compiling() or any(_changes_unseen(t) for t in sources) or fsdp_modules():
         return compute()
     stamp = tuple((t._version, t.data_ptr(), t.dtype) for t in sources)
     values = _kept.setdefault(parameter, {})

@@ -17,6 +17,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import Setting, Slot
 from peft.core.storage.flat import is_apart
+from peft.core.storage.sharded import put, whole
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.errors import PeftWarning
@@ -256,7 +257,7 @@ class RankAllocator:
                     track_sensitivity(mean, spread, tensor, tensor.grad, self.peft_config.beta1, self.peft_config.beta2)
 
     def _element_score(self, name: str) -> Tensor:
-        return self.exp_avg_ipt[name] * self.exp_avg_unc[name]
+        return whole(self.exp_avg_ipt[name] * self.exp_avg_unc[name])
 
     def _combine_ipt(self, ipt_E: Tensor, ipt_AB: Tensor) -> Tensor:
         return ipt_E.flatten() + ipt_AB.sum(1)
@@ -292,7 +293,8 @@ class RankAllocator:
                 name = f"{path}.lora_E"
                 kept = rank_pattern.get(f"{name}.{self.adapter_name}", rank_pattern.get(name))
                 if kept is not None:
-                    e.masked_fill_(~torch.tensor(list(kept), dtype=torch.bool, device=e.device)[:, None], 0.0)
+                    lost = ~torch.tensor(list(kept), dtype=torch.bool, device=e.device)[:, None]
+                    put(e, whole(e).masked_fill(lost, 0.0))
 
 
 def _check_whole(tensors: Iterable[Tensor]) -> None:
@@ -332,7 +334,9 @@ class AdaLoraMethod(Method):
             weight = self.configs[name].orth_reg_weight
             layers = [layer for layer in self.tuner.layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
             _check_whole([layer.lora_A[name] for layer in layers])
-            factors = [factor for layer in layers for factor in (layer.lora_A[name], layer.lora_B[name].T)]
+            factors = [
+                factor for layer in layers for factor in (whole(layer.lora_A[name]), whole(layer.lora_B[name]).T)
+            ]
             output.loss = loss + weight * orthogonality_gap(factors).to(loss.device)
         return output
 

@@ -14,7 +14,9 @@ from peft.config import PeftConfig
 from peft.core.injection import Before, check_adapter_name
 from peft.core.storage import place_of
 from peft.core.storage.flat import shape_of
+from peft.core.storage.sharded import agree, average_gradients
 from peft.core.targets import ends_with, model_modules
+from peft.core.tensor_parallel import check_heads
 from peft.core.tuner import UPCAST_DTYPES, BaseTuner
 from peft.core.undo import undone_on_error
 from peft.core.walk import get_submodules, model_config_of, put_back
@@ -195,6 +197,7 @@ class AdaptionPromptModel(BaseTuner):
         for name in ("adapter_len", "adapter_layers"):
             if getattr(config, name) is None:
                 raise ValueError(f"AdaptionPromptConfig needs {name}; got None.")
+        check_heads(model, "ADAPTION_PROMPT")
         target = config.target_modules or ATTENTION_OF[model_type]
         keys = [key for key, _ in model_modules(model) if ends_with(key, {target})]
         if len(keys) < config.adapter_layers:
@@ -212,6 +215,9 @@ class AdaptionPromptModel(BaseTuner):
                     self._replace_module(parent, name, module := AdaptedAttention(module), module)
                 module.add(adapter_name, config.adapter_len, autocast_adapter_dtype)
                 self.targeted_module_names = list(dict.fromkeys((*self.targeted_module_names, key)))
+            new = [attention.tensors(adapter_name).values() for _, attention in self.attentions()]
+            agree((tensor for tensors in new for tensor in tensors), model)
+            average_gradients(model)
             self.peft_config[adapter_name] = config
             active = self.active_adapters or [adapter_name]
             self.set_adapter(active, self.peft_config[active[0]].inference_mode)

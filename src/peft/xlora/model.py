@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft.core.call import calling, current, fact
 from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
+from peft.core.storage.sharded import agree, average_gradients
 from peft.core.tuner import UPCAST_DTYPES
 from peft.core.wrappers import state_names
 from peft.tuners.lora.config import LoraConfig
@@ -211,6 +212,8 @@ class XLoraModel(LoraModel):
         for number, layer in enumerate(layers):
             layer.__dict__["layer_number"] = number
         self.internal_xlora_classifier = classifier
+        agree(classifier.parameters(), self.model)
+        average_gradients(self)
         self.mixture.experts = tuple(config.adapters)
         self.xlora_name = adapter_name
         experts = {name: self.peft_config.pop(name) for name in config.adapters}

@@ -87,7 +87,8 @@ def run_with(module: Any, tensors: Mapping[str, Tensor], args: Sequence[Any], kw
     """A module's output with other tensors, by their names in it, in place of parameters."""
     owners = [module.get_submodule(name.rpartition(".")[0]) for name in tensors]
     names = [name.rpartition(".")[2] for name in tensors]
-    if hasattr(module, "ds_id"):  # what DeepSpeed has put around the module wants its own parameters
+    # What DeepSpeed or fully_shard has put around the module wants its own parameters.
+    if hasattr(module, "ds_id") or hasattr(module, "_get_fsdp_state"):
         return _twin(module, tensors).forward(*args, **kwargs)
     if any(name in vars(owner) for owner, name in zip(owners, names, strict=True)):  # as FSDP1 has it in a forward pass
         return _twin(module, tensors)(*args, **kwargs)

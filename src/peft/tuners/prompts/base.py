@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
+from peft.core import tensor_parallel
 from peft.core.model_config import MODEL_CONFIG_NAMES, embeddings_of, read_model_config
 from peft.core.storage import onloaded, place_of
-from peft.core.storage.flat import put, shape_of
+from peft.core.storage.flat import shape_of
+from peft.core.storage.sharded import agree, average_gradients, call_whole, gathered, put
 from peft.registry import TaskType, method_of
 
 #: inputs with one entry per token, for which 0 is a good entry for a virtual token
@@ -181,7 +183,7 @@ class VirtualTokens(nn.Module):
             side: `""`, or `"decoder_"` for the decoder of an encoder-decoder.
         """
         ids, vectors = inputs.pop(f"{side}input_ids", None), inputs.get(f"{side}inputs_embeds")
-        vectors = embed(ids) if vectors is None else vectors
+        vectors = call_whole(embed, ids) if vectors is None else vectors
         count = self.num_virtual_tokens
         own = prompt[:, count:] if side else prompt[:, :count]
         inputs[f"{side}inputs_embeds"] = torch.cat((own.to(vectors), vectors), dim=1)
@@ -223,7 +225,7 @@ class VirtualTokens(nn.Module):
 
     def rows_to_save(self) -> Tensor:
         """What a file stores as `prompt_embeddings`: the prompt, ready for use."""
-        return self(self.indices).detach().cpu()
+        return self.forward(self.indices).detach().cpu()
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The tensors that a file's are copied into, by the names they have there."""
@@ -264,6 +266,8 @@ class PromptHost(nn.Module):
         if config.num_virtual_tokens is None:
             raise ValueError(f"{type(config).__name__} needs num_virtual_tokens, the length of the prompt; got None.")
         encoder_class: type[VirtualTokens] = method_of(config.peft_type).model_class
+        if not encoder_class.adds_tokens:
+            tensor_parallel.check_heads(self.base_model, config.peft_type.value)
         embeddings = self._prompted_embeddings(encoder_class)
         before = dict(config.__dict__)
         try:
@@ -277,6 +281,8 @@ class PromptHost(nn.Module):
             self.base_model.requires_grad_(False)
             self.prompt_encoder = nn.ModuleDict()
         self.prompt_encoder[adapter_name] = encoder.requires_grad_(not config.inference_mode)
+        agree((*encoder.parameters(), *encoder.buffers()), self.base_model)
+        average_gradients(self)
 
     def _delete_prompt_encoder(self, adapter_name: str) -> None:
         """Forgets an adapter's prompt, where it has one."""
@@ -346,7 +352,8 @@ class PromptHost(nn.Module):
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """What a file stores as `prompt_embeddings`: [tokens, width]."""
         encoder: Any = self.prompt_encoder[adapter_name]
-        return encoder.rows_to_save()
+        with torch.no_grad(), gathered([encoder]):
+            return encoder.rows_to_save()
 
     # ---- the prompt in the inputs
 

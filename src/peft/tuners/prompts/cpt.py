@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft.config import PromptLearningConfig
 from peft.core.storage import place_of
 from peft.core.storage.flat import put_in_forward
+from peft.core.storage.sharded import call_whole
 from peft.registry import PeftType, TaskType
 from peft.tuners.prompts.base import IGNORED, VirtualTokens, embedding_width
 
@@ -109,7 +110,7 @@ class CPTEmbedding(VirtualTokens):
         nn.init.zeros_(self.delta_embedding.weight)
         ids = torch.tensor(config.cpt_token_ids, device=place_of(word_embeddings)[0])
         with torch.no_grad():
-            self.embedding.weight.copy_(word_embeddings(ids))
+            self.embedding.weight.copy_(call_whole(word_embeddings, ids))
 
     def requires_grad_(self, requires_grad: bool = True) -> CPTEmbedding:
         super().requires_grad_(requires_grad)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
 from peft.core.storage import place_of
+from peft.core.storage.sharded import agree, call_whole
 from peft.registry import PeftType
 from peft.tuners.prompts.base import VirtualTokens
 from peft.untrusted import check_allowed
@@ -79,13 +80,15 @@ class PromptEmbedding(VirtualTokens):
         super().__init__(config, word_embeddings)
         if not config.inference_mode and config.prompt_tuning_init in ("TEXT", "SAMPLE_VOCAB"):
             with torch.no_grad():
-                self.embedding.weight.copy_(word_embeddings(self._start_tokens(config, word_embeddings)))
+                self.embedding.weight.copy_(call_whole(word_embeddings, self._start_tokens(config, word_embeddings)))
 
     def _start_tokens(self, config: Any, word_embeddings: Any) -> Tensor:
         """Ids of the tokens that the prompt starts from."""
         count, device = self.embedding.num_embeddings, place_of(word_embeddings)[0]
         if config.prompt_tuning_init == "SAMPLE_VOCAB":
-            return torch.randint(0, word_embeddings.num_embeddings, (count,)).to(device)
+            ids = torch.randint(0, word_embeddings.num_embeddings, (count,)).to(device)
+            agree([ids], word_embeddings)
+            return ids
         from transformers import AutoTokenizer
 
         for name in ("tokenizer_name_or_path", "tokenizer_kwargs"):

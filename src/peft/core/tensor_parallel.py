@@ -1,0 +1,215 @@
+"""Adapters on modules that tensor parallelism shares out: what a change sees is whole, on every process.
+
+Each process has a part of such a module's weight, and of the features that go into it or come out. Parts are put
+together before a change sees them and taken apart after it, so every method does on each process what it does in one:
+the tensors of an adapter, their gradients, and what is drawn at random, are the same on all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peft.core.base_op import BaseOp
+from peft.core.merge import changed
+from peft.core.storage.sharded import data_parallel_dims, is_dtensor, is_managed, shared_out
+from peft.ops.internals import is_put_away
+
+if TYPE_CHECKING:
+    from peft.core.layer import AdapterLayer
+
+#: kind of module -> the dimension of its weight that its output features lie along; the others are not supported
+OUTPUT_DIM = {"Linear": 0, "Conv1D": 1, "Embedding": 1}
+
+
+def _is_shared_out(module: nn.Module, weight: Any) -> bool:
+    """Whether tensor parallelism shares a weight out, by itself or together with `fully_shard`."""
+    return is_dtensor(weight) and (not is_managed(module) or weight.device_mesh.ndim > data_parallel_dims(weight))
+
+
+def check_heads(model: nn.Module, method: str) -> None:
+    """Raises ValueError where a model is shared out that a method needs all attention heads of."""
+    if any(_is_shared_out(module, weight) for module in model.modules() for weight in module._parameters.values()):
+        raise ValueError(
+            f"{method} works on the keys and values of all attention heads, which tensor parallelism shares out. Use a"
+            " method that changes layers or adds tokens (LORA, PROMPT_TUNING), or a model that is not shared out so."
+        )
+
+
+def check(key: str, module: nn.Module, op: BaseOp) -> None:
+    """Raises ValueError where tensor parallelism shares a module out that is of no kind known here."""
+    held: Any = module._parameters.get(op.weight_name)
+    if op.kind not in OUTPUT_DIM and _is_shared_out(module, held):
+        raise ValueError(
+            f"Target module {key!r} is a {type(module).__name__} that tensor parallelism shares out as"
+            f" {held.placements}. Adapters go on linear layers and embeddings there; leave it out with exclude_modules."
+        )
+
+
+def layout_of(layer: AdapterLayer) -> Layout | None:
+    """How the module under a layer is shared out in the present forward pass; None if it is not."""
+    base = layer.get_base_layer()
+    held: Any = base._parameters.get(layer.op.weight_name)
+    if held is None or type(held) is nn.Parameter or not is_dtensor(held):
+        return None
+    mesh, placements = held.device_mesh, tuple(held.placements)
+    if is_put_away(base, held):  # what else `fully_shard` holds is put away around forward passes only
+        first = data_parallel_dims(held)
+        if first == mesh.ndim:
+            return None
+        mesh, placements = mesh[mesh.mesh_dim_names[first:]], placements[first:]
+    return Layout(layer, mesh, placements)
+
+
+class Layout:
+    """A layer's module as one process would have it: called with a whole input, it gives the whole output.
+
+    Args:
+        layer: the layer.
+        mesh, placements: how the weight of its module lies on which processes.
+    """
+
+    def __init__(self, layer: AdapterLayer, mesh: Any, placements: Sequence[Any]):
+        self._layer, self._mesh, self._placements = layer, mesh, placements
+        self._output_dim = OUTPUT_DIM[layer.op.kind]
+
+    def __getattr__(self, name: str) -> Any:
+        """What changes ask a module for."""
+        return self._layer.get_base_bias() if name == "bias" else getattr(self._layer.get_base_layer(), name)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self._layer.base_layer(self._apart(x, self._input, self._input_is_dtensor), *args, **kwargs)
+        shape = self._output_shape(x)
+        self._note_output(shape, y)
+        return self._together(y, shape, self._output)
+
+    def run(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's output with these adapters, as this process has it."""
+        layer, op = self._layer, self._layer.op
+        with layer.gathered(), self._same_random():
+            changes = layer.changes(names)
+            if not all(change.acts(op) for change in changes):
+                return self._run_weight(changes, x, *args, **kwargs)
+            if all(change.additive for change in changes):
+                y = layer.base_layer(x, *args, **kwargs)
+                inputs = self._whole_input(x, y)
+                shape = self._output_shape(inputs)
+                self._note_output(shape, y)
+                total = torch.zeros(shape, dtype=y.dtype, device=y.device)
+                for change in changes:
+                    total = change.leave(op, self, inputs, total)
+                return y + self._apart(total, self._output, is_dtensor(y))
+            seen = [self._whole_input(x)]
+            for change in reversed(changes):
+                seen.append(change.enter(op, self, seen[-1]))
+            y, bias = self(seen.pop(), *args, **kwargs), layer.bias_below()
+            for change in changes:
+                y, bias = change.leave(op, self, seen.pop(), y, bias), change.bias(bias)
+            return self._apart(y, self._output, self._output_is_dtensor)
+
+    def _run_weight(self, changes: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        base, op = self._layer.get_base_layer(), self._layer.op
+        if is_put_away(base, base._parameters[op.weight_name]):
+            raise NotImplementedError(
+                f"fully_shard was called with the tensor-parallel {type(base).__name__} itself, which then cannot run"
+                " with another weight. Call it with the block around instead."
+            )
+        weight, bias = changed(self._layer, changes)
+        tensors = {op.weight_name: shared_out(weight, self._mesh, self._placements)}
+        if bias is not None and op.bias_name is not None:
+            held: Any = base._parameters[op.bias_name]
+            tensors[op.bias_name] = shared_out(bias, self._mesh, held.placements) if is_dtensor(held) else bias
+        return functional_call(base, tensors, (x, *args), kwargs)
+
+    # ---- parts and wholes
+
+    def _features(self, weight_dim: int, dims: int) -> list[Any]:
+        """How the last of so many dimensions lies, if features are shared out as this dimension of the weight is."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        found: list[Any] = []
+        for placement in self._placements:
+            if getattr(placement, "dim", None) != weight_dim:
+                found.append(Replicate())
+            elif hasattr(placement, "split_factor"):  # packed: a part of each of the matrices that lie in one
+                found.append(type(placement)(dims - 1, split_factor=placement.split_factor))
+            else:
+                found.append(Shard(dims - 1))
+        return found
+
+    def _lies(self, part: torch.Size, shape: Sequence[int], weight_dim: int) -> list[Any]:
+        """How a tensor of this shape lies on the processes, if this one has a part of that shape."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        different = [dim for dim, (own, all_) in enumerate(zip(part, shape, strict=True)) if own != all_]
+        if not different:
+            return [Replicate()] * self._mesh.ndim
+        if different == [len(shape) - 1]:
+            return self._features(weight_dim, len(shape))
+        if len(different) == self._mesh.ndim == 1:  # of the tokens
+            return [Shard(different[0])]
+        raise NotImplementedError(
+            f"A tensor-parallel {type(self._layer.get_base_layer()).__name__} has {tuple(part)} of {tuple(shape)} on"
+            " a process; which part that is cannot be told, so adapters cannot run there."
+        )
+
+    def _whole_input(self, x: Any, y: Tensor | None = None) -> Tensor:
+        """The input; `y` is what the module makes of it, where that is known."""
+        self._input_is_dtensor = is_dtensor(x)
+        shape = list(x.shape)
+        if self._layer.op.linear:
+            shape[-1] = self._layer.op.in_features
+            if y is not None:
+                shape[:-1] = map(max, x.shape[:-1], y.shape[:-1])
+        self._input = x.placements if self._input_is_dtensor else self._lies(x.shape, shape, 1 - self._output_dim)
+        return self._together(x, shape, self._input)
+
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of the whole output for a whole input."""
+        return (*x.shape[: x.dim() - self._layer.op.linear], self._layer.op.out_features)
+
+    def _note_output(self, shape: Sequence[int], y: Any) -> None:
+        self._output_is_dtensor = is_dtensor(y)
+        self._output = y.placements if self._output_is_dtensor else self._lies(y.shape, shape, self._output_dim)
+
+    def _together(self, part: Any, shape: Sequence[int], placements: Any) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        if is_dtensor(part):
+            return part.full_tensor()
+        if all(placement.is_replicate() for placement in placements):
+            return part
+        stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        lies = DTensor.from_local(
+            part, self._mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+        )
+        return lies.full_tensor()
+
+    def _apart(self, value: Tensor, placements: Any, as_dtensor: bool) -> Tensor:
+        """What this process has of a whole tensor."""
+        if not as_dtensor and all(placement.is_replicate() for placement in placements):
+            return value
+        parts = shared_out(value, self._mesh, placements)
+        return parts if as_dtensor else parts.to_local()
+
+    @contextmanager
+    def _same_random(self) -> Iterator[None]:
+        """While it lasts, all processes draw the same numbers."""
+        if not self._layer.training:
+            yield
+            return
+        kind = self._mesh.device_type
+        seed = torch.randint(2**62, (), device=kind)
+        for dim in range(self._mesh.ndim):
+            group = self._mesh.get_group(dim)
+            torch.distributed.broadcast(seed, torch.distributed.get_global_rank(group, 0), group)
+        devices = [] if kind == "cpu" else [seed.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+            torch.manual_seed(int(seed))
+            yield
