@@ -19,6 +19,11 @@ RECORD = Path(__file__).parent / "data" / "distributed.json"
 ALL = bool(os.environ.get("PEFT_DISTRIBUTED"))
 FEW = [("LORA", "FSDP2"), ("HRA", "FSDP2 first"), ("IA3", "TP colwise"), ("LORA DoRA", "TP rowwise")]
 CELLS = [(method, name) for name in runs.SHARDINGS for method in runs.ALL_METHODS] if ALL else FEW
+#: what does not hold, and why
+BROKEN = {
+    ("LILY", "FSDP2"): "layers share modules, which fully_shard by block does not take (TypeError); after it, they may",
+    ("CPT", "FSDP2"): "the bound on the prompt is kept to in each forward pass, and not in the shards that are trained",
+}
 #: seconds for a cell; processes that take longer are ended
 LIMIT = 120.0
 
@@ -32,7 +37,14 @@ def pools():
         pool.close()
 
 
-@pytest.mark.parametrize(("method", "sharding"), CELLS, ids=[f"{method} {sharding}" for method, sharding in CELLS])
+@pytest.mark.parametrize(
+    ("method", "sharding"),
+    [
+        pytest.param(*cell, marks=pytest.mark.xfail(strict=True, reason=BROKEN[cell]) if cell in BROKEN else ())
+        for cell in CELLS
+    ],
+    ids=[f"{method} {sharding}" for method, sharding in CELLS],
+)
 def test_it_does_what_it_does_in_one_process(pools, method, sharding):
     found = runs.outcome(pools[runs.SHARDINGS[sharding].processes], method, sharding, LIMIT)
     if ALL:
