@@ -400,7 +400,7 @@ def distributed_page() -> str:
 
 def _why(cell: str) -> str:
     """What is said of a cell that does not hold, without names and numbers that differ from method to method."""
-    return re.sub(r"'[\w.]*'", "a module", re.sub(r"'[\w.]*\.(\w+)'", r"`\1`", cell.split("\n")[0]))
+    return re.sub(r"'\w+\.[\w.]*'", "a module", cell.split("\n")[0])
 
 
 def pages(support: bool = True, methods: bool = True) -> dict[Path, str]:
