@@ -193,23 +193,17 @@ def _check_refused(shared: Shared, folder: str) -> None:
 # ---- transformers' Trainer
 
 
-def with_trainer(kind: str) -> None:
-    """Trains by transformers' Trainer, saves, and loads in one process; raises `Broken` where outputs differ."""
+def with_trainer() -> None:
+    """Trains under ZeRO-3, saves, and loads in one process; raises `Broken` where outputs differ."""
     from transformers import Trainer, TrainingArguments
 
+    _deepspeed()
+    stage = {"stage": 3, **PARTITION, "stage3_gather_16bit_weights_on_model_save": True}
+    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": stage}
     with runs.shared_folder() as folder:
-        settings: dict[str, Any]
-        if kind.startswith("FSDP1"):
-            config = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "version": 1}
-            config["use_orig_params"] = kind == "FSDP1"
-            settings = {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
-        else:
-            _deepspeed()
-            stage = {"stage": 3, **PARTITION, "stage3_gather_16bit_weights_on_model_save": True}
-            settings = {"deepspeed": {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": stage}}
         args = TrainingArguments(
             folder, use_cpu=True, max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, report_to="none",
-            save_strategy="no", **settings,
+            save_strategy="no", deepspeed=config,
         )  # fmt: skip
         torch.manual_seed(7)
         model = runs.adapted(runs.base_model(), "LORA DoRA", TARGETS)

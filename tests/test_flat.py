@@ -48,14 +48,13 @@ def test_it_does_what_it_does_in_one_process(pool, method, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["FSDP1", "FSDP1 flat", "ZeRO-3"])
-def test_trainer(kind):
-    """transformers' Trainer with settings for FSDP, and with those of DeepSpeed: trained, saved, loaded by one."""
-    if "ZeRO" in kind and importlib.util.find_spec("deepspeed") is None:
+def test_trainer():
+    """transformers' Trainer with a configuration of DeepSpeed (accelerate's FSDP wants a GPU)."""
+    if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     processes = distributed_runs.Pool(2)  # of their own: accelerate has one state for a process
     try:
-        answers = processes.run(partial(flat_runs.with_trainer, kind), 200)
+        answers = processes.run(flat_runs.with_trainer, 200)
     finally:
         processes.close(kill=True)
     assert [answer[:2] for answer in answers] == [("seen", None)] * 2

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft.core import merge as merging
 from peft.core.around import see_to_fast_paths
@@ -15,6 +15,7 @@ from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
 from peft.core.places import take_away_everywhere
+from peft.core.storage.flat import SUMMON, is_cut_up
 from peft.core.tokens import TrainableTokensLayer
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import live_key, put_back, with_progress
@@ -30,10 +31,20 @@ def check_merge(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
     unknown = [name for name in names if name not in tuner.peft_config]
     if unknown:
         warnings.warn(f"Adapter {', '.join(unknown)} does not exist and is not merged.", PeftWarning, stacklevel=4)
+    _check_not_cut(tuner)
     for layer in tuner.layers():
         for name in names:
             if layer.has(name) and name not in layer.merged_adapters:
                 layer.check_mergeable(name)
+
+
+def _check_not_cut(tuner: BaseTuner) -> None:
+    """Raises RuntimeError where FSDP1 has the base weights in parts."""
+    layers = ((layer.get_base_layer(), layer.op.weight_name) for layer in tuner.layers())
+    held = {f"{name} of a {type(base).__name__}": getattr(base, name, None) for base, name in layers if name}
+    cut = is_cut_up(tuner.model, {key: value for key, value in held.items() if isinstance(value, Tensor)})
+    if cut is not None:
+        raise RuntimeError(f"The {cut} is shared out among processes by FullyShardedDataParallel: {SUMMON}.")
 
 
 def check_finite(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
@@ -63,6 +74,7 @@ def unmerge_all(tuner: BaseTuner) -> None:
     merged = [layer for layer in tuner.layers() if layer.merged or layer.ledger.of(layer, paused=True)]
     if not merged:
         warnings.warn("No adapter is merged: nothing to do.", PeftWarning, stacklevel=3)
+    _check_not_cut(tuner)
     for layer in merged:
         layer.unmerge()
 
