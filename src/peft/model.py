@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from peft.checkpoint import (
-    get_peft_model_state_dict,
-    model_card,
-    read_adapter,
-    set_peft_model_state_dict,
-    write_adapter,
-)
-from peft.checkpoint.files import load_peft_weights
-from peft.checkpoint.state import IncompatibleKeys
-from peft.config import CONFIG_NAME, PeftConfig, read_form, saved_form
+from peft.config import PeftConfig
 from peft.core import status
 from peft.core.auxiliary import save_modules, unsave_modules
 from peft.core.injection import check_adapter_name
@@ -30,18 +19,14 @@ from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
-from peft.errors import AdapterFileError, NoAdapterError, PeftWarning
-from peft.folder import replace_files
+from peft.errors import PeftWarning
 from peft.html import table
-from peft.hub import CARD_NAME, push, split_hub_arguments
 from peft.integrations.training import let_gradients_through_inputs
 from peft.integrations.transformers import (
-    convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
 )
 from peft.registry import method_of
-from peft.tuners.prompts.base import PromptHost
-from peft.untrusted import check_sizes
+from peft.saved import SavedAdapters, check_trainable, value_of
 
 if TYPE_CHECKING:
     from peft.delegated import Delegated
@@ -50,24 +35,6 @@ else:
 
 #: task type -> the class for it; filled by `peft.tasks`
 TASK_CLASSES: dict[str, type[PeftModel]] = {}
-
-#: keyword arguments of `save_pretrained` and `push_to_hub` that go to the hub
-FOR_HUB = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-#: those of loading that are not the hub's; the last ones speak of the base model, and other packages pass them along
-FOR_LOADING = {
-    "subfolder", "torch_device", "ignore_mismatched_sizes", "trust_remote_code", "torch_dtype", "dtype", "adapters",
-    "use_safetensors",
-}  # fmt: skip
-
-
-#: fields in which an adapter may differ from the file that is loaded over it: they say nothing of what it does
-_MAY_DIFFER = {
-    "inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type",
-    "target_modules", "exclude_modules", "rank_pattern", "total_step", "layers_pattern", "fan_in_fan_out",
-    "modules_to_save",
-}  # fmt: skip
-#: those that say how an adapter started, where that leaves the base model alone
-_STARTS = {"init_lora_weights", "init_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
 
 
 def check_base_model(model: Any) -> None:
@@ -103,7 +70,7 @@ def warn_of_name(adapter_name: str, config: PeftConfig) -> None:
         )
 
 
-class PeftModel(PromptHost, Delegated):
+class PeftModel(SavedAdapters, Delegated):
     """A base model with adapters, each under a name of its own.
 
     `base_model` is the tuner, which holds the base model (`get_base_model()`); for soft prompts it is the base model.
@@ -158,6 +125,10 @@ class PeftModel(PromptHost, Delegated):
         if getattr(base_config, "pretraining_tp", 1) != 1:
             # Sharded linear layers of old Llama code would bypass the adapters.
             base_config.pretraining_tp = 1
+
+    @classmethod
+    def _class_for(cls, task_type: str | None) -> Any:
+        return TASK_CLASSES.get(task_type or "", cls) if cls is PeftModel else cls
 
     # ---- what there is
 
@@ -236,7 +207,7 @@ class PeftModel(PromptHost, Delegated):
         caption = f"{type(self).__name__} on {type(self.get_base_model()).__name__}: {trainable:,d} of {total:,d}"
         active = self.active_adapters
         rows = [
-            (name, _value(config.peft_type), "yes" if name in active else "no", getattr(config, "r", ""))
+            (name, value_of(config.peft_type), "yes" if name in active else "no", getattr(config, "r", ""))
             for name, config in self.peft_config.items()
         ]
         return table(f"{caption} parameters are trained", ("adapter", "method", "active", "rank"), rows)
@@ -293,12 +264,12 @@ class PeftModel(PromptHost, Delegated):
             )
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
-                f"All adapters of a PeftModel have the same PEFT type: this one has {_value(self.peft_type)},"
+                f"All adapters of a PeftModel have the same PEFT type: this one has {value_of(self.peft_type)},"
                 " the new adapter"
-                f" {_value(peft_config.peft_type)}. Use get_peft_model(..., mixed=True) to mix methods."
+                f" {value_of(peft_config.peft_type)}. Use get_peft_model(..., mixed=True) to mix methods."
             )
         if is_trainable:
-            _check_trainable(peft_config)
+            check_trainable(peft_config)
 
     def _add_prompt(self, name: str, config: PeftConfig) -> None:
         warn_of_name(name, config)
@@ -462,394 +433,5 @@ class PeftModel(PromptHost, Delegated):
         if getattr(model, "_require_grads_hook", None) is None:  # else transformers has seen to it
             let_gradients_through_inputs(model)
 
-    # ---- files
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        selected_adapters: str | Sequence[str] | None = None,
-        save_embedding_layers: bool | str = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Saves adapters: `default` into the folder itself, others into subfolders of their names.
-
-        Each is replaced as a whole: a process that is killed meanwhile leaves the old files or the new ones.
-
-        Args:
-            save_directory: the folder, made if need be.
-            safe_serialization: write safetensors; False writes a pickle (`.bin`).
-            selected_adapters: names of the adapters to save; all if None.
-            save_embedding_layers: take the base model's embeddings along; `"auto"` where they belong to the change.
-            is_main_process: False gathers what there is to gather and writes nothing.
-            path_initial_model_for_weight_conversion: the adapter as it was before training, for initialisations that
-                change the base weights: what is saved then works on the original base model.
-            kwargs: `state_dict`, where it has to be gathered from several processes; `push_to_hub=True` with what
-                `push_to_hub` takes.
-
-        Raises:
-            ValueError: the directory is a file, or an adapter does not exist.
-            OSError: the files could not be written; what was there before is still whole.
-        """
-        if os.path.isfile(save_directory):
-            raise ValueError(f"{os.fspath(save_directory)!r} is a file; a directory is needed to save adapters.")
-        names = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"selected_adapters names {', '.join(unknown)}, which does not exist; there are"
-                f" {', '.join(self.peft_config)}."
-            )
-        gathered = kwargs.pop("state_dict", None)
-        if gathered is not None and not is_main_process:
-            return  # there is nothing left to gather
-        to_hub = kwargs.pop("push_to_hub", False)
-        if not to_hub:
-            _warn_of_unknown(set(kwargs) - {"repo_id", *FOR_HUB}, "save_pretrained")
-        card = self._card(save_directory)
-        saves = []
-        for name in names:
-            config = self.peft_config[name]
-            tensors = get_peft_model_state_dict(self, gathered, name, save_embedding_layers=save_embedding_layers)
-            content, more = saved_form(config)
-            content |= {"inference_mode": True, **self._facts(config)}
-            if path_initial_model_for_weight_conversion is not None:
-                if self._tuner is None:
-                    raise ValueError(
-                        "path_initial_model_for_weight_conversion is for initialisations that change the base weights;"
-                        f" adapter {name!r} is a soft prompt. Save without it."
-                    )
-                initial = load_peft_weights(path_initial_model_for_weight_conversion, "cpu")
-                tensors, content = self._tuner.method(config).without_start(name, tensors, content, initial)
-            saves.append((name, tensors, content, more))
-        if not is_main_process:
-            return
-        for name, tensors, content, more in saves:
-            owner = self._tuner.method(self.peft_config[name]).owner(name) if self._tuner is not None else None
-            path = [part for part in (owner, name) if part not in (None, "default")]
-            folder = os.path.join(save_directory, *path)
-            own_card = card if name == "default" else None
-            write_adapter(folder, content, tensors, card=own_card, safe_serialization=safe_serialization, more=more)
-        if "default" not in names:
-            self.create_or_update_model_card(save_directory)
-        if to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
-
-    def _facts(self, config: PeftConfig) -> dict[str, Any]:
-        """What a saved configuration says of the base model."""
-        base = self.get_base_model()
-        facts: dict[str, Any] = {}
-        if config.base_model_name_or_path is None:
-            facts["base_model_name_or_path"] = base.__dict__.get("name_or_path") or None
-        if config.task_type is None:
-            facts["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        return facts
-
-    def _card(self, folder: str | os.PathLike) -> str | None:
-        """The text of a folder's model card; None where the one that is there is to be left alone."""
-        base_config = getattr(self.get_base_model(), "config", None)
-        quantization: Any = getattr(base_config, "quantization_config", None)
-        config = next(iter(self.peft_config.values()))
-        base: Any = self.get_base_model()
-        tags = ["transformers"] if type(base).__module__.startswith("transformers") else []
-        tags += getattr(base, "model_tags", None) or []
-        return model_card(
-            folder,
-            method=str(_value(self.peft_type)),
-            base_model=config.base_model_name_or_path or getattr(base_config, "_name_or_path", None),
-            task_type=_value(config.task_type) if config.task_type else None,
-            quantization=quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
-            tags=tags,
-        )
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
-        """Writes the model card (`README.md`) of a folder, or brings the one that is there up to date."""
-        text = self._card(output_dir)
-        if text is not None:
-            replace_files(output_dir, {CARD_NAME: text.encode()})
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Commits the adapters to a hub repository, which is made if need be.
-
-        Args:
-            repo_id: the repository.
-            kwargs: what `save_pretrained` takes, and `token`, `private`, `revision`, `commit_message`,
-                `commit_description`, `create_pr`, `tags` for the hub.
-
-        Returns:
-            huggingface_hub's `CommitInfo`.
-        """
-        hub = {key: kwargs.pop(key) for key in FOR_HUB if key in kwargs}
-        return push(lambda folder: self.save_pretrained(folder, **kwargs), repo_id, **hub)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: dict[str, str] | None = None,
-        **kwargs: Any,
-    ) -> PeftModel:
-        """A base model with a saved adapter on it.
-
-        Args:
-            model: the base model, changed in place.
-            model_id: a folder, or a repository id on the hub.
-            adapter_name: the name the adapter gets.
-            is_trainable: whether it is to be trained further; frozen otherwise.
-            config: its configuration; read from the files if None.
-            autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
-            ephemeral_gpu_offload: see `LoraRuntimeConfig`.
-            low_cpu_mem_usage: make no values that loading replaces; so it is anyway, unless they change the base model.
-            key_mapping: regular expressions for names in the file -> what to put in their place.
-            kwargs: `subfolder`; `revision`, `token`, `cache_dir`, `local_files_only`, ... for the hub; `torch_device`.
-
-        Raises:
-            ValueError: there is no adapter, or it does not fit; the model is as before.
-            RuntimeError: its tensors have other shapes; the model is as before.
-        """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be the base model, an nn.Module; got {type(model).__name__}.")
-        if config is not None and not isinstance(config, PeftConfig):
-            raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}.")
-        if not isinstance(model_id, (str, os.PathLike)) or not os.fspath(model_id):
-            raise ValueError(f"model_id must be a folder or a repository id, got {model_id!r}.")
-        source = _Source.read(model_id, key_mapping, kwargs, config, is_trainable, ephemeral_gpu_offload)
-        source.fit(model)
-        if cls is PeftModel and source.config.task_type in TASK_CLASSES:
-            cls = TASK_CLASSES[source.config.task_type]
-        if is_trainable:
-            _check_trainable(source.config)
-        with all_or_nothing():
-            peft_model = cls(
-                model,
-                source.config,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
-            )
-            peft_model._load_tensors(adapter_name, source, kwargs)
-        if not is_trainable:
-            peft_model.eval()
-        return peft_model
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike,
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | torch.device | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: dict[str, str] | None = None,
-        **kwargs: Any,
-    ) -> IncompatibleKeys:
-        """Loads a saved adapter beside those that are there; the active adapter stays the active one.
-
-        Where an adapter of that name exists, its tensors are replaced; its settings have to be those of the file.
-
-        Args:
-            model_id: a folder, or a repository id on the hub.
-            adapter_name: the name the adapter gets.
-            is_trainable: whether it is to be trained further.
-            torch_device: where to read the file to; by default where the model is.
-            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping: as for `from_pretrained`.
-            kwargs: `subfolder`; `revision`, `token`, `cache_dir`, `local_files_only`, ... for the hub.
-
-        Returns:
-            Names of the adapter that the file has no value for, and names in the file that the model has no place for;
-            both are warned of as well.
-
-        Raises:
-            ValueError: there is no adapter, or it does not fit; the model is as before.
-            RuntimeError: its tensors have other shapes; the model is as before.
-        """
-        check_adapter_name(adapter_name)
-        there = self.peft_config.get(adapter_name)
-        kwargs["torch_device"] = torch_device
-        source = _Source.read(model_id, key_mapping, kwargs, None, is_trainable, ephemeral_gpu_offload)
-        source.fit(self.get_base_model())
-        self._check_new_adapter_config(source.config, is_trainable and there is None)
-        if there is not None:
-            self._check_replaceable(adapter_name, source.config)
-        with all_or_nothing():
-            if there is None:
-                self.add_adapter(
-                    adapter_name,
-                    source.config,
-                    low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
-                    autocast_adapter_dtype=autocast_adapter_dtype,
-                )
-            result = self._load_tensors(adapter_name, source, kwargs)
-        if there is not None:
-            there.inference_mode = not is_trainable
-        if not is_trainable:
-            self.eval()
-        elif self._tuner is not None:
-            self._tuner.set_requires_grad(adapter_name)
-        return result
-
-    def _check_replaceable(self, adapter_name: str, new: PeftConfig) -> None:
-        """Raises ValueError where loading tensors into an adapter would not make it the one that was saved."""
-        if any(adapter_name in part.merged_adapters for _, part in parts_of(self.base_model)):
-            raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before loading over it.")
-        old = self.peft_config[adapter_name]
-        values = [config.to_json_dict() for config in (old, new)]
-        replaceable = self._tuner is None or all(map(self._tuner.method(old).start_is_replaceable, (old, new)))
-        ignored = _MAY_DIFFER | (_STARTS if replaceable else set())
-        differ = [
-            field
-            for field in values[0].keys() | values[1].keys()
-            if field not in ignored and values[0].get(field) != values[1].get(field)
-        ]
-        if differ:
-            listed = "; ".join(
-                f"{field} is {values[0].get(field)!r} there and {values[1].get(field)!r} in the file"
-                for field in sorted(differ)
-            )
-            raise ValueError(
-                f"The saved adapter cannot be loaded over {adapter_name!r}, which has other settings: {listed}. Call"
-                f" delete_adapter({adapter_name!r}) first, or load it under another name."
-            )
-
-    def _load_members(self, adapter_name: str, config: PeftConfig) -> None:
-        """Loads the saved adapters that a new one is made of, if its method is of that kind."""
-        tuner, model = self.base_model, self.get_base_model()
-        places = tuner.method(config).members(adapter_name, config)
-        if not places:
-            return
-        sources = {name: _Source.read_first(name, candidates) for name, candidates in places.items()}
-        for name, source in sources.items():
-            source.fit(model)
-            tuner.method(source.config).check_config(name, source.config)
-        for name, source in sources.items():
-            tuner.inject_adapter(model, name, low_cpu_mem_usage=source.needs_no_start, config=source.config)
-            self._load_tensors(name, source, {})
-
-    def _load_tensors(self, adapter_name: str, source: _Source, options: dict[str, Any]) -> IncompatibleKeys:
-        result = set_peft_model_state_dict(
-            self,
-            source.tensors,
-            adapter_name,
-            ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
-        )
-        if self._tuner is not None:
-            self._tuner.fill_in(adapter_name)
-        for keys, what in (
-            (result.missing_keys, "has no value for"),
-            (result.unexpected_keys, "has what the model has no place for:"),
-        ):
-            if keys:
-                listed = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-                warnings.warn(f"Adapter {adapter_name!r}: {source.name} {what} {listed}.", PeftWarning, stacklevel=4)
-        return result
-
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
         return type(self.base_model if is_prompt_tuning else self.get_base_model())
-
-
-def _check_trainable(config: PeftConfig) -> None:
-    """Raises ValueError where a prompt is to be trained further whose file does not hold what is trained."""
-    encoder: Any = method_of(config.peft_type or "").model_class
-    if config.is_prompt_learning and not encoder.is_whole_in_files(config):
-        raise ValueError(
-            "A prompt learning adapter that is loaded cannot be trainable; what made it is not saved. Prompts of keys"
-            " and values can, those of CARTRIDGE and of PREFIX_TUNING without a projection."
-        )
-
-
-class _Source:
-    """A saved adapter, read."""
-
-    def __init__(self, name: str, config: PeftConfig, tensors: dict[str, Tensor]):
-        self.name, self.config, self.tensors = name, config, tensors
-
-    @classmethod
-    def read(
-        cls,
-        model_id: str | os.PathLike,
-        key_mapping: dict[str, str] | None,
-        options: dict[str, Any],
-        config: PeftConfig | None,
-        is_trainable: bool,
-        ephemeral_gpu_offload: bool,
-    ) -> _Source:
-        """Reads configuration (unless given) and tensors, both of the same save."""
-        hub, rest = split_hub_arguments(options)
-        _warn_of_unknown(set(rest) - FOR_LOADING, "Loading")
-        subfolder = options.get("subfolder")
-        device = options.get("torch_device") or "cpu"
-        hub["use_safetensors"] = options.get("use_safetensors")
-        if config is None:
-            content, tensors = read_adapter(model_id, subfolder, device=device, key_mapping=key_mapping, **hub)
-            if not content.get("peft_type"):
-                raise ValueError(f"The adapter_config.json of {os.fspath(model_id)!r} names no method (peft_type).")
-            where = {"subfolder": subfolder, **split_hub_arguments(options)[0]}
-            config = read_form(content, model_id, options.get("trust_remote_code", False), where)
-        else:
-            tensors = load_peft_weights(model_id, device, key_mapping, subfolder=subfolder, **hub)
-        config.inference_mode = not is_trainable
-        config.was_read(model_id, options)
-        runtime = getattr(config, "runtime_config", None)
-        if runtime is not None and ephemeral_gpu_offload:
-            runtime.ephemeral_gpu_offload = True
-        return cls(os.fspath(model_id), config, tensors)
-
-    @classmethod
-    def read_first(cls, name: str, candidates: Sequence[tuple[str, dict[str, Any]]]) -> _Source:
-        """The saved adapter at the first of the places where there is one; that it is broken sends nobody elsewhere.
-
-        Raises:
-            ValueError: there is none, or it cannot be read.
-        """
-        reasons = []
-        for place, options in candidates:
-            try:
-                return cls.read(place, None, options, None, False, False)
-            except NoAdapterError as error:
-                reasons.append(str(error))
-            except (ValueError, OSError) as error:
-                raise AdapterFileError(f"Adapter {name!r} cannot be read. {error}") from error
-        raise NoAdapterError(
-            f"Adapter {name!r} was not found. {' '.join(reasons)} What a file says of other places is not followed: if"
-            f" it lies elsewhere, say where, from_pretrained(..., adapters={{{name!r}: place, ...}})."
-        )
-
-    @property
-    def needs_no_start(self) -> bool:
-        """Whether the adapter need not be given values that loading replaces."""
-        model_class: Any = method_of(self.config.peft_type or "").model_class
-        return not self.config.is_prompt_learning and model_class.method_class.start_is_replaceable(self.config)
-
-    def fit(self, model: nn.Module) -> None:
-        """Names layers as the base model has them now: transformers fuses experts that older files have one by one."""
-        if hasattr(self.config, "_said_by"):  # a file's, not the caller's own
-            sizes = {size for tensor in self.tensors.values() for size in tensor.shape}
-            sizes |= {size for parameter in model.parameters() for size in parameter.shape}
-            modules = sum(1 for _ in model.modules())
-            try:
-                check_sizes(self.config, sizes, len(self.tensors), modules)
-            except ValueError as error:
-                raise AdapterFileError(f"{CONFIG_NAME} of {self.name!r}: {error}") from error
-        convert_peft_config_for_transformers(self.config, model, state_dict=self.tensors)
-        self.tensors = convert_peft_adapter_state_dict_for_transformers(model, self.config, self.tensors)
-
-
-def _warn_of_unknown(names: set[str], function: str) -> None:
-    if names:
-        listed = ", ".join(map(repr, sorted(names)))
-        warnings.warn(f"{function} does not know the argument {listed}; ignored.", PeftWarning, stacklevel=4)
-
-
-def _value(member: Any) -> Any:
-    """The value of an enum's member; other things as they are."""
-    return getattr(member, "value", member)

@@ -1,0 +1,372 @@
+"""Adapters of a model in files: saved, loaded, pushed to the hub."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft.checkpoint import (
+    get_peft_model_state_dict,
+    model_card,
+    set_peft_model_state_dict,
+    write_adapter,
+)
+from peft.checkpoint.files import load_peft_weights
+from peft.checkpoint.source import Source, warn_of_unknown
+from peft.checkpoint.state import IncompatibleKeys
+from peft.config import PeftConfig, saved_form
+from peft.core.injection import check_adapter_name
+from peft.core.part import as_names
+from peft.core.tuner import BaseTuner
+from peft.core.undo import all_or_nothing
+from peft.core.walk import parts_of
+from peft.errors import PeftWarning
+from peft.folder import replace_files
+from peft.hub import CARD_NAME, push
+from peft.registry import method_of
+from peft.tuners.prompts.base import PromptHost
+
+#: keyword arguments of `save_pretrained` and `push_to_hub` that go to the hub
+FOR_HUB = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+#: fields in which an adapter may differ from the file that is loaded over it: they say nothing of what it does
+_MAY_DIFFER = {
+    "inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type",
+    "target_modules", "exclude_modules", "rank_pattern", "total_step", "layers_pattern", "fan_in_fan_out",
+    "modules_to_save",
+}  # fmt: skip
+#: those that say how an adapter started, where that leaves the base model alone
+_STARTS = {"init_lora_weights", "init_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
+
+
+class SavedAdapters(PromptHost):
+    """What `PeftModel` does with files."""
+
+    if TYPE_CHECKING:  # what it has of `PeftModel`
+        base_model: Any
+        peft_type: Any
+
+        @property
+        def _tuner(self) -> BaseTuner | None: ...
+
+        def get_base_model(self) -> nn.Module: ...
+
+        def add_adapter(
+            self,
+            adapter_name: str,
+            peft_config: PeftConfig,
+            low_cpu_mem_usage: bool = ...,
+            autocast_adapter_dtype: bool = ...,
+        ) -> None: ...
+
+        def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None: ...
+
+        @classmethod
+        def _class_for(cls, task_type: str | None) -> Any: ...
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: str | Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves adapters: `default` into the folder itself, others into subfolders of their names.
+
+        Each is replaced as a whole: a process that is killed meanwhile leaves the old files or the new ones.
+
+        Args:
+            save_directory: the folder, made if need be.
+            safe_serialization: write safetensors; False writes a pickle (`.bin`).
+            selected_adapters: names of the adapters to save; all if None.
+            save_embedding_layers: take the base model's embeddings along; `"auto"` where they belong to the change.
+            is_main_process: False gathers what there is to gather and writes nothing.
+            path_initial_model_for_weight_conversion: the adapter as it was before training, for initialisations that
+                change the base weights: what is saved then works on the original base model.
+            kwargs: `state_dict`, where it has to be gathered from several processes; `push_to_hub=True` with what
+                `push_to_hub` takes.
+
+        Raises:
+            ValueError: the directory is a file, or an adapter does not exist.
+            OSError: the files could not be written; what was there before is still whole.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{os.fspath(save_directory)!r} is a file; a directory is needed to save adapters.")
+        names = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"selected_adapters names {', '.join(unknown)}, which does not exist; there are"
+                f" {', '.join(self.peft_config)}."
+            )
+        gathered = kwargs.pop("state_dict", None)
+        if gathered is not None and not is_main_process:
+            return  # there is nothing left to gather
+        to_hub = kwargs.pop("push_to_hub", False)
+        if not to_hub:
+            warn_of_unknown(set(kwargs) - {"repo_id", *FOR_HUB}, "save_pretrained")
+        card = self._card(save_directory)
+        saves = []
+        for name in names:
+            config = self.peft_config[name]
+            tensors = get_peft_model_state_dict(self, gathered, name, save_embedding_layers=save_embedding_layers)
+            content, more = saved_form(config)
+            content |= {"inference_mode": True, **self._facts(config)}
+            if path_initial_model_for_weight_conversion is not None:
+                if self._tuner is None:
+                    raise ValueError(
+                        "path_initial_model_for_weight_conversion is for initialisations that change the base weights;"
+                        f" adapter {name!r} is a soft prompt. Save without it."
+                    )
+                initial = load_peft_weights(path_initial_model_for_weight_conversion, "cpu")
+                tensors, content = self._tuner.method(config).without_start(name, tensors, content, initial)
+            saves.append((name, tensors, content, more))
+        if not is_main_process:
+            return
+        for name, tensors, content, more in saves:
+            owner = self._tuner.method(self.peft_config[name]).owner(name) if self._tuner is not None else None
+            path = [part for part in (owner, name) if part not in (None, "default")]
+            folder = os.path.join(save_directory, *path)
+            own_card = card if name == "default" else None
+            write_adapter(folder, content, tensors, card=own_card, safe_serialization=safe_serialization, more=more)
+        if "default" not in names:
+            self.create_or_update_model_card(save_directory)
+        if to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+
+    def _facts(self, config: PeftConfig) -> dict[str, Any]:
+        """What a saved configuration says of the base model."""
+        base = self.get_base_model()
+        facts: dict[str, Any] = {}
+        if config.base_model_name_or_path is None:
+            facts["base_model_name_or_path"] = base.__dict__.get("name_or_path") or None
+        if config.task_type is None:
+            facts["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        return facts
+
+    def _card(self, folder: str | os.PathLike) -> str | None:
+        """The text of a folder's model card; None where the one that is there is to be left alone."""
+        base_config = getattr(self.get_base_model(), "config", None)
+        quantization: Any = getattr(base_config, "quantization_config", None)
+        config = next(iter(self.peft_config.values()))
+        base: Any = self.get_base_model()
+        tags = ["transformers"] if type(base).__module__.startswith("transformers") else []
+        tags += getattr(base, "model_tags", None) or []
+        return model_card(
+            folder,
+            method=str(value_of(self.peft_type)),
+            base_model=config.base_model_name_or_path or getattr(base_config, "_name_or_path", None),
+            task_type=value_of(config.task_type) if config.task_type else None,
+            quantization=quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
+            tags=tags,
+        )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Writes the model card (`README.md`) of a folder, or brings the one that is there up to date."""
+        text = self._card(output_dir)
+        if text is not None:
+            replace_files(output_dir, {CARD_NAME: text.encode()})
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Commits the adapters to a hub repository, which is made if need be.
+
+        Args:
+            repo_id: the repository.
+            kwargs: what `save_pretrained` takes, and `token`, `private`, `revision`, `commit_message`,
+                `commit_description`, `create_pr`, `tags` for the hub.
+
+        Returns:
+            huggingface_hub's `CommitInfo`.
+        """
+        hub = {key: kwargs.pop(key) for key in FOR_HUB if key in kwargs}
+        return push(lambda folder: self.save_pretrained(folder, **kwargs), repo_id, **hub)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A base model with a saved adapter on it.
+
+        Args:
+            model: the base model, changed in place.
+            model_id: a folder, or a repository id on the hub.
+            adapter_name: the name the adapter gets.
+            is_trainable: whether it is to be trained further; frozen otherwise.
+            config: its configuration; read from the files if None.
+            autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
+            ephemeral_gpu_offload: see `LoraRuntimeConfig`.
+            low_cpu_mem_usage: make no values that loading replaces; so it is anyway, unless they change the base model.
+            key_mapping: regular expressions for names in the file -> what to put in their place.
+            kwargs: `subfolder`; `revision`, `token`, `cache_dir`, `local_files_only`, ... for the hub; `torch_device`.
+
+        Raises:
+            ValueError: there is no adapter, or it does not fit; the model is as before.
+            RuntimeError: its tensors have other shapes; the model is as before.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be the base model, an nn.Module; got {type(model).__name__}.")
+        if config is not None and not isinstance(config, PeftConfig):
+            raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}.")
+        if not isinstance(model_id, (str, os.PathLike)) or not os.fspath(model_id):
+            raise ValueError(f"model_id must be a folder or a repository id, got {model_id!r}.")
+        source = Source.read(model_id, key_mapping, kwargs, config, is_trainable, ephemeral_gpu_offload)
+        source.fit(model)
+        cls = cls._class_for(source.config.task_type)
+        if is_trainable:
+            check_trainable(source.config)
+        with all_or_nothing():
+            peft_model = cls(
+                model,
+                source.config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
+            )
+            peft_model._load_tensors(adapter_name, source, kwargs)
+        if not is_trainable:
+            peft_model.eval()
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> IncompatibleKeys:
+        """Loads a saved adapter beside those that are there; the active adapter stays the active one.
+
+        Where an adapter of that name exists, its tensors are replaced; its settings have to be those of the file.
+
+        Args:
+            model_id: a folder, or a repository id on the hub.
+            adapter_name: the name the adapter gets.
+            is_trainable: whether it is to be trained further.
+            torch_device: where to read the file to; by default where the model is.
+            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping: as for `from_pretrained`.
+            kwargs: `subfolder`; `revision`, `token`, `cache_dir`, `local_files_only`, ... for the hub.
+
+        Returns:
+            Names of the adapter that the file has no value for, and names in the file that the model has no place for;
+            both are warned of as well.
+
+        Raises:
+            ValueError: there is no adapter, or it does not fit; the model is as before.
+            RuntimeError: its tensors have other shapes; the model is as before.
+        """
+        check_adapter_name(adapter_name)
+        there = self.peft_config.get(adapter_name)
+        kwargs["torch_device"] = torch_device
+        source = Source.read(model_id, key_mapping, kwargs, None, is_trainable, ephemeral_gpu_offload)
+        source.fit(self.get_base_model())
+        self._check_new_adapter_config(source.config, is_trainable and there is None)
+        if there is not None:
+            self._check_replaceable(adapter_name, source.config)
+        with all_or_nothing():
+            if there is None:
+                self.add_adapter(
+                    adapter_name,
+                    source.config,
+                    low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                )
+            result = self._load_tensors(adapter_name, source, kwargs)
+        if there is not None:
+            there.inference_mode = not is_trainable
+        if not is_trainable:
+            self.eval()
+        elif self._tuner is not None:
+            self._tuner.set_requires_grad(adapter_name)
+        return result
+
+    def _check_replaceable(self, adapter_name: str, new: PeftConfig) -> None:
+        """Raises ValueError where loading tensors into an adapter would not make it the one that was saved."""
+        if any(adapter_name in part.merged_adapters for _, part in parts_of(self.base_model)):
+            raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before loading over it.")
+        old = self.peft_config[adapter_name]
+        values = [config.to_json_dict() for config in (old, new)]
+        replaceable = self._tuner is None or all(map(self._tuner.method(old).start_is_replaceable, (old, new)))
+        ignored = _MAY_DIFFER | (_STARTS if replaceable else set())
+        differ = [
+            field
+            for field in values[0].keys() | values[1].keys()
+            if field not in ignored and values[0].get(field) != values[1].get(field)
+        ]
+        if differ:
+            listed = "; ".join(
+                f"{field} is {values[0].get(field)!r} there and {values[1].get(field)!r} in the file"
+                for field in sorted(differ)
+            )
+            raise ValueError(
+                f"The saved adapter cannot be loaded over {adapter_name!r}, which has other settings: {listed}. Call"
+                f" delete_adapter({adapter_name!r}) first, or load it under another name."
+            )
+
+    def _load_members(self, adapter_name: str, config: PeftConfig) -> None:
+        """Loads the saved adapters that a new one is made of, if its method is of that kind."""
+        tuner, model = self.base_model, self.get_base_model()
+        places = tuner.method(config).members(adapter_name, config)
+        if not places:
+            return
+        sources = {name: Source.read_first(name, candidates) for name, candidates in places.items()}
+        for name, source in sources.items():
+            source.fit(model)
+            tuner.method(source.config).check_config(name, source.config)
+        for name, source in sources.items():
+            tuner.inject_adapter(model, name, low_cpu_mem_usage=source.needs_no_start, config=source.config)
+            self._load_tensors(name, source, {})
+
+    def _load_tensors(self, adapter_name: str, source: Source, options: dict[str, Any]) -> IncompatibleKeys:
+        result = set_peft_model_state_dict(
+            self,
+            source.tensors,
+            adapter_name,
+            ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
+        )
+        if self._tuner is not None:
+            self._tuner.fill_in(adapter_name)
+        for keys, what in (
+            (result.missing_keys, "has no value for"),
+            (result.unexpected_keys, "has what the model has no place for:"),
+        ):
+            if keys:
+                listed = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+                warnings.warn(f"Adapter {adapter_name!r}: {source.name} {what} {listed}.", PeftWarning, stacklevel=4)
+        return result
+
+
+def check_trainable(config: PeftConfig) -> None:
+    """Raises ValueError where a prompt is to be trained further whose file does not hold what is trained."""
+    encoder: Any = method_of(config.peft_type or "").model_class
+    if config.is_prompt_learning and not encoder.is_whole_in_files(config):
+        raise ValueError(
+            "A prompt learning adapter that is loaded cannot be trainable; what made it is not saved. Prompts of keys"
+            " and values can, those of CARTRIDGE and of PREFIX_TUNING without a projection."
+        )
+
+
+def value_of(member: Any) -> Any:
+    """The value of an enum's member; other things as they are."""
+    return getattr(member, "value", member)
