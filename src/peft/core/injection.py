@@ -91,7 +91,8 @@ def inject(
         tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
         without_memory = plan.waits_for_file = low_cpu_mem_usage and method.start_is_replaceable(config)
         share(method, plan, config, adapter_name)
-        with torch.device("meta") if without_memory else nullcontext(), own_biases(before.parts):
+        device = torch.device("meta") if without_memory else nullcontext()
+        with device, own_biases(before.parts), method.drawing(config):
             _apply(tuner, plan, config, adapter_name)
             save_modules(model, plan.save, adapter_name, tied)
             train_tokens(model, adapter_name, tokens)

@@ -86,6 +86,10 @@ class Method:
     def complete_config(self, config: Any, model_config: dict[str, Any]) -> None:
         """Fills in what a configuration leaves open, beside its targets."""
 
+    def drawing(self, config: Any) -> AbstractContextManager[None]:
+        """Around the making of an adapter's tensors: where the random numbers come from."""
+        return nullcontext()
+
     def check_config(self, adapter_name: str, config: Any) -> None:
         """Raises ValueError where an adapter does not go together with those that are there."""
         others = [other for name, other in self.configs.items() if name != adapter_name]

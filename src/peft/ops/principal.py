@@ -37,23 +37,23 @@ def principal_factors(
     return inner[:, None] * right[:rank], left[:, :rank] * outer
 
 
-def randomised_svd(
-    matrix: Tensor, rank: int, iterations: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def randomised_svd(matrix: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular values of a matrix and their vectors, nearly, by power iterations (arXiv:0909.4061).
 
-    Drawn on the CPU, so that the outcome is the same on all devices but for rounding.
+    As `torch.svd_lowrank`, but drawn on the CPU, so that the outcome is the same on all devices but for rounding.
 
     Args:
         matrix: [rows, columns].
         rank: r.
         iterations: how often the start is multiplied with matrix and transpose beyond the first time.
-        generator: what the start is drawn from, on the CPU; None for torch's own.
 
     Returns:
         [rows, r], [r], [r, columns].
     """
-    basis = torch.randn(matrix.shape[1], rank, generator=generator).to(matrix)
+    if matrix.shape[0] < matrix.shape[1]:
+        left, values, right = randomised_svd(matrix.T, rank, iterations)
+        return right.T, values, left.T
+    basis = torch.randn(matrix.shape[1], rank).to(matrix)
     for step in range(2 * iterations + 1):
         basis, _ = torch.linalg.qr((matrix.T if step % 2 else matrix) @ basis)
     left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)

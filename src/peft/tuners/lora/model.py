@@ -27,7 +27,7 @@ from peft.tuners.lora.kinds import LAYERS, Embedding, Linear
 from peft.tuners.lora.layer import LoraLayer, TiedFactor, alpha_of, check_config, rank_of
 from peft.tuners.lora.parallel import LoraParallelLinear
 from peft.tuners.lora.quantised import linear_class
-from peft.tuners.lora.starts import settle_seed, start_of
+from peft.tuners.lora.starts import drawn_from, settle_seed, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.alora import Watch
 from peft.tuners.lora.variants.dora import Dora
@@ -47,6 +47,9 @@ class LoraMethod(Method):
 
     def complete_config(self, config: LoraConfig, model_config: dict[str, Any]) -> None:
         settle_seed(config)
+
+    def drawing(self, config: LoraConfig) -> AbstractContextManager[None]:
+        return drawn_from(config.init_seed)
 
     def check_config(self, adapter_name: str, config: LoraConfig) -> None:
         check_config(config)

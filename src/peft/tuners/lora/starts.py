@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,8 @@ def settle_seed(config: LoraConfig) -> None:
     if config.init_seed is not None or not (start.startswith("pissa_niter") or start == "lora_ga"):
         return
     if not hasattr(config, "_said_by"):
-        config.init_seed = int(torch.randint(2**31, ()))
+        # Where the seed has just been set, it says it all, and draws are what they would be without this.
+        config.init_seed = torch.initial_seed() if _is_fresh() else int(torch.randint(2**31, ()))
     else:
         warnings.warn(
             f"The file does not say what init_lora_weights={start!r} was drawn from (init_seed), and the adapter needs"
@@ -112,9 +114,20 @@ def settle_seed(config: LoraConfig) -> None:
         )
 
 
-def generator_of(config: LoraConfig) -> torch.Generator | None:
-    """What a layer's start is drawn from."""
-    return None if config.init_seed is None else torch.Generator().manual_seed(config.init_seed)
+def _is_fresh() -> bool:
+    """Whether nothing has been drawn since the seed was set."""
+    return torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(torch.initial_seed()).get_state())
+
+
+@contextmanager
+def drawn_from(seed: int | None) -> Iterator[None]:
+    """While it lasts, random numbers begin at `seed`, if there is one; then they go on as if nothing had been."""
+    if seed is None or (seed == torch.initial_seed() and _is_fresh()):
+        yield
+        return
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _pissa(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
@@ -124,7 +137,7 @@ def _pissa(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
     if steps is None:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     else:
-        u, s, vh = randomised_svd(weight, r, int(steps[0]), generator_of(config))
+        u, s, vh = randomised_svd(weight, r, int(steps[0]))
     fill_factors(layer, name, *_in_two(u[:, :r], s[:r], vh[:r], layer.scaling[name]))
     return without_product(layer, name)
 
@@ -173,12 +186,11 @@ def _lora_ga(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | Non
         layer.reset_lora_parameters(name)
         return None
     gradient = heavy(layer.op.matrix(base.__dict__[GRADIENT]), config)
-    generator = generator_of(config)
-    u, s, vh = randomised_svd(gradient, min(4 * r, *gradient.shape), 4, generator)
+    u, s, vh = randomised_svd(gradient, min(4 * r, *gradient.shape), 4)
     of_a: Any
     of_b: Any
     if setting.direction == "random":
-        of_a = of_b = torch.randperm(min(2 * r, len(s)), generator=generator)[:r].to(s.device)
+        of_a = of_b = torch.randperm(min(2 * r, len(s)))[:r].to(s.device)
     else:
         of_a, of_b = {
             "ArBr": (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
@@ -189,7 +201,7 @@ def _lora_ga(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | Non
     if setting.scale == "stable":
         b = b * (layer.out_features**0.25 / setting.stable_gamma**0.5)
     elif setting.scale == "weight_svd" and lengths[0] > 0:
-        largest = randomised_svd(base_matrix(layer, config), r, 4, generator)[1][0]
+        largest = randomised_svd(base_matrix(layer, config), r, 4)[1][0]
         b = b * (largest / lengths[0])
     elif setting.scale == "gd_scale":
         a, b = a / scaling, b / scaling
