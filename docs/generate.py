@@ -25,6 +25,7 @@ import yaml
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent / "src"), str(DOCS.parent / "tests")]
 
+import file_sizes  # noqa: E402
 from method_example import example  # noqa: E402
 
 import peft  # noqa: E402
@@ -357,6 +358,9 @@ def index_page(counts: dict[str, tuple[int, str] | None]) -> str:
         merges = "no" if row.prompt or method in cells.ELSEWHERE else "yes"
         first = text.get("use", about(row.config_class).split("\n")[0]).split(". ")[0].rstrip(".")
         lines.append(f"| [{text.get('name', method)}]({page_name(method)}) | {size} | {merges} | {first}. |")
+    lines += ["", "## Files", "", _FILES, ""]
+    names = {method: f"[{TEXTS.get(method, {}).get('name', method)}]({page_name(method)})" for method in METHODS}
+    lines += file_sizes.table(names, {method: text.get("settings", {}) for method, text in TEXTS.items()})
     lines += ["", "## Common fields", "", "Every configuration has:", "", *field_table(PeftConfig), ""]
     base = {field.name for field in fields(PeftConfig)}
     lines += ["Those of methods that adapt layers have:", "", *field_table(LayerConfig, base), ""]
@@ -372,6 +376,15 @@ _GUIDE = (
     "",
     "Sizes are those of an adapter with the default settings on Llama-2-7B, which adapt the query and value projections"
     " in most methods.",
+)
+
+
+_FILES = (
+    "An adapter on a model of the shape of SmolLM2-135M (its default targets and settings, float32). The smallest file"
+    " is that of `save_pretrained(folder, minimal=True)`: what comes from a seed or from the base weights is left out,"
+    " made again in loading, and checked. huggingface/peft reads it where the method has a field for that"
+    " (`save_projection`, `save_precomputed_indices`). Saving what was loaded gives the default file again; so does"
+    " `peft convert`."
 )
 
 

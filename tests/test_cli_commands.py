@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
 from peft.cli import main, tiny
 from peft.cli.options import COMMANDS, Estimate
 from peft.cli.tasks import CHATML
@@ -65,6 +65,17 @@ def base_of(path: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_convert_makes_files_small_and_whole_again(made, tmp_path, capsys):
+    config = VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    save_adapter(made.base, tmp_path / "vera", config, seed=4)
+    sources = {"minimal": tmp_path / "vera", "full": tmp_path / "minimal"}
+    for kind, source in sources.items():
+        assert main(words("convert", source, "--to", kind, "--model", made.base, "--output", tmp_path / kind)) == 0
+    first, small, whole = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("vera", *sources))
+    assert {name for name in first if "vera_lambda" in name} == set(small)
+    assert set(whole) == set(first) and all(torch.equal(whole[name], first[name]) for name in first)
 
 
 def test_generate_writes_what_the_model_writes(made, capsys):
@@ -302,7 +313,7 @@ WRONG = {
     "extract {base} {bert} --output x": (1, "is a llama model, but"),
     "extract {base} {base} --task-type POEM --output x": (1, "--task-type takes CAUSAL_LM"),
     "convert table.csv --output x": (1, "LoRA files end with .safetensors"),
-    "convert {one} --output x": (2, "kohya, diffusers, gguf, mlx, fused or per-expert"),
+    "convert {one} --output x": (2, "gguf, mlx, fused, per-expert, minimal or full"),
     "estimate {base} --batch-size 0": (2, "--batch-size has to be 1 or more"),
     "train --model {base} --data table.csv": (1, "table.csv, line 2: the fields 'a', 'b'"),
     "train --model {bert} --data chat.jsonl": (1, "a bert model has no head for chat"),

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import field as define
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -137,7 +138,8 @@ class PeftConfigMixin:
     def _written(self) -> set[str]:
         """Names of the fields that a file has."""
         plain = {f.name for f in fields(self)} - self.runtime_fields
-        return {name for name in plain if name not in self.beyond_reference or not self._is_default(name)}
+        beyond = self.beyond_reference | {"left_out"}
+        return {name for name in plain if name not in beyond or not self._is_default(name)}
 
     def _is_default(self, name: str) -> bool:
         f = self.__dataclass_fields__[name]
@@ -398,6 +400,7 @@ class LayerConfig(PeftConfig):
             mixture of experts.
         modules_to_save: modules that are trained in full and stored with the adapter, such as a new head.
         bias: which biases are trained and stored: `"none"`, `"all"`, or those of adapted layers (`"<method>_only"`).
+        left_out: in a file that was saved with `minimal=True`, what it does not hold, with sums to check it by.
     """
 
     target_modules: list[str] | str | None = None
@@ -407,6 +410,7 @@ class LayerConfig(PeftConfig):
     target_parameters: list[str] | None = None
     modules_to_save: list[str] | None = None
     bias: str = "none"
+    left_out: dict[str, float] | None = define(default=None, kw_only=True)
 
     #: fields that map names of modules to settings of their own; names that match no module are warned of
     pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")

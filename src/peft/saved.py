@@ -17,8 +17,9 @@ from peft.checkpoint import (
     write_adapter,
 )
 from peft.checkpoint.files import load_peft_weights
+from peft.checkpoint.minimal import check_left_out, leave_out
 from peft.checkpoint.source import Source, warn_of_unknown
-from peft.checkpoint.state import IncompatibleKeys
+from peft.checkpoint.state import IncompatibleKeys, vocabulary_changed
 from peft.config import PeftConfig, saved_form
 from peft.core.injection import check_adapter_name
 from peft.core.part import as_names
@@ -76,6 +77,7 @@ class SavedAdapters(PromptHost):
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
+        minimal: bool = False,
         **kwargs: Any,
     ) -> None:
         """Saves adapters: `default` into the folder itself, others into subfolders of their names.
@@ -90,6 +92,9 @@ class SavedAdapters(PromptHost):
             is_main_process: False gathers what there is to gather and writes nothing.
             path_initial_model_for_weight_conversion: the adapter as it was before training, for initialisations that
                 change the base weights: what is saved then works on the original base model.
+            minimal: leave out what seeds and base weights give again in loading, where it is checked that the same
+                comes out: fixed tensors, and base weights of embeddings with an adapter. huggingface/peft loads such
+                a file where the configuration has a field for it (`save_projection` and its like).
             kwargs: `state_dict`, where it has to be gathered from several processes; `push_to_hub=True` with what
                 `push_to_hub` takes.
 
@@ -116,7 +121,10 @@ class SavedAdapters(PromptHost):
         saves = []
         for name in names:
             config = self.peft_config[name]
-            tensors = get_peft_model_state_dict(self, gathered, name, save_embedding_layers=save_embedding_layers)
+            embeddings = vocabulary_changed(self, config) if minimal and save_embedding_layers == "auto" else None
+            tensors = get_peft_model_state_dict(
+                self, gathered, name, save_embedding_layers=save_embedding_layers if embeddings is None else embeddings
+            )
             content, more = saved_form(config)
             content |= {"inference_mode": True, **self._facts(config)}
             if path_initial_model_for_weight_conversion is not None:
@@ -127,6 +135,8 @@ class SavedAdapters(PromptHost):
                     )
                 initial = load_peft_weights(path_initial_model_for_weight_conversion, "cpu")
                 tensors, content = self._tuner.method(config).without_start(name, tensors, content, initial)
+            if minimal and self._tuner is not None:
+                tensors, content = leave_out(self, name, tensors, content)
             saves.append((name, tensors, content, more))
         if not is_main_process:
             return
@@ -347,6 +357,7 @@ class SavedAdapters(PromptHost):
         )
         if self._tuner is not None:
             self._tuner.fill_in(adapter_name)
+            check_left_out(self._tuner, adapter_name)
         for keys, what in (
             (result.missing_keys, "has no value for"),
             (result.unexpected_keys, "has what the model has no place for:"),

@@ -143,7 +143,7 @@ def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | str) -> di
     if not choice:
         return {}
     named = choice == "auto" and _names_embeddings(config) and config.stores_embeddings
-    changed = _vocabulary_changed(model, config)
+    changed = vocabulary_changed(model, config)
     if choice == "auto" and not named and not changed:
         return {}
     plain, adapted = _embedding_slots(model)
@@ -156,7 +156,7 @@ def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | str) -> di
     return adapted if (named or adapted) and not changed else plain | adapted
 
 
-def _vocabulary_changed(model: nn.Module, config: Any) -> bool:
+def vocabulary_changed(model: nn.Module, config: Any) -> bool:
     """Whether the model's vocabulary has another size than that of the model it is named after, if that can be told."""
     name, now = config.base_model_name_or_path, getattr(getattr(model, "config", None), "vocab_size", None)
     if not name or now is None:

@@ -1,4 +1,4 @@
-"""`peft convert`: LoRA files of other programs read and written, and LoRA of experts in its other layout."""
+"""`peft convert`: LoRA of other programs and in other layouts; files made smaller, and whole again."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ def run(options: Convert, *_: Any) -> int:
         config.base_model_name_or_path = options.model or config.base_model_name_or_path
         config.inference_mode = True
         write_adapter(options.output, config.to_json_dict(), tensors)
+    elif options.to in ("minimal", "full"):
+        check_empty(options.output)
+        adapted = models.load_adapted(options.source, model=options.model, dtype=None, device="cpu")
+        adapted.save_pretrained(options.output, minimal=options.to == "minimal")
+        tensors = load_peft_weights(options.output, "cpu")
     else:
         if options.to is None:
-            kinds = "kohya, diffusers, gguf, mlx, fused or per-expert"
+            kinds = "kohya, diffusers, gguf, mlx, fused, per-expert, minimal or full"
             raise OptionError(f"--to is needed, to say which form the adapter is to have: {kinds}")
         ending = ENDINGS.get(options.to)
         if ending and not options.output.endswith(ending):

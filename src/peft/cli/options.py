@@ -271,15 +271,16 @@ class Convert:
         source: a saved adapter; a LoRA file of kohya's scripts, diffusers or llama.cpp (GGUF); a folder of mlx-lm.
         output: folder of the adapter, or the file.
         to: the form that an adapter is to have: kohya, diffusers, gguf (llama.cpp), mlx; fused or per-expert are the
-            layouts that the experts of mixtures have in transformers 5 and in files.
+            layouts that the experts of mixtures have in transformers 5 and in files; minimal leaves out what seed and
+            base model give again, full puts it back.
         part: part of a pipeline: unet, text_encoder, transformer, ...
         model: base model, where it is not the one that the adapter names; kohya's files need its folder, GGUF and MLX
-            its configuration.
+            its configuration, minimal and full its weights.
     """
 
     source: str
     output: str
-    to: Literal["kohya", "diffusers", "gguf", "mlx", "fused", "per-expert"] | None = None
+    to: Literal["kohya", "diffusers", "gguf", "mlx", "fused", "per-expert", "minimal", "full"] | None = None
     part: str | None = None
     model: str | None = None
 

@@ -20,6 +20,7 @@ from peft.registry import METHODS
 #: fields that the library or the command fills in itself
 NOT_FOR_USERS = {
     "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode", "task_type", "revision",
+    "left_out",
 }  # fmt: skip
 #: settings of a run, written into its folder; what `--resume` reads
 SETTINGS = "train.yaml"

@@ -141,7 +141,7 @@ def share(method: Method, plan: Plan, config: Any, adapter_name: str) -> None:
     with torch.device("cpu"):  # also where the adapter itself is made without memory: it may not be in the file
         made = method.share(plan, config, adapter_name)
         if plan.waits_for_file and any(
-            _is_blank(made[name]) and not method.slot(name).is_stored(config) for name in made
+            _is_blank(made[name]) and not method.slot(name).is_stored(config, name) for name in made
         ):
             plan.waits_for_file = False
             made = method.share(plan, config, adapter_name)

@@ -75,7 +75,7 @@ def _draw(layer: AdapterLayer, name: str, config: Any) -> None:
     with torch.device("cpu"):
         layer.draw(name, config)
         without = [slot for slot, tensor in _fixed(layer, name) if tensor.is_meta]
-        if layer.waits_for_file and not all(layer.slots[slot].is_stored(config) for slot in without):
+        if layer.waits_for_file and not all(layer.slots[slot].is_stored(config, slot) for slot in without):
             layer.__dict__["waits_for_file"] = False
             layer.draw(name, config)
 

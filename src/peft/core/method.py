@@ -197,7 +197,7 @@ class Method:
         keys = {}
         containers: dict[str, Any] = dict(self.shared)
         for name, container in containers.items():
-            if self.slot(name).is_stored(config) and adapter_name in container:
+            if self.slot(name).is_stored(config, name) and adapter_name in container:
                 held: Any = container[adapter_name]
                 groups = [""] if isinstance(held, Tensor) else [f".{group}" for group in state_names(held)]
                 keys.update({f"{name}{group}": f"{name}.{adapter_name}{group}" for group in groups})

@@ -185,7 +185,7 @@ class Part(nn.Module):
         keys = {}
         for slot in self.adapter_layer_names:
             entries = getattr(self, slot)
-            if name in entries and self.slots[slot].is_stored(self.records[name].config):
+            if name in entries and self.slots[slot].is_stored(self.records[name].config, slot):
                 entry = entries[name]
                 leaves = [f".{leaf}" for leaf in state_names(entry)] if isinstance(entry, nn.Module) else [""]
                 keys.update({f"{slot}{leaf}": f"{slot}.{name}{leaf}" for leaf in leaves})

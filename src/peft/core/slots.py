@@ -74,8 +74,10 @@ class Slot:
             return nn.ModuleDict()
         return nn.ParameterDict() if self.trained or self.parameter else Buffers(persistent=self.stored is not False)
 
-    def is_stored(self, config: Any) -> bool:
-        """Whether the file of an adapter with this configuration holds it."""
+    def is_stored(self, config: Any, name: str) -> bool:
+        """Whether the file of an adapter with this configuration holds it, given what the slot is called."""
+        if not self.trained and name in (getattr(config, "left_out", None) or ()):
+            return False
         return self.stored if isinstance(self.stored, bool) else bool(getattr(config, self.stored))
 
 

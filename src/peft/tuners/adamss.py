@@ -126,15 +126,23 @@ class AdamssLayer(AdapterLayer):
 
     def create(self, name: str, config: AdamssConfig) -> None:
         self.adamss_dropped[name], self.adamss_importance[name] = set(), {}
-        weight, bias = self.op.matrix(self.original_weight()).detach(), self.original_bias()
-        if bias is not None:
-            weight = torch.cat((weight, bias.detach()[:, None].to(weight)), 1)
-        pairs, rows, self.adamss_newB[name] = subspaces_of(weight.float(), config)
+        pairs, rows, self.adamss_newB[name] = subspaces_of(self.with_bias(), config)
         self.adamss_rows[name] = torch.cat(rows)
         if torch.get_default_device().type == "meta":
             pairs = [(down.to("meta"), up.to("meta")) for down, up in pairs]
         self.adamss_A[name] = nn.ParameterList([down for down, _ in pairs])
         self.adamss_B[name] = nn.ParameterList([up for _, up in pairs])
+
+    def draw(self, name: str, config: AdamssConfig) -> None:
+        if name not in self.adamss_newB:
+            self.adamss_newB[name] = subspaces_of(self.with_bias(), config)[2]
+
+    def with_bias(self) -> Tensor:
+        """The base weight with the bias as its last column: [out, in + 1]."""
+        weight, bias = self.op.matrix(self.original_weight()).detach(), self.original_bias()
+        if bias is not None:
+            weight = torch.cat((weight, bias.detach()[:, None].to(weight)), 1)
+        return weight.float()
 
     def change(self, name: str) -> Iterator[Change]:
         a: Any = self.adamss_A[name]

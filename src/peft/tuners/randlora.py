@@ -91,7 +91,7 @@ class RandLoraLayer(AdapterLayer):
 
     def key_map(self, name: str) -> dict[str, str]:
         keys = super().key_map(name)
-        if keys and self.records[name].config.save_projection:
+        if keys and self.slots["randlora_A"].is_stored(self.records[name].config, "randlora_A"):
             keys.update({slot: f"{slot}.{name}" for slot in ("randlora_A", "randlora_B")})
         return keys
 
