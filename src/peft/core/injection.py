@@ -61,29 +61,8 @@ def inject(
     with _no_garbage_collection(), ExitStack() as undo:
         undo.callback(_put_back, config, dict(config.__dict__))
         config = tuner._prepare_adapter_config(config, model_config_of(model))
-        _check_bias(tuner, adapter_name, config)
         method = tuner.method(config)
-        method.check_config(adapter_name, config)
-        if config.target_modules == ALL_LINEAR:
-            heads = CLASSIFIER_NAMES if config.task_type == "SEQ_CLS" else ()
-            config.target_modules = all_linear(model, {*(config.modules_to_save or ()), *heads})
-        config.target_modules = shortened(config.target_modules, model)
-        restructured = method.prepare_model(config, model)
-        if restructured is not None:
-            undo.callback(restructured)
-        also_target, also_save = tie_configuration(config, model)
-        only = state_dict_targets(state_dict, method.prefix) if state_dict is not None else None
-        plan = make_plan(
-            model, config, method.layer_class, only=only, also_target=also_target, also_save=also_save,
-            any_kind=any_kind, matches=tuner._check_target_module_exists,
-        )  # fmt: skip
-        method.check_plan(plan, config)
-        united = unite_embeddings(model, plan)
-        if united is not None:
-            undo.callback(united)
-        tokens = token_rows(config, model)
-        warn_of_tied_targets(plan.module_names, config, model)
-        _note_layout(config, plan)
+        plan, tokens = _planned(tuner, model, adapter_name, config, undo, state_dict, any_kind)
 
         before = Before(tuner, model)
         undo.callback(see_to_fast_paths, model)
@@ -96,26 +75,7 @@ def inject(
             _apply(tuner, plan, config, adapter_name)
             save_modules(model, plan.save, adapter_name, tied)
             train_tokens(model, adapter_name, tokens)
-        put_everywhere(model)
-        method.planned = {}
-        tuner._parts = None
-        tuner.targeted_module_names = list(dict.fromkeys(tuner.targeted_module_names + plan.module_names))
-        tuner.targeted_parameter_names = list(dict.fromkeys(tuner.targeted_parameter_names + plan.parameter_names))
-        tuner.peft_config[adapter_name] = config
-        tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        tie_layers(tuner, model, tied, adapter_name)
-        _freeze_base(tuner, before)
-        if getattr(config, "bias", "none") != "none":
-            layer_class = None if config.bias == "all" else method.layer_class
-            train_biases(tuner.parts(), model, adapter_name, layer_class)
-            tuner._parts = None
-        note_layers(tuner.parts())
-        see_to_fast_paths(model)
-        _join_in(tuner, before, adapter_name)
-        agree((tensor for _, part in tuner.parts() for tensor in part.tensors(adapter_name)), model)
-        average_gradients(model)
-        average_gradients(tuner)  # which may hold more
-        model.peft_config = tuner.peft_config  # type: ignore[assignment]
+        _join(tuner, model, plan, config, adapter_name, tied, before, autocast_adapter_dtype)
         for layer in tuner.layers():
             changed = layer.settle(adapter_name)
             if changed is not None:
@@ -125,6 +85,76 @@ def inject(
         _warn_of_lost_gradients(model, config)
         method.added(adapter_name)
         hand_over(undo)
+
+
+def _planned(
+    tuner: BaseTuner,
+    model: nn.Module,
+    adapter_name: str,
+    config: Any,
+    undo: ExitStack,
+    state_dict: dict[str, Tensor] | None,
+    any_kind: bool,
+) -> tuple[Plan, dict[str, list[int]]]:
+    """What is to be adapted, and the rows of embeddings to be trained; all that can be refused is refused here."""
+    _check_bias(tuner, adapter_name, config)
+    method = tuner.method(config)
+    method.check_config(adapter_name, config)
+    if config.target_modules == ALL_LINEAR:
+        heads = CLASSIFIER_NAMES if config.task_type == "SEQ_CLS" else ()
+        config.target_modules = all_linear(model, {*(config.modules_to_save or ()), *heads})
+    config.target_modules = shortened(config.target_modules, model)
+    restructured = method.prepare_model(config, model)
+    if restructured is not None:
+        undo.callback(restructured)
+    also_target, also_save = tie_configuration(config, model)
+    only = state_dict_targets(state_dict, method.prefix) if state_dict is not None else None
+    plan = make_plan(
+        model, config, method.layer_class, only=only, also_target=also_target, also_save=also_save,
+        any_kind=any_kind, matches=tuner._check_target_module_exists,
+    )  # fmt: skip
+    method.check_plan(plan, config)
+    united = unite_embeddings(model, plan)
+    if united is not None:
+        undo.callback(united)
+    tokens = token_rows(config, model)
+    warn_of_tied_targets(plan.module_names, config, model)
+    _note_layout(config, plan)
+    return plan, tokens
+
+
+def _join(
+    tuner: BaseTuner,
+    model: nn.Module,
+    plan: Plan,
+    config: Any,
+    adapter_name: str,
+    tied: Sequence[str],
+    before: Before,
+    autocast_adapter_dtype: bool,
+) -> None:
+    """Makes the adapter, which is on its layers now, one of the model's: dtypes, ties, what is trained, processes."""
+    method = tuner.method(config)
+    put_everywhere(model)
+    method.planned = {}
+    tuner._parts = None
+    tuner.targeted_module_names = list(dict.fromkeys(tuner.targeted_module_names + plan.module_names))
+    tuner.targeted_parameter_names = list(dict.fromkeys(tuner.targeted_parameter_names + plan.parameter_names))
+    tuner.peft_config[adapter_name] = config
+    tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+    tie_layers(tuner, model, tied, adapter_name)
+    _freeze_base(tuner, before)
+    if getattr(config, "bias", "none") != "none":
+        layer_class = None if config.bias == "all" else method.layer_class
+        train_biases(tuner.parts(), model, adapter_name, layer_class)
+        tuner._parts = None
+    note_layers(tuner.parts())
+    see_to_fast_paths(model)
+    _join_in(tuner, before, adapter_name)
+    agree((tensor for _, part in tuner.parts() for tensor in part.tensors(adapter_name)), model)
+    average_gradients(model)
+    average_gradients(tuner)  # which may hold more
+    model.peft_config = tuner.peft_config  # type: ignore[assignment]
 
 
 def share(method: Method, plan: Plan, config: Any, adapter_name: str) -> None:

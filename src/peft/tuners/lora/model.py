@@ -172,8 +172,8 @@ class LoraMethod(Method):
     def check_before_training(self) -> None:
         for name in self.tuner.active_adapters:
             config = self.configs.get(name)
-            unmade = config is not None and config.init_lora_weights == "eva" and not hasattr(config, "_said_by")
-            if unmade and "_eva_has_run" not in config.__dict__:
+            by_eva = isinstance(config, LoraConfig) and config.init_lora_weights == "eva"
+            if by_eva and not hasattr(config, "_said_by") and "_eva_has_run" not in config.__dict__:
                 warnings.warn(
                     f"Adapter {name!r} is trained from A and B as they start by default: init_lora_weights='eva' has no"
                     " effect before initialize_lora_eva_weights(model, dataloader).",
