@@ -10,7 +10,7 @@ DEMO := $(VENV)/.demo
 SITE := $(VENV)/.site
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: help setup test test-distributed test-versions lint style types architecture demo docs bench fuzz clean
+.PHONY: help setup test test-distributed test-versions lint style types architecture demo docs bench fuzz laws clean
 
 help:
 	@echo "make test    everything in tests/, on all cores"
@@ -20,6 +20,7 @@ help:
 	@echo "make demo    fine-tune a small language model here, and ask it before and after (a few minutes)"
 	@echo "make docs    the site, in build/site; a link that leads nowhere is an error"
 	@echo "make fuzz    20,000 damaged and hostile files, in processes with limits of time and memory (Linux)"
+	@echo "make laws    10,000 random sequences of operations, after each step of which laws have to hold (hours; LAWS=500: fewer)"
 	@echo "make bench   speed and memory against the reference"
 	@echo "make setup   .venv with the pinned packages, for work on the library"
 	@echo "make clean   remove .venv and what was built"
@@ -89,6 +90,12 @@ bench: $(READY)
 # FUZZ="500 --start 40000" runs other inputs, or fewer
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_files.py $(FUZZ)
+
+# LAWS=500 runs fewer
+laws: LAWS ?= 10000
+laws: $(READY)
+	LAWS=$(LAWS) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -q -n auto --dist worksteal tests/test_laws.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -1,0 +1,488 @@
+"""Laws that hold after every step of any sequence of operations, whatever the method and the kind of module.
+
+A random sequence is run on a tiny model with two adapted modules; beside it stands what is known of the model: which
+adapters there are, act, are merged, are trained. `make laws` runs 10,000 sequences (LAWS=N: N of them).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Collection
+from contextlib import suppress
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from torch import Tensor, nn
+
+import peft
+from test_conformance import (
+    BESIDE,
+    EXCLUSIVE,
+    FURTHER,
+    KINDS,
+    LAYER_METHODS,
+    PARAMETERS,
+    SUPPORTED,
+    UNMERGEABLE,
+    Model,
+    base_value,
+    config_for,
+    row_of,
+)
+
+torch.set_num_threads(1)
+
+#: sequences in all; a few for each method unless LAWS says how many
+SEQUENCES = int(os.environ.get("LAWS") or 0)
+STEPS = 25 if SEQUENCES else 8
+NAMES = ("a", "b", "c", "d")
+#: methods that go on the same modules of a mixed model
+MIXABLE = [
+    method for method in LAYER_METHODS if (method, "Linear") in SUPPORTED and row_of(method).mixed and " " not in method
+]
+#: operations that go from module to module and stop in between if a failure that is none of their own hits them
+#: (KeyboardInterrupt, MemoryError); what they check is checked before
+KNOWN_HALF_DONE = {"set", "enable", "disable", "delete"}
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+
+
+class Pair(nn.Module):
+    """Two targets, so that a call can stop between them, and a head that may be trained in full."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.one, self.two, self.head = Model(kind), Model(kind), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.one(x) + self.two(x)
+        return out + self.head(out.reshape(-1, 4)).reshape(out.shape)
+
+
+def build(kind: str) -> Pair:
+    torch.manual_seed(3)
+    return Pair(kind).eval()
+
+
+class Failure:
+    """Raises an error at the n-th line of the library that runs."""
+
+    def __init__(self, n: int, error: type[BaseException]):
+        self.left, self.error = n, error
+
+    def __call__(self, frame, event, arg):
+        if "/peft/" not in frame.f_code.co_filename.replace("\\", "/"):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise self.error("injected")
+        return self
+
+
+def fails(call: Callable[[], object], n: int, error: type[BaseException]) -> bool:
+    """Runs a call with a failure at its n-th line; whether it came to that."""
+    before = sys.gettrace()
+    sys.settrace(Failure(n, error))
+    try:
+        call()
+    except error as raised:
+        if "injected" not in str(raised):
+            raise
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def state_of(model) -> dict:
+    """What a call that fails must not have half changed."""
+    return {
+        "adapters": {name: config.inference_mode for name, config in model.peft_config.items()},
+        "active": model.active_adapters,
+        "trained": {name for name, parameter in model.named_parameters() if parameter.requires_grad},
+        "keys": list(model.state_dict()),
+        "layers": [
+            (part.name, part.available_adapters, part.enabled, part.active_adapters, part.merged_adapters)
+            for part in model.get_layer_status()
+        ],
+    }
+
+
+class Laws(RuleBasedStateMachine):
+    """One model and what is known of it."""
+
+    def __init__(self, subject: str):
+        super().__init__()
+        self.subject = subject
+
+    @initialize(data=st.data())
+    def begin(self, data):
+        warnings.simplefilter("ignore")
+        self.mixed = self.subject == "mixed"
+        if self.mixed:
+            self.methods = data.draw(st.lists(st.sampled_from(MIXABLE), min_size=2, max_size=2, unique=True))
+            self.kind = "Linear"
+        else:
+            self.methods = [self.subject]
+            self.kind = data.draw(st.sampled_from([kind for kind in KINDS if (self.subject, kind) in SUPPORTED]))
+        #: TRAINABLE_TOKENS and methods beside the module are merged nowhere, or act one at a time
+        self.mergeable = not any(m in BESIDE or (m, self.kind) in UNMERGEABLE for m in self.methods)
+        self.several = not any(method in EXCLUSIVE for method in self.methods)
+        self.extra = {}
+        if not self.mixed and data.draw(st.booleans()):
+            self.extra = {"modules_to_save": ["head"]}
+            self.several = False  # two adapters cannot both have a module in place of the head
+        base = build(self.kind)
+        self.bits = {name: value.clone() for name, value in base.state_dict().items()}
+        self.x = Model(self.kind).inputs(torch.Generator().manual_seed(7))
+        self.base = base(self.x)
+        self.method_of: dict[str, str] = {"a": self.methods[0]}
+        self.came = [self.methods[0]]  # methods in the order in which their layers came, inner ones first
+        self.order = ["a"]
+        self.active, self.trained, self.merged = ["a"], ["a"], []
+        self.disabled = False
+        self.outputs: dict[tuple[str, ...], Tensor] = {}
+        self.model = peft.get_peft_model(base, self.config("a"), adapter_name="a", mixed=self.mixed).eval()
+        self.start("a")
+        self.check()
+
+    def config(self, name: str):
+        method = self.method_of[name]
+        more = {} if name == "a" else FURTHER.get(method, {})
+        return config_for(method, self.kind, **self.extra, **more)
+
+    def start(self, name: str) -> None:
+        """Gives a new adapter an effect."""
+        with torch.no_grad():
+            for key, parameter in self.model.named_parameters():
+                if self.is_of(key, name) and parameter in self.own(name):
+                    generator = torch.Generator().manual_seed(len(self.order) + sum(map(ord, key)))
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        self.forget(name)
+
+    @staticmethod
+    def is_of(key: str, name: str) -> bool:
+        return key.endswith(f".{name}") or f".{name}." in key
+
+    def own(self, name: str) -> set:
+        return {
+            parameter
+            for _, part in self.model.base_model.parts()
+            if part.has(name)
+            for parameter in part.trainable_parameters(name)
+        }
+
+    def forget(self, name: str) -> None:
+        self.outputs = {key: value for key, value in self.outputs.items() if name not in key}
+
+    # ---- what is known
+
+    def live(self) -> tuple[str, ...]:
+        """The adapters that act: on the layers of each method those merged, then others that are active."""
+        found: list[str] = []
+        for method in self.came:
+            names = dict.fromkeys([*self.merged, *self.active])
+            found += [name for name in names if self.method_of[name] == method]
+        return tuple(found)
+
+    def expected(self, names: tuple[str, ...]) -> Tensor:
+        """The output with these adapters, as it was when it was first asked for."""
+        if not names:
+            return self.base
+        if names not in self.outputs:
+            twin = copy.deepcopy(self.model)
+            if self.merged:
+                twin.base_model.unmerge_adapter()
+            twin.base_model.enable_adapter_layers()
+            twin.set_adapter(list(names))
+            self.outputs[names] = twin(self.x).detach()
+        return self.outputs[names]
+
+    def check(self) -> None:
+        """The laws."""
+        model, off = self.model, self.disabled
+        assert list(model.peft_config) == self.order
+        assert model.active_adapters == self.active
+        out = model(self.x).detach()
+        if off:
+            assert torch.equal(out, self.base), "disabled is not the base"
+        elif self.head_is_merged_apart():
+            pass
+        else:
+            torch.testing.assert_close(out, self.expected(self.live()), **CLOSE)
+        if off or not self.merged:
+            base = model.get_base_model()
+            for name, value in self.bits.items():
+                if "modules_to_save" not in self.extra or not name.startswith("head."):
+                    assert torch.equal(base_value(base, name), value), f"{name} is not what it was"
+        self.check_status(off)
+        self.check_trained(off)
+
+    def head_is_merged_apart(self) -> bool:
+        """Of a module trained in full the active adapter's version acts, whatever is merged elsewhere."""
+        return bool(self.extra and self.merged and self.merged != self.active)
+
+    def check_status(self, off: bool) -> None:
+        for part in self.model.get_layer_status():
+            here = [name for name in self.order if name in part.available_adapters]
+            assert part.enabled != off
+            wanted = [name for name in self.active if name in here] if self.mixed else self.active
+            assert [name for name in part.active_adapters if name in here] == wanted
+            if part.module_type != "ModulesToSaveWrapper":
+                merged = [name for name in self.merged if name in here]
+                assert sorted(part.merged_adapters) == ([] if off else sorted(merged))
+        there = {name for part in self.model.get_layer_status() for name in part.available_adapters}
+        assert there == set(self.order)
+
+    def check_trained(self, off: bool) -> None:
+        wanted = {parameter for name in self.trained for parameter in self.own(name)}
+        found = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
+        # What set_adapter() makes trainable while the adapters are switched off is so at once.
+        assert found <= wanted if off else found == wanted
+
+    # ---- operations: each a call, and what is known after it
+
+    def free(self) -> str | None:
+        return next((name for name in NAMES if name not in self.order), None)
+
+    def operation(
+        self, data, but: Collection[str] = ()
+    ) -> tuple[str, Callable[[nn.Module], object], Callable[[], None]]:
+        """One that changes the state: its name, the call, and what is known afterwards."""
+        kinds = ["set"]
+        if self.free():
+            kinds.append("add")
+        if len(self.order) > 1:
+            kinds.append("delete")
+        if self.mergeable and not self.disabled:  # disabled and merged: docs/differences.md, "merge_adapter() in ..."
+            kinds += ["merge", "unmerge"] if self.merged else ["merge"]
+        kinds.append("enable" if self.disabled else "disable")
+        kind = data.draw(st.sampled_from([kind for kind in kinds if kind not in but] or kinds[:1]))
+        return (kind, *getattr(self, f"to_{kind}")(data))
+
+    def draw_names(self, data, of: list[str]) -> list[str]:
+        most = len(of) if self.several else 1
+        return data.draw(st.lists(st.sampled_from(of), min_size=1, max_size=most, unique=True))
+
+    def to_set(self, data):
+        names = self.draw_names(data, self.order)
+
+        def after():
+            self.active, self.trained = names, list(names)
+
+        def call(model):
+            model.set_adapter(names if len(names) > 1 else names[0])
+
+        return call, (lambda: after())
+
+    def to_add(self, data):
+        name, method = self.free(), data.draw(st.sampled_from(self.methods))
+        self.method_of[name] = method
+
+        def after():
+            self.order.append(name)
+            if method not in self.came:
+                self.came.append(method)
+            self.start(name)
+
+        return (lambda model: model.add_adapter(name, self.config(name))), after
+
+    def to_delete(self, data):
+        name = data.draw(st.sampled_from(self.order))
+
+        def after():
+            self.order.remove(name)
+            self.active = [other for other in self.active if other != name]
+            self.trained = [other for other in self.trained if other != name]
+            self.merged = [other for other in self.merged if other != name]
+            if not self.active:
+                self.active = self.order[:1]
+                self.trained = [] if self.model.peft_config[self.order[0]].inference_mode else self.order[:1]
+            self.forget(name)
+
+        return (lambda model: model.delete_adapter(name)), after
+
+    def to_merge(self, data):
+        names = data.draw(st.none() | st.just(self.draw_names(data, self.order)))
+
+        def after():
+            for name in self.active if names is None else names:
+                if name not in self.merged:
+                    self.merged.append(name)
+
+        return (lambda model: model.merge_adapter(names)), after
+
+    def to_unmerge(self, data):
+        return (lambda model: model.unmerge_adapter()), (lambda: self.merged.clear())
+
+    def to_disable(self, data):
+        return (lambda model: model.base_model.disable_adapter_layers()), (lambda: setattr(self, "disabled", True))
+
+    def to_enable(self, data):
+        return (lambda model: model.base_model.enable_adapter_layers()), (lambda: setattr(self, "disabled", False))
+
+    @rule(data=st.data())
+    def change(self, data):
+        _, call, after = self.operation(data)
+        call(self.model)
+        after()
+        self.check()
+
+    @precondition(lambda self: self.trained and not self.disabled and not self.merged)
+    @rule(data=st.data())
+    def train(self, data):
+        """What is trained gets gradients, and nothing else does."""
+        self.model.train()
+        self.model.zero_grad()
+        self.model(self.x).square().mean().backward()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        assert {parameter for parameter in self.model.parameters() if parameter.grad is not None} == set(trained)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 0.05)
+        assert norm.isfinite() and norm > 0
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.sub_(parameter.grad)
+        self.model.zero_grad()
+        self.model.eval()
+        for name in self.active:
+            self.forget(name)
+        self.check()
+
+    @rule(pickled=st.booleans())
+    def go_on_with_a_copy(self, pickled):
+        twin = pickle.loads(pickle.dumps(self.model)) if pickled else copy.deepcopy(self.model)
+        assert state_of(twin) == state_of(self.model)
+        assert torch.equal(twin(self.x), self.model(self.x))
+        self.model = twin
+        self.check()
+
+    @rule()
+    def to_another_dtype_and_back(self):
+        before = self.model(self.x).detach()
+        self.model.to(torch.float64)
+        x = self.x.double() if self.x.is_floating_point() else self.x
+        torch.testing.assert_close(self.model(x).float(), before, **CLOSE)
+        self.model.to(torch.float32)
+        self.check()
+
+    @rule(data=st.data())
+    def mixed_batch(self, data):
+        """Each sample as in a batch of its own; an error while adapters are merged."""
+        dim = 1 if "sequence first" in self.kind else 0
+        size = self.x.shape[dim]
+        rows = data.draw(st.lists(st.sampled_from([*self.order, "__base__"]), min_size=size, max_size=size))
+        if self.merged or self.disabled or self.extra:
+            before = state_of(self.model)
+            with suppress(ValueError):
+                self.model(self.x, adapter_names=rows)
+            assert state_of(self.model) == before
+            return self.check()
+        out = self.model(self.x, adapter_names=rows).detach()
+        for name in set(rows):
+            own = torch.tensor([i for i, row in enumerate(rows) if row == name])
+            alone = self.expected(() if name == "__base__" else (name,)).index_select(dim, own)
+            torch.testing.assert_close(out.index_select(dim, own), alone, **CLOSE)
+        self.check()
+
+    @precondition(lambda self: not self.mixed)  # saving a mixed model is not supported, as in the reference
+    @rule(data=st.data())
+    def save_and_load(self, data):
+        """A new model with what was saved, and the same file under a further name."""
+        name, new = data.draw(st.sampled_from(self.order)), self.free()
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder, selected_adapters=[name])
+            place = folder if name == "default" else os.path.join(folder, name)
+            loaded = peft.PeftModel.from_pretrained(build(self.kind), place)
+            torch.testing.assert_close(loaded(self.x), self.expected((name,)), **CLOSE)
+            if new is not None and data.draw(st.booleans()):
+                self.method_of[new] = self.method_of[name]
+                wanted = self.expected((name,))
+                self.model.load_adapter(place, new)
+                self.order.append(new)
+                self.forget(new)
+                torch.testing.assert_close(self.expected((new,)), wanted, **CLOSE)
+        self.check()
+
+    @precondition(lambda self: self.methods == ["LORA"] and self.kind not in PARAMETERS and self.free())
+    @rule(data=st.data(), how=st.sampled_from(["cat", "linear", "svd"]))
+    def combine_one(self, data, how):
+        """One adapter with weight 1 is that adapter."""
+        name, new = data.draw(st.sampled_from(self.order)), self.free()
+        wanted = self.expected((name,))
+        self.method_of[new] = "LORA"
+        self.model.add_weighted_adapter([name], [1.0], new, combination_type=how)
+        self.order.append(new)
+        self.forget(new)
+        torch.testing.assert_close(self.expected((new,)), wanted, **CLOSE)
+        self.check()
+
+    @rule()
+    def take_off(self):
+        """Without its adapters the model is the base; merged for good it acts as before."""
+        twin = copy.deepcopy(self.model).unload()
+        assert torch.equal(twin(self.x), self.base)
+        if self.mergeable and not self.disabled and not self.merged:
+            merged = copy.deepcopy(self.model).merge_and_unload()
+            torch.testing.assert_close(merged(self.x), self.expected(self.live()), **CLOSE)
+
+    @rule(data=st.data(), n=st.integers(1, 40) | st.integers(1, 1500))
+    def fail(self, data, n):
+        """A call that fails has done nothing, or all of what it does."""
+        error = data.draw(st.sampled_from([KeyboardInterrupt, MemoryError]))
+        kind, call, after = self.operation(data, but=KNOWN_HALF_DONE)
+        if kind in KNOWN_HALF_DONE:
+            return
+        before = state_of(self.model)
+        values = {key: value.clone() for key, value in self.model.state_dict().items()}
+        twin = copy.deepcopy(self.model)
+        call(twin)
+        done = state_of(twin)
+        if not fails(lambda: call(self.model), n, error):
+            after()
+        elif state_of(self.model) == before:
+            now = self.model.state_dict()
+            assert all(torch.equal(now[key], value) for key, value in values.items()), f"{kind} has changed values"
+        else:
+            assert state_of(self.model) == done, f"{kind} is half done after line {n}"
+            after()
+        self.check()
+
+    @rule()
+    def look_at_the_base(self):
+        """`disable_adapter()` leaves all as it was."""
+        before = state_of(self.model)
+        with self.model.disable_adapter(), self.model.disable_adapter():
+            assert torch.equal(self.model(self.x), self.base)
+        assert state_of(self.model) == before
+        self.check()
+
+
+SUBJECTS = [*LAYER_METHODS, "mixed"]
+#: a mixed model stands for many pairs of methods
+SHARE = {"mixed": 3}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_laws(subject):
+    share = SHARE.get(subject, 1)
+    count = -(-SEQUENCES * share // (len(SUBJECTS) - 1 + SHARE["mixed"])) if SEQUENCES else share
+    run_state_machine_as_test(
+        lambda: Laws(subject),
+        settings=settings(
+            max_examples=count,
+            stateful_step_count=STEPS,
+            deadline=None,
+            database=None,
+            derandomize=not SEQUENCES,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
