@@ -215,6 +215,8 @@ def is_window(parameter: Tensor) -> bool:
     """Whether a parameter may be part of a larger tensor, so that replacing its data would be lost on that."""
     if hasattr(parameter, "_fsdp_flattened"):
         return True
+    if torch.compiler.is_compiling():  # nothing is written then, and a graph cannot ask for what follows
+        return False
     # Where FSDP1 makes its parameters anew, they bear no mark; one alone is as large as the flat parameter.
     fsdp = "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized()
     return not parameter.is_meta and (fsdp or parameter.untyped_storage().nbytes() != parameter.nbytes)
