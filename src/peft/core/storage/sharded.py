@@ -158,18 +158,18 @@ def call_whole(module: nn.Module, *args: Any) -> Any:
 @contextmanager
 def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While it lasts, the tensors in these modules are whole; gradients go to the parts of all processes."""
-    replaced = []
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for holder in modules:
-            for module in holder.modules():
-                for name, parameter in module._parameters.items():
-                    if is_dtensor(parameter):
-                        replaced.append((module, name, parameter))
-                        module._parameters[name] = whole(parameter)  # type: ignore[assignment]
+        for module in (module for holder in modules for module in holder.modules()):
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if is_dtensor(tensor):
+                        replaced.append((held, name, tensor))
+                        held[name] = whole(tensor)  # type: ignore[assignment]
         yield
     finally:
-        for module, name, parameter in replaced:
-            module._parameters[name] = parameter
+        for held, name, tensor in replaced:
+            held[name] = tensor
 
 
 def agree(tensors: Iterable[Tensor], model: nn.Module) -> None:
