@@ -41,14 +41,21 @@ def save_adapter(base: Path, folder: Path, config: object, seed: int) -> None:
 def made(tmp_path_factory) -> SimpleNamespace:
     """A base model, two LoRAs and a soft prompt for it, and an encoder."""
     folder = tmp_path_factory.mktemp("commands")
-    files = SimpleNamespace(**{name: folder / name for name in ("base", "one", "two", "soft", "bert", "chat")})
+    files = SimpleNamespace(
+        **{name: folder / name for name in ("base", "one", "two", "soft", "bert", "chat", "deep", "bert2", "broken")}
+    )
     for path in (files.base, files.chat):
         llama(vocab_size=259, max_position_embeddings=256).save_pretrained(path)
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = CHATML if path == files.chat else None
         tokenizer.save_pretrained(path)
+    llama(vocab_size=259, num_hidden_layers=4).save_pretrained(files.deep)
+    llama(vocab_size=259).save_pretrained(files.broken)
+    (files.broken / "model.safetensors").write_bytes(b"nothing")
     bert("BertForMaskedLM", vocab_size=259).save_pretrained(files.bert)
-    byte_tokenizer().save_pretrained(files.bert)
+    bert("BertForSequenceClassification", vocab_size=259, num_labels=2).save_pretrained(files.bert2)
+    for path in (files.bert, files.bert2, files.deep, files.broken):
+        byte_tokenizer().save_pretrained(path)
     shared = dict(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     save_adapter(files.base, files.one, LoraConfig(r=4, alpha_pattern={"q_proj": 32}, **shared), seed=1)
     save_adapter(files.base, files.two, LoraConfig(r=2, lora_alpha=4, modules_to_save=None, **shared), seed=2)
@@ -300,7 +307,33 @@ WRONG = {
     "inspect": (2, "adapter missing"),
     "inspect {one} --jsn": (2, "no option 'jsn'. Did you mean 'json'"),
     "inspect {base}": (1, "adapter_config.json"),
-    "inspect nowhere": (1, "adapter_config.json"),
+    "inspect nowhere": (1, "'nowhere', which is no folder here"),
+    "inspect no/such/folder": (1, "which is no folder here: such a path is no id on the hub either"),
+    "inspect table.csv": (1, "which is no folder here: such a path is no id on the hub either"),
+    "inspect folder": (1, "adapter_config.json of 'folder' names no method"),
+    "merge {one} --model {deep} --output x": (1, "the adapter is not of the model"),
+    "merge {one} --model {deep} --by-shard --output x": (1, "the adapter is not of the model"),
+    "resize {one} --rank 0 --output x": (2, "--rank has to be 1 or more, got 0"),
+    "generate {bert} --prompt a": (1, "a bert model has no head for causal-lm"),
+    "generate {broken} --prompt a": (1, "broken cannot be loaded: Error while deserializing header"),
+    "generate {base} --prompts folder": (1, "folder is a folder; name the files in it"),
+    "generate {base} --prompts null.jsonl": (1, "null.jsonl, line 2: a list of turns is needed, got [None]"),
+    "generate {base} --prompts latin.txt": (1, "latin.txt, line 2: byte 0xef is no UTF-8"),
+    "convert table.csv x": (1, "LoRA files end with .safetensors"),
+    "convert nowhere x": (1, "nowhere is not there"),
+    "convert empty.safetensors x": (1, "empty.safetensors is damaged"),
+    "extract {base} {deep} --output x": (1, "differ in structure"),
+    "estimate {bert}": (1, "a bert model has no head for causal-lm"),
+    "train --config unknown.yaml": (2, "unknown.yaml: there is no option 'lora_alfa'. Did you mean 'lora_alpha'"),
+    "train --config latin.txt": (2, "--config latin.txt"),
+    "train --config folder": (2, "--config folder"),
+    "train --model {base} --data latin.txt": (1, "latin.txt, line 2: byte 0xef is no UTF-8"),
+    "train --model {base} --data bad.jsonl": (1, "bad.jsonl, line 2, column 10: not valid JSON"),
+    "train --model {base} --data empty.jsonl": (1, "empty.jsonl is empty"),
+    "train --model {base} --data null.jsonl": (1, "null.jsonl, line 2: 'messages': a list of turns is needed"),
+    "train --model {base} --data text.txt --device cuda:9": (1, "--device cuda:9: there are"),
+    "train --model {base} --data text.txt --chat-template no.jinja": (1, "--chat-template: there is no file no.jinja"),
+    "tune --model {base} --data text.txt --ranks 0": (2, "--ranks have to be 1 or more, got 0"),
     "merge {one} {two} --weights 1 --output x": (2, "--weights: 1 of them for 2 adapters"),
     "merge {soft} --output x": (1, "soft prompt"),
     "merge {one} --model ./nowhere --output x": (1, "no model ./nowhere: no such folder"),
@@ -339,11 +372,22 @@ WRONG = {
 @pytest.mark.parametrize("line", WRONG)
 def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(made, tmp_path, monkeypatch, capsys, line):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "adapter_config.json").write_text('{"peft_type": null, "r": 4}')
+    (tmp_path / "folder" / "adapter_model.safetensors").write_bytes(
+        (made.one / "adapter_model.safetensors").read_bytes()
+    )
+    (tmp_path / "latin.txt").write_bytes(b"model: a\nna\xefve: b\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "unknown.yaml").write_text(f"model: {made.base}\nlora_alfa: 3\n")
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
     (tmp_path / "text.txt").write_text("some words to learn " * 20)
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}))
+    (tmp_path / "null.jsonl").write_text(json.dumps({"messages": turns}) + '\n{"messages": [null]}')
     before = sorted(tmp_path.rglob("*"))
     code, message = WRONG[line]
     assert main(line.format(**vars(made)).split()) == code
@@ -356,13 +400,15 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(made, tmp_path, 
 
 
 def test_another_number_of_labels_is_the_head_of_the_adapter(made, tmp_path, capsys):
-    """An adapter with a head for three classes is merged into a base model that says it has two."""
+    """An adapter with a head for three classes is merged into base models that have none and one for two."""
     model = bert("BertForSequenceClassification", vocab_size=259, num_labels=3)
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
     get_peft_model(model, config).save_pretrained(tmp_path / "three")
-    assert main(words("merge", tmp_path / "three", "--model", made.bert, "--output", tmp_path / "merged")) == 0
-    saved = load_file(tmp_path / "merged" / "model.safetensors")
-    assert saved["classifier.weight"].shape[0] == 3
+    for base in (made.bert, made.bert2):
+        output = tmp_path / f"merged-{base.name}"
+        assert main(words("merge", tmp_path / "three", "--model", base, "--output", output)) == 0
+        saved = load_file(output / "model.safetensors")
+        torch.testing.assert_close(saved["classifier.weight"], model.get_submodule("classifier").weight)
 
 
 def test_without_a_package_it_is_said_which(made, monkeypatch, capsys):

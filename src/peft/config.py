@@ -327,7 +327,7 @@ def _read_config_file(source: str | os.PathLike, subfolder: str | None, **hub: A
     try:
         path = fetch(source, CONFIG_NAME, subfolder=subfolder, **hub)
     except Exception as error:
-        raise NoAdapterError(f"Can't find {CONFIG_NAME!r} at {where}: {error}") from error
+        raise NoAdapterError(f"Can't find {CONFIG_NAME!r} at {where}, which is no folder here: {error}") from error
     if path is None:
         raise NoAdapterError(
             f"Can't find {CONFIG_NAME!r} at {where}. A saved adapter is a folder that holds this file."

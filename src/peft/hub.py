@@ -56,6 +56,8 @@ def fetch(source: str | os.PathLike, filename: str, *, subfolder: str | None = N
     if os.path.isdir(source):
         return find(os.path.join(source, subfolder) if subfolder else source, filename)
 
+    if os.path.exists(source) or os.fspath(source).startswith((".", "~")) or os.fspath(source).count("/") > 1:
+        raise NotADirectoryError("such a path is no id on the hub either")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

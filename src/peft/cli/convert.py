@@ -17,10 +17,14 @@ from peft.cli.parse import OptionError
 from peft.lora_tools import experts, gguf, mlx
 from peft.lora_tools.formats import module_names, read_lora_file, write_lora_file
 
+#: endings of LoRA files
+FILES = (".safetensors", ".bin", ".pt", ".ckpt")
 ENDINGS = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"}
 
 
 def run(options: Convert, *_: Any) -> int:
+    if not os.path.exists(options.source) and (options.to is None or options.source.endswith((*FILES, ".gguf"))):
+        raise ValueError(f"{options.source} is not there")
     if os.path.isfile(options.source) or mlx.is_mlx(options.source):
         if options.to:
             raise OptionError(f"--to {options.to}: {options.source} is another program's; make an adapter of it first")
@@ -55,7 +59,7 @@ def _read(options: Convert) -> tuple[Any, dict[str, Any]]:
     if options.source.endswith(".gguf"):
         base = _skeleton(options.model, "GGUF has names of its own for modules")
         return gguf.read_gguf(options.source, base.config, [name for name, _ in base.named_modules()])
-    if not options.source.endswith((".safetensors", ".bin", ".pt", ".ckpt")):
+    if not options.source.endswith(FILES):
         raise ValueError(f"{options.source}: LoRA files end with .safetensors, .gguf, .bin, .pt or .ckpt")
     names = module_names(options.model) if options.model else None
     return read_lora_file(options.source, part=options.part, names=names)
@@ -86,4 +90,3 @@ def _skeleton(model: str | None, why: str) -> Any:
     source = models.locate(model, print)
     kind = "AutoModelForSeq2SeqLM" if models.config_of(source).is_encoder_decoder else "AutoModelForCausalLM"
     return models.skeleton(source, kind)
-

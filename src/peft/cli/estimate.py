@@ -10,6 +10,7 @@ import json
 import os
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from peft.cli import models
 from peft.cli.options import Estimate
 from peft.cli.parse import OptionError, method_named
 from peft.cli.plan import configure
-from peft.cli.tasks import TASKS
 
 #: bytes of a weight in 4 and 8 bits, with the scales of its blocks (NF4 with doubly quantised scales)
 BITS4, BITS8 = 0.5 + 1 / 64 + 4 / (64 * 256), 1 + 4 / 4096
@@ -41,6 +41,7 @@ def run(options: Estimate, fields: Mapping[str, Any], *_: Any) -> int:
         return 0
     print(f"{options.method} on {options.model}: {facts['trainable']:,} of {facts['parameters']:,} parameters train;"
           f" the adapter's file has {facts['file'] / 1e6:,.1f} MB")  # fmt: skip
+    print(f"For {options.batch_size} x {facts['length']} tokens:")
     for name, size in parts.items():
         print(f"  {name:<28} {size / GB:8.3f} GB")
     memory = options.memory * GB if options.memory else _memory()
@@ -59,8 +60,10 @@ def _memory() -> float:
 def measure(options: Estimate, fields: Mapping[str, Any]) -> tuple[Sizes, Sizes]:
     """(bytes by what they are for, which are not all there at one time; the peak, parameters and the file's size)"""
     method, config = method_named(options.method), models.config_of(models.locate(options.model, print))
-    task = TASKS["seq2seq" if config.is_encoder_decoder else "causal-lm"]
-    configured = configure(method, fields, task.peft, 100, layers=config.get_text_config())
+    task, layers = models.writer_of(config), config.get_text_config()
+    length = min(options.length, getattr(layers, "max_position_embeddings", None) or options.length)  # as in training
+    options = replace(options, length=length)
+    configured = configure(method, fields, task.peft, 100, layers=layers)
     quantised = BITS4 if options.load_in_4bit else BITS8 if options.load_in_8bit else None
     dtype = models.dtype_of(options.dtype) or (torch.bfloat16 if quantised else config.dtype or torch.float32)
     with torch.device("meta"):
@@ -81,7 +84,7 @@ def measure(options: Estimate, fields: Mapping[str, Any]) -> tuple[Sizes, Sizes]
     smaller = weights - (weights + (inner * (quantised - dtype.itemsize) if quantised else 0)) / options.processes
     parts = {"base weights": weights - smaller, "adapter": own, "gradients": own, "optimizer (AdamW)": 2 * own}
     parts["activations and loss"] = peak - held
-    facts = {"trainable": trainable, "parameters": everything + trainable, "file": file or own}
+    facts = {"trainable": trainable, "parameters": everything + trainable, "file": file or own, "length": length}
     return parts, {**facts, "peak": peak - smaller}
 
 

@@ -22,7 +22,7 @@ def run(options: Extract, *_: Any) -> int:
         raise ValueError(f"{options.base} is a {kinds[0]} model, but {options.tuned} a {kinds[1]} model")
     dtype, device = models.dtype_of(options.dtype), models.device_of(options.device)
     base, tuned = (
-        models.load_base(model, models.AUTO_CLASSES[task], dtype=dtype, device=device)
+        models.load_base(model, models.AUTO_CLASSES[task], dtype=dtype, device=device, plain=True)
         for model in (options.base, options.tuned)
     )
     config, tensors = found = extract_lora(

@@ -13,7 +13,7 @@ import torch
 
 from peft.cli import models
 from peft.cli.options import Generate
-from peft.cli.records import read_records
+from peft.cli.records import read_records, turns_of
 
 
 def run(options: Generate, *_: Any) -> int:
@@ -38,10 +38,11 @@ def _questions(options: Generate) -> Iterator[list[dict[str, str]]]:
     """What is asked, as conversations."""
     if options.prompts:
         for where, row in read_records([options.prompts]):
-            if "messages" in row:
-                yield row["messages"]
-            elif "prompt" in row:
-                yield [{"role": "user", "content": row["prompt"]}]
+            if "messages" in row or "prompt" in row:
+                try:
+                    yield turns_of(row.get("messages", [{"role": "user", "content": row.get("prompt")}]))
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from error
             elif Path(options.prompts).suffix in (".jsonl", ".json", ".csv", ".tsv"):
                 raise ValueError(f"{where}: neither prompt nor messages, but {', '.join(row)}")
             else:
@@ -58,7 +59,7 @@ def _load(options: Generate) -> tuple[Any, Any]:
     name = options.adapter
     if (os.path.isdir(name) and not os.path.isfile(os.path.join(name, "adapter_config.json"))) or name == models.SMOLLM:
         base = models.locate(name, lambda words: print(words, file=sys.stderr))
-        task = "AutoModelForSeq2SeqLM" if models.config_of(base).is_encoder_decoder else "AutoModelForCausalLM"
+        task = models.writer_of(models.config_of(base)).auto
         dtype, device = models.dtype_of(options.dtype), models.device_of(options.device)
         return models.load_base(base, task, dtype=dtype, device=device), models.load_tokenizer(base)
     model = models.load_adapted(name, model=options.model, dtype=options.dtype, device=options.device)

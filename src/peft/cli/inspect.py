@@ -62,6 +62,8 @@ def examine(adapter: str) -> Found:
     read = PeftConfig.from_pretrained(adapter)
     config, weights = json.loads(json.dumps(read.to_json_dict(), default=str)), load_peft_weights(adapter, "cpu")
     method = config["peft_type"]
+    if not method:
+        raise ValueError(f"adapter_config.json of {adapter!r} names no method (peft_type)")
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in weights.items():
         module, name = _split(key, method)

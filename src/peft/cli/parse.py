@@ -289,5 +289,3 @@ def settings_of(options: Any, *more: Mapping[str, Any]) -> Values:
 def describe(method: str) -> str:
     """The fields of a method's configuration: name, meaning, type, default."""
     return parser_of(f"train --method {method}", METHODS[method_named(method)].config_class).format_help()
-
-

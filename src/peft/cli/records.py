@@ -37,10 +37,10 @@ class Format:
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def _turns(value: Any) -> list[Message]:
+def turns_of(value: Any) -> list[Message]:
     """A conversation in OpenAI's or ShareGPT's words as messages with `role` and `content`."""
-    if isinstance(value, str):
-        raise ValueError("a list of turns is needed, got a text")
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise ValueError(f"a list of turns is needed, got {value!r:.60}")
     turns = []
     for turn in value:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
@@ -68,16 +68,18 @@ def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(row["prompt"], list):
-        return _chat([*_turns(row["prompt"]), *_turns(row["completion"])])
+        return _chat([*turns_of(row["prompt"]), *turns_of(row["completion"])])
     return {"prompt": row["prompt"], "completion": row["completion"]}
 
 
 def _preference(row: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name in ("prompt", "chosen", "rejected") if name in row]
-    return {name: row[name] if isinstance(row[name], str) else _turns(row[name]) for name in names}
+    return {name: row[name] if isinstance(row[name], str) else turns_of(row[name]) for name in names}
 
 
 def _tagged(row: Mapping[str, Any]) -> dict[str, Any]:
+    if None in row["tokens"] or None in row["label"]:
+        raise ValueError("null among them")
     if len(row["tokens"]) != len(row["label"]):
         raise ValueError(f"{len(row['tokens'])} tokens, but {len(row['label'])} labels")
     return {"tokens": row["tokens"], "label": row["label"]}
@@ -86,7 +88,7 @@ def _tagged(row: Mapping[str, Any]) -> dict[str, Any]:
 #: by the fields that tell them, the most telling first
 FORMATS = (
     Format("preference", ("chosen", "rejected"), _preference),
-    Format("chat", ("messages",), lambda row: _chat(_turns(row["messages"]))),
+    Format("chat", ("messages",), lambda row: _chat(turns_of(row["messages"]))),
     Format("chat", ("instruction", "output"), _alpaca),
     Format("answer", ("prompt", "completion"), _answer),
     Format("token-classification", ("tokens", "label"), _tagged),
@@ -112,7 +114,7 @@ def read_records(sources: Sequence[str]) -> list[Record]:
         path = Path(source)
         found = list(_rows(path) if path.is_file() else _from_hub(source))
         if not found:
-            raise ValueError(f"{source} is empty: there is nothing to learn in it")
+            raise ValueError(f"{source} is empty: there is nothing in it to read")
         records += found
     return records
 
@@ -124,7 +126,7 @@ def _rows(path: Path) -> Iterator[Record]:
         for number, row in enumerate(Dataset.from_parquet(str(path)), 1):
             yield f"{path}, row {number}", row
         return
-    text = _text_of(path)
+    text = text_of(path)
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -151,7 +153,12 @@ def _rows(path: Path) -> Iterator[Record]:
         yield str(path), {"text": text}
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        ValueError: it is in another encoding; says the line.
+    """
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
@@ -187,14 +194,14 @@ def _from_hub(source: str) -> Iterator[Record]:
     name, _, split = source.partition(":")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix or os.path.isdir(name):
         what = "is a folder; name the files in it" if os.path.isdir(name) else "is not there"
-        raise ValueError(f"--data: {source} {what}")
+        raise ValueError(f"{source} {what}")
     from datasets import load_dataset
 
     try:
         rows = load_dataset(name, split=split or "train")
     except Exception as error:  # of the hub's client there are many
         reason = first_line(error)
-        raise ValueError(f"--data: {source} is no file here, and no data set that the hub gives ({reason})") from error
+        raise ValueError(f"{source} is no file here, and no data set that the hub gives ({reason})") from error
     for number, row in enumerate(rows, 1):
         yield f"{source}, row {number}", row
 

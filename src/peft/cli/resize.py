@@ -15,6 +15,8 @@ from peft.cli.parse import OptionError
 def run(options: Resize, *_: Any) -> int:
     if (options.rank is None) == (options.energy is None):
         raise OptionError("either --rank or --energy is needed")
+    if options.rank is not None and options.rank < 1:
+        raise OptionError(f"--rank has to be 1 or more, got {options.rank}")
     check_empty(options.output)
     saved = PeftConfig.from_pretrained(options.adapter)
     factors = saved.peft_type == "LORA" and not getattr(saved, "use_dora", False)  # which tell the change by themselves

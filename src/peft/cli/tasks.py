@@ -233,4 +233,3 @@ def collator_for(task: str, tokenizer: Any) -> Any:
     if task == "token-classification":
         return transformers.DataCollatorForTokenClassification(tokenizer)
     return transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-

@@ -25,6 +25,8 @@ def run(options: Tune, fields: Mapping[str, Any], trainer: Mapping[str, Any]) ->
     out = console()
     options = replace(options, max_steps=options.max_steps or STEPS)
     plan = prepare(options, fields, trainer, out)
+    if min(options.ranks, default=1) < 1:
+        raise OptionError(f"--ranks have to be 1 or more, got {min(options.ranks)}")
     if plan.held_out is None:
         raise OptionError("--eval-split: candidates are compared on what is held out, and nothing is")
     middle = learning_rate(method_named(options.method), models.config_of(plan.base))

@@ -79,13 +79,17 @@ class Watch(TrainerCallback):
         methods = tuner.methods() if isinstance(tuner, BaseTuner) else []
         idle = tuple(f".{slot}." for method in methods for slot in method.idle_slots)
         dead = [name for name, grad in trains.items() if grad is None and not any(slot in name for slot in idle)]
+        nothing = not any(grad.any() for grad in trains.values() if grad is not None)
+        if nothing and getattr(model.get_base_model(), "is_quantized", False):
+            # some of their kernels have no backward on some devices
+            dead = list(trains)
         if dead:
             raise RuntimeError(
                 f"{len(dead)} of {len(trains)} adapter tensors got no gradient in the first step, so they would stay as"
                 f" they are: {', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''}. Leave their modules out of the"
                 " targets, or train without quantisation on this device"
             )
-        if not any(grad.any() for grad in trains.values() if grad is not None):
+        if nothing:
             self.console.print("Note: all gradients are zero in the first step; trained tokens may not be in its data")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
