@@ -162,3 +162,36 @@ def test_adalora_in_a_mixed_model_has_its_penalty_and_its_schedule():
     loss.backward()
     model.base_model.update_and_allocate(5)
     assert any(False in kept for kept in model.peft_config["ada"].rank_pattern.values())
+
+
+def test_the_base_model_and_mixed_batches_from_several_threads():
+    """Each thread that has disabled the adapters sees the base model until it leaves, whoever leaves before."""
+    model = three_loras().eval()
+    x, wrong = torch.randn(4, 8), []
+    expected = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    first_inside, second_inside, first_left = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with model.disable_adapter():
+            first_inside.set()
+            second_inside.wait(30)
+        first_left.set()
+
+    def second() -> None:
+        first_inside.wait(30)
+        with model.disable_adapter():
+            second_inside.set()
+            first_left.wait(30)
+            if not torch.equal(model(x), base):
+                wrong.append("second")
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x, adapter_names=["__base__"] * 4), base)

@@ -12,7 +12,7 @@ import pickle
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -48,9 +48,6 @@ NAMES = ("a", "b", "c", "d")
 MIXABLE = [
     method for method in LAYER_METHODS if (method, "Linear") in SUPPORTED and row_of(method).mixed and " " not in method
 ]
-#: operations that go from module to module and stop in between if a failure that is none of their own hits them
-#: (KeyboardInterrupt, MemoryError); what they check is checked before
-KNOWN_HALF_DONE = {"set", "enable", "disable", "delete"}
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
@@ -253,9 +250,7 @@ class Laws(RuleBasedStateMachine):
     def free(self) -> str | None:
         return next((name for name in NAMES if name not in self.order), None)
 
-    def operation(
-        self, data, but: Collection[str] = ()
-    ) -> tuple[str, Callable[[nn.Module], object], Callable[[], None]]:
+    def operation(self, data) -> tuple[str, Callable[[nn.Module], object], Callable[[], None]]:
         """One that changes the state: its name, the call, and what is known afterwards."""
         kinds = ["set"]
         if self.free():
@@ -265,7 +260,7 @@ class Laws(RuleBasedStateMachine):
         if self.mergeable and not self.disabled:  # disabled and merged: docs/differences.md, "merge_adapter() in ..."
             kinds += ["merge", "unmerge"] if self.merged else ["merge"]
         kinds.append("enable" if self.disabled else "disable")
-        kind = data.draw(st.sampled_from([kind for kind in kinds if kind not in but] or kinds[:1]))
+        kind = data.draw(st.sampled_from(kinds))
         return (kind, *getattr(self, f"to_{kind}")(data))
 
     def draw_names(self, data, of: list[str]) -> list[str]:
@@ -379,7 +374,9 @@ class Laws(RuleBasedStateMachine):
         dim = 1 if "sequence first" in self.kind else 0
         size = self.x.shape[dim]
         rows = data.draw(st.lists(st.sampled_from([*self.order, "__base__"]), min_size=size, max_size=size))
-        if self.merged or self.disabled or self.extra:
+        # docs/differences.md: Lily's router averages over the samples of each adapter by themselves, and what several
+        # adapters train in full, or have merged, cannot differ from sample to sample.
+        if self.merged or self.disabled or self.extra or "LILY" in self.methods:
             before = state_of(self.model)
             with suppress(ValueError):
                 self.model(self.x, adapter_names=rows)
@@ -437,9 +434,7 @@ class Laws(RuleBasedStateMachine):
     def fail(self, data, n):
         """A call that fails has done nothing, or all of what it does."""
         error = data.draw(st.sampled_from([KeyboardInterrupt, MemoryError]))
-        kind, call, after = self.operation(data, but=KNOWN_HALF_DONE)
-        if kind in KNOWN_HALF_DONE:
-            return
+        kind, call, after = self.operation(data)
         before = state_of(self.model)
         values = {key: value.clone() for key, value in self.model.state_dict().items()}
         twin = copy.deepcopy(self.model)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -22,9 +24,7 @@ from peft.core.walk import parts_of
 from peft.errors import PeftWarning
 from peft.html import table
 from peft.integrations.training import let_gradients_through_inputs
-from peft.integrations.transformers import (
-    convert_peft_config_for_transformers,
-)
+from peft.integrations.transformers import convert_peft_config_for_transformers
 from peft.registry import method_of
 from peft.saved import SavedAdapters, check_trainable, value_of
 
@@ -35,6 +35,10 @@ else:
 
 #: task type -> the class for it; filled by `peft.tasks`
 TASK_CLASSES: dict[str, type[PeftModel]] = {}
+
+#: tuner -> how many are inside of `disable_adapter()`, and whether it was disabled before the first came
+_DISABLED: WeakKeyDictionary[BaseTuner, tuple[int, bool]] = WeakKeyDictionary()
+_LOCK = RLock()
 
 
 def check_base_model(model: Any) -> None:
@@ -346,7 +350,7 @@ class PeftModel(SavedAdapters, Delegated):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """While it lasts, the model acts as its base model. May be nested; afterwards all is as before."""
+        """While it lasts, the model acts as its base model, in all threads. May be nested; then all is as before."""
         tuner = self._tuner
         if tuner is None:
             parts = [part for _, part in parts_of(self.base_model) if not part.disable_adapters]
@@ -368,12 +372,19 @@ class PeftModel(SavedAdapters, Delegated):
                 PeftWarning,
                 stacklevel=3,
             )
-        tuner.disable_adapter_layers()
+        with _LOCK:
+            tuner.disable_adapter_layers()
+            inside, was_disabled = _DISABLED.get(tuner, (0, was_disabled))
+            _DISABLED[tuner] = inside + 1, was_disabled
         try:
             yield
         finally:
-            if not was_disabled:
-                tuner.enable_adapter_layers()
+            with _LOCK:
+                inside, was_disabled = _DISABLED.pop(tuner)
+                if inside > 1:
+                    _DISABLED[tuner] = inside - 1, was_disabled
+                elif not was_disabled:
+                    tuner.enable_adapter_layers()
 
     # ---- being the model
 

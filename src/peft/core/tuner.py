@@ -23,6 +23,7 @@ from peft.core.routing import BASE, Route, without_samples
 from peft.core.targets import check_target_module_exists, has_default_targets
 from peft.core.walk import model_config_of, parts_of
 from peft.core.watch import watch_anew
+from peft.core.whole import whole
 from peft.errors import PeftWarning
 
 #: dtypes that adapters are not trained in
@@ -259,9 +260,10 @@ class BaseTuner(nn.Module):
         parts = [part for _, part in self.parts()]
         for part in parts:
             part.check_active(names)
-        for part in parts:
-            part.set_adapter(names, inference_mode)
-        self._active = names
+        with whole(self, names):
+            for part in parts:
+                part.set_adapter(names, inference_mode)
+            self._active = names
         watch_anew(self)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -272,13 +274,16 @@ class BaseTuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         """Switches the adapters on again; what was trainable before is so again."""
-        for _, part in self.parts():
-            part.enable_adapters(True)
+        self._switch(True)
 
     def disable_adapter_layers(self) -> None:
         """Lets the model act as its base model; keeps which adapters were active and trainable."""
-        for _, part in self.parts():
-            part.enable_adapters(False)
+        self._switch(False)
+
+    def _switch(self, on: bool) -> None:
+        with whole(self, ()):
+            for _, part in self.parts():
+                part.enable_adapters(on)
 
     @property
     def disabled(self) -> bool:
@@ -295,24 +300,8 @@ class BaseTuner(nn.Module):
             raise ValueError(
                 f"Adapter {adapter_name!r} does not exist; there are {', '.join(self.peft_config) or 'none'}."
             )
-        method = self.method(self.peft_config[adapter_name])
-        del self.peft_config[adapter_name]
-        active = self.active_adapters
-        left = [name for name in active if name != adapter_name]
-        gone = not left
-        if gone and self.peft_config:
-            left = [next(iter(self.peft_config))]
-            if active:
-                warnings.warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now.", PeftWarning, stacklevel=2)
-        for _, part in self.parts():
-            # A module that the deleted adapter did not train stays as it is, as in huggingface/peft.
-            takes_over = isinstance(part, AdapterLayer) or part.has(adapter_name)
-            part.delete_adapter(adapter_name)
-            if gone and takes_over and part.has_any():
-                part.set_adapter(left, bool(left) and self.peft_config[left[0]].inference_mode)
-        self.forget_shared(method, adapter_name)
-        self._active = left
-        method.removed(adapter_name)
+        with whole(self, deleting=True):
+            unloading.delete(self, adapter_name)
 
     def forget_shared(self, method: Method, adapter_name: str) -> None:
         """Removes what the layers of an adapter share."""
@@ -360,7 +349,8 @@ class BaseTuner(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Gives the base weights back as they were before merging, bit for bit."""
-        unloading.unmerge_all(self)
+        with whole(self, ()):
+            unloading.unmerge_all(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether [`convert_to_lora`] can turn an adapter into a LoRA: all its changes are changes of weights."""

@@ -79,6 +79,28 @@ def unmerge_all(tuner: BaseTuner) -> None:
         layer.unmerge()
 
 
+def delete(tuner: BaseTuner, adapter_name: str) -> None:
+    """Takes an adapter out of all parts; if it was the only active one, the first that is left becomes active."""
+    method = tuner.method(tuner.peft_config[adapter_name])
+    del tuner.peft_config[adapter_name]
+    active = tuner.active_adapters
+    left = [name for name in active if name != adapter_name]
+    gone = not left
+    if gone and tuner.peft_config:
+        left = [next(iter(tuner.peft_config))]
+        if active:
+            warnings.warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now.", PeftWarning, stacklevel=3)
+    for _, part in tuner.parts():
+        # A module that the deleted adapter did not train stays as it is, as in huggingface/peft.
+        takes_over = isinstance(part, AdapterLayer) or part.has(adapter_name)
+        part.delete_adapter(adapter_name)
+        if gone and takes_over and part.has_any():
+            part.set_adapter(left, bool(left) and tuner.peft_config[left[0]].inference_mode)
+    tuner.forget_shared(method, adapter_name)
+    tuner._active = left
+    method.removed(adapter_name)
+
+
 def unload(
     tuner: BaseTuner,
     merge: bool = True,
