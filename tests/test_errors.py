@@ -31,6 +31,7 @@ WORKS_HERE = {
     "adapter-names-mha",
     "adapter-names-parameters",
     "ia3-unsupported",
+    "prefix-gradient-checkpointing",
     "loha-unsupported",
     "mixed-model-type",
 }

@@ -218,7 +218,7 @@ def test_extract_on_the_command_line(tmp_path, capsys):
 
 def test_loftq_weights_on_a_quantised_model(tmp_path):
     bnb = pytest.importorskip("bitsandbytes")
-    base = saved_base(llama(), tmp_path)
+    base = saved_base(llama(hidden_size=64, intermediate_size=128), tmp_path)
 
     def quantised() -> nn.Module:
         model = copy.deepcopy(base)

@@ -220,7 +220,7 @@ def path_of_losses(make, share: float) -> Tensor:
 
 def test_riemannian_steps_depend_on_the_product_alone():
     def riemannian(model):
-        return create_riemannian_optimizer(model, torch.optim.SGD, lr=2.0, reg=1e-6)
+        return create_riemannian_optimizer(model, torch.optim.SGD, lr=1.0, reg=1e-6)
 
     def plain(model):
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

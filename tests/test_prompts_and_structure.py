@@ -381,16 +381,9 @@ def test_configurations_that_make_no_sense(make, words):
         make()
 
 
-def checkpointed():
-    model = llama()
-    model.gradient_checkpointing_enable()
-    return model
-
-
 @pytest.mark.parametrize(
     "base, config, words",
     [
-        (checkpointed, lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "checkpointing"),
         (llama, lambda: CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[40]), "0 to 39"),
         (llama, lambda: CONFIGS["adaption prompt"](target_modules="nowhere"), "layers"),
         (llama, lambda: AdaptionPromptConfig(adapter_len=2), "adapter_layers"),

@@ -75,10 +75,9 @@ def test_parameters_are_adapted_whatever_modules_are_left_out():
     assert tuner.targeted_module_names == ["lin0"] and tuner.targeted_parameter_names == ["lin1.weight"]
 
 
-def test_an_adapter_beside_one_that_trains_biases_is_warned_of():
+def test_one_adapter_trains_biases():
     model = get_peft_model(MLP(), LoraConfig(target_modules=["lin0"], bias="all"))
-    with pytest.warns(peft.PeftWarning, match="trains biases"):
-        model.add_adapter("other", LoraConfig(target_modules=["lin0"]))
+    model.add_adapter("other", LoraConfig(target_modules=["lin0"]))
     with pytest.raises(ValueError, match="only 1 adapter with bias"):
         model.add_adapter("third", LoraConfig(target_modules=["lin0"], bias="lora_only"))
     assert torch.isfinite(model(torch.ones(1, 16))).all()

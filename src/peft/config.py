@@ -18,7 +18,7 @@ from peft.errors import AdapterFileError, NoAdapterError, PeftWarning, UnknownMe
 from peft.folder import read_at_rest, replace_files
 from peft.html import table
 from peft.hub import fetch, push, split_hub_arguments
-from peft.registry import PeftType, TaskType, method_of
+from peft.registry import METHODS, PeftType, TaskType, method_of
 from peft.untrusted import note_source, read_json, without_idle_fields
 from peft.values import check_value, dataclass_in, field_types, is_of, shown
 from peft.version import __version__
@@ -297,7 +297,8 @@ def read_form(content: Mapping[str, Any], source: str | os.PathLike, trusted: bo
         trusted: whether it may say where else things lie, see `untrusted`.
         options: where in `source`, and the hub's.
     """
-    config_class: Any = method_of(content["peft_type"]).config_class if content.get("peft_type") else None
+    known = isinstance(content.get("peft_type"), str) and content["peft_type"] in METHODS
+    config_class: Any = method_of(content["peft_type"]).config_class if known else None
     found = getattr(config_class, "from_pretrained", None)
     if found is None or found.__func__ is _READ:
         return build_config(content, source, {"trust_remote_code": trusted})

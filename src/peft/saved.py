@@ -32,6 +32,9 @@ from peft.hub import CARD_NAME, push
 from peft.registry import method_of
 from peft.tuners.prompts.base import PromptHost
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 #: keyword arguments of `save_pretrained` and `push_to_hub` that go to the hub
 FOR_HUB = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 #: fields in which an adapter may differ from the file that is loaded over it: they say nothing of what it does
@@ -211,7 +214,7 @@ class SavedAdapters(PromptHost):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """A base model with a saved adapter on it.
 
         Args:

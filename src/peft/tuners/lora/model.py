@@ -73,9 +73,9 @@ class LoraMethod(Method):
                 )
 
     def check_plan(self, plan: Plan, config: LoraConfig) -> None:
-        modules = [target for target in plan.targets if target.parameter_name is None]
+        modules = [target for target in plan.targets if target.parameter_name is None] if config.lora_bias else []
         bare = [target.key for target in modules if getattr(target.base, target.op.bias_name or "", 0) is None]
-        if config.lora_bias and bare:
+        if bare:
             warnings.warn(
                 f"lora_bias=True, and {len(bare)} modules, such as {bare[0]!r}, have no bias: the adapter cannot be"
                 " merged into them.",
