@@ -278,17 +278,18 @@ def _add_by_sample(route: Route, products: dict[str, LowRank], x: Tensor, y: Ten
     """Each sample times its own factors, so that no inputs or outputs have to be picked out and put together."""
     dtype, some = compute_dtype(x), next(iter(products.values()))
     rank, repeats = max(len(product.down) for product in products.values()), len(x) // len(route.names)
-    factors = {BASE: (x.new_zeros(rank, x.shape[-1], dtype=dtype), y.new_zeros(y.shape[-1], rank, dtype=dtype))}
+    factors = {BASE: (x.new_zeros(rank, x.shape[-1], dtype=dtype), y.new_zeros(rank, y.shape[-1], dtype=dtype))}
     for name, product in products.items():
         more = rank - len(product.down)
-        down, up = F.pad(product.down.to(dtype), (0, 0, 0, more)), (product.up * product.scale).to(dtype)
-        factors[name] = down, F.pad(up, (0, more))
+        # Transposed in memory, B is copied and multiplied with in half the time.
+        pair = product.down.to(dtype), (product.up * product.scale).to(dtype).T.contiguous()
+        factors[name] = (F.pad(pair[0], (0, 0, 0, more)), F.pad(pair[1], (0, 0, 0, more))) if more else pair
     own = [factors.get(name, factors[BASE]) for name in route.names for _ in range(repeats)]
     x, y = (F.dropout(x, some.dropout) if some.dropout else x).to(dtype).flatten(1, -2), y.to(dtype)
     low, up = torch.bmm(x, torch.stack([down for down, _ in own]).mT), torch.stack([up for _, up in own])
     if torch.is_grad_enabled() or watched or not y.is_contiguous():
-        return torch.baddbmm(y.flatten(1, -2), low, up.mT).view(y.shape)
-    y.flatten(1, -2).baddbmm_(low, up.mT)
+        return torch.baddbmm(y.flatten(1, -2), low, up).view(y.shape)
+    y.flatten(1, -2).baddbmm_(low, up)
     return y
 
 
