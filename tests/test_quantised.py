@@ -270,7 +270,7 @@ def test_a_model_that_transformers_has_quantised(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    saved_base(llama(hidden_size=64, intermediate_size=128), tmp_path)
+    plain = saved_base(llama(hidden_size=64, intermediate_size=128), tmp_path)
     setting = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=setting, device_map="cpu")
     base = peft.prepare_model_for_kbit_training(base)
@@ -282,8 +282,11 @@ def test_a_model_that_transformers_has_quantised(bits, tmp_path):
     fill_adapter(model).eval()
     with torch.no_grad():
         expected = model(tokens()).logits
-        model.merge_adapter()
-        assert (model(tokens()).logits - expected).norm() < 0.4 * expected.norm()
+        with model.disable_adapter():
+            rounding = (model(tokens()).logits - plain(tokens()).logits).norm()
+        model.merge_adapter()  # rounds two of the seven weights of a layer once more
+        limit = rounding if bits == 4 else 0.05 * expected.norm()
+        assert 0 < (model(tokens()).logits - expected).norm() < limit
         model.unmerge_adapter()
         torch.testing.assert_close(model(tokens()).logits, expected)
 
@@ -324,6 +327,29 @@ def test_a_frozen_adapter_beside_trained_biases_of_a_quantised_layer():
     torch.testing.assert_close(found, expected)
     found.sum().backward()
     assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_training_goes_on_after_an_evaluation():
+    """bitsandbytes packs weights for processors with bf16 instructions in evaluation: no gradient goes through that."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def layer() -> nn.Module:
+        made = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
+        made.load_state_dict(nn.Linear(64, 64).state_dict())
+        return made.to("cpu").requires_grad_(False)
+
+    model = get_peft_model(nn.Sequential(*(layer() for _ in range(3))), LoraConfig(target_modules=["0", "2"]))
+    fill_adapter(model)
+    gradients = []
+    for _ in range(2):
+        model.train().zero_grad()
+        model(X).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
+        with torch.no_grad():
+            model.eval()(X)
+    assert all(gradient.any() for gradient in gradients[0])
+    for first, second in zip(*gradients, strict=True):
+        assert (second - first).norm() < 0.05 * first.norm()  # packing rounds scales
 
 
 def test_the_qlora_example(capsys):

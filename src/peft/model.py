@@ -17,6 +17,7 @@ from peft.core.auxiliary import save_modules, unsave_modules
 from peft.core.injection import check_adapter_name
 from peft.core.method import Method
 from peft.core.part import as_names
+from peft.core.storage.gradients import unpack
 from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing, undone_on_error
@@ -29,6 +30,8 @@ from peft.registry import method_of
 from peft.saved import SavedAdapters, check_trainable, value_of
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from peft.delegated import Delegated
 else:
     Delegated = object  # `__getattr__` finds its names; a type checker that saw that would let every misspelling pass
@@ -387,6 +390,11 @@ class PeftModel(SavedAdapters, Delegated):
                     tuner.enable_adapter_layers()
 
     # ---- being the model
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            unpack(self.get_base_model())
+        return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass with the active adapters.

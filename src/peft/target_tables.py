@@ -153,3 +153,6 @@ FEEDFORWARD_TARGETS: Targets = {"mt5": []} | _table(
         "mlp.c_proj": "gpt2 gpt_bigcode",
     }
 )
+
+#: classes of modules that only call a linear layer and clip what goes in and comes out, and what they call it
+LINEAR_INSIDE = {"Gemma4ClippableLinear": "linear", "DiffusionGemmaClippableLinear": "linear"}

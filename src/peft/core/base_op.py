@@ -426,10 +426,6 @@ _KINDS: list[tuple[Callable[[nn.Module], bool], type[BaseOp]]] = [
 ]
 
 
-#: classes of modules that only call a linear layer and clip what goes in and comes out, and what they call it
-LINEAR_INSIDE = {"Gemma4ClippableLinear": "linear", "DiffusionGemmaClippableLinear": "linear"}
-
-
 def base_op(module: nn.Module, parameter_name: str | None = None) -> BaseOp | None:
     """What kind of module this is, or None where it is none that a matrix can be seen in.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft.config import LayerConfig
 from peft.core import tensor_parallel
 from peft.core.auxiliary import ModulesToSaveWrapper
-from peft.core.base_op import LINEAR_INSIDE, BaseOp, ParameterOp, base_op
+from peft.core.base_op import BaseOp, ParameterOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.making import start_of
 from peft.core.storage import onloaded, storage_of
@@ -33,6 +33,7 @@ from peft.core.targets import (
     target_name,
 )
 from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, PeftWarning
+from peft.target_tables import LINEAR_INSIDE
 
 #: so many names that match nothing are named
 _MANY = 20

@@ -302,6 +302,7 @@ class BaseTuner(nn.Module):
             )
         with whole(self, deleting=True):
             unloading.delete(self, adapter_name)
+        self.__dict__.pop("_watches", None)  # another of this name may come
 
     def forget_shared(self, method: Method, adapter_name: str) -> None:
         """Removes what the layers of an adapter share."""

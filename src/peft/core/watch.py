@@ -26,9 +26,10 @@ _TRIES = 3
 
 
 class Watch:
-    """What is known of the layers so far. Ends by itself; afterwards no pass costs anything."""
+    """What is known of the layers with some adapters; a pass from which no more is to be learnt costs nothing."""
 
     def __init__(self) -> None:
+        self.is_over = False
         self._called: set[int] = set()
         self._passes = 0
         self._is_done_with_calls = False
@@ -40,10 +41,12 @@ class Watch:
         """The model's output."""
         if torch.compiler.is_compiling() or is_transformed() or current_route() is not None or tuner.disabled:
             return tuner.model(*args, **kwargs)
+        trains = tuner.training and torch.is_grad_enabled()
+        if self._is_done_with_calls and not (trains and (self._reached is None or self._went_back)):
+            return tuner.model(*args, **kwargs)
         if not _can_be_watched(tuner.model):
             self._end(tuner)
             return tuner.model(*args, **kwargs)
-        trains = tuner.training and torch.is_grad_enabled()
         if trains and self._went_back:
             self._report_gradients(tuner)
         if trains and self._reached is None:
@@ -104,13 +107,15 @@ class Watch:
         self._went_back = False
         if self._is_done_with_calls:
             self._end(tuner)
-        self._let_go()
+        self.let_go()
 
     def _end(self, tuner: BaseTuner) -> None:
         tuner.__dict__.pop("_watch", None)
-        self._let_go()
+        self.is_over = True
+        self.let_go()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -123,11 +128,14 @@ class Watch:
 
 
 def watch_anew(tuner: BaseTuner) -> None:
-    """Has the next passes of a model watched, as its adapters are others now."""
+    """Has the next passes of a model watched, where that is not over for the adapters that are active now."""
     before = tuner.__dict__.pop("_watch", None)
     if before is not None:
-        before._let_go()
-    tuner.__dict__["_watch"] = Watch()
+        before.let_go()
+    # By adapters: whoever switches for each request is not to pay each time.
+    watch = tuner.__dict__.setdefault("_watches", {}).setdefault(frozenset(tuner.active_adapters), Watch())
+    if not watch.is_over:
+        tuner.__dict__["_watch"] = watch
 
 
 def _note_call(layer: AdapterLayer, called: set[int], *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Layers that quantise their input as well as their weight, and so pass no gradient on."""
+"""Quantised layers that pass no gradient on: those that quantise their input too, or have been made for evaluation."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def let_gradients_through(modules: Iterable[tuple[str, nn.Module]]) -> None:
     for name, module in modules:
         if blocking([(name, module)]):
             module.register_forward_hook(_pass_on)
+
+
+def unpack(model: nn.Module) -> None:
+    """Takes back what passes in evaluation have made of quantised weights that gradients are wanted through next."""
+    for module in model.modules():
+        kind = _kind_of(module)
+        if kind is not None:
+            kind.unpack(module)
 
 
 def _blocks(module: nn.Module) -> bool:

@@ -36,6 +36,9 @@ class Quantised(Storage):
         """Whether the weight `name` of `module`, which is `weight` if it is an attribute, is held in this way."""
         raise NotImplementedError
 
+    def unpack(self, module: Any) -> None:
+        """Makes the weight one that gradients go through again, where evaluation has made another form of it."""
+
     def pack(self, module: Any, name: str, value: Tensor) -> tuple[Any, ...]:
         """`value` in the storage's form, on the weight's device: what goes into each of `parts`."""
         raise NotImplementedError
@@ -169,6 +172,11 @@ class Bnb4bit(Quantised):
             functional = sys.modules["bitsandbytes.functional"]
             data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
         return data, state
+
+    def unpack(self, module: Any) -> None:
+        weight = module.weight
+        if getattr(weight, "quant_state", None) is not None:
+            weight.data, weight.quant_state = self._unpacked(module, "weight")
 
     def read(self, module: Any, name: str) -> Tensor:
         return sys.modules["bitsandbytes.functional"].dequantize_4bit(*self._unpacked(module, name))
