@@ -42,7 +42,7 @@ def cases(scale: Scale) -> list[Case]:
             name,
             lambda n=name: _prepare(scale, n),
             [Row(name, "adapter", "floor", 2.0), Row(f"{name}, bytes kept", "adapter kept", "floor kept", unit="B")],
-            runs=1,
+            runs=3,
             warm_up=False,  # preparing is one
         )
         for name in names

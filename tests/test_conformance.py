@@ -419,7 +419,7 @@ def test_a_failed_add_leaves_nothing(method, kind, monkeypatch):
         raise MemoryError("no memory left")
 
     for subclass in {layer_class, *layer_class.__subclasses__()}:
-        if "create" in vars(subclass):
+        if subclass is layer_class or "create" in vars(subclass):
             original = subclass.create
             monkeypatch.setattr(subclass, "create", fail)
     with pytest.raises(MemoryError):

@@ -78,6 +78,8 @@ class PeftConfigMixin:
     auto_mapping: dict | None = None
     peft_version: str | None = None
 
+    #: the method of the class, which says it as `class HRAConfig(LayerConfig, peft_type=PeftType.HRA)`
+    _method: ClassVar[PeftType | None] = None
     #: fields that huggingface/peft's files do not have; written only where they differ from their default
     beyond_reference: ClassVar[frozenset[str]] = frozenset()
     #: whether the base weights of embeddings that an adapter targets are stored along with it
@@ -90,6 +92,13 @@ class PeftConfigMixin:
     nonnegative_fields: ClassVar[tuple[str, ...]] = ()
     #: fields whose numbers are fractions: zero or more, less than one
     fraction_fields: ClassVar[tuple[str, ...]] = ()
+    #: fields that map names of modules (or regular expressions for their ends) to values of their own -> the field that
+    #: these are values of; names that match no module are warned of
+    pattern_fields: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, peft_type: PeftType | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._method = peft_type or cls._method
 
     def __post_init__(self) -> None:
         """Checks the fields, as far as each can be judged on its own.
@@ -99,6 +108,7 @@ class PeftConfigMixin:
             ValueError: a number is out of range, or there is no such task.
         """
         own_class: Any = type(self)
+        self.peft_type = self._method or self.peft_type
         kinds = field_types(own_class)
         for field in fields(self):
             value, kind = getattr(self, field.name), kinds.get(field.name, Any)
@@ -110,15 +120,14 @@ class PeftConfigMixin:
             if field.name == "modules_to_save" and "" in (value or ()):
                 raise ValueError(f"{field.name} has an empty name in it: {shown(value)}.")
         for name in self._all_of("positive_fields"):
-            value, kind = getattr(self, name), kinds.get(name, Any)
-            if value is not None and not value > 0:
-                raise ValueError(
-                    f"{name} must be {'positive' if is_of(0.5, kind) else 'a positive integer'}, got {value}."
-                )
+            demand = "positive" if is_of(0.5, kinds.get(name, Any)) else "a positive integer"
+            for value, where in self._values_of(name):
+                if value is not None and not value > 0:
+                    raise ValueError(f"{name} must be {demand}, got {value}{where}.")
         for name in self._all_of("nonnegative_fields"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}.")
+            for value, where in self._values_of(name):
+                if value is not None and not value >= 0:
+                    raise ValueError(f"{name} must not be negative, got {value}{where}.")
         for name in self._all_of("fraction_fields"):
             value = getattr(self, name)
             if not 0 <= value < 1:
@@ -130,6 +139,16 @@ class PeftConfigMixin:
     @classmethod
     def _all_of(cls, attribute: str) -> list[str]:
         return [name for base in cls.__mro__ for name in base.__dict__.get(attribute, ())]
+
+    def _values_of(self, name: str) -> list[tuple[Any, str]]:
+        """A field's value, and those of single modules, each with where it stands."""
+        patterns = [pattern for pattern, varied in self.pattern_fields.items() if varied == name]
+        single = [
+            (value, f" for {key!r} in {pattern}")
+            for pattern in patterns
+            for key, value in (getattr(self, pattern) or {}).items()
+        ]
+        return [(getattr(self, name), ""), *single]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that a file has, by name; sub-configurations as dictionaries."""
@@ -413,9 +432,6 @@ class LayerConfig(PeftConfig):
     bias: str = "none"
     left_out: dict[str, float] | None = define(default=None, kw_only=True)
 
-    #: fields that map names of modules to settings of their own; names that match no module are warned of
-    pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
@@ -427,7 +443,9 @@ class LayerConfig(PeftConfig):
             elif isinstance(value, str):
                 _check_expression(name, value)
         for name in self.pattern_fields:
-            for pattern in getattr(self, name, None) or ():
+            if getattr(self, name) is None and not self._is_default(name):
+                setattr(self, name, {})
+            for pattern in getattr(self, name) or ():
                 _check_expression(name, pattern)
         if isinstance(self.layers_to_transform, (list, tuple)) and not self.layers_to_transform:
             self.layers_to_transform = None

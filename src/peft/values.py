@@ -75,12 +75,21 @@ def check_value(name: str, value: Any, kind: Any, owner: str) -> None:
 
     Raises:
         TypeError: the value is of another type.
-        ValueError: a number is not finite, or larger than any tensor; a text holds what no name has.
+        ValueError: a number is not finite, or larger than any tensor; a text is none of those that are known, or holds
+            what no name has.
     """
     if not is_of(value, kind):
         raise TypeError(
             f"{name} of {owner} must be {spelled(kind)}, got {shown(value)} ({type(value).__name__})."
         )
+    named = [
+        choice
+        for member in (kind, *typing.get_args(kind))
+        if typing.get_origin(member) is typing.Literal
+        for choice in typing.get_args(member)
+    ]
+    if named and isinstance(value, str) and value not in named:
+        raise ValueError(f"{name} of {owner} must be one of {', '.join(map(repr, named))}, got {shown(value)}.")
     for leaf in leaves(value):
         if isinstance(leaf, str):
             if "\0" in leaf or not _is_text(leaf):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from peft.core.call import current_route
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
-from peft.core.slots import Slot
+from peft.core.slots import ModuleSlot
 from peft.core.storage.sharded import whole_copy
 from peft.core.wrappers import state_names
 from peft.errors import PeftWarning
@@ -76,7 +76,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         tied_module: a module to share the copy's weight with (tied embeddings).
     """
 
-    slots: ClassVar[dict[str, Slot]] = {"modules_to_save": Slot(modules=True)}
+    modules_to_save = ModuleSlot()
 
     def __init__(self, module_to_save: nn.Module, adapter_name: str, tied_module: nn.Module | None = None):
         super().__init__()

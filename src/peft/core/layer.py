@@ -47,8 +47,10 @@ class AdapterLayer(Part):
     kinds: ClassVar[frozenset[str]] = frozenset(
         ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "Parameter")
     )
-    #: what the adapter layer is called in messages and status
-    label: ClassVar[str] = ""
+    #: what the adapter layer is called in status, beside its kind: its file if None; "" where the class says it all
+    label: ClassVar[str | None] = None
+    #: the setting that is a `Dropout`
+    dropout_field: ClassVar[str | None] = None
 
     parameter_name: str | None
     is_read: bool  # whether modules around it read `weight` and `bias`: what they see is with the adapters
@@ -83,7 +85,6 @@ class AdapterLayer(Part):
 
     def create(self, name: str, config: Any) -> None:
         """Makes the tensors of adapter `name`, on any device and in any dtype: the mechanism moves them."""
-        raise NotImplementedError
 
     def draw(self, name: str, config: Any) -> None:
         """Makes the fixed tensors of adapter `name`, which its configuration and the base weight determine.
@@ -111,6 +112,10 @@ class AdapterLayer(Part):
             else:
                 changes += change
         return changes
+
+    def dropout_of(self, name: str) -> float:
+        """The probability of dropout on the input of adapter `name`, at present."""
+        return getattr(self, self.dropout_field)[name] if self.dropout_field and self.training else 0.0
 
     def check_merge(self, name: str) -> None:
         """Raises NotImplementedError or ValueError where the adapter cannot become part of the weight."""
@@ -259,6 +264,10 @@ class AdapterLayer(Part):
         """Begins the record of an adapter."""
         record = self.records[name] = Record()
         record.config = config
+        for setting in self.other_param_names:
+            field = getattr(type(self), setting).field
+            if hasattr(config, field):
+                record.__dict__[setting] = getattr(config, field)
 
     def add_slot(self, name: str, slot: Slot) -> None:
         """Makes room for one more kind of tensor on this layer."""
@@ -444,7 +453,8 @@ class AdapterLayer(Part):
     @property
     def type_name(self) -> str:
         """What status calls this kind of layer."""
-        return f"{self.label}.{self.op.kind}" if self.label else type(self).__name__
+        label = type(self).__module__.rpartition(".")[2] if self.label is None else self.label
+        return f"{label}.{self.op.kind}" if label else type(self).__name__
 
     def __repr__(self) -> str:
         return super().__repr__().replace(type(self).__name__, self.type_name, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
 from peft.core.slots import Slot
-from peft.core.targets import default_targets
+from peft.core.targets import default_targets, pattern_value
 from peft.core.wrappers import state_names
 
 
@@ -141,8 +141,11 @@ class Method:
     # ---- layer by layer
 
     def layer_settings(self, config: Any, key: str) -> dict[str, Any]:
-        """What the adapter on module (or parameter) `key` gets beyond the configuration (a rank of its own, say)."""
-        return {}
+        """What the adapter on module (or parameter) `key` has as its own, as arguments of its `create`."""
+        return {
+            field: pattern_value(getattr(config, patterns) or {}, key, getattr(config, field))
+            for patterns, field in config.pattern_fields.items()
+        }
 
     def make_layer(self, config: Any, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
         """A layer of the method around `target`, without adapters yet."""

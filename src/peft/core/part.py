@@ -21,7 +21,7 @@ class Part(nn.Module):
     same states: adapters are active, switched off, trained, routed, merged.
     """
 
-    #: the tensors that adapters have here, by the name of their container
+    #: the tensors that adapters have here, by the name of their container; collected from the attributes of the class
     slots: ClassVar[Mapping[str, Slot]] = {}
     #: those that are not shared by several parts
     adapter_layer_names: tuple[str, ...] = ()
@@ -45,6 +45,9 @@ class Part(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        names = dict.fromkeys((*cls.slots, *(name for name, value in vars(cls).items() if isinstance(value, Slot))))
+        found = {name: getattr(cls, name) for name in names}
+        cls.slots = {name: slot for name, slot in found.items() if isinstance(slot, Slot)}
         cls.adapter_layer_names = tuple(name for name, slot in cls.slots.items() if not slot.shared)
         settings = (name for kind in cls.__mro__ for name, value in vars(kind).items() if isinstance(value, Setting))
         cls.other_param_names = tuple(dict.fromkeys(settings))

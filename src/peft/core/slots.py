@@ -48,37 +48,65 @@ class Buffers(nn.Module):
         return len(self._buffers) + len(self._modules)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Slot:
-    """One kind of tensor that adapters have.
+    """One kind of tensor that adapters have on a part: what holds those of all its adapters, by adapter name.
+
+    A class attribute of the part: `hra_u = Slot()` makes `layer.hra_u["default"]` a tensor.
 
     Attributes:
-        trained: a parameter; else a fixed tensor, made by `AdapterLayer.draw` (or `Method.share`) on a real device even
-            where the trained ones have no memory yet.
+        trained: whether it is trained; else it is made by `AdapterLayer.draw` (or `Method.share`), on a real device
+            even where the trained ones have no memory yet.
         stored: whether files hold it; or the field of the configuration that says so.
         shared: one for all layers of an adapter, or for each of several groups of them, made by `Method.share`. It is
             held by the model of the method, and by the layers as the same object.
-        modules: what is held are modules with the tensors in them, not the tensors themselves.
-        parameter: a fixed tensor that is held as a parameter all the same.
     """
 
     trained: bool = True
     stored: bool | str = True
     shared: bool = False
-    modules: bool = False
-    parameter: bool = False
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, part: Any, owner: type) -> nn.ParameterDict:
+        try:
+            return self if part is None else part.__dict__["_modules"][self.name]  # type: ignore[return-value]
+        except KeyError:
+            raise AttributeError(self.name) from None
 
     def container(self) -> nn.Module:
         """An empty container."""
-        if self.modules:
-            return nn.ModuleDict()
-        return nn.ParameterDict() if self.trained or self.parameter else Buffers(persistent=self.stored is not False)
+        return nn.ParameterDict()
 
     def is_stored(self, config: Any, name: str) -> bool:
         """Whether the file of an adapter with this configuration holds it, given what the slot is called."""
         if not self.trained and name in (getattr(config, "left_out", None) or ()):
             return False
         return self.stored if isinstance(self.stored, bool) else bool(getattr(config, self.stored))
+
+
+@dataclass
+class FixedSlot(Slot):
+    """A fixed tensor, held as a buffer."""
+
+    trained: bool = False
+
+    def __get__(self, part: Any, owner: type) -> Buffers:  # type: ignore[override]
+        return super().__get__(part, owner)  # type: ignore[return-value]
+
+    def container(self) -> nn.Module:
+        return Buffers(persistent=self.stored is not False)
+
+
+class ModuleSlot(Slot):
+    """Modules with the tensors in them."""
+
+    def __get__(self, part: Any, owner: type) -> nn.ModuleDict:  # type: ignore[override]
+        return super().__get__(part, owner)  # type: ignore[return-value]
+
+    def container(self) -> nn.Module:
+        return nn.ModuleDict()
 
 
 class Record:
@@ -127,10 +155,18 @@ class View(MutableMapping[str, T]):
 
 
 class Setting(Generic[T]):
-    """A setting that each adapter has on a layer: `layer.r["default"]` is `layer.records["default"].r`."""
+    """A setting that each adapter has on a layer: `layer.r["default"]` is `layer.records["default"].r`.
+
+    Args:
+        field: the field of the configuration that it starts as, where there is one; that of the same name if None.
+    """
+
+    def __init__(self, field: str | None = None):
+        self.field = field
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
+        self.field = self.field or name
 
     @overload
     def __get__(self, layer: None, owner: type) -> Setting[T]: ...
@@ -145,3 +181,11 @@ class Setting(Generic[T]):
         for adapter in list(view):
             del view[adapter]
         view.update(values)
+
+
+class Dropout(Setting[float]):
+    """The probability of dropout on an adapter's input, for linear layers only; see `AdapterLayer.dropout_of`."""
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        super().__set_name__(owner, name)
+        owner.dropout_field = name

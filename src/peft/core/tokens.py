@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,10 @@ class TrainableTokensLayer(AdapterLayer):
         apart: whether the modules get weights of their own when rows are merged, since others change one of them too.
     """
 
-    slots: ClassVar[dict[str, Slot]] = {"trainable_tokens_delta": Slot()}
+    trainable_tokens_delta = Slot()
     kinds = frozenset(("Embedding", "Linear"))
     label = ""
 
-    trainable_tokens_delta: nn.ParameterDict
     token_indices = Setting[list[int]]()
 
     def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None, apart: bool = False):

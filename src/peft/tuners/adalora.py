@@ -15,7 +15,7 @@ from peft.core.base_op import BaseOp, ConvOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.slots import Setting, Slot
+from peft.core.slots import ModuleSlot, Setting, Slot
 from peft.core.storage.flat import is_apart
 from peft.core.storage.sharded import put, whole
 from peft.core.tuner import BaseTuner
@@ -34,7 +34,7 @@ _NOT_USED = (
 
 
 @dataclass
-class AdaLoraConfig(LayerConfig):
+class AdaLoraConfig(LayerConfig, peft_type=PeftType.ADALORA):
     """Adaptive budget allocation (arXiv:2303.10512): W' = W + lora_alpha / init_r * B (E * A).
 
     A [r, in] and B [out, r] are kept near to orthonormal by a penalty in the loss; E [r, 1] takes the part of singular
@@ -103,11 +103,9 @@ class AdaLoraConfig(LayerConfig):
     nonnegative_fields = ("target_r", "tinit", "tfinal", "orth_reg_weight", "lora_alpha")
     fraction_fields = ("beta1", "beta2", "lora_dropout")
     runtime_fields: ClassVar[frozenset[str]] = frozenset(("runtime_config",))
-    pattern_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.ADALORA
         for name, what in (("use_dora", "DoRA"), ("loftq_config", "LoftQ"), ("layer_replication", "layer_replication")):
             if getattr(self, name):
                 raise ValueError(f"AdaLoRA does not support {what} ({name}={getattr(self, name)!r}).")
@@ -138,24 +136,18 @@ class AdaLoraLayer(AdapterLayer):
     `ranknum` [1] is the rank that the scale counts with; it stays when ranks are dropped.
     """
 
-    slots: ClassVar[dict[str, Slot]] = {
-        **dict.fromkeys(_SLOTS, Slot()),
-        "lora_dropout": Slot(trained=False, stored=False, modules=True),
-        "ranknum": Slot(trained=False, stored=False, parameter=True),
-    }  # fmt: skip
-    label = "adalora"
+    lora_A = Slot()
+    lora_B = Slot()
+    lora_E = Slot()
+    lora_dropout = ModuleSlot(trained=False, stored=False)
+    ranknum = Slot(trained=False, stored=False)
 
-    lora_A: nn.ParameterDict
-    lora_B: nn.ParameterDict
-    lora_E: nn.ParameterDict
-    ranknum: nn.ParameterDict
     r = Setting[int]()
     lora_alpha = Setting[float]()
     scaling = Setting[float]()
 
     def create(self, name: str, config: AdaLoraConfig) -> None:
         self.r[name] = r = config.init_r
-        self.lora_alpha[name] = config.lora_alpha
         self.scaling[name] = config.lora_alpha if config.lora_alpha > 0 else float(r)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         a, b, e = self.shapes(r)

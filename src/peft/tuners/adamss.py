@@ -15,7 +15,7 @@ from peft.core.base_op import BaseOp
 from peft.core.change import Bias, Change, LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import FixedSlot, ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.ops.subspaces import (
@@ -31,7 +31,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class AdamssConfig(LayerConfig):
+class AdamssConfig(LayerConfig, peft_type=PeftType.ADAMSS):
     """Adaptive multi-subspace fine-tuning: the rows of W fall into clusters, and each gets a low-rank change.
 
     With the bias as a last column, [W, b] is about U V with V [r, in + 1] from its singular vectors; the rows of U are
@@ -86,7 +86,6 @@ class AdamssConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.ADAMSS
         self.init_weights = None if self.init_weights is False else self.init_weights
         if self.init_weights is True:
             raise ValueError("init_weights must be 'orthogonal' or None, got True.")
@@ -109,16 +108,11 @@ class AdamssLayer(AdapterLayer):
     after the other.
     """
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "adamss_A": Slot(modules=True), "adamss_B": Slot(modules=True), "adamss_newB": Slot(trained=False),
-        "adamss_rows": Slot(trained=False, stored="save_clusters"),
-    }  # fmt: skip
-    label = "adamss"
+    adamss_A = ModuleSlot()
+    adamss_B = ModuleSlot()
+    adamss_newB = FixedSlot()
+    adamss_rows = FixedSlot(stored="save_clusters")
 
-    adamss_A: nn.ModuleDict
-    adamss_B: nn.ModuleDict
-    adamss_newB: Buffers
-    adamss_rows: Buffers
     #: subspaces that are not trained any more
     adamss_dropped = Setting["set[int]"]()
     #: for each trained tensor, the moving averages of its importance and of the uncertainty of that

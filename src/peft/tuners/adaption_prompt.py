@@ -37,7 +37,7 @@ _TENSORS = ("adaption_prompt", "adaption_gate")
 
 
 @dataclass
-class AdaptionPromptConfig(PeftConfig):
+class AdaptionPromptConfig(PeftConfig, peft_type=PeftType.ADAPTION_PROMPT):
     """Adaption prompt (arXiv:2303.16199), for Llama, Mistral, Qwen and GPT-2.
 
     Args:
@@ -56,10 +56,6 @@ class AdaptionPromptConfig(PeftConfig):
     beyond_reference: ClassVar[frozenset[str]] = frozenset()
 
     positive_fields = ("adapter_len", "adapter_layers")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.ADAPTION_PROMPT
 
     @property
     def is_adaption_prompt(self) -> bool:

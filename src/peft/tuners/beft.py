@@ -17,7 +17,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class BeftConfig(LayerConfig):
+class BeftConfig(LayerConfig, peft_type=PeftType.BEFT):
     """Bias-efficient fine-tuning (arXiv:2509.15974): y = W x + b + `beft_bias`, with a trained vector [1, out].
 
     By default the value projections are the targets. A module without bias gets one as long as the adapter is there;
@@ -33,19 +33,12 @@ class BeftConfig(LayerConfig):
         ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.BEFT
-
 
 class BeftLayer(AdapterLayer):
     """A module with a vector added to its output; not an embedding or a bare parameter, where biases are none."""
 
-    slots: ClassVar[dict[str, Slot]] = {"beft_bias": Slot()}
+    beft_bias = Slot()
     kinds = AdapterLayer.kinds - {"Embedding", "Parameter"}
-    label = "beft"
-
-    beft_bias: nn.ParameterDict
 
     def create(self, name: str, config: BeftConfig) -> None:
         shape = 1, self.out_features

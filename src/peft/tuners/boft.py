@@ -25,7 +25,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class BOFTConfig(LayerConfig):
+class BOFTConfig(LayerConfig, peft_type=PeftType.BOFT):
     """Orthogonal finetuning by butterfly factors (arXiv:2311.06243): W' = diag(s) W M^T.
 
     M is a product of m factors, each block-diagonal up to a permutation, with blocks (I - Q) (I + Q)^-1 of the
@@ -58,7 +58,6 @@ class BOFTConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.BOFT
         size, number = self.boft_block_size, self.boft_block_num
         if size < 0 or number < 0 or (size == 0) == (number == 0):
             raise ValueError(
@@ -75,11 +74,9 @@ class BOFTConfig(LayerConfig):
 class BOFTLayer(AdapterLayer):
     """A module whose input is rotated in blocks, and whose output is scaled."""
 
-    slots: ClassVar[dict[str, Slot]] = {"boft_R": Slot(), "boft_s": Slot()}
-    label = "boft"
+    boft_R = Slot()
+    boft_s = Slot()
 
-    boft_R: nn.ParameterDict
-    boft_s: nn.ParameterDict
     boft_block_size = Setting[int]()
     boft_block_num = Setting[int]()
     boft_dropout = Setting[float]()
@@ -87,7 +84,6 @@ class BOFTLayer(AdapterLayer):
     def create(self, name: str, config: BOFTConfig) -> None:
         size = config.boft_block_size or self.in_features // config.boft_block_num
         self.boft_block_size[name], self.boft_block_num[name] = size, self.in_features // size
-        self.boft_dropout[name] = config.boft_dropout
         self.boft_R[name] = nn.Parameter(torch.zeros(config.factors, self.in_features // size, size, size))
         shape = (1, self.out_features) if isinstance(self.op, ConvOp) else (self.out_features, 1)
         self.boft_s[name] = nn.Parameter(torch.ones(shape))

@@ -12,7 +12,6 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
-from peft.core.method import Method
 from peft.core.slots import Setting, Slot
 from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
@@ -28,7 +27,7 @@ STARTS: dict[str, Any] = {
 
 
 @dataclass
-class C3AConfig(LayerConfig):
+class C3AConfig(LayerConfig, peft_type=PeftType.C3A):
     """Circular convolution adaptation (arXiv:2407.19342): W' = W + C / in.
 
     C consists of circulant blocks of size b = block_size: block (m, n) has the entry w[m, n, (j - i) mod b] at (i, j),
@@ -47,26 +46,14 @@ class C3AConfig(LayerConfig):
 
     positive_fields = ("block_size",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
-    pattern_fields: ClassVar[tuple[str, ...]] = ("block_size_pattern",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.C3A
-        self.block_size_pattern = self.block_size_pattern or {}
-        for pattern, size in self.block_size_pattern.items():
-            if size < 1:
-                raise ValueError(f"The block size must be a positive integer, got {size} for {pattern!r}.")
-        if not isinstance(self.init_weights, bool) and self.init_weights not in STARTS:
-            raise ValueError(f"init_weights must be True, False or one of {sorted(STARTS)}, got {self.init_weights!r}.")
+    pattern_fields: ClassVar[dict[str, str]] = {"block_size_pattern": "block_size"}
 
 
 class C3ALayer(AdapterLayer):
     """A module with a matrix of circulant blocks added to its weight."""
 
-    slots: ClassVar[dict[str, Slot]] = {"c3a_kernel": Slot()}
-    label = "c3a"
+    c3a_kernel = Slot()
 
-    c3a_kernel: nn.ParameterDict
     block_size = Setting[int]()
 
     def create(self, name: str, config: C3AConfig, block_size: int = 0) -> None:
@@ -95,16 +82,8 @@ class C3ALayer(AdapterLayer):
             )
 
 
-class C3AMethod(Method):
-    """The size of each module's blocks."""
-
-    def layer_settings(self, config: C3AConfig, key: str) -> dict[str, Any]:
-        return {"block_size": pattern_value(config.block_size_pattern or {}, key, config.block_size)}
-
-
 class C3AModel(BaseTuner):
     """A model with circular convolution adapters."""
 
     prefix = "c3a_"
     layer_class = C3ALayer
-    method_class = C3AMethod

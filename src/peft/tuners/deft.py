@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.slots import Setting, Slot
+from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.made import product_with
 from peft.ops.memo import remember
@@ -21,7 +20,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class DeftConfig(LayerConfig):
+class DeftConfig(LayerConfig, peft_type=PeftType.DEFT):
     """Decompositional fine-tuning (arXiv:2509.22793): a part of the weight is taken out and learned anew.
 
     W' = W - Q P'^T W + s Q R, with `deft_P` [out, r] and `deft_R` [r, in]. Q is P and P' is relu(P), or both are an
@@ -53,30 +52,21 @@ class DeftConfig(LayerConfig):
     fraction_fields = ("deft_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.DEFT
-        if self.decomposition_method not in ("relu", "qr"):
-            raise ValueError(f"decomposition_method must be 'relu' or 'qr', got {self.decomposition_method!r}.")
-
 
 class DeftLayer(AdapterLayer):
     """A module with a part of its weight exchanged."""
 
-    slots: ClassVar[dict[str, Slot]] = {"deft_P": Slot(), "deft_R": Slot()}
-    label = "deft"
+    deft_P = Slot()
+    deft_R = Slot()
 
-    deft_P: nn.ParameterDict
-    deft_R: nn.ParameterDict
     deft_scaling = Setting[float]()
     deft_orthonormal = Setting[bool]()
-    deft_dropout = Setting[float]()
+    deft_dropout = Dropout()
 
     def create(self, name: str, config: DeftConfig) -> None:
         r = min(config.r, self.out_features)
         self.deft_scaling[name] = 1.0 if config.alpha is None else config.alpha / r
         self.deft_orthonormal[name] = config.decomposition_method == "qr"
-        self.deft_dropout[name] = config.deft_dropout
         self.deft_P[name] = nn.Parameter(0.02 * torch.randn(self.out_features, r))
         if config.para:
             return
@@ -101,17 +91,12 @@ class DeftLayer(AdapterLayer):
 
     def change(self, name: str) -> LowRank | tuple[LowRank, LowRank]:
         q, _ = self.basis(name)
-        scale, p = self.deft_scaling[name], self.deft_dropout[name] if self.training else 0.0
+        scale, p = self.deft_scaling[name], self.dropout_of(name)
         if name not in self.deft_R:
             return LowRank(self.taken_out(name), q, scale=-1.0)
         if p:
             return LowRank(self.deft_R[name], q, scale, p), LowRank(self.taken_out(name), q, scale=-1.0)
         return LowRank(scale * self.deft_R[name] - self.taken_out(name), q)
-
-    @classmethod
-    def check(cls, config: DeftConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if config.deft_dropout and not op.linear:
-            raise ValueError(f"deft_dropout needs linear layers; {key!r} is a {op.kind}.")
 
 
 class DeftModel(BaseTuner):

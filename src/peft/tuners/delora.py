@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.method import Method
-from peft.core.slots import Buffers, Setting, Slot
-from peft.core.targets import pattern_value
+from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
 
@@ -23,7 +20,7 @@ LEAST_NORM = 1e-4
 
 
 @dataclass
-class DeloraConfig(LayerConfig):
+class DeloraConfig(LayerConfig, peft_type=PeftType.DELORA):
     """Decoupled low-rank adaptation (arXiv:2503.18225): W' = W + B D A diag(n).
 
     D is diagonal, with lambda / (r |A_i| |B_i|) for row i of `delora_A` [r, in] and column i of `delora_B` [out, r]: so
@@ -50,38 +47,22 @@ class DeloraConfig(LayerConfig):
     nonnegative_fields = ("delora_lambda",)
     fraction_fields = ("module_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
-    pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "lambda_pattern")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.DELORA
-        self.rank_pattern, self.lambda_pattern = self.rank_pattern or {}, self.lambda_pattern or {}
-        for pattern, r in self.rank_pattern.items():
-            if r < 1:
-                raise ValueError(f"The rank must be a positive integer, got {r} for {pattern!r} in rank_pattern.")
-        for pattern, value in self.lambda_pattern.items():
-            if not value >= 0:
-                raise ValueError(f"lambda must not be negative, got {value} for {pattern!r} in lambda_pattern.")
+    pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
 
 
 class DeloraLayer(AdapterLayer):
     """A module with a low-rank change of a norm of its own."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "delora_A": Slot(), "delora_B": Slot(), "delora_lambda": Slot(), "delora_w_norm": Slot(trained=False),
-    }  # fmt: skip
-    label = "delora"
+    delora_A = Slot()
+    delora_B = Slot()
+    delora_lambda = Slot()
+    delora_w_norm = FixedSlot()
 
-    delora_A: nn.ParameterDict
-    delora_B: nn.ParameterDict
-    delora_lambda: nn.ParameterDict
-    delora_w_norm: Buffers
     r = Setting[int]()
-    module_dropout = Setting[float]()
+    module_dropout = Dropout()
 
     def create(self, name: str, config: DeloraConfig, r: int = 0, delora_lambda: float | None = None) -> None:
         r = self.r[name] = r or config.r
-        self.module_dropout[name] = config.module_dropout
         start = config.delora_lambda if delora_lambda is None else delora_lambda
         a, b = torch.empty(r, self.in_features), torch.zeros(self.out_features, r)
         nn.init.kaiming_uniform_(a, a=5**0.5)
@@ -100,22 +81,7 @@ class DeloraLayer(AdapterLayer):
         strength = self.delora_lambda[name] / (self.r[name] * norms)
         # A, which is small, takes in what stands beside it: the rest is a plain product.
         down = a * strength[:, None] * self.delora_w_norm[name].to(a.dtype)
-        return LowRank(down, b, dropout=self.module_dropout[name] if self.training else 0.0)
-
-    @classmethod
-    def check(cls, config: DeloraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if config.module_dropout and not op.linear:
-            raise ValueError(f"module_dropout needs linear layers; {key!r} is a {op.kind}.")
-
-
-class DeloraMethod(Method):
-    """The rank and the start of lambda of each module."""
-
-    def layer_settings(self, config: DeloraConfig, key: str) -> dict[str, Any]:
-        return {
-            "r": pattern_value(config.rank_pattern or {}, key, config.r),
-            "delora_lambda": pattern_value(config.lambda_pattern or {}, key, config.delora_lambda),
-        }
+        return LowRank(down, b, dropout=self.dropout_of(name))
 
 
 class DeloraModel(BaseTuner):
@@ -123,4 +89,3 @@ class DeloraModel(BaseTuner):
 
     prefix = "delora_"
     layer_class = DeloraLayer
-    method_class = DeloraMethod

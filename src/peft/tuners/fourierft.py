@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,8 +12,7 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
-from peft.core.method import Method
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import FixedSlot, Setting, Slot
 from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.fourier import Spectrum, draw_frequencies
@@ -21,7 +20,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class FourierFTConfig(LayerConfig):
+class FourierFTConfig(LayerConfig, peft_type=PeftType.FOURIERFT):
     """Fourier transform fine-tuning (arXiv:2405.03003): W' = W + scaling * real(ifft2(F)).
 
     F [out, in] is zero but for the trained `fourierft_spectrum` [n_frequency], at random places that the seed gives.
@@ -43,33 +42,22 @@ class FourierFTConfig(LayerConfig):
     init_weights: bool = False
 
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
-    pattern_fields: ClassVar[tuple[str, ...]] = ("n_frequency_pattern",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.FOURIERFT
-        self.n_frequency_pattern = self.n_frequency_pattern or {}
-        for pattern, count in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
-            if count < 1:
-                raise ValueError(f"n_frequency must be a positive integer, got {count} for {pattern!r}.")
+    positive_fields = ("n_frequency",)
+    pattern_fields: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
 
 
 class FourierFTLayer(AdapterLayer):
     """A module with a matrix of few frequencies added to its weight."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "fourierft_spectrum": Slot(), "fourierft_frequencies": Slot(trained=False, stored=False),
-    }  # fmt: skip
-    label = "fourierft"
+    fourierft_spectrum = Slot()
+    fourierft_frequencies = FixedSlot(stored=False)
 
-    fourierft_spectrum: nn.ParameterDict
-    fourierft_frequencies: Buffers
     fourierft_n_frequency = Setting[int]()
-    fourierft_scaling = Setting[float]()
+    fourierft_scaling = Setting[float]("scaling")
 
     def create(self, name: str, config: FourierFTConfig, n_frequency: int = 0) -> None:
         count = n_frequency or config.n_frequency
-        self.fourierft_n_frequency[name], self.fourierft_scaling[name] = count, config.scaling
+        self.fourierft_n_frequency[name] = count
         self.fourierft_spectrum[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
 
     def draw(self, name: str, config: FourierFTConfig) -> None:
@@ -95,16 +83,8 @@ class FourierFTLayer(AdapterLayer):
             )
 
 
-class FourierFTMethod(Method):
-    """How many frequencies each module gets."""
-
-    def layer_settings(self, config: FourierFTConfig, key: str) -> dict[str, Any]:
-        return {"n_frequency": pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)}
-
-
 class FourierFTModel(BaseTuner):
     """A model with Fourier transform adapters."""
 
     prefix = "fourierft_"
     layer_class = FourierFTLayer
-    method_class = FourierFTMethod

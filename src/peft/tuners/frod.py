@@ -15,7 +15,7 @@ from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import Dropout, FixedSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.singular import Framed, common_basis, coordinates
 from peft.ops.sparse import Entries, in_row_order, off_diagonal_positions
@@ -25,7 +25,7 @@ _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 
 
 @dataclass
-class FrodConfig(LayerConfig):
+class FrodConfig(LayerConfig, peft_type=PeftType.FROD):
     """FRoD: W' = U (S + diag(l)) V^T, a change of full rank with few values.
 
     Layers of a kind, those whose names end alike, share a basis V [in, in], which comes from all their weights (where
@@ -70,7 +70,6 @@ class FrodConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.FROD
         if not 0 <= self.sparse_rate <= 1:
             raise ValueError(f"sparse_rate must be between 0 and 1, got {self.sparse_rate}.")
 
@@ -78,22 +77,18 @@ class FrodConfig(LayerConfig):
 class FrodLayer(AdapterLayer):
     """A module whose weight is changed in the basis that its kind shares."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "frod_lambda_l": Slot(), "frod_lambda_s_values": Slot(),
-        "frod_U": Slot(trained=False, stored=False), "frod_start": Slot(trained=False, stored=False),
-        **{name: Slot(trained=False, shared=True, stored="save_projection") for name in _SHARED},
-    }  # fmt: skip
-    label = "frod"
-
-    frod_lambda_l: nn.ParameterDict
-    frod_lambda_s_values: nn.ParameterDict
-    frod_U: Buffers
+    frod_lambda_l = Slot()
+    frod_lambda_s_values = Slot()
+    frod_U = FixedSlot(stored=False)
     #: l as it is without the adapter
-    frod_start: Buffers
-    frod_dropout = Setting[float]()
+    frod_start = FixedSlot(stored=False)
+    frod_V = FixedSlot(shared=True, stored="save_projection")
+    frod_s_indices = FixedSlot(shared=True, stored="save_projection")
+    frod_s_size = FixedSlot(shared=True, stored="save_projection")
+
+    frod_dropout = Dropout()
 
     def create(self, name: str, config: FrodConfig) -> None:
-        self.frod_dropout[name] = config.frod_dropout
         self.find_coordinates(name)
         start = self.frod_start[name].clone()
         values = torch.zeros(self.shared_tensor("frod_s_indices", name).shape[1])
@@ -128,12 +123,7 @@ class FrodLayer(AdapterLayer):
         core = Entries(positions, values[order], (len(basis), len(basis)))
         moved = diagonal - self.frod_start[name].to(diagonal)
         matrix = Framed(left, core, moved, basis, transposed=self.op.kind == "Embedding")
-        return Add(matrix, dropout=self.frod_dropout[name] if self.training else 0.0)
-
-    @classmethod
-    def check(cls, config: FrodConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if config.frod_dropout and not op.linear:
-            raise ValueError(f"frod_dropout needs linear layers; {key!r} is a {op.kind}.")
+        return Add(matrix, dropout=self.dropout_of(name))
 
 
 class FrodMethod(Method):

@@ -14,24 +14,21 @@ from peft.config import LayerConfig
 from peft.core.change import Add, Bias, Change
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.slots import Setting, Slot
+from peft.core.slots import ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.ops.made import Made, product_with
 from peft.registry import PeftType
 
-#: slot of each part -> the setting that says what form it has, and the forms there are
-_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "glora_A": ("config_A_B", ("lora", "vector", "constant", "none")),
-    "glora_B": ("config_A_B", ("lora", "vector", "constant", "none")),
-    "glora_C": ("config_C", ("lora", "vector", "none")),
-    "glora_D": ("config_D_E", ("vector", "constant", "none")),
-    "glora_E": ("config_D_E", ("vector", "constant", "none")),
-}
+#: slot of each part -> the setting that says what form it has
+_PARTS = {
+    "glora_A": "config_A_B", "glora_B": "config_A_B", "glora_C": "config_C", "glora_D": "config_D_E",
+    "glora_E": "config_D_E",
+}  # fmt: skip
 
 
 @dataclass
-class GloraConfig(LayerConfig):
+class GloraConfig(LayerConfig, peft_type=PeftType.GLORA):
     """Generalised low-rank adaptation (arXiv:2306.07967): W' = W + W * A + B and b' = b + b * D + E + W C.
 
     A product with * is elementwise. Each of A to E is a product of two matrices `Xd` and `Xu` of rank r (`"lora"`), a
@@ -59,10 +56,6 @@ class GloraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.GLORA
-        for field, forms in dict(_PARTS.values()).items():
-            if getattr(self, field) not in forms:
-                raise ValueError(f"{field} must be one of {', '.join(forms)}, got {getattr(self, field)!r}.")
         if {self.config_A_B, self.config_C, self.config_D_E} == {"none"}:
             raise ValueError("config_A_B, config_C and config_D_E are all 'none', so there is nothing to train.")
 
@@ -70,20 +63,17 @@ class GloraConfig(LayerConfig):
 class GloraLayer(AdapterLayer):
     """A module whose weight and bias are scaled and shifted."""
 
-    slots: ClassVar[Mapping[str, Slot]] = dict.fromkeys(_PARTS, Slot(modules=True))
-    label = "glora"
+    glora_A = ModuleSlot()
+    glora_B = ModuleSlot()
+    glora_C = ModuleSlot()
+    glora_D = ModuleSlot()
+    glora_E = ModuleSlot()
 
-    glora_A: nn.ModuleDict
-    glora_B: nn.ModuleDict
-    glora_C: nn.ModuleDict
-    glora_D: nn.ModuleDict
-    glora_E: nn.ModuleDict
-    glora_r = Setting[int]()
+    glora_r = Setting[int]("r")
 
     def create(self, name: str, config: GloraConfig) -> None:
-        self.glora_r[name] = config.r
         for slot, shape in self.shapes().items():
-            form = getattr(config, _PARTS[slot][0])
+            form = getattr(config, _PARTS[slot])
             if self.get_base_bias() is None and slot not in ("glora_A", "glora_B"):
                 form = "none"
             part = _start(form, shape, config.r, config.init_weights)

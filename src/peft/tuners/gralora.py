@@ -13,14 +13,14 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add, Change, LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.slots import Setting, Slot
+from peft.core.slots import Dropout, ModuleSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.granular import Granular
 from peft.registry import PeftType
 
 
 @dataclass
-class GraloraConfig(LayerConfig):
+class GraloraConfig(LayerConfig, peft_type=PeftType.GRALORA):
     """Granular low-rank adaptation (arXiv:2505.20355): W' = W + alpha / (r + hybrid_r) (M + B A).
 
     M is cut into gralora_k x gralora_k blocks, each of rank r / gralora_k with factors of its own: `gralora_A`
@@ -52,7 +52,6 @@ class GraloraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.GRALORA
         if self.r % self.gralora_k:
             raise ValueError(f"gralora_k must divide r, got r={self.r} and gralora_k={self.gralora_k}.")
 
@@ -60,25 +59,18 @@ class GraloraConfig(LayerConfig):
 class GraloraLayer(AdapterLayer):
     """A module with a matrix of low-rank blocks added to its weight."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "gralora_A": Slot(), "gralora_B": Slot(),
-        "gralora_A_general": Slot(modules=True), "gralora_B_general": Slot(modules=True),
-    }  # fmt: skip
-    label = "gralora"
+    gralora_A = Slot()
+    gralora_B = Slot()
+    gralora_A_general = ModuleSlot()
+    gralora_B_general = ModuleSlot()
 
-    gralora_A: nn.ParameterDict
-    gralora_B: nn.ParameterDict
-    gralora_A_general: nn.ModuleDict
-    gralora_B_general: nn.ModuleDict
     r = Setting[int]()
     hybrid_r = Setting[int]()
     scaling = Setting[float]()
-    gralora_dropout = Setting[float]()
+    gralora_dropout = Dropout()
 
     def create(self, name: str, config: GraloraConfig) -> None:
-        self.r[name], self.hybrid_r[name] = config.r, config.hybrid_r
         self.scaling[name] = config.alpha / (config.r + config.hybrid_r)
-        self.gralora_dropout[name] = config.gralora_dropout
         k, random = config.gralora_k, not config.init_weights
         downs, ups = [], []
         for _ in range(k):
@@ -94,7 +86,7 @@ class GraloraLayer(AdapterLayer):
             self.gralora_A_general[name], self.gralora_B_general[name] = down, up
 
     def change(self, name: str) -> Iterator[Change]:
-        scale, p = self.scaling[name], self.gralora_dropout[name] if self.training else 0.0
+        scale, p = self.scaling[name], self.dropout_of(name)
         yield Add(Granular(self.gralora_A[name], self.gralora_B[name] * scale), dropout=p)
         if self.hybrid_r[name]:
             down: Any = self.gralora_A_general[name]
@@ -108,8 +100,6 @@ class GraloraLayer(AdapterLayer):
                 f"gralora_k={config.gralora_k} must divide both sides of the weight of {key!r}, which is"
                 f" {op.out_features} x {op.in_features}."
             )
-        if config.gralora_dropout and not op.linear:
-            raise ValueError(f"gralora_dropout needs linear layers; {key!r} is a {op.kind}.")
 
 
 def _uniform(out_features: int, in_features: int) -> torch.Tensor:

@@ -16,7 +16,6 @@ from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import Setting, Slot
-from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.ops.made import Made
@@ -24,7 +23,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class HiraConfig(LayerConfig):
+class HiraConfig(LayerConfig, peft_type=PeftType.HIRA):
     """Hadamard high-rank adaptation (openreview.net/forum?id=TwJrTz9cRS): W' = W + W * (B A), elementwise.
 
     A is `hira_A` [r, in] and B is `hira_B` [out, r], for convolutions [r, in, *kernel] and [out, r, 1, ...]; for
@@ -46,38 +45,24 @@ class HiraConfig(LayerConfig):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
 
     positive_fields = ("r",)
+    pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
     fraction_fields = ("hira_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.HIRA
-        self.rank_pattern = self.rank_pattern or {}
-        if self.init_weights not in (True, False, None, "gaussian"):
-            raise ValueError(f"init_weights must be True, False, None or 'gaussian', got {self.init_weights!r}.")
-        for pattern, r in self.rank_pattern.items():
-            if r < 1:
-                raise ValueError(f"The rank must be a positive integer, got {r} for {pattern!r} in rank_pattern.")
 
 
 class HiraLayer(AdapterLayer):
     """A module whose weight is multiplied, entry by entry, by one plus a low-rank matrix."""
 
-    slots: ClassVar[Mapping[str, Slot]] = dict.fromkeys(
-        ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"), Slot()
-    )
-    label = "hira"
+    hira_A = Slot()
+    hira_B = Slot()
+    hira_embedding_A = Slot()
+    hira_embedding_B = Slot()
 
-    hira_A: nn.ParameterDict
-    hira_B: nn.ParameterDict
-    hira_embedding_A: nn.ParameterDict
-    hira_embedding_B: nn.ParameterDict
     r = Setting[int]()
     hira_dropout = Setting[float]()
 
     def create(self, name: str, config: HiraConfig, r: int = 0) -> None:
         r = self.r[name] = r or config.r
-        self.hira_dropout[name] = config.hira_dropout
         kernel = self.get_base_layer().kernel_size if isinstance(self.op, ConvOp) else ()
         inside = (self.in_features // kernel_numel(self.get_base_layer()), *kernel) if kernel else (self.in_features,)
         a, b = torch.randn(r, *inside), torch.randn(self.out_features, r, *[1] * len(kernel))
@@ -123,10 +108,7 @@ class HiraLayer(AdapterLayer):
 
 
 class HiraMethod(Method):
-    """The rank of each module."""
-
-    def layer_settings(self, config: HiraConfig, key: str) -> dict[str, Any]:
-        return {"r": pattern_value(config.rank_pattern or {}, key, config.r)}
+    """Ranks that a file decides."""
 
     @classmethod
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

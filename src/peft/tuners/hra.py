@@ -19,7 +19,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class HRAConfig(LayerConfig):
+class HRAConfig(LayerConfig, peft_type=PeftType.HRA):
     """Householder reflection adaptation (arXiv:2405.17484).
 
     W' = W (I - 2 u1 u1^T) ... (I - 2 ur ur^T), with u1 ... ur the normalised columns of `hra_u` [in, r].
@@ -37,23 +37,16 @@ class HRAConfig(LayerConfig):
     positive_fields = ("r",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.HRA
-
 
 class HRALayer(AdapterLayer):
     """A module whose weight is multiplied by reflections."""
 
-    slots: ClassVar[dict[str, Slot]] = {"hra_u": Slot()}
-    label = "hra"
+    hra_u = Slot()
 
-    hra_u: nn.ParameterDict
-    hra_r = Setting[int]()
-    hra_apply_GS = Setting[bool]()
+    hra_r = Setting[int]("r")
+    hra_apply_GS = Setting[bool]("apply_GS")
 
     def create(self, name: str, config: HRAConfig) -> None:
-        self.hra_r[name], self.hra_apply_GS[name] = config.r, config.apply_GS
         u = torch.empty(self.in_features, config.r)
         if config.init_weights and config.r % 2 == 0:
             half = torch.empty(self.in_features, config.r // 2)

@@ -31,7 +31,7 @@ from peft.target_tables import FEEDFORWARD_TARGETS
 
 
 @dataclass
-class IA3Config(LayerConfig):
+class IA3Config(LayerConfig, peft_type=PeftType.IA3):
     """Infused adapter by inhibiting and amplifying inner activations (arXiv:2205.05638).
 
     The output of a module is multiplied by the vector `ia3_l` [out, 1]; for feed-forward modules its input is, and the
@@ -53,7 +53,6 @@ class IA3Config(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.IA3
         if isinstance(self.feedforward_modules, (list, tuple)):
             self.feedforward_modules = set(self.feedforward_modules)
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
@@ -65,10 +64,8 @@ class IA3Config(LayerConfig):
 class IA3Layer(AdapterLayer):
     """A module whose output or input is scaled."""
 
-    slots: ClassVar[dict[str, Slot]] = {"ia3_l": Slot()}
+    ia3_l = Slot()
     label = ""
-
-    ia3_l: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module, parameter_name: str | None = None, is_feedforward: bool = False):
         super().__init__(base_layer, parameter_name)

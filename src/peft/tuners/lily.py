@@ -14,14 +14,14 @@ from peft.core.change import Beside
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Setting, Slot
+from peft.core.slots import ModuleSlot, Setting
 from peft.core.targets import matching_entry
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
 
 
 @dataclass
-class LilyConfig(LayerConfig):
+class LilyConfig(LayerConfig, peft_type=PeftType.LILY):
     """Lily (arXiv:2407.09946): y = W x + scaling * (p_1 B_1 + ... + p_n B_n) A x, with the p of a router.
 
     The factors B_e [out, r] are shared by all layers that the same entry of `target_modules` means and whose weights
@@ -51,7 +51,6 @@ class LilyConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LILY
         if self.num_B < 2:
             raise ValueError(f"num_B={self.num_B} leaves the router nothing to choose from; use 2 or more.")
 
@@ -62,22 +61,17 @@ class LilyLayer(AdapterLayer):
     `lily_A` and `lily_B` hold modules, the very same in the layers that share them, for files have them once a layer.
     """
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "lily_A": Slot(modules=True), "lily_B": Slot(modules=True), "lily_router": Slot(modules=True),
-    }  # fmt: skip
+    lily_A = ModuleSlot()
+    lily_B = ModuleSlot()
+    lily_router = ModuleSlot()
     # What is added depends on the whole batch, so only what acts on the activations can be adapted.
     kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
-    label = "lily"
 
-    lily_A: nn.ModuleDict
-    lily_B: nn.ModuleDict
-    lily_router: nn.ModuleDict
     #: the factors of the adapter that have been made, by slot and group; the same for all its layers
     lily_made = Setting[dict[tuple[str, str], nn.Linear]]()
     scaling = Setting[float]()
 
     def create(self, name: str, config: LilyConfig) -> None:
-        self.scaling[name] = config.scaling
         # A B_e is held as [r, out], one on top of the other.
         sizes = (self.in_features, config.r), (self.out_features, config.num_B * config.r), (config.r, config.num_B)
         a, b, router = (nn.Linear(*size, bias=False) for size in sizes)

@@ -12,14 +12,14 @@ from peft.config import LayerConfig
 from peft.core.change import Add, Bias, Change
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.slots import Slot
+from peft.core.slots import ModuleSlot
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Dense
 from peft.registry import PeftType
 
 
 @dataclass
-class LNTuningConfig(LayerConfig):
+class LNTuningConfig(LayerConfig, peft_type=PeftType.LN_TUNING):
     """Tuning of normalisation layers (arXiv:2312.11420): each adapter trains a copy of a module's weight and bias.
 
     Several active adapters on one module add up what they have changed.
@@ -29,10 +29,6 @@ class LNTuningConfig(LayerConfig):
         ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.LN_TUNING
-
 
 class LNTuningLayer(AdapterLayer):
     """A module whose weight and bias are exchanged for trained ones.
@@ -41,10 +37,9 @@ class LNTuningLayer(AdapterLayer):
     out: the statistics that it gathers beside its weight would have to be exchanged as well.
     """
 
-    slots: ClassVar[dict[str, Slot]] = {"ln_tuning_layers": Slot(modules=True)}
+    ln_tuning_layers = ModuleSlot()
     kinds = AdapterLayer.kinds | {"LayerNorm"}
-
-    ln_tuning_layers: nn.ModuleDict
+    label = ""
 
     def create(self, name: str, config: LNTuningConfig) -> None:
         copies = {self.op.weight_name: self.get_base_weight()}

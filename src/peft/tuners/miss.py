@@ -15,7 +15,7 @@ from peft.core.base_op import BaseOp
 from peft.core.change import Add, Change, Weight
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.slots import Setting, Slot
+from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.ops.shards import Tiled, transform_shards
@@ -23,7 +23,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class MissConfig(LayerConfig):
+class MissConfig(LayerConfig, peft_type=PeftType.MISS):
     """Matrix shard sharing (arXiv:2409.15371): W' = W + (B^T B^T ... B^T), one block B [r, out] for all shards of W.
 
     Args:
@@ -46,9 +46,6 @@ class MissConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.MISS
-        if self.init_weights not in (True, False, "bat", "mini"):
-            raise ValueError(f"init_weights must be True, False, 'bat' or 'mini', got {self.init_weights!r}.")
         if self.init_weights == "bat" and self.miss_dropout:
             warnings.warn("miss_dropout has no effect with init_weights='bat'.", PeftWarning, stacklevel=3)
 
@@ -61,17 +58,14 @@ class MissConfig(LayerConfig):
 class MissLayer(AdapterLayer):
     """A module with a block that all shards of its weight share: `miss_block`."""
 
-    slots: ClassVar[dict[str, Slot]] = {"miss_block": Slot()}
+    miss_block = Slot()
 
-    miss_block: nn.ParameterDict
-    miss_r = Setting[int]()
-    miss_mini_r = Setting[int]()
-    miss_dropout = Setting[float]()
-    miss_form = Setting[bool | str]()
+    miss_r = Setting[int]("r")
+    miss_mini_r = Setting[int]("mini_r")
+    miss_dropout = Dropout()
+    miss_form = Setting[bool | str]("init_weights")
 
     def create(self, name: str, config: MissConfig) -> None:
-        self.miss_r[name], self.miss_mini_r[name] = config.r, config.mini_r
-        self.miss_form[name], self.miss_dropout[name] = config.init_weights, config.miss_dropout
         shapes = {"bat": (self.out_features // config.r, config.r, config.r), "mini": (config.r, config.mini_r)}
         block = torch.zeros(shapes.get(str(config.init_weights), (config.r, self.out_features)))
         self.miss_block[name] = nn.Parameter(
@@ -83,7 +77,7 @@ class MissLayer(AdapterLayer):
         if self.miss_form[name] == "bat":
             return Weight(lambda weight: transform_shards(weight, block))
         tile = block.repeat(1, self.out_features // block.shape[1])
-        return Add(Tiled(tile, self.in_features), dropout=self.miss_dropout[name] if self.training else 0.0)
+        return Add(Tiled(tile, self.in_features), dropout=self.dropout_of(name))
 
     @classmethod
     def check(cls, config: MissConfig, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -94,8 +88,6 @@ class MissLayer(AdapterLayer):
             raise ValueError(f"With init_weights='bat', r={config.r} must divide both sides of {size}.")
         if config.init_weights == "mini" and op.out_features % config.mini_r:
             raise ValueError(f"mini_r={config.mini_r} must divide the outputs of {size}.")
-        if config.miss_dropout and not op.linear:
-            raise ValueError(f"miss_dropout needs linear layers; {key!r} is a {op.kind}.")
 
     @property
     def type_name(self) -> str:

@@ -15,7 +15,7 @@ from peft.config import LayerConfig
 from peft.core.change import OnInput, OnOutput
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.slots import Setting, Slot
+from peft.core.slots import ModuleSlot, Setting
 from peft.core.storage.flat import put_in_forward
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
@@ -25,7 +25,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class OFTConfig(LayerConfig):
+class OFTConfig(LayerConfig, peft_type=PeftType.OFT):
     """Orthogonal finetuning (arXiv:2306.07280; in this form arXiv:2506.19847).
 
     W' = W R^T with a block-diagonal rotation R: the module's input is rotated, block by block. Each block is made of a
@@ -63,7 +63,6 @@ class OFTConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.OFT
         sizes = f"got r={self.r} and oft_block_size={self.oft_block_size}"
         if self.r < 0 or self.oft_block_size < 0 or (self.r == 0) == (self.oft_block_size == 0):
             raise ValueError(f"Give a positive r or a positive oft_block_size, and 0 for the other; {sizes}.")
@@ -126,11 +125,9 @@ class OFTRotation(nn.Module):
 class OFTLayer(AdapterLayer):
     """A module whose input is rotated in blocks; of an embedding, its output."""
 
-    slots: ClassVar[dict[str, Slot]] = {"oft_R": Slot(modules=True), "oft_embedding_R": Slot(modules=True)}
-    label = "oft"
+    oft_R = ModuleSlot()
+    oft_embedding_R = ModuleSlot()
 
-    oft_R: nn.ModuleDict
-    oft_embedding_R: nn.ModuleDict
     r = Setting[int]()
     oft_block_size = Setting[int]()
 

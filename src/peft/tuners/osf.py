@@ -13,7 +13,7 @@ from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import FixedSlot, ModuleSlot, Setting
 from peft.core.targets import ALL_LINEAR, has_default_targets, pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Dense
@@ -24,7 +24,7 @@ _FIXED = ("osf_U_high", "osf_V_high", "osf_start")
 
 
 @dataclass
-class OSFConfig(LayerConfig):
+class OSFConfig(LayerConfig, peft_type=PeftType.OSF):
     """Orthogonal subspace fine-tuning (arXiv:2504.07097): W' = U_high S_high V_high + U_low S_low V_low.
 
     That is W by its singular values. The largest of them stay with their directions as they are; the others are
@@ -48,13 +48,10 @@ class OSFConfig(LayerConfig):
     target_svd_config: dict[str, int] | None = None
 
     positive_fields = ("effective_rank",)
+    pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "effective_rank"}
     beyond_reference: ClassVar[frozenset[str]] = frozenset(
         ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.OSF
 
 
 def kept_directions(wanted: float | None, op: BaseOp) -> int:
@@ -68,16 +65,12 @@ def kept_directions(wanted: float | None, op: BaseOp) -> int:
 class OSFLayer(AdapterLayer):
     """A module whose weight is trained where its singular values are small."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "osf_svd_params": Slot(modules=True), **{name: Slot(trained=False, stored=False) for name in _FIXED},
-    }  # fmt: skip
-    label = "osf"
-
-    osf_svd_params: nn.ModuleDict
-    osf_U_high: Buffers
-    osf_V_high: Buffers
+    osf_svd_params = ModuleSlot()
+    osf_U_high = FixedSlot(stored=False)
+    osf_V_high = FixedSlot(stored=False)
     #: U_low S_low V_low as they are without the adapter
-    osf_start: Buffers
+    osf_start = FixedSlot(stored=False)
+
     osf_kept = Setting[int]()
 
     def create(self, name: str, config: OSFConfig, effective_rank: float | None = None) -> None:
@@ -130,9 +123,6 @@ class OSFMethod(Method):
             super().choose_targets(config, model_config)
         else:
             config.target_modules = ALL_LINEAR
-
-    def layer_settings(self, config: OSFConfig, key: str) -> dict[str, Any]:
-        return {"effective_rank": pattern_value(config.rank_pattern or {}, key, config.effective_rank)}
 
 
 class OSFModel(BaseTuner):

@@ -13,14 +13,14 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.slots import Setting, Slot
+from peft.core.slots import ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
 from peft.ops.made import product_with
 from peft.registry import PeftType
 
 
 @dataclass
-class PeanutConfig(LayerConfig):
+class PeanutConfig(LayerConfig, peft_type=PeftType.PEANUT):
     """Weight-aware adaptation by a small network, PEANuT (arXiv:2410.01870): W' = W + scaling B H.
 
     H [r, in] is what the network makes of the weight. It begins as f(A W), for an activation f; `depth` encoders E1 ...
@@ -46,29 +46,20 @@ class PeanutConfig(LayerConfig):
     nonnegative_fields = ("depth",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.PEANUT
-
 
 class PeanutLayer(AdapterLayer):
     """A module with a change that a network makes of its weight."""
 
-    slots: ClassVar[dict[str, Slot]] = dict.fromkeys(
-        ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"), Slot(modules=True)
-    )
-    label = "peanut"
+    peanut_A = ModuleSlot()
+    peanut_B = ModuleSlot()
+    peanut_encoders = ModuleSlot()
+    peanut_decoders = ModuleSlot()
 
-    peanut_A: nn.ModuleDict
-    peanut_B: nn.ModuleDict
-    peanut_encoders: nn.ModuleDict
-    peanut_decoders: nn.ModuleDict
     scaling = Setting[float]()
     act_fn = Setting[str]()
 
     def create(self, name: str, config: PeanutConfig) -> None:
         r, out = config.r, self.out_features
-        self.scaling[name], self.act_fn[name] = config.scaling, config.act_fn
         a, b = nn.Linear(out, r, bias=False), nn.Linear(r, out, bias=False)
         encoders, decoders = ([nn.Linear(r, r, bias=False) for _ in range(config.depth)] for _ in range(2))
         for layer in (a, *encoders, *decoders):  # drawn anew, in the order in which huggingface/peft draws them

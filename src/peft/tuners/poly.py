@@ -18,13 +18,13 @@ from peft.core.change import Beside
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.routing import Route, check_task_ids
-from peft.core.slots import Setting, Slot
+from peft.core.slots import ModuleSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
 
 
 @dataclass
-class PolyConfig(LayerConfig):
+class PolyConfig(LayerConfig, peft_type=PeftType.POLY):
     """Polytropon (arXiv:2202.13914) and multi-head routing (arXiv:2211.03831).
 
     Forward passes and generation need `task_ids` [batch].
@@ -55,7 +55,6 @@ class PolyConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.POLY
         if self.poly_type != "poly":
             raise ValueError(f"poly_type={self.poly_type!r} is not known; use 'poly'.")
 
@@ -87,20 +86,15 @@ class PolyLayer(AdapterLayer):
     in the shares that `poly_router` gives.
     """
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "poly_router": Slot(modules=True), "poly_lora_A": Slot(), "poly_lora_B": Slot(),
-    }  # fmt: skip
+    poly_router = ModuleSlot()
+    poly_lora_A = Slot()
+    poly_lora_B = Slot()
     # Each sample has a weight of its own, so only what acts on the activations can be adapted.
     kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
-    label = "poly"
 
-    poly_router: nn.ModuleDict
-    poly_lora_A: nn.ParameterDict
-    poly_lora_B: nn.ParameterDict
     r = Setting[int]()
 
     def create(self, name: str, config: PolyConfig) -> None:
-        self.r[name] = config.r
         splits, skills = config.n_splits, config.n_skills
         a = torch.empty(splits, skills, self.in_features // splits, config.r)
         b = torch.zeros(splits, skills, config.r, self.out_features // splits)

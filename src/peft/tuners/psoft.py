@@ -13,7 +13,7 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import Dropout, FixedSlot, ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.ops.memo import remember
@@ -23,7 +23,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class PsoftConfig(LayerConfig):
+class PsoftConfig(LayerConfig, peft_type=PeftType.PSOFT):
     """Orthogonal fine-tuning in the principal subspace (arXiv:2505.11235): W' = W + s B (diag(b) R diag(a) - I) A.
 
     s B A is the part of W with the r largest singular values, and s = psoft_alpha / r. A [r, in] and B [out, r] are
@@ -72,10 +72,6 @@ class PsoftConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.PSOFT
-        for name, known in (("ab_svd_init", ("psoft_init", "pissa_init")), ("psoft_svd", ("full", "lowrank"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         if self.cayley_neumann_eps is not None:
             if not 0 < self.cayley_neumann_eps < 1:
                 raise ValueError(f"cayley_neumann_eps must be between 0 and 1, got {self.cayley_neumann_eps}.")
@@ -120,21 +116,15 @@ class PsoftRotation(nn.Module):
 class PsoftLayer(AdapterLayer):
     """A module with the principal part of its weight rotated."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "psoft_R": Slot(modules=True),
-        "psoft_A": Slot(trained=False, stored=False), "psoft_B": Slot(trained=False, stored=False),
-    }  # fmt: skip
-    label = "psoft"
+    psoft_R = ModuleSlot()
+    psoft_A = FixedSlot(stored=False)
+    psoft_B = FixedSlot(stored=False)
 
-    psoft_R: nn.ModuleDict
-    psoft_A: Buffers
-    psoft_B: Buffers
     scaling = Setting[float]()
-    psoft_dropout = Setting[float]()
+    psoft_dropout = Dropout()
 
     def create(self, name: str, config: PsoftConfig) -> None:
         self.scaling[name] = config.psoft_alpha / config.r
-        self.psoft_dropout[name] = config.psoft_dropout
         self.psoft_R[name] = PsoftRotation(config)
 
     def draw(self, name: str, config: PsoftConfig) -> None:
@@ -158,7 +148,7 @@ class PsoftLayer(AdapterLayer):
 
         # On the side of the outputs: a training step then keeps x A^T, and x is not needed.
         up = remember(rotation.weight, "up", rotated, b, *vectors)
-        p = self.psoft_dropout[name] if self.training else 0.0
+        p = self.dropout_of(name)
         return LowRank(self.psoft_A[name].to(up.dtype), up, self.scaling[name], p)
 
     @classmethod
@@ -168,8 +158,6 @@ class PsoftLayer(AdapterLayer):
                 f"r={config.r} is more than the shorter side of the weight of {key!r}, which is {op.out_features} x"
                 f" {op.in_features}; choose a smaller r, or leave the module out."
             )
-        if config.psoft_dropout and not op.linear:
-            raise ValueError(f"psoft_dropout needs linear layers; {key!r} is a {op.kind}.")
 
 
 class PsoftModel(BaseTuner):

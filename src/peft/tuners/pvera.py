@@ -15,13 +15,13 @@ from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
 
 
 @dataclass
-class PveraConfig(LayerConfig):
+class PveraConfig(LayerConfig, peft_type=PeftType.PVERA):
     """Probabilistic VeRA (arXiv:2512.07703): y = W x + b * (B z), for z drawn from a normal distribution.
 
     Its means and the logarithms of its variances are the two halves of d * (A x). A [2 r, in] and B [out, r] are
@@ -54,35 +54,23 @@ class PveraConfig(LayerConfig):
     fraction_fields = ("pvera_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.PVERA
-
 
 class PveraLayer(AdapterLayer):
     """A linear module with vectors that scale the shared projections. Each vector of its input has a z of its own."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "pvera_lambda_b": Slot(), "pvera_lambda_d": Slot(),
-        "pvera_A": Slot(trained=False, shared=True, stored="save_projection"),
-        "pvera_B": Slot(trained=False, shared=True, stored="save_projection"),
-    }  # fmt: skip
+    pvera_lambda_b = Slot()
+    pvera_lambda_d = Slot()
+    pvera_A = FixedSlot(shared=True, stored="save_projection")
+    pvera_B = FixedSlot(shared=True, stored="save_projection")
     kinds = frozenset(("Linear", "Conv1D"))
-    label = "pvera"
 
-    pvera_lambda_b: nn.ParameterDict
-    pvera_lambda_d: nn.ParameterDict
-    pvera_A: Buffers
-    pvera_B: Buffers
     r = Setting[int]()
-    pvera_dropout = Setting[float]()
+    pvera_dropout = Dropout()
     sample_at_inference = Setting[bool]()
     generator_seed = Setting[int | None]()
     generator = Setting[torch.Generator]()
 
     def create(self, name: str, config: PveraConfig) -> None:
-        self.r[name], self.pvera_dropout[name] = config.r, config.pvera_dropout
-        self.sample_at_inference[name], self.generator_seed[name] = config.sample_at_inference, config.generator_seed
         if config.init_weights:
             d, b = torch.full((2 * config.r,), float(config.d_initial)), torch.zeros(self.out_features)
         else:
@@ -93,8 +81,7 @@ class PveraLayer(AdapterLayer):
         b, d, r = self.pvera_lambda_b[name], self.pvera_lambda_d[name], self.r[name]
         a = self.pvera_A[name][:, : self.in_features].to(d)
         up = self.pvera_B[name][: self.out_features].to(b)
-        p = self.pvera_dropout[name] if self.training else 0.0
-        mean = LowRank(a[:r], up, dropout=p, middle=d[:r], factors=b)
+        mean = LowRank(a[:r], up, dropout=self.dropout_of(name), middle=d[:r], factors=b)
         if not (self.training or self.sample_at_inference[name]):
             return mean
         return replace(mean, down=a[:r] * d[:r, None], middle=None, low=lambda x: self.sample(name, x, a, d))

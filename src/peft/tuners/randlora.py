@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.random_bases import draw_bases, scaled_bases
 from peft.registry import PeftType
 
 
 @dataclass
-class RandLoraConfig(LayerConfig):
+class RandLoraConfig(LayerConfig, peft_type=PeftType.RANDLORA):
     """RandLoRA (arXiv:2502.00987): W' = W + randlora_alpha / r * M N, a matrix of full rank.
 
     With n = ceil(min(in, out) / r): M [max(in, out), n r] are the random bases B, N [n r, min(in, out)] is the random
@@ -57,32 +56,21 @@ class RandLoraConfig(LayerConfig):
     fraction_fields = ("randlora_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.RANDLORA
-
 
 class RandLoraLayer(AdapterLayer):
     """A module with scales for the shared bases."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "randlora_lambda": Slot(), "randlora_gamma": Slot(),
-        "randlora_A": Slot(trained=False, shared=True, stored="save_projection"),
-        "randlora_B": Slot(trained=False, shared=True, stored="save_projection"),
-    }  # fmt: skip
-    label = "randlora"
+    randlora_lambda = Slot()
+    randlora_gamma = Slot()
+    randlora_A = FixedSlot(shared=True, stored="save_projection")
+    randlora_B = FixedSlot(shared=True, stored="save_projection")
 
-    randlora_lambda: nn.ParameterDict
-    randlora_gamma: nn.ParameterDict
-    randlora_A: Buffers
-    randlora_B: Buffers
     r = Setting[int]()
     scaling = Setting[float]()
-    randlora_dropout = Setting[float]()
+    randlora_dropout = Dropout()
 
     def create(self, name: str, config: RandLoraConfig) -> None:
-        self.r[name], self.scaling[name] = config.r, config.randlora_alpha / config.r
-        self.randlora_dropout[name] = config.randlora_dropout
+        self.scaling[name] = config.randlora_alpha / config.r
         narrow, wide = sorted((self.in_features, self.out_features))
         count = math.ceil(narrow / config.r)
         start, spread = (torch.zeros, max(count, narrow)) if config.init_weights else (torch.randn, wide)
@@ -100,12 +88,7 @@ class RandLoraLayer(AdapterLayer):
         a, b = (shared[name].to(scale) for shared in (self.randlora_A, self.randlora_B))
         narrow, wide = scaled_bases(a, b, scale, gamma, max(self.in_features, self.out_features))
         down, up = (narrow, wide) if self.in_features <= self.out_features else (wide.T, narrow.T)
-        return LowRank(down, up, dropout=self.randlora_dropout[name] if self.training else 0.0)
-
-    @classmethod
-    def check(cls, config: RandLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if config.randlora_dropout and not op.linear:
-            raise ValueError(f"randlora_dropout needs linear layers; {key!r} is a {op.kind}.")
+        return LowRank(down, up, dropout=self.dropout_of(name))
 
 
 class RandLoraMethod(Method):

@@ -23,7 +23,7 @@ ANGLES: dict[str, int] = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 
 @dataclass
-class RoadConfig(LayerConfig):
+class RoadConfig(LayerConfig, peft_type=PeftType.ROAD):
     """2D rotary adaptation, RoAd (arXiv:2409.00119): pairs of outputs are rotated and scaled.
 
     In each group of outputs, the pair (a, b) of the i-th output of the first half and that of the second becomes
@@ -49,9 +49,6 @@ class RoadConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.ROAD
-        if self.variant not in ANGLES:
-            raise ValueError(f"variant must be one of {', '.join(ANGLES)}, got {self.variant!r}.")
         if self.group_size % 2:
             raise ValueError(f"group_size must be an even number, got {self.group_size}.")
 
@@ -59,16 +56,13 @@ class RoadConfig(LayerConfig):
 class RoadLayer(AdapterLayer):
     """A module whose outputs are rotated in pairs."""
 
-    slots: ClassVar[dict[str, Slot]] = {"road_theta": Slot(), "road_alpha": Slot()}
-    label = "road"
+    road_theta = Slot()
+    road_alpha = Slot()
 
-    road_theta: nn.ParameterDict
-    road_alpha: nn.ParameterDict
     variant = Setting[str]()
     group_size = Setting[int]()
 
     def create(self, name: str, config: RoadConfig) -> None:
-        self.variant[name], self.group_size[name] = config.variant, config.group_size
         count = self.out_features // 2 * ANGLES[config.variant]
         theta, alpha = torch.zeros(count), torch.ones(count)
         if not config.init_weights:

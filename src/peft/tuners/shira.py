@@ -15,7 +15,7 @@ from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import FixedSlot, Setting, Slot
 from peft.core.storage import onloaded
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
@@ -29,7 +29,7 @@ MaskFunction = Callable[..., Tensor]
 
 
 @dataclass
-class ShiraConfig(LayerConfig):
+class ShiraConfig(LayerConfig, peft_type=PeftType.SHIRA):
     """Sparse high rank adaptation (arXiv:2406.13175): W' = W + S, with r (in + out) entries of S trained.
 
     Where these are is stored with the adapter. A function of one's own chooses them if it is set as `config.mask_fn`
@@ -57,7 +57,6 @@ class ShiraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.SHIRA
         self.mask_fn: MaskFunction | None = None
         if self.mask_type != "random" and not self.inference_mode:
             warnings.warn(
@@ -70,17 +69,15 @@ class ShiraConfig(LayerConfig):
 class ShiraLayer(AdapterLayer):
     """A module with single entries of its weight changed: by `shira_weight` [n] at `shira_indices` [2, n]."""
 
-    slots: ClassVar[dict[str, Slot]] = {"shira_weight": Slot(), "shira_indices": Slot(trained=False)}
-    label = "shira"
+    shira_weight = Slot()
+    shira_indices = FixedSlot()
 
-    shira_weight: nn.ParameterDict
-    shira_indices: Buffers
     r = Setting[int]()
     scaling = Setting[float]()
 
     def create(self, name: str, config: ShiraConfig) -> None:
         count = config.r * (self.in_features + self.out_features)
-        self.r[name], self.scaling[name] = config.r, 1.0
+        self.scaling[name] = 1.0
         self.shira_weight[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
 
     def draw(self, name: str, config: ShiraConfig) -> None:

@@ -14,7 +14,7 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add, Change, LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import FixedSlot, ModuleSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.memo import remember
 from peft.ops.sparse import Entries
@@ -22,7 +22,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class SupertuningConfig(LayerConfig):
+class SupertuningConfig(LayerConfig, peft_type=PeftType.SUPERTUNING):
     """Super-tuning (arXiv:2607.09287): W' = W + S, where S has trained values at the largest entries of W.
 
     With a rank ("Supra"), W' = W + S + (lora_alpha / r) B A.
@@ -54,7 +54,6 @@ class SupertuningConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.SUPERTUNING
         if self.r is None and self.lora_alpha is not None:
             raise ValueError(f"lora_alpha={self.lora_alpha} has no effect without a rank: set r too, or neither.")
         if self.r is not None and self.lora_alpha is None:
@@ -64,17 +63,11 @@ class SupertuningConfig(LayerConfig):
 class SupertuningLayer(AdapterLayer):
     """A module with `supertuning_values` [n] added at `supertuning_indices` [n], places in its matrix row by row."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "supertuning_values": Slot(),
-        "supertuning_indices": Slot(trained=False, stored="save_precomputed_indices"),
-        "supertuning_lora_A": Slot(modules=True), "supertuning_lora_B": Slot(modules=True),
-    }  # fmt: skip
-    label = "supertuning"
+    supertuning_values = Slot()
+    supertuning_indices = FixedSlot(stored="save_precomputed_indices")
+    supertuning_lora_A = ModuleSlot()
+    supertuning_lora_B = ModuleSlot()
 
-    supertuning_values: nn.ParameterDict
-    supertuning_indices: Buffers
-    supertuning_lora_A: nn.ModuleDict
-    supertuning_lora_B: nn.ModuleDict
     supertuning_scaling = Setting[float]()
     supertuning_lora_dropout = Setting[float]()
 

@@ -6,22 +6,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.principal import principal_factors
 from peft.registry import PeftType
 
 
 @dataclass
-class TinyLoraConfig(LayerConfig):
+class TinyLoraConfig(LayerConfig, peft_type=PeftType.TINYLORA):
     """TinyLoRA (arXiv:2602.04118): W' = W + B R A, where R = v_1 P_1 + ... + v_u P_u is a matrix [r, r].
 
     B [out, r] and A [r, in] are the part of W with the r largest singular values, shared evenly between them; the P
@@ -61,7 +60,6 @@ class TinyLoraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.TINYLORA
         if not 0 <= self.weight_tying <= 1:
             raise ValueError(f"weight_tying must be between 0 (none) and 1 (all), got {self.weight_tying}.")
         if self.init_weights not in (True, False, "uniform"):
@@ -71,22 +69,14 @@ class TinyLoraConfig(LayerConfig):
 class TinyLoraLayer(AdapterLayer):
     """A module with factors of its own weight, and a small mixed matrix between them."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "tinylora_A": Slot(trained=False), "tinylora_B": Slot(trained=False),
-        "tinylora_P": Slot(trained=False, stored="save_projection"), "tinylora_v": Slot(shared=True),
-    }  # fmt: skip
-    label = "tinylora"
+    tinylora_A = FixedSlot()
+    tinylora_B = FixedSlot()
+    tinylora_P = FixedSlot(stored="save_projection")
+    tinylora_v = Slot(shared=True)
 
-    tinylora_A: Buffers
-    tinylora_B: Buffers
-    tinylora_P: Buffers
-    tinylora_v: nn.ParameterDict
     #: place of the layer among those of the adapter
     tinylora_index = Setting[int]()
-    tinylora_dropout = Setting[float]()
-
-    def create(self, name: str, config: TinyLoraConfig) -> None:
-        self.tinylora_dropout[name] = config.tinylora_dropout
+    tinylora_dropout = Dropout()
 
     def draw(self, name: str, config: TinyLoraConfig) -> None:
         matrix = self.start_matrix()
@@ -101,12 +91,7 @@ class TinyLoraLayer(AdapterLayer):
         a, b, p = (held[name].to(v) for held in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
         a = (v @ p.flatten(1)).view(p.shape[1:]) @ a
         down, up = (b.T, a.T) if self.op.kind == "Embedding" else (a, b)
-        return LowRank(down, up, dropout=self.tinylora_dropout[name] if self.training else 0.0)
-
-    @classmethod
-    def check(cls, config: TinyLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if config.tinylora_dropout and not op.linear:
-            raise ValueError(f"tinylora_dropout needs linear layers; {key!r} is a {op.kind}.")
+        return LowRank(down, up, dropout=self.dropout_of(name))
 
 
 class TinyLoraMethod(Method):

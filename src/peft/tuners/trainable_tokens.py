@@ -18,7 +18,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class TrainableTokensConfig(LayerConfig):
+class TrainableTokensConfig(LayerConfig, peft_type=PeftType.TRAINABLE_TOKENS):
     """Training of single tokens: rows of an embedding are exchanged for trained ones.
 
     Modules that share the embedding's weight, such as an output layer, share the rows too.
@@ -40,7 +40,6 @@ class TrainableTokensConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.TRAINABLE_TOKENS
         if any(not isinstance(index, int) for index in self.token_indices):
             raise TypeError(f"token_indices must be a list of integers, got {self.token_indices!r}.")
         self.token_indices = list(self.token_indices)

@@ -7,22 +7,21 @@ from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.shared_vector import assign_entries, take_entries
 from peft.registry import PeftType
 
 
 @dataclass
-class UniLoraConfig(LayerConfig):
+class UniLoraConfig(LayerConfig, peft_type=PeftType.UNILORA):
     """Uni-LoRA (arXiv:2506.00799): W' = W + B A, with all entries of A [r, in] and B [out, r] taken from one vector.
 
     The vector theta [theta_d_length] is trained, and shared by all layers. Which of its entries an entry of A or B is,
@@ -55,34 +54,19 @@ class UniLoraConfig(LayerConfig):
     fraction_fields = ("unilora_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.UNILORA
-
 
 class UniLoraLayer(AdapterLayer):
     """A module with factors whose entries are those of the shared vector."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "unilora_theta_d": Slot(shared=True),
-        "unilora_indices_A": Slot(trained=False, stored="save_indices"),
-        "unilora_indices_B": Slot(trained=False, stored="save_indices"),
-        "unilora_scales_A": Slot(trained=False, stored="save_indices"),
-        "unilora_scales_B": Slot(trained=False, stored="save_indices"),
-    }  # fmt: skip
-    label = "unilora"
+    unilora_theta_d = Slot(shared=True)
+    unilora_indices_A = FixedSlot(stored="save_indices")
+    unilora_indices_B = FixedSlot(stored="save_indices")
+    unilora_scales_A = FixedSlot(stored="save_indices")
+    unilora_scales_B = FixedSlot(stored="save_indices")
 
-    unilora_theta_d: nn.ParameterDict
-    unilora_indices_A: Buffers
-    unilora_indices_B: Buffers
-    unilora_scales_A: Buffers
-    unilora_scales_B: Buffers
     #: where the entries of this layer begin among those of all, and how many all are
     unilora_place = Setting[tuple[int, int]]()
-    unilora_dropout = Setting[float]()
-
-    def create(self, name: str, config: UniLoraConfig) -> None:
-        self.unilora_dropout[name] = config.unilora_dropout
+    unilora_dropout = Dropout()
 
     def draw(self, name: str, config: UniLoraConfig) -> None:
         start, count = self.unilora_place[name]
@@ -97,12 +81,7 @@ class UniLoraLayer(AdapterLayer):
         theta = self.unilora_theta_d[name]
         down = take_entries(theta, self.unilora_indices_A[name], self.unilora_scales_A[name])
         up = take_entries(theta, self.unilora_indices_B[name], self.unilora_scales_B[name])
-        return LowRank(down, up, dropout=self.unilora_dropout[name] if self.training else 0.0)
-
-    @classmethod
-    def check(cls, config: UniLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if config.unilora_dropout and not op.linear:
-            raise ValueError(f"unilora_dropout needs linear layers; {key!r} is a {op.kind}.")
+        return LowRank(down, up, dropout=self.dropout_of(name))
 
 
 class UniLoraMethod(Method):

@@ -15,7 +15,7 @@ from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Setting, Slot
+from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.ops.vector_bank import mix_vectors, pack_logits, unpack_logits
@@ -25,7 +25,7 @@ _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 
 
 @dataclass
-class VBLoRAConfig(LayerConfig):
+class VBLoRAConfig(LayerConfig, peft_type=PeftType.VBLORA):
     """VB-LoRA (arXiv:2405.15179): W' = W + B A, with A [r, in] and B [out, r] made of vectors from a shared bank.
 
     A row of A is in / vector_length vectors one after the other, a column of B out / vector_length; each is the sum of
@@ -62,7 +62,6 @@ class VBLoRAConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.VBLORA
         if self.topk > self.num_vectors:
             raise ValueError(f"topk={self.topk} is more than the vectors in the bank (num_vectors={self.num_vectors}).")
 
@@ -70,21 +69,16 @@ class VBLoRAConfig(LayerConfig):
 class VBLoRALayer(AdapterLayer):
     """A module with logits that choose from the shared bank."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "vblora_logits_A": Slot(), "vblora_logits_B": Slot(), "vblora_vector_bank": Slot(shared=True),
-    }  # fmt: skip
-    label = "vblora"
+    vblora_logits_A = Slot()
+    vblora_logits_B = Slot()
+    vblora_vector_bank = Slot(shared=True)
 
-    vblora_logits_A: nn.ParameterDict
-    vblora_logits_B: nn.ParameterDict
-    vblora_vector_bank: nn.ParameterDict
-    vblora_topk = Setting[int]()
-    vblora_dropout = Setting[float]()
+    vblora_topk = Setting[int]("topk")
+    vblora_dropout = Dropout()
     #: whether all logits but those of the chosen vectors are lost
     vblora_only_topk = Setting[bool]()
 
     def create(self, name: str, config: VBLoRAConfig) -> None:
-        self.vblora_topk[name], self.vblora_dropout[name] = config.topk, config.vblora_dropout
         self.vblora_only_topk[name] = False
         inputs, outputs = self.in_features // config.vector_length, self.out_features // config.vector_length
         bank, drawn = self.vblora_vector_bank[name].data, _new_bank(config)
@@ -102,7 +96,7 @@ class VBLoRALayer(AdapterLayer):
             )
         bank, k = self.vblora_vector_bank[name], self.vblora_topk[name]
         a, b = (mix_vectors(getattr(self, slot)[name], bank, k) for slot in _LOGITS)
-        p = self.vblora_dropout[name] if self.training else 0.0
+        p = self.dropout_of(name)
         return LowRank(a.flatten(1), b.transpose(1, 2).flatten(0, 1), dropout=p)
 
     @classmethod
@@ -113,8 +107,6 @@ class VBLoRALayer(AdapterLayer):
                     f"{side}={size} of {key!r} must be divisible by vector_length={config.vector_length}; choose"
                     " another vector_length, or leave the module out."
                 )
-        if config.vblora_dropout and not op.linear:
-            raise ValueError(f"vblora_dropout needs linear layers; {key!r} is a {op.kind}.")
 
 
 def _new_bank(config: VBLoRAConfig) -> Tensor:

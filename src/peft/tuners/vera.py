@@ -9,18 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import Dropout, FixedSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
 
 
 @dataclass
-class VeraConfig(LayerConfig):
+class VeraConfig(LayerConfig, peft_type=PeftType.VERA):
     """Vector-based random matrix adaptation (arXiv:2310.11454): W' = W + diag(b) B diag(d) A.
 
     A [r, in] and B [out, r] are random, frozen and shared by all layers, cut to the size that each needs; the vectors
@@ -48,30 +47,18 @@ class VeraConfig(LayerConfig):
     fraction_fields = ("vera_dropout",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.VERA
-
 
 class VeraLayer(AdapterLayer):
     """A module with vectors that scale the shared projections."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "vera_lambda_b": Slot(), "vera_lambda_d": Slot(),
-        "vera_A": Slot(trained=False, shared=True, stored="save_projection"),
-        "vera_B": Slot(trained=False, shared=True, stored="save_projection"),
-    }  # fmt: skip
-    label = "vera"
+    vera_lambda_b = Slot()
+    vera_lambda_d = Slot()
+    vera_A = FixedSlot(shared=True, stored="save_projection")
+    vera_B = FixedSlot(shared=True, stored="save_projection")
 
-    vera_lambda_b: nn.ParameterDict
-    vera_lambda_d: nn.ParameterDict
-
-    vera_A: Buffers
-    vera_B: Buffers
-    vera_dropout = Setting[float]()
+    vera_dropout = Dropout()
 
     def create(self, name: str, config: VeraConfig) -> None:
-        self.vera_dropout[name] = config.vera_dropout
         if config.init_weights:
             d, b = torch.full((config.r,), float(config.d_initial)), torch.zeros(self.out_features)
         else:
@@ -81,13 +68,8 @@ class VeraLayer(AdapterLayer):
     def change(self, name: str) -> LowRank:
         b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
         down, up = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
-        p = self.vera_dropout[name] if self.training else 0.0
+        p = self.dropout_of(name)
         return LowRank(down.to(b), up.to(b), dropout=p, middle=d, factors=b)
-
-    @classmethod
-    def check(cls, config: VeraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if config.vera_dropout and not op.linear:
-            raise ValueError(f"vera_dropout needs linear layers; {key!r} is a {op.kind}.")
 
 
 class VeraMethod(Method):

@@ -14,7 +14,7 @@ from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Buffers, Setting, Slot
+from peft.core.slots import FixedSlot, Setting, Slot
 from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Matrix
@@ -25,7 +25,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class WaveFTConfig(LayerConfig):
+class WaveFTConfig(LayerConfig, peft_type=PeftType.WAVEFT):
     """Wavelet fine-tuning (arXiv:2505.12532): W' = W + scaling * P S Q^T, one level of an inverse wavelet transform.
 
     S is zero but for the trained `waveft_spectrum` [n_frequency], at random places that the seed gives.
@@ -54,15 +54,10 @@ class WaveFTConfig(LayerConfig):
 
     positive_fields = ("n_frequency",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
-    pattern_fields: ClassVar[tuple[str, ...]] = ("n_frequency_pattern",)
+    pattern_fields: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.WAVEFT
-        self.n_frequency_pattern = self.n_frequency_pattern or {}
-        for pattern, count in self.n_frequency_pattern.items():
-            if count < 1:
-                raise ValueError(f"n_frequency must be a positive integer, got {count} for {pattern!r}.")
         if self.wavelet_family not in FAMILIES:
             raise ValueError(
                 f"wavelet_family={self.wavelet_family!r} is not known; there are the wavelets {', '.join(FAMILIES)}."
@@ -72,22 +67,17 @@ class WaveFTConfig(LayerConfig):
 class WaveFTLayer(AdapterLayer):
     """A module with a matrix of few wavelets added to its weight."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "waveft_spectrum": Slot(), "waveft_indices": Slot(trained=False, stored=False),
-    }  # fmt: skip
-    label = "waveft"
+    waveft_spectrum = Slot()
+    waveft_indices = FixedSlot(stored=False)
 
-    waveft_spectrum: nn.ParameterDict
-    waveft_indices: Buffers
     waveft_n_frequency = Setting[int]()
-    waveft_scaling = Setting[float]()
-    waveft_wavelet_family = Setting[str]()
-    waveft_use_idwt = Setting[bool]()
+    waveft_scaling = Setting[float]("scaling")
+    waveft_wavelet_family = Setting[str]("wavelet_family")
+    waveft_use_idwt = Setting[bool]("use_idwt")
 
     def create(self, name: str, config: WaveFTConfig, n_frequency: int = 0) -> None:
         count = n_frequency or config.n_frequency
-        self.waveft_n_frequency[name], self.waveft_scaling[name] = count, config.scaling
-        self.waveft_wavelet_family[name], self.waveft_use_idwt[name] = config.wavelet_family, config.use_idwt
+        self.waveft_n_frequency[name] = count
         filters(config.wavelet_family)  # kept from here on
         start = torch.zeros(count) if config.init_weights else 0.01 * torch.randn(count)
         self.waveft_spectrum[name] = nn.Parameter(start)
@@ -148,7 +138,7 @@ class WaveFTMethod(Method):
     def layer_settings(self, config: WaveFTConfig, key: str) -> dict[str, Any]:
         if config.proportional_parameters:
             return {"n_frequency": config.__dict__["_n_frequency"][key]}
-        return {"n_frequency": pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)}
+        return super().layer_settings(config, key)
 
 
 class WaveFTModel(BaseTuner):

@@ -14,7 +14,7 @@ from peft.registry import PeftType
 
 
 @dataclass
-class XLoraConfig(PeftConfig):
+class XLoraConfig(PeftConfig, peft_type=PeftType.XLORA):
     """A mixture of LoRA adapters, the experts (X-LoRA, arXiv:2402.07148).
 
     A first pass of the model gives the last hidden state of each token; a classifier makes of it a weight for each
@@ -61,7 +61,6 @@ class XLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.XLORA
         self.adapters = dict(self.adapters or {})
         self._saved_in: tuple[str, dict[str, Any]] | None = None
         self.check_top_k()

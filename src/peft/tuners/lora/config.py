@@ -39,7 +39,7 @@ _SETTINGS = {
 
 
 @dataclass
-class LoraConfig(LayerConfig):
+class LoraConfig(LayerConfig, peft_type=PeftType.LORA):
     """Low-rank adaptation (arXiv:2106.09685): W' = W + s B A, with A [r, in], B [out, r] and s = lora_alpha / r.
 
     Args:
@@ -117,13 +117,11 @@ class LoraConfig(LayerConfig):
     init_seed: int | None = None
 
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("init_seed",))
+    pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     runtime_fields: ClassVar[frozenset[str]] = frozenset(("runtime_config",))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LORA
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
         for name, kind in _SETTINGS.items():
             setattr(self, name, as_subconfig(name, getattr(self, name), kind))
         self.runtime_config = self.runtime_config or LoraRuntimeConfig()

@@ -12,7 +12,7 @@ from peft.core.base_op import ParameterOp
 from peft.core.change import Bias, Change, LowRank, Weight
 from peft.core.slots import Slot
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import DROPOUT, LoraLayer
+from peft.tuners.lora.layer import LoraLayer
 
 
 class Linear(LoraLayer):
@@ -35,11 +35,9 @@ class Linear(LoraLayer):
 class Embedding(LoraLayer):
     """LoRA on embeddings: the change of the row of token t is scaling B A[:, t]."""
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "lora_embedding_A": Slot(), "lora_embedding_B": Slot(), "lora_dropout": DROPOUT,
-    }  # fmt: skip
-    lora_embedding_A: nn.ParameterDict
-    lora_embedding_B: nn.ParameterDict
+    lora_A = lora_B = None
+    lora_embedding_A = Slot()
+    lora_embedding_B = Slot()
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         self.lora_embedding_A[name] = nn.Parameter(torch.randn(r, self.in_features))

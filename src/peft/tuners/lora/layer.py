@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from peft.core.change import Change, LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.part import without
 from peft.core.run import is_watched
-from peft.core.slots import Setting, Slot
+from peft.core.slots import ModuleSlot, Setting
 from peft.core.storage import onloaded, storage_of
 from peft.core.storage.flat import weight_of
 from peft.core.targets import get_pattern_key
@@ -27,10 +27,10 @@ from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_sta
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.base import Variant
 
-#: modules that drop features of the input in training
-DROPOUT = Slot(trained=False, stored=False, modules=True)
 #: what other packages ask every layer for, though only some kinds have it
 _CONTAINERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+
 class TiedFactor(nn.Module):
     """A factor of the output layer's adapter that is one of the tied embedding's, transposed.
 
@@ -79,15 +79,13 @@ class LoraLayer(AdapterLayer):
         parameter_name: the parameter to adapt, for modules that hold bare parameters.
     """
 
-    slots: ClassVar[dict[str, Slot]] = {
-        "lora_A": Slot(modules=True), "lora_B": Slot(modules=True), "lora_dropout": DROPOUT,
-    }  # fmt: skip
+    lora_A: Any = ModuleSlot()  # nn.ModuleDict of nn.Linear (or of what stands for one)
+    lora_B: Any = ModuleSlot()
+    lora_dropout = ModuleSlot(trained=False, stored=False)
     unit_slots = frozenset(("lora_A", "lora_B", "lora_magnitude_vector"))
     label = "lora"
     kinds = AdapterLayer.kinds | {ParallelLinearOp.kind}
 
-    lora_A: Any  # nn.ModuleDict of nn.Linear (or of what stands for one)
-    lora_B: Any
     r = Setting[int]()
     lora_alpha = Setting[float]()
     scaling = Setting[float]()

@@ -6,18 +6,18 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import HadamardProduct, expand_core
 from peft.ops.matrix import Dense, Matrix
 from peft.registry import PeftType
-from peft.tuners.lycoris.scaled import ScaledConfig, ScaledLayer, ScaledMethod, started
+from peft.tuners.lycoris.scaled import ScaledConfig, ScaledLayer, started
 
 
 @dataclass
-class LoHaConfig(ScaledConfig):
+class LoHaConfig(ScaledConfig, peft_type=PeftType.LOHA):
     """Low-rank Hadamard product (FedPara, arXiv:2108.06098).
 
     W' = W + alpha / r (w1_a w1_b) * (w2_a w2_b), the product of the two matrices elementwise; w1_a and w2_a are
@@ -29,7 +29,6 @@ class LoHaConfig(ScaledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LOHA
         if self.init_weights not in (True, False):
             raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}.")
 
@@ -37,15 +36,12 @@ class LoHaConfig(ScaledConfig):
 class LoHaLayer(ScaledLayer):
     """A module with Hadamard products of low-rank matrices added to its weight."""
 
-    slots = dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), Slot())
-    label = "loha"
-
-    hada_w1_a: nn.ParameterDict
-    hada_w1_b: nn.ParameterDict
-    hada_w2_a: nn.ParameterDict
-    hada_w2_b: nn.ParameterDict
-    hada_t1: nn.ParameterDict
-    hada_t2: nn.ParameterDict
+    hada_w1_a = Slot()
+    hada_w1_b = Slot()
+    hada_w2_a = Slot()
+    hada_w2_b = Slot()
+    hada_t1 = Slot()
+    hada_t2 = Slot()
 
     def create(self, name: str, config: LoHaConfig, r: int = 0, alpha: float | None = None) -> None:
         super().create(name, config, r, alpha)
@@ -87,4 +83,3 @@ class LoHaModel(BaseTuner):
 
     prefix = "hada_"
     layer_class = LoHaLayer
-    method_class = ScaledMethod

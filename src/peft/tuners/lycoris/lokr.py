@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.slots import Slot
@@ -14,11 +14,11 @@ from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import expand_core
 from peft.ops.kronecker import Kron, factorization
 from peft.registry import PeftType
-from peft.tuners.lycoris.scaled import ScaledConfig, ScaledLayer, ScaledMethod, started
+from peft.tuners.lycoris.scaled import ScaledConfig, ScaledLayer, started
 
 
 @dataclass
-class LoKrConfig(ScaledConfig):
+class LoKrConfig(ScaledConfig, peft_type=PeftType.LOKR):
     """Low-rank Kronecker product (LyCORIS, arXiv:2309.14859).
 
     W' = W + alpha / r (w1 kron w2), with w1 [a, c], w2 [b, d], a b = out and c d = in. The larger factor w2, and with
@@ -42,9 +42,6 @@ class LoKrConfig(ScaledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LOKR
-        if self.init_weights not in (True, False, "lycoris"):
-            raise ValueError(f"init_weights must be True, False or 'lycoris', got {self.init_weights!r}.")
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise ValueError(f"decompose_factor must be a positive integer or -1, got {self.decompose_factor}.")
 
@@ -52,18 +49,13 @@ class LoKrConfig(ScaledConfig):
 class LoKrLayer(ScaledLayer):
     """A module with a Kronecker product added to its weight."""
 
-    slots = dict.fromkeys(
-        ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), Slot()
-    )
-    label = "lokr"
-
-    lokr_w1: nn.ParameterDict
-    lokr_w1_a: nn.ParameterDict
-    lokr_w1_b: nn.ParameterDict
-    lokr_w2: nn.ParameterDict
-    lokr_w2_a: nn.ParameterDict
-    lokr_w2_b: nn.ParameterDict
-    lokr_t2: nn.ParameterDict
+    lokr_w1 = Slot()
+    lokr_w1_a = Slot()
+    lokr_w1_b = Slot()
+    lokr_w2 = Slot()
+    lokr_w2_a = Slot()
+    lokr_w2_b = Slot()
+    lokr_t2 = Slot()
 
     def create(self, name: str, config: LoKrConfig, r: int = 0, alpha: float | None = None) -> None:
         super().create(name, config, r, alpha)
@@ -105,4 +97,3 @@ class LoKrModel(BaseTuner):
 
     prefix = "lokr_"
     layer_class = LoKrLayer
-    method_class = ScaledMethod

@@ -12,9 +12,7 @@ from peft.config import LayerConfig
 from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.change import Add, Change
 from peft.core.layer import AdapterLayer
-from peft.core.method import Method
 from peft.core.slots import Setting
-from peft.core.targets import pattern_value
 from peft.ops.matrix import Matrix
 
 
@@ -43,17 +41,10 @@ class ScaledConfig(LayerConfig):
     init_weights: bool | str = True
 
     positive_fields = ("r",)
+    pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
     nonnegative_fields = ("alpha",)
     fraction_fields = ("rank_dropout", "module_dropout")
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
-        for pattern, r in {"r": self.r, **self.rank_pattern}.items():
-            if r < 1:
-                raise ValueError(f"The rank must be a positive integer, got {r} for {pattern!r}.")
 
 
 def started(*shape: int, zero: bool | str = False) -> nn.Parameter:
@@ -78,7 +69,6 @@ class ScaledLayer(AdapterLayer):
         self.r[name] = r or config.r
         self.alpha[name] = config.alpha if alpha is None else alpha
         self.scaling[name] = self.alpha[name] / self.r[name]
-        self.rank_dropout[name], self.module_dropout[name] = config.rank_dropout, config.module_dropout
         self.rank_dropout_scale[name] = getattr(config, "rank_dropout_scale", True)
 
     def effective_kernel(self, config: Any) -> tuple[int, ...]:
@@ -135,13 +125,3 @@ class ScaledLayer(AdapterLayer):
     def scaling_device(self, name: str) -> torch.device:
         """Where the adapter's tensors are."""
         return next(iter(self.adapter_parameters(name))).device
-
-
-class ScaledMethod(Method):
-    """The rank and the scale of each module."""
-
-    def layer_settings(self, config: ScaledConfig, key: str) -> dict[str, Any]:
-        return {
-            "r": pattern_value(config.rank_pattern or {}, key, config.r),
-            "alpha": pattern_value(config.alpha_pattern or {}, key, config.alpha),
-        }

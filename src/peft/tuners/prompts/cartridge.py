@@ -15,7 +15,7 @@ from peft.tuners.prompts.cache import CachedTokens
 
 
 @dataclass
-class CartridgeConfig(PromptLearningConfig):
+class CartridgeConfig(PromptLearningConfig, peft_type=PeftType.CARTRIDGE):
     """Cartridges (arXiv:2506.06266): a cache of keys and values is trained, to stand for a text that is too long.
 
     `token_dim` and `num_attention_heads` are those of the keys. It starts at random; `initialize_kv_prefix_from_text`
@@ -35,7 +35,6 @@ class CartridgeConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.CARTRIDGE
         if self.num_virtual_tokens is not None and self.num_frozen_tokens > self.num_virtual_tokens:
             raise ValueError(
                 f"num_frozen_tokens={self.num_frozen_tokens} must be at most num_virtual_tokens="

@@ -22,7 +22,7 @@ _KINDS = 4
 
 
 @dataclass
-class CPTConfig(PromptLearningConfig):
+class CPTConfig(PromptLearningConfig, peft_type=PeftType.CPT):
     """Context-aware prompt tuning (arXiv:2410.17222), for `CAUSAL_LM`. The prompt is as long as `cpt_token_ids`.
 
     Args:
@@ -53,7 +53,6 @@ class CPTConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.CPT
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(f"{type(self).__name__} only supports task_type = CAUSAL_LM, got {self.task_type}.")
         ids = self.cpt_token_ids = [0] if self.cpt_token_ids is None else list(self.cpt_token_ids)

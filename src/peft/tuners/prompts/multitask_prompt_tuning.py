@@ -40,7 +40,7 @@ _FROM_SOURCE = (
 
 
 @dataclass
-class MultitaskPromptTuningConfig(PromptTuningConfig):
+class MultitaskPromptTuningConfig(PromptTuningConfig, peft_type=PeftType.MULTITASK_PROMPT_TUNING):
     """Multitask prompt tuning (arXiv:2303.02861). Forward passes and generation need `task_ids` [batch].
 
     Args:
@@ -67,7 +67,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.MULTITASK_PROMPT_TUNING
         start: Any = self.prompt_tuning_init
         if start in _FROM_SOURCE and not self.prompt_tuning_init_state_dict_path:
             raise ValueError(

@@ -24,7 +24,7 @@ class PromptEncoderReparameterizationType(str, Enum):
 
 
 @dataclass
-class PromptEncoderConfig(PromptLearningConfig):
+class PromptEncoderConfig(PromptLearningConfig, peft_type=PeftType.P_TUNING):
     """P-tuning (arXiv:2103.10385).
 
     Args:
@@ -47,7 +47,6 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.P_TUNING
         network: Any = self.encoder_reparameterization_type
         known = [*PromptEncoderReparameterizationType]
         if network not in known:

@@ -13,7 +13,7 @@ from peft.tuners.prompts.cache import CachedTokens
 
 
 @dataclass
-class PrefixTuningConfig(PromptLearningConfig):
+class PrefixTuningConfig(PromptLearningConfig, peft_type=PeftType.PREFIX_TUNING):
     """Prefix tuning (arXiv:2101.00190).
 
     `token_dim` and `num_attention_heads` are those of the keys: fewer than the queries' in grouped-query attention.
@@ -35,7 +35,6 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.PREFIX_TUNING
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights={self.init_weights!r} is not known; use None (random) or 'zero'.")
 

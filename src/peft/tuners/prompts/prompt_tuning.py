@@ -26,7 +26,7 @@ class PromptTuningInit(str, Enum):
 
 
 @dataclass
-class PromptTuningConfig(PromptLearningConfig):
+class PromptTuningConfig(PromptLearningConfig, peft_type=PeftType.PROMPT_TUNING):
     """Prompt tuning (arXiv:2104.08691).
 
     Args:
@@ -49,7 +49,6 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.PROMPT_TUNING
         known = ", ".join(start.value for start in self.starts)
         start: Any = self.prompt_tuning_init
         if start not in [*self.starts]:

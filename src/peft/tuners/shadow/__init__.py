@@ -18,7 +18,7 @@ from peft.core.call import Call, begin, current, end, fact
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Setting, Slot
+from peft.core.slots import ModuleSlot, Setting
 from peft.core.storage import place_of
 from peft.core.tuner import BaseTuner
 from peft.core.wrappers import state_names
@@ -34,7 +34,7 @@ _CANNOT_MERGE = (
 
 
 @dataclass
-class ShadowConfig(LayerConfig):
+class ShadowConfig(LayerConfig, peft_type=PeftType.SHADOW):
     """ShadowPEFT: a small trained network beside the frozen model makes a state s_0 of its own from the same input.
 
     Into each block goes h + shadow_alpha * U D dropout(h - s) instead of h, with D [r, width] and U [width, r]; after
@@ -81,7 +81,6 @@ class ShadowConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.SHADOW
         sizes = [name for name in self.positive_fields if name.startswith("shadow") and getattr(self, name) is not None]
         if self.shadow_model != "mirror" and sizes:
             raise ValueError(
@@ -96,21 +95,17 @@ class ShadowLayer(AdapterLayer):
     """A decoder block whose input is corrected by the state that runs beside it."""
 
     kinds: ClassVar[frozenset[str]] = frozenset(("Block",))
-    slots: ClassVar[dict[str, Slot]] = {
-        **{
-            f"shadow_{part}": Slot(modules=True) for part in ("down", "up", "update_transform", "update_gate")
-        },
-        **{f"shadow_{part}": Slot(modules=True, shared=True) for part in ("backbone", "projection", "head")},
-    }  # fmt: skip
-    label = "shadow"
+    shadow_down = ModuleSlot()
+    shadow_up = ModuleSlot()
+    shadow_update_transform = ModuleSlot()
+    shadow_update_gate = ModuleSlot()
+    shadow_backbone = ModuleSlot(shared=True)
+    shadow_projection = ModuleSlot(shared=True)
+    shadow_head = ModuleSlot(shared=True)
 
-    shadow_down: nn.ModuleDict
-    shadow_up: nn.ModuleDict
-    shadow_update_transform: nn.ModuleDict
-    shadow_update_gate: nn.ModuleDict
     #: what the layers share
     beside: dict[str, nn.ModuleDict]
-    shadow_r = Setting[int]()
+    shadow_r = Setting[int]("r")
     shadow_alpha = Setting[float]()
     shadow_dropout = Setting[float]()
 
@@ -119,8 +114,6 @@ class ShadowLayer(AdapterLayer):
         return BlockOp(module) if parameter_name is None and any(True for _ in module.children()) else None
 
     def create(self, name: str, config: ShadowConfig, width: int = 0) -> None:
-        self.shadow_r[name], self.shadow_alpha[name] = config.r, config.shadow_alpha
-        self.shadow_dropout[name] = config.shadow_dropout
         hidden = config.update_hidden_size or config.r
         self.shadow_down[name] = nn.Linear(width, config.r, bias=False)
         self.shadow_up[name] = up = nn.Linear(config.r, width, bias=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft.core.base_op import ConvOp
 from peft.core.change import Change, Dropped, ScaleOutput
-from peft.core.slots import Slot
+from peft.core.slots import ModuleSlot, Slot
 from peft.core.storage import onloaded
 from peft.core.storage.flat import weight_of
 from peft.ops.memo import remember
@@ -47,7 +47,7 @@ class Dora(Variant):
 
     label = "DoRA (use_dora)"
     kinds = frozenset(("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"))
-    slots: ClassVar[dict[str, Slot]] = {"lora_magnitude_vector": Slot(modules=True)}
+    slots: ClassVar[dict[str, Slot]] = {"lora_magnitude_vector": ModuleSlot()}
 
     def __init__(self, setting: Any, key: str = ""):
         super().__init__(setting, key)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.change import LowRank
-from peft.core.slots import Slot
+from peft.core.slots import ModuleSlot, Slot
 from peft.tuners.lora.starts import Remainder
 from peft.tuners.lora.variants.base import Variant
 
@@ -96,7 +96,7 @@ class Monteclora(Variant):
     """
 
     label = "MonteCLoRA (monteclora_config)"
-    slots: ClassVar[dict[str, Slot]] = {"lora_monteclora_sampler": Slot(modules=True)}
+    slots: ClassVar[dict[str, Slot]] = {"lora_monteclora_sampler": ModuleSlot()}
 
     def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
         layer.lora_monteclora_sampler[name] = Perturbation(layer.r[name], self.setting)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peft.core.change import LowRank
-from peft.core.slots import Slot
+from peft.core.slots import FixedSlot, Slot
 from peft.ops.velora import compressed_linear, group_width, mean_direction, unit
 from peft.tuners.lora.starts import Remainder
 from peft.tuners.lora.variants.base import Variant
@@ -25,7 +25,7 @@ class Velora(Variant):
     """
 
     label = "VeLoRA (velora_config)"
-    slots: ClassVar[dict[str, Slot]] = {"lora_velora_embed": Slot(trained=False)}
+    slots: ClassVar[dict[str, Slot]] = {"lora_velora_embed": FixedSlot()}
 
     def __init__(self, setting: Any, key: str = ""):
         super().__init__(setting, key)
