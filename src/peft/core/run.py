@@ -86,29 +86,28 @@ def _first(layer: AdapterLayer, change: Change, x: Tensor, args: tuple[Any, ...]
 def _fused(layer: AdapterLayer, change: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The output of a frozen linear layer with one change; None where there is nothing to gain."""
     dtype = weight.dtype
+    x = x if x.dtype == dtype else x.to(dtype)
     if type(change) is LowRank and x.numel() < change.down.numel() and change.is_product:
         # Fewer vectors than ranks: nothing else can pay, and asking takes as long as a small layer.
-        return lora_linear(x.to(dtype), weight, bias, None, change.down, change.up, change.scale, change.dropout)
+        return lora_linear(x, weight, bias, None, change.down, change.up, change.scale, change.dropout)
     rows, (narrow, wide) = x.numel() // x.shape[-1], sorted(weight.shape)
     summable = dtype.itemsize >= 4  # else a change that is small beside the weight would be rounded away in the sum
     if type(change) is LowRank:
         if summable and change.is_matrix and costs.low_rank_as_weight(change, rows, narrow, wide):
             down, up = (factor.to(dtype) for factor in change.folded())
-            return F.linear(x.to(dtype), weight + (up * change.scale) @ down, change.bias(bias))
+            return F.linear(x, weight + (up * change.scale) @ down, change.bias(bias))
         if change.is_product:
-            return lora_linear(
-                x.to(dtype), weight, bias, None, change.down, change.up, change.scale, change.dropout
-            )
+            return lora_linear(x, weight, bias, None, change.down, change.up, change.scale, change.dropout)
         return None
     if type(change) is Add:
         as_weight = summable and not change.dropout and change.factors is None
         if as_weight and costs.add_as_weight(change, rows, narrow, wide):
-            return change.matrix.linear(x.to(dtype), weight, bias)
+            return change.matrix.linear(x, weight, bias)
         return None
     if costs.map_as_low_rank(change, x.numel(), weight.numel()):
         left, right = change.thin()
         up = F.linear(left.T.to(dtype), weight).T
-        return lora_linear(x.to(dtype), weight, bias, None, right.T, up, 1.0)
+        return lora_linear(x, weight, bias, None, right.T, up, 1.0)
     return None
 
 

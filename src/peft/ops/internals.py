@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 
 _peek_interpreter = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+#: whether autocast is on for some kind of device; taken to be so
+any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def is_transformed() -> bool:

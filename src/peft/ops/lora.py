@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft.ops.dropout import draw_mask, mask_factors, pieces
-from peft.ops.internals import has_half_instructions, is_transformed, kept_product
+from peft.ops.internals import any_autocast, has_half_instructions, is_transformed, kept_product
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in."""
+    if not any_autocast():
+        return x.dtype
     kind = x.device.type
     # Nothing is cast on the meta device; double precision, autocast leaves alone.
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -52,8 +54,10 @@ def add_low_rank(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor
     """
     if weight.stride(0) < weight.stride(1):
         return add_low_rank(weight.T, b.T, a.T, scaling).T
-    result = torch.empty_like(weight)
     rows = max(1, _PIECE // weight.shape[1]) if weight.device.type == "cpu" else weight.shape[0]
+    if rows >= len(weight):
+        return torch.addmm(weight.to(b.dtype), b, a, alpha=scaling).to(weight.dtype)
+    result = torch.empty_like(weight)
     for some, out, factor in zip(weight.split(rows), result.split(rows), b.split(rows), strict=True):
         out.copy_(torch.addmm(some.to(b.dtype), factor, a, alpha=scaling))
     return result
@@ -101,9 +105,8 @@ def lora_linear(
     """
     if needs_plain(x, a, b, weight if result is None else result):
         return lora_linear_plain(x, weight, bias, result, a.to(x.dtype), b.to(x.dtype), scaling, p)
-    if not torch.is_grad_enabled() and p == 0 and 0 < x.numel() < a.numel() and not x.is_cuda:
-        out = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
-        return _add_few(out if overwrite or result is None else out.clone(), x, a, b, scaling)
+    if p == 0 and not torch.is_grad_enabled() and 0 < x.numel() < a.numel() and not x.is_cuda:
+        return _few(x, weight, bias, result if result is None or overwrite else result.clone(), a, b, scaling)
     learns = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
     if torch.is_grad_enabled():
         # Writing into a view would tell autograd of the whole that it shows.
@@ -120,21 +123,29 @@ def lora_linear(
     return _add_product(out, low, b, scaling, overwrite or result is None)
 
 
-def _add_few(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """out + scaling x A^T B^T in place, for fewer entries of x than A has, as in decoding.
+def _few(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> Tensor:
+    """The same for fewer entries of x than A has, as in decoding; `out`, x W^T + b if given, is overwritten.
 
     x and the product are smaller than A and B then, so it is they that are cast; and one row asks for products with a
     vector. Decoding takes half the time that it takes without (`benchmarks/decode.py`).
     """
-    if x.numel() == x.shape[-1]:
-        low, flat = torch.mv(a, _as(x.reshape(-1), a.dtype)), out.view(-1)
-        same = out.dtype == b.dtype
-        flat.addmv_(b, low, alpha=scaling) if same else flat.add_(torch.mv(b, low), alpha=scaling)
+    width = x.shape[-1]
+    if x.numel() == width:
+        row = x.reshape(-1)
+        if out is None:
+            flat = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)  # type: ignore[arg-type]
+        else:
+            flat = out.view(-1)
+        low = torch.mv(a, _as(row, a.dtype))
+        flat.addmv_(b, low, alpha=scaling) if flat.dtype == b.dtype else flat.add_(torch.mv(b, low), alpha=scaling)
     else:
-        low, flat = torch.mm(_as(x.reshape(-1, x.shape[-1]), a.dtype), a.t()), out.view(-1, out.shape[-1])
+        out = F.linear(x, weight, bias) if out is None else out  # type: ignore[arg-type]
+        low, flat = torch.mm(_as(x.reshape(-1, width), a.dtype), a.t()), out.view(-1, out.shape[-1])
         same = out.dtype == b.dtype
         flat.addmm_(low, b.t(), alpha=scaling) if same else flat.add_(torch.mm(low, b.t()), alpha=scaling)
-    return out
+    return flat.view(*x.shape[:-1], -1) if out is None else out
 
 
 def needs_plain(*tensors: Tensor | None) -> bool:

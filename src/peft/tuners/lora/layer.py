@@ -56,6 +56,7 @@ class TiedFactor(nn.Module):
 
 def is_plain(module: Any) -> bool:
     """Whether a factor is the linear layer that it seems, with nobody watching."""
+    module = module if type(module) is nn.Linear else unwrapped(module)
     return type(module) is nn.Linear and not is_watched(module) and "forward" not in module.__dict__
 
 
@@ -221,7 +222,7 @@ class LoraLayer(AdapterLayer):
         down, up = self.flat_factors(_weight(a), _weight(b))
         change = LowRank(down, up, scaling, self.dropout_of(name), offset)
         # Somebody wants to see them called; FSDP has done so to bring their weights together.
-        if self.op.linear and not (is_plain(unwrapped(a)) and is_plain(unwrapped(b))):
+        if self.op.linear and not (is_plain(a) and is_plain(b)):
             change.low, change.high = partial(_call, a), partial(_call, b)
         return change
 
