@@ -10,7 +10,7 @@ import transformers
 
 import peft
 from peft.checkpoint.minimal import leave_out
-from peft.checkpoint.state import adapter_slots
+from peft.checkpoint.state import locations_of
 from peft.registry import METHODS
 
 #: the shape of SmolLM2-135M
@@ -61,7 +61,7 @@ def _bytes(model: Any) -> int:
 
 def _bytes_once(model: Any) -> int:
     tensors = peft.get_peft_model_state_dict(model)
-    slots = adapter_slots(model, "default")
+    slots = locations_of(model, "default")
     once = {(id(slot.owner), slot.attribute): tensors.pop(key) for key, slot in slots.items()}
     return sum(tensor.numel() * tensor.element_size() for tensor in (*once.values(), *tensors.values()))
 

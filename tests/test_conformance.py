@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import peft
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
-from peft.registry import METHODS, Method
+from peft.registry import METHODS, Row
 from quantised_layers import QUANTISED, held_bytes
 
 torch.set_num_threads(1)
@@ -171,7 +171,7 @@ def build_quantised(storage: str) -> Model:
     return model
 
 
-def row_of(method: str) -> Method:
+def row_of(method: str) -> Row:
     """The row of the table for a method, or for a variant of it."""
     return METHODS[method.split()[0]]
 

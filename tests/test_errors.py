@@ -160,3 +160,32 @@ def test_the_lists_name_cases():
     ids = {case["id"] for case in CASES}
     assert ids >= WORKS_HERE
     assert len(ids) == len(CASES)
+
+
+class HalfCalled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def lora(model, *targets):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=list(targets)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: lora(mlp(), "lin0", "nope"),
+        lambda: lora(mlp(), "lin0").unmerge_adapter(),
+        lambda: lora(mlp(), "lin0").base_model.merge_adapter(["zzz"]),
+        lambda: peft.LoraConfig.from_peft_type(peft_type="LORA", nope=1),
+        lambda: lora(HalfCalled(), "used", "unused").eval()(torch.ones(1, 4)),  # by way of torch
+    ],
+)
+def test_warnings_name_the_line_that_called(call):
+    with pytest.warns(peft.PeftWarning) as caught:
+        call()
+    assert {warning.filename for warning in caught} == {__file__}

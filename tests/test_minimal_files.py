@@ -102,7 +102,7 @@ def test_what_layers_share_is_once_in_a_minimal_file(name, settings, tmp_path):
     model = peft.get_peft_model(base(), config).eval()
     if name == "RANDLORA":  # not as the seed gives it, so that it stays
         model.base_model.randlora_A["default"].add_(0.1)
-    slots = peft.checkpoint.state.adapter_slots(model, "default")
+    slots = peft.checkpoint.state.locations_of(model, "default")
     places = {(id(slot.owner), slot.attribute) for slot in slots.values()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*stay in the file")

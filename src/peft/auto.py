@@ -86,13 +86,11 @@ class AutoPeftModel:
                 f"The configuration of {os.fspath(pretrained_model_name_or_path)!r} names no base model. Load the base"
                 " model yourself and use PeftModel.from_pretrained(model, ...)."
             )
-        shared = {key: value for key, value in hub.items() if key in _SHARED_HUB_ARGUMENTS}
+        base_arguments |= {key: value for key, value in hub.items() if key in _SHARED_HUB_ARGUMENTS}
         base_model = base_class.from_pretrained(
-            saved.base_model_name_or_path, revision=saved.revision, **shared, **base_arguments
+            saved.base_model_name_or_path, revision=saved.revision, **base_arguments
         )
-        trust_remote_code = base_arguments.get("trust_remote_code", False)
-        _make_room_for_tokens(base_model, pretrained_model_name_or_path, where, trust_remote_code)
-
+        _make_room_for_tokens(base_model, pretrained_model_name_or_path, where, base_arguments)
         peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[loader.task_type] if loader.task_type else PeftModel
         return peft_class.from_pretrained(
             base_model,
@@ -150,7 +148,7 @@ class AutoPeftModel:
 
 
 def _make_room_for_tokens(
-    base_model: Any, source: str | os.PathLike, where: dict[str, Any], trust_remote_code: bool
+    base_model: Any, source: str | os.PathLike, where: dict[str, Any], base_arguments: dict[str, Any]
 ) -> None:
     """Enlarges the embeddings to hold all tokens of the tokenizer that lies with the adapter, if there is one."""
     try:
@@ -166,7 +164,8 @@ def _make_room_for_tokens(
     known = ("revision", *_SHARED_HUB_ARGUMENTS)
     hub = {key: value for key, value in where.items() if key in known}
     subfolder = where["subfolder"] or ""
-    tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder, trust_remote_code=trust_remote_code, **hub)
+    hub["trust_remote_code"] = base_arguments.get("trust_remote_code", False)
+    tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder, **hub)
     if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:
         base_model.resize_token_embeddings(len(tokenizer))
 

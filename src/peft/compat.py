@@ -15,6 +15,7 @@ from types import MethodType, ModuleType
 from typing import Any
 
 from peft.registry import METHODS, PeftType
+from peft.target_tables import DEFAULT_TARGETS
 
 
 def _at(home: str, names: str) -> dict[str, str]:
@@ -22,22 +23,6 @@ def _at(home: str, names: str) -> dict[str, str]:
     pairs = (name.partition("=") for name in names.split())
     return {old: f"{home}:{new or old}" for old, _, new in pairs}
 
-
-#: methods without default targets
-_NO_DEFAULTS = frozenset(
-    (
-        PeftType.ADAPTION_PROMPT,
-        PeftType.CARTRIDGE,
-        PeftType.CPT,
-        PeftType.MULTITASK_PROMPT_TUNING,
-        PeftType.P_TUNING,
-        PeftType.PREFIX_TUNING,
-        PeftType.PROMPT_TUNING,
-        PeftType.SHADOW,
-        PeftType.TRAINABLE_TOKENS,
-        PeftType.XLORA,
-    )
-)
 
 _TYPES = _at("peft.registry", "PeftType TaskType register_peft_method")
 _ERRORS = _at("peft.errors", "NoMatchingPeftModuleError PeftError")
@@ -58,7 +43,7 @@ _CONSTANTS = {
             f"peft.target_tables:DEFAULT_TARGETS[{method.value}]"
         )
         for method in PeftType
-        if method not in _NO_DEFAULTS
+        if method.value in DEFAULT_TARGETS
     },
 }
 _STATE = _at(

@@ -1,5 +1,15 @@
 """What this library raises and warns with, beyond Python's own exceptions."""
 
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from types import FrameType
+
+#: packages whose lines are not what a warning is about: it names the first line outside of them
+_INSIDE = ("peft", "torch", "contextlib", "functools")
+
 
 class PeftError(Exception):
     """Base of the errors that only this library knows."""
@@ -29,3 +39,17 @@ class PeftWarning(UserWarning):
 
 class PeftRuntimeWarning(PeftWarning, RuntimeWarning):
     """Settings that match nothing in a model. A RuntimeWarning too, since that is the class that callers filter by."""
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def warn(message: str, category: type[Warning] = PeftWarning) -> None:
+    """Warns of something, with the line of whoever called into this library."""
+    level, frame = 1, sys._getframe()
+    outer: FrameType | None = frame
+    while outer is not None and outer.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        level, outer = level + 1, outer.f_back
+    warnings.warn(message, category, stacklevel=level)

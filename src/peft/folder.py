@@ -25,12 +25,11 @@ import shutil
 import stat
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-from peft.errors import PeftWarning
+from peft.errors import warn
 
 STAGED = ".peft-saving-"
 COMMITTED = ".peft-saved"
@@ -51,6 +50,12 @@ T = TypeVar("T")
 _NO_FOLDER_RENAME = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMFILE, errno.EXDEV}
 #: what a folder answers to fsync where it has none
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOTSUP}
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Raises ValueError where something is to be saved into a folder and a file is there."""
+    if os.path.isfile(path):
+        raise ValueError(f"{os.fspath(path)!r} is a file; a directory is needed to save into.")
 
 
 def replace_files(
@@ -92,11 +97,9 @@ def replace_files(
         _sync(folder)
         settle(folder)
     except OSError as error:  # the save counts by now
-        warnings.warn(
+        warn(
             f"Saved, but the files still lie in {os.path.join(folder, COMMITTED)!r}, where this library finds them and"
-            f" other programs do not; the next save moves them to their places. {error}",
-            PeftWarning,
-            stacklevel=2,
+            f" other programs do not; the next save moves them to their places. {error}"
         )
 
 
@@ -232,10 +235,9 @@ def _commit(folder: str, stage: str) -> None:
 
 
 def _move_one_by_one(folder: str, stage: str) -> None:
-    warnings.warn(
+    warn(
         f"The file system of {folder!r} cannot rename folders; the files are replaced one after the other. If the"
-        " process is killed in between, files of two saves may be left there.",
-        PeftWarning,
+        " process is killed in between, files of two saves may be left there."
     )
     inside = os.path.join(stage, *_entries(stage))
     for entry in sorted(_entries(inside)):

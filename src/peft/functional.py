@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from peft.checkpoint import get_peft_model_state_dict as get_peft_model_state_dict
 from peft.checkpoint import set_peft_model_state_dict as set_peft_model_state_dict
-from peft.config import PeftConfig
+from peft.config import PeftConfig, check_is_config
 from peft.core.layer import AdapterLayer
-from peft.core.part import Part, as_names
-from peft.core.tuner import UPCAST_DTYPES, BaseTuner
+from peft.core.part import UPCAST_DTYPES, Part, as_names, check_adapter_name, known
+from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.integrations.transformers import convert_peft_config_for_transformers
 from peft.registry import method_of
@@ -42,8 +42,7 @@ def inject_adapter_in_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be the base model, an nn.Module; got {type(model).__name__}.")
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}.")
+    check_is_config(peft_config)
     method = method_of(peft_config.peft_type or "")
     if state_dict is not None and not any(f".{method.prefix}" in f".{key}" for key in state_dict):
         raise ValueError(
@@ -55,8 +54,7 @@ def inject_adapter_in_model(
             f"{peft_config.peft_type} is a soft prompt (prompt learning), which has no place inside a model: use"
             " get_peft_model."
         )
-    if adapter_name in getattr(model, "peft_config", {}):
-        raise ValueError(f"Adapter {adapter_name!r} exists already; delete it first, or choose another name.")
+    check_adapter_name(adapter_name, getattr(model, "peft_config", {}))
     convert_peft_config_for_transformers(peft_config, model)
     return method.model_class(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict).model
 
@@ -166,10 +164,5 @@ def _parts_with(model: nn.Module, names: Sequence[str], layer_cls: type[AdapterL
         ValueError: one of `names` is on none of them.
     """
     parts = [part for _, part in parts_of(model) if isinstance(part, layer_cls) or not isinstance(part, AdapterLayer)]
-    there = sorted({name for part in parts for name in part.adapter_names()})
-    missing = [name for name in names if name not in there]
-    if missing:
-        raise ValueError(
-            f"Adapter {', '.join(missing)} not found in {type(model).__name__}; there are {', '.join(there) or 'none'}."
-        )
+    known(names, sorted({name for part in parts for name in part.adapter_names()}))
     return parts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, wraps
@@ -19,7 +18,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
 from peft.core.targets import base_of, model_modules
 from peft.core.walk import with_progress
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.variants.dora import dora_caching
 
@@ -137,11 +136,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapter layers with a scaling, such as those of LoRA.")
     if any(layer.merged for layer in layers):
-        warnings.warn(
-            "Adapters that are merged into the base weights keep their scale: unmerge_adapter() first.",
-            PeftWarning,
-            stacklevel=3,
-        )
+        warn("Adapters that are merged into the base weights keep their scale: unmerge_adapter() first.")
     before = [dict(layer.scaling) for layer in layers]
     for layer in layers:
         layer.scaling.update({name: scale * multiplier for name, scale in layer.scaling.items()})

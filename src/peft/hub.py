@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.folder import find
 from peft.version import __version__
 
@@ -117,17 +116,7 @@ def push(
     if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
         api.create_branch(repo, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        card = Path(folder, CARD_NAME)
-        there = fetch(repo, CARD_NAME, revision=revision, token=token)
-        card_before = Path(there).read_bytes() if there else None
-        if card_before is not None:
-            card.write_bytes(card_before)
-        write(folder)
-        if tags:
-            _add_tags(card, tags)
-        if card_before is not None and card.exists() and card.read_bytes() == card_before:
-            card.unlink()
-
+        _write_beside_card(write, folder, fetch(repo, CARD_NAME, revision=revision, token=token), tags)
         files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
         stale = {other for name in files if (other := _other_format(name))}
         if stale:
@@ -146,6 +135,21 @@ def push(
         )
 
 
+def _write_beside_card(
+    write: Callable[[str], object], folder: str, there: str | None, tags: list[str] | None
+) -> None:
+    """Lets `write` fill a folder in which the model card `there` lies; that is left out if it is the same after."""
+    card = Path(folder, CARD_NAME)
+    before = Path(there).read_bytes() if there else None
+    if before is not None:
+        card.write_bytes(before)
+    write(folder)
+    if tags:
+        _add_tags(card, tags)
+    if before is not None and card.exists() and card.read_bytes() == before:
+        card.unlink()
+
+
 def _other_format(name: str) -> str | None:
     """Name that the file of weights ``name`` has in the other format; None if it is no file of weights."""
     folder, _, base = name.rpartition("/")
@@ -160,7 +164,7 @@ def _add_tags(path: Path, tags: list[str]) -> None:
         card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
         there = card.data.get("tags") or []
     except Exception as error:  # what a person or another program wrote
-        warnings.warn(f"The tags {', '.join(tags)} are left out: the {CARD_NAME} cannot be read. {error}", PeftWarning)
+        warn(f"The tags {', '.join(tags)} are left out: the {CARD_NAME} cannot be read. {error}")
         return
     card.data["tags"] = list(dict.fromkeys([*([there] if isinstance(there, str) else there), *tags]))
     card.save(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,8 +17,8 @@ from peft.core.layer import AdapterLayer
 from peft.core.part import as_names
 from peft.core.slots import Buffers
 from peft.core.storage import onloaded, storage_of
-from peft.core.targets import ALL_LINEAR, CLASSIFIER_NAMES, all_linear
-from peft.errors import PeftWarning
+from peft.core.targets import ALL_LINEAR, CLASSIFIER_NAMES, named_targets
+from peft.errors import warn
 from peft.integrations.backends import get_bnb_param_type
 
 #: what transformers calls the file
@@ -98,7 +97,7 @@ def get_in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
             return getattr(module, names[0]), getattr(module, names[1])
     op = base_op(module)
     if op is None or isinstance(op, NormOp):
-        warnings.warn(f"The widths of a {type(module).__name__} are not known.", PeftWarning, stacklevel=2)
+        warn(f"The widths of a {type(module).__name__} are not known.")
         return None, None
     return op.in_features, op.out_features
 
@@ -111,16 +110,14 @@ def check_adapters_to_merge(module: AdapterLayer, adapter_names: Sequence[str] |
     names = module.active_adapters if adapter_names is None else as_names(adapter_names)
     merged = [name for name in names if name in module.merged_adapters]
     if merged:
-        warnings.warn(f"Adapter {', '.join(merged)} is merged already.", PeftWarning, stacklevel=2)
+        warn(f"Adapter {', '.join(merged)} is merged already.")
     return [name for name in names if name not in merged]
 
 
 def maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     """The configuration with the names of all linear layers, head aside, for "all-linear"; others as they are."""
-    targets = getattr(peft_config, "target_modules", None)
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        heads = CLASSIFIER_NAMES if peft_config.task_type == "SEQ_CLS" else ()
-        peft_config.target_modules = all_linear(model, {*(peft_config.modules_to_save or ()), *heads})
+    if getattr(peft_config, "target_modules", None) == ALL_LINEAR:
+        peft_config.target_modules = named_targets(peft_config, model)
     return peft_config
 
 
@@ -226,7 +223,7 @@ def check_file_exists_on_hf_hub(repo_id: str, filename: str, **hub: Any) -> bool
     try:
         return file_exists(repo_id, filename, **hub)
     except Exception as error:
-        warnings.warn(f"Whether {repo_id!r} has {filename!r} cannot be found out: {error}", PeftWarning, stacklevel=2)
+        warn(f"Whether {repo_id!r} has {filename!r} cannot be found out: {error}")
         return None
 
 

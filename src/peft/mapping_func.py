@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
-from peft.config import PeftConfig
-from peft.errors import PeftWarning
+from peft.config import PeftConfig, check_is_config
+from peft.errors import warn
 from peft.mixed import PeftMixedModel
 from peft.model import PeftModel
 from peft.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -41,21 +39,16 @@ def get_peft_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be the base model, an nn.Module; got {type(model).__name__}.")
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}.")
+    check_is_config(peft_config)
     named = peft_config.base_model_name_or_path
     name = getattr(model, "name_or_path", None) or named
     if named is not None and named != name:
-        warnings.warn(
+        warn(
             f"The configuration was made for the base model {named!r}, and this one is {name!r}: the adapter will be"
-            " saved as belonging to the latter. Make sure that it is the right model.",
-            PeftWarning,
+            " saved as belonging to the latter. Make sure that it is the right model."
         )
     if revision is not None and peft_config.revision not in (None, revision):
-        warnings.warn(
-            f"The configuration has revision {peft_config.revision!r} of the base model: overwritten by {revision!r}.",
-            PeftWarning,
-        )
+        warn(f"The configuration has revision {peft_config.revision!r} of the base model: overwritten by {revision!r}.")
     before = dict(peft_config.__dict__)
     peft_config.base_model_name_or_path = name
     peft_config.revision = revision if revision is not None else peft_config.revision

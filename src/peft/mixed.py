@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from peft.checkpoint.state import IncompatibleKeys, adapter_slots
+from peft.checkpoint.state import IncompatibleKeys, locations_of
 from peft.config import PeftConfig
-from peft.core.injection import check_adapter_name
 from peft.core.method import Method
+from peft.core.part import check_adapter_name
 from peft.core.tuner import BaseTuner
 from peft.model import PeftModel, check_base_model, warn_of_name
 from peft.registry import METHODS, method_of
@@ -95,7 +95,7 @@ class PeftMixedModel(PeftModel):
 
     def _load_tensors(self, adapter_name: str, source: Any, options: dict[str, Any]) -> IncompatibleKeys:
         # Files know nothing of layers of other methods around an adapter's own.
-        slots = adapter_slots(self, adapter_name)
+        slots = locations_of(self, adapter_name)
         live = {key.replace(".base_layer", ""): key for key in slots}
         source.tensors = {key if key in slots else live.get(key, key): value for key, value in source.tensors.items()}
         return super()._load_tensors(adapter_name, source, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
@@ -11,18 +10,17 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from peft.config import PeftConfig
+from peft.config import PeftConfig, check_is_config
 from peft.core import status
 from peft.core.auxiliary import save_modules, unsave_modules
-from peft.core.injection import check_adapter_name
 from peft.core.method import Method
-from peft.core.part import as_names
+from peft.core.part import check_adapter_name, known
 from peft.core.storage.gradients import unpack
 from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.html import table
 from peft.integrations.training import let_gradients_through_inputs
 from peft.integrations.transformers import convert_peft_config_for_transformers
@@ -57,11 +55,9 @@ def check_base_model(model: Any) -> None:
         )
     there = {name for _, part in parts_of(model) for name in part.adapter_names()}
     if there:
-        warnings.warn(
+        warn(
             f"The model has adapter {', '.join(sorted(there))} on its modules already: it stays there, and one of"
-            " the same name is replaced. To start afresh, use what unload() gives back.",
-            PeftWarning,
-            stacklevel=4,
+            " the same name is replaced. To start afresh, use what unload() gives back."
         )
 
 
@@ -69,11 +65,9 @@ def warn_of_name(adapter_name: str, config: PeftConfig) -> None:
     """Warns of a name of an adapter that is part of the names of its tensors, whatever the adapter is called."""
     prefix = method_of(config.peft_type or "").prefix
     if adapter_name in prefix:
-        warnings.warn(
+        warn(
             f"An adapter called {adapter_name!r} is easily mistaken for the beginning of its tensors' names,"
-            f" {prefix!r}; better choose another name.",
-            PeftWarning,
-            stacklevel=4,
+            f" {prefix!r}; better choose another name."
         )
 
 
@@ -104,10 +98,7 @@ class PeftModel(SavedAdapters, Delegated):
     ):
         super().__init__()
         check_adapter_name(adapter_name)
-        if not isinstance(peft_config, PeftConfig):
-            raise TypeError(
-                f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}."
-            )
+        check_is_config(peft_config)
         check_base_model(model)
         self.peft_type = peft_config.peft_type
         self._active_prompt: str | None = None
@@ -245,9 +236,7 @@ class PeftModel(SavedAdapters, Delegated):
         Raises:
             ValueError: the name is taken, the method is another, or the configuration does not fit.
         """
-        check_adapter_name(adapter_name)
-        if adapter_name in self.peft_config:
-            raise ValueError(f"An adapter {adapter_name!r} exists already; delete it first, or choose another name.")
+        check_adapter_name(adapter_name, self.peft_config)
         self._check_new_adapter_config(peft_config, is_trainable=False)
         if peft_config.is_prompt_learning:
             self._add_prompt(adapter_name, peft_config)
@@ -265,10 +254,7 @@ class PeftModel(SavedAdapters, Delegated):
             )
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
-        if not isinstance(peft_config, PeftConfig):
-            raise TypeError(
-                f"peft_config must be a PeftConfig, such as LoraConfig(...); got {type(peft_config).__name__}."
-            )
+        check_is_config(peft_config)
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
                 f"All adapters of a PeftModel have the same PEFT type: this one has {value_of(self.peft_type)},"
@@ -308,10 +294,7 @@ class PeftModel(SavedAdapters, Delegated):
         if self._tuner is not None:
             self._tuner.set_adapter(adapter_name, inference_mode)
             return
-        names = as_names(adapter_name)
-        missing = [name for name in names if name not in self.peft_config]
-        if missing:
-            raise ValueError(f"Adapter {', '.join(missing)} not found; there are {', '.join(self.peft_config)}.")
+        names = known(adapter_name, self.peft_config)
         if len(names) != 1:
             raise ValueError(f"One soft prompt at a time can be active, not {len(names)} ({', '.join(names)}).")
         name = names[0]
@@ -340,8 +323,7 @@ class PeftModel(SavedAdapters, Delegated):
         if self._tuner is not None:
             self._tuner.delete_adapter(adapter_name)
             return
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} does not exist; there are {', '.join(self.peft_config)}.")
+        known(adapter_name, self.peft_config)
         del self.peft_config[adapter_name]
         self._delete_prompt_encoder(adapter_name)
         for _, part in parts_of(self.base_model):
@@ -368,12 +350,10 @@ class PeftModel(SavedAdapters, Delegated):
             return
         was_disabled = tuner.disabled
         if len({part.disable_adapters for _, part in tuner.parts()}) > 1:
-            warnings.warn(
+            warn(
                 "Adapters are switched off on some modules and on on others: afterwards they are "
                 + ("off" if was_disabled else "on")
-                + " on all of them.",
-                PeftWarning,
-                stacklevel=3,
+                + " on all of them."
             )
         with _LOCK:
             tuner.disable_adapter_layers()
@@ -411,18 +391,16 @@ class PeftModel(SavedAdapters, Delegated):
             base: Any = self.get_base_model()
             return base.generate(*args, **kwargs)
 
-    @contextmanager
-    def routed(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+    def routed(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Takes `adapter_names` out of `kwargs`; while it lasts, each sample gets the adapter named at its place.
 
         Raises:
             ValueError: there is not one name per sample, or mixed batches cannot be used at present.
         """
         names = kwargs.pop("adapter_names", None)
-        with nullcontext() if names is None else self._mixed(names, args, kwargs):
-            yield
+        return nullcontext() if names is None else self._mixed(names, args, kwargs)
 
-    def _mixed(self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    def _mixed(self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         if self._tuner is None:
             raise ValueError("adapter_names (a mixed batch) cannot be used with soft prompts; use set_adapter.")
         if isinstance(names, str):

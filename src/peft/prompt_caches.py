@@ -16,10 +16,10 @@ from torch import Tensor
 
 from peft.checkpoint import load_peft_weights
 from peft.config import CONFIG_NAME, PeftConfig, dump_config
+from peft.core.call import cached_tokens
 from peft.folder import replace_files
 from peft.hub import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.registry import PeftType
-from peft.tuners.prompts.base import cached_tokens
 from peft.tuners.prompts.cache import CachedTokens, layers_of
 
 #: what cartridges must agree in to be put one after the other

@@ -89,8 +89,8 @@ class TaskType(str, Enum):
 
 
 @dataclass
-class Method:
-    """One method.
+class Row:
+    """One method, as the table has it.
 
     Attributes:
         module: where it is written.
@@ -126,100 +126,68 @@ class Method:
         return (self.config_name, self.model_name, *self.aliases)
 
 
-METHODS: dict[str, Method] = {
-    "LORA": Method(
-        "peft.tuners.lora",
-        "LoraConfig",
-        "LoraModel",
-        "lora_",
-        aliases=(
-            "ArrowConfig",
-            "BdLoraConfig",
-            "EvaConfig",
-            "KasaConfig",
-            "LoftQConfig",
-            "LoraGAConfig",
-            "LoraRuntimeConfig",
-            "MontecloraConfig",
-            "VeloraConfig",
-            "get_eva_state_dict",
-            "initialize_lora_eva_weights",
-            "preprocess_loraga",
-        ),
-    ),
-    "HRA": Method("peft.tuners.hra", "HRAConfig", "HRAModel", "hra_"),
-    "HIRA": Method("peft.tuners.hira", "HiraConfig", "HiraModel", "hira_"),
-    "IA3": Method("peft.tuners.ia3", "IA3Config", "IA3Model", "ia3_"),
-    "VERA": Method("peft.tuners.vera", "VeraConfig", "VeraModel", "vera_lambda_"),
-    "LOHA": Method("peft.tuners.lycoris.loha", "LoHaConfig", "LoHaModel", "hada_"),
-    "LOKR": Method("peft.tuners.lycoris.lokr", "LoKrConfig", "LoKrModel", "lokr_"),
-    "OFT": Method("peft.tuners.oft", "OFTConfig", "OFTModel", "oft_"),
-    "BOFT": Method("peft.tuners.boft", "BOFTConfig", "BOFTModel", "boft_"),
-    "DEFT": Method("peft.tuners.deft", "DeftConfig", "DeftModel", "deft_"),
-    "GLORA": Method("peft.tuners.glora", "GloraConfig", "GloraModel", "glora_"),
-    "PSOFT": Method("peft.tuners.psoft", "PsoftConfig", "PsoftModel", "psoft_"),
-    "PEANUT": Method("peft.tuners.peanut", "PeanutConfig", "PeanutModel", "peanut_"),
-    "LN_TUNING": Method("peft.tuners.ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_"),
-    "SHIRA": Method("peft.tuners.shira", "ShiraConfig", "ShiraModel", "shira_"),
-    "MISS": Method("peft.tuners.miss", "MissConfig", "MissModel", "miss_"),
-    "TRAINABLE_TOKENS": Method(
+def _prompt(file: str, config_name: str, encoder_name: str, *aliases: str) -> Row:
+    """The row of a soft prompt."""
+    return Row(f"peft.tuners.prompts.{file}", config_name, encoder_name, f"{file}_", prompt=True, aliases=aliases)
+
+
+_OF_LORA = (
+    "ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig",
+    "MontecloraConfig", "VeloraConfig", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
+)  # fmt: skip
+METHODS: dict[str, Row] = {
+    "LORA": Row("peft.tuners.lora", "LoraConfig", "LoraModel", "lora_", aliases=_OF_LORA),
+    "HRA": Row("peft.tuners.hra", "HRAConfig", "HRAModel", "hra_"),
+    "HIRA": Row("peft.tuners.hira", "HiraConfig", "HiraModel", "hira_"),
+    "IA3": Row("peft.tuners.ia3", "IA3Config", "IA3Model", "ia3_"),
+    "VERA": Row("peft.tuners.vera", "VeraConfig", "VeraModel", "vera_lambda_"),
+    "LOHA": Row("peft.tuners.lycoris.loha", "LoHaConfig", "LoHaModel", "hada_"),
+    "LOKR": Row("peft.tuners.lycoris.lokr", "LoKrConfig", "LoKrModel", "lokr_"),
+    "OFT": Row("peft.tuners.oft", "OFTConfig", "OFTModel", "oft_"),
+    "BOFT": Row("peft.tuners.boft", "BOFTConfig", "BOFTModel", "boft_"),
+    "DEFT": Row("peft.tuners.deft", "DeftConfig", "DeftModel", "deft_"),
+    "GLORA": Row("peft.tuners.glora", "GloraConfig", "GloraModel", "glora_"),
+    "PSOFT": Row("peft.tuners.psoft", "PsoftConfig", "PsoftModel", "psoft_"),
+    "PEANUT": Row("peft.tuners.peanut", "PeanutConfig", "PeanutModel", "peanut_"),
+    "LN_TUNING": Row("peft.tuners.ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_"),
+    "SHIRA": Row("peft.tuners.shira", "ShiraConfig", "ShiraModel", "shira_"),
+    "MISS": Row("peft.tuners.miss", "MissConfig", "MissModel", "miss_"),
+    "TRAINABLE_TOKENS": Row(
         "peft.tuners.trainable_tokens", "TrainableTokensConfig", "TrainableTokensModel", "trainable_tokens_"
     ),
-    "ADALORA": Method("peft.tuners.adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
-    "FOURIERFT": Method("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
-    "VBLORA": Method("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
-    "RANDLORA": Method("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),
-    "GRALORA": Method("peft.tuners.gralora", "GraloraConfig", "GraloraModel", "gralora_"),
-    "BEFT": Method("peft.tuners.beft", "BeftConfig", "BeftModel", "beft_"),
-    "C3A": Method("peft.tuners.c3a", "C3AConfig", "C3AModel", "c3a_"),
-    "DELORA": Method("peft.tuners.delora", "DeloraConfig", "DeloraModel", "delora_"),
-    "PVERA": Method("peft.tuners.pvera", "PveraConfig", "PveraModel", "pvera_lambda_"),
-    "ROAD": Method("peft.tuners.road", "RoadConfig", "RoadModel", "road_"),
-    "TINYLORA": Method("peft.tuners.tinylora", "TinyLoraConfig", "TinyLoraModel", "tinylora_"),
-    "UNILORA": Method("peft.tuners.unilora", "UniLoraConfig", "UniLoraModel", "unilora_"),
-    "LILY": Method("peft.tuners.lily", "LilyConfig", "LilyModel", "lily_"),
-    "FROD": Method("peft.tuners.frod", "FrodConfig", "FrodModel", "frod_"),
-    "OSF": Method("peft.tuners.osf", "OSFConfig", "OSFModel", "osf_"),
-    "PROMPT_TUNING": Method(
-        "peft.tuners.prompts.prompt_tuning",
-        "PromptTuningConfig",
-        "PromptEmbedding",
-        "prompt_tuning_",
-        prompt=True,
-        aliases=("PromptTuningInit",),
+    "ADALORA": Row("peft.tuners.adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
+    "FOURIERFT": Row("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
+    "VBLORA": Row("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
+    "RANDLORA": Row("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),
+    "GRALORA": Row("peft.tuners.gralora", "GraloraConfig", "GraloraModel", "gralora_"),
+    "BEFT": Row("peft.tuners.beft", "BeftConfig", "BeftModel", "beft_"),
+    "C3A": Row("peft.tuners.c3a", "C3AConfig", "C3AModel", "c3a_"),
+    "DELORA": Row("peft.tuners.delora", "DeloraConfig", "DeloraModel", "delora_"),
+    "PVERA": Row("peft.tuners.pvera", "PveraConfig", "PveraModel", "pvera_lambda_"),
+    "ROAD": Row("peft.tuners.road", "RoadConfig", "RoadModel", "road_"),
+    "TINYLORA": Row("peft.tuners.tinylora", "TinyLoraConfig", "TinyLoraModel", "tinylora_"),
+    "UNILORA": Row("peft.tuners.unilora", "UniLoraConfig", "UniLoraModel", "unilora_"),
+    "LILY": Row("peft.tuners.lily", "LilyConfig", "LilyModel", "lily_"),
+    "FROD": Row("peft.tuners.frod", "FrodConfig", "FrodModel", "frod_"),
+    "OSF": Row("peft.tuners.osf", "OSFConfig", "OSFModel", "osf_"),
+    "PROMPT_TUNING": _prompt("prompt_tuning", "PromptTuningConfig", "PromptEmbedding", "PromptTuningInit"),
+    "P_TUNING": _prompt("p_tuning", "PromptEncoderConfig", "PromptEncoder", "PromptEncoderReparameterizationType"),
+    "PREFIX_TUNING": _prompt("prefix_tuning", "PrefixTuningConfig", "PrefixEncoder"),
+    "MULTITASK_PROMPT_TUNING": _prompt(
+        "multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptEmbedding",
+        "MultitaskPromptTuningInit",
     ),
-    "P_TUNING": Method(
-        "peft.tuners.prompts.p_tuning",
-        "PromptEncoderConfig",
-        "PromptEncoder",
-        "p_tuning_",
-        prompt=True,
-        aliases=("PromptEncoderReparameterizationType",),
-    ),
-    "PREFIX_TUNING": Method(
-        "peft.tuners.prompts.prefix_tuning", "PrefixTuningConfig", "PrefixEncoder", "prefix_tuning_", prompt=True
-    ),
-    "MULTITASK_PROMPT_TUNING": Method(
-        "peft.tuners.prompts.multitask_prompt_tuning",
-        "MultitaskPromptTuningConfig",
-        "MultitaskPromptEmbedding",
-        "multitask_prompt_tuning_",
-        prompt=True,
-        aliases=("MultitaskPromptTuningInit",),
-    ),
-    "CARTRIDGE": Method(
-        "peft.tuners.prompts.cartridge", "CartridgeConfig", "CartridgeEncoder", "cartridge_", prompt=True
-    ),
-    "CPT": Method("peft.tuners.prompts.cpt", "CPTConfig", "CPTEmbedding", "cpt_", prompt=True),
-    "SHADOW": Method("peft.tuners.shadow", "ShadowConfig", "ShadowModel", "shadow_", mixed=False),
-    "POLY": Method("peft.tuners.poly", "PolyConfig", "PolyModel", "poly_", mixed=False),
-    "ADAPTION_PROMPT": Method(
+    "CARTRIDGE": _prompt("cartridge", "CartridgeConfig", "CartridgeEncoder"),
+    "CPT": _prompt("cpt", "CPTConfig", "CPTEmbedding"),
+    "SHADOW": Row("peft.tuners.shadow", "ShadowConfig", "ShadowModel", "shadow_", mixed=False),
+    "POLY": Row("peft.tuners.poly", "PolyConfig", "PolyModel", "poly_", mixed=False),
+    "ADAPTION_PROMPT": Row(
         "peft.tuners.adaption_prompt", "AdaptionPromptConfig", "AdaptionPromptModel", "adaption_prompt_", mixed=False
     ),
-    "XLORA": Method("peft.xlora", "XLoraConfig", "XLoraModel", "xlora_", mixed=False),
-    "WAVEFT": Method("peft.tuners.waveft", "WaveFTConfig", "WaveFTModel", "waveft_"),
-    "SUPERTUNING": Method("peft.tuners.supertuning", "SupertuningConfig", "SupertuningModel", "supertuning_"),
-    "ADAMSS": Method("peft.tuners.adamss", "AdamssConfig", "AdamssModel", "adamss_"),
+    "XLORA": Row("peft.xlora", "XLoraConfig", "XLoraModel", "xlora_", mixed=False),
+    "WAVEFT": Row("peft.tuners.waveft", "WaveFTConfig", "WaveFTModel", "waveft_"),
+    "SUPERTUNING": Row("peft.tuners.supertuning", "SupertuningConfig", "SupertuningModel", "supertuning_"),
+    "ADAMSS": Row("peft.tuners.adamss", "AdamssConfig", "AdamssModel", "adamss_"),
 }
 
 
@@ -227,7 +195,7 @@ METHODS: dict[str, Method] = {
 RENAMED = {"BONE": "MISS"}
 
 
-def method_of(peft_type: str | PeftType) -> Method:
+def method_of(peft_type: str | PeftType) -> Row:
     """The row of a method.
 
     Raises:
@@ -264,7 +232,7 @@ def register_peft_method(
     if key in METHODS:
         raise KeyError(f"The method {name!r} is registered already.")
     prefix = prefix or f"{name}_"
-    row = Method(config_cls.__module__, config_cls.__name__, model_cls.__name__, prefix, is_mixed_compatible)
+    row = Row(config_cls.__module__, config_cls.__name__, model_cls.__name__, prefix, is_mixed_compatible)
     row.config_class, row.model_class = config_cls, model_cls
     METHODS[key] = row
 
@@ -275,7 +243,7 @@ class MethodTable(Mapping[PeftType, Any]):
     def __init__(self, column: str, only: str | None = None):
         self._column, self._only = column, only
 
-    def _rows(self) -> dict[str, Method]:
+    def _rows(self) -> dict[str, Row]:
         return {name: row for name, row in METHODS.items() if self._only is None or getattr(row, self._only)}
 
     def __getitem__(self, peft_type: str | PeftType) -> Any:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft.checkpoint import (
     get_peft_model_state_dict,
@@ -21,13 +20,12 @@ from peft.checkpoint.minimal import check_left_out, leave_out
 from peft.checkpoint.source import Source, warn_of_unknown
 from peft.checkpoint.state import IncompatibleKeys, vocabulary_changed
 from peft.config import PeftConfig, saved_form
-from peft.core.injection import check_adapter_name
-from peft.core.part import as_names
+from peft.core.part import check_adapter_name, known
 from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing
 from peft.core.walk import parts_of
-from peft.errors import PeftWarning
-from peft.folder import replace_files
+from peft.errors import listed, warn
+from peft.folder import check_folder, replace_files
 from peft.hub import CARD_NAME, push
 from peft.registry import method_of
 from peft.tuners.prompts.base import PromptHost
@@ -105,54 +103,54 @@ class SavedAdapters(PromptHost):
             ValueError: the directory is a file, or an adapter does not exist.
             OSError: the files could not be written; what was there before is still whole.
         """
-        if os.path.isfile(save_directory):
-            raise ValueError(f"{os.fspath(save_directory)!r} is a file; a directory is needed to save adapters.")
-        names = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"selected_adapters names {', '.join(unknown)}, which does not exist; there are"
-                f" {', '.join(self.peft_config)}."
-            )
+        check_folder(save_directory)
+        chosen = self.peft_config if selected_adapters is None else selected_adapters
+        names = known(chosen, self.peft_config, "selected_adapters:")
         gathered = kwargs.pop("state_dict", None)
         if gathered is not None and not is_main_process:
             return  # there is nothing left to gather
         to_hub = kwargs.pop("push_to_hub", False)
         if not to_hub:
             warn_of_unknown(set(kwargs) - {"repo_id", *FOR_HUB}, "save_pretrained")
-        card = self._card(save_directory)
-        saves = []
-        for name in names:
-            config = self.peft_config[name]
-            embeddings = vocabulary_changed(self, config) if minimal and save_embedding_layers == "auto" else None
-            tensors = get_peft_model_state_dict(
-                self, gathered, name, save_embedding_layers=save_embedding_layers if embeddings is None else embeddings
-            )
-            content, more = saved_form(config)
-            content |= {"inference_mode": True, **self._facts(config)}
-            if path_initial_model_for_weight_conversion is not None:
-                if self._tuner is None:
-                    raise ValueError(
-                        "path_initial_model_for_weight_conversion is for initialisations that change the base weights;"
-                        f" adapter {name!r} is a soft prompt. Save without it."
-                    )
-                initial = load_peft_weights(path_initial_model_for_weight_conversion, "cpu")
-                tensors, content = self._tuner.method(config).without_start(name, tensors, content, initial)
-            if minimal and self._tuner is not None:
-                tensors, content = leave_out(self, name, tensors, content)
-            saves.append((name, tensors, content, more))
+        card, initial = self._card(save_directory), path_initial_model_for_weight_conversion
+        saves = [self._to_save(name, gathered, save_embedding_layers, initial, minimal) for name in names]
         if not is_main_process:
             return
-        for name, tensors, content, more in saves:
+        for name, (tensors, content, more) in zip(names, saves, strict=True):
             owner = self._tuner.method(self.peft_config[name]).owner(name) if self._tuner is not None else None
             path = [part for part in (owner, name) if part not in (None, "default")]
-            folder = os.path.join(save_directory, *path)
-            own_card = card if name == "default" else None
+            own_card, folder = card if name == "default" else None, os.path.join(save_directory, *path)
             write_adapter(folder, content, tensors, card=own_card, safe_serialization=safe_serialization, more=more)
         if "default" not in names:
             self.create_or_update_model_card(save_directory)
         if to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+
+    def _to_save(
+        self,
+        name: str,
+        gathered: Mapping[str, Tensor] | None,
+        embeddings: bool | str,
+        initial: str | os.PathLike | None,
+        minimal: bool,
+    ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
+        """What is saved of an adapter: tensors, configuration, and further files by name."""
+        config = self.peft_config[name]
+        embeddings = vocabulary_changed(self, config) if minimal and embeddings == "auto" else embeddings
+        tensors = get_peft_model_state_dict(self, gathered, name, save_embedding_layers=embeddings)
+        content, more = saved_form(config)
+        content |= {"inference_mode": True, **self._facts(config)}
+        if initial is not None and self._tuner is None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion is for initialisations that change the base weights;"
+                f" adapter {name!r} is a soft prompt. Save without it."
+            )
+        if initial is not None and self._tuner is not None:
+            before = load_peft_weights(initial, "cpu")
+            tensors, content = self._tuner.method(config).without_start(name, tensors, content, before)
+        if minimal and self._tuner is not None:
+            tensors, content = leave_out(self, name, tensors, content)
+        return tensors, content, more
 
     def _facts(self, config: PeftConfig) -> dict[str, Any]:
         """What a saved configuration says of the base model."""
@@ -366,8 +364,7 @@ class SavedAdapters(PromptHost):
             (result.unexpected_keys, "has what the model has no place for:"),
         ):
             if keys:
-                listed = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-                warnings.warn(f"Adapter {adapter_name!r}: {source.name} {what} {listed}.", PeftWarning, stacklevel=4)
+                warn(f"Adapter {adapter_name!r}: {source.name} {what} {listed(keys)}.")
         return result
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from peft.config import PeftConfig
-from peft.errors import PeftWarning
+from peft.core.call import cached_tokens
+from peft.errors import warn
 from peft.model import TASK_CLASSES, PeftModel
-from peft.tuners.prompts.base import cached_tokens, lengthen, replaced
+from peft.tuners.prompts.base import lengthen, replaced
 
 _COMMON = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 
@@ -190,7 +190,7 @@ class GeneratingModel(TaskModel):
 
     def _generate_with_prompt(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         if kwargs.pop("position_ids", None) is not None:
-            warnings.warn("position_ids are ignored: with a soft prompt, generate counts itself.", PeftWarning)
+            warn("position_ids are ignored: with a soft prompt, generate counts itself.")
         with self._prompted_steps(task_ids):
             return self.base_model.generate(*args, **kwargs)
 
@@ -302,7 +302,7 @@ class PeftModelForSeq2SeqLM(GeneratingModel):
         if ids is not None:
             kwargs["input_ids"] = ids
         if kwargs.pop("encoder_outputs", None) is not None:
-            warnings.warn("encoder_outputs are ignored: they were made without the soft prompt.", PeftWarning)
+            warn("encoder_outputs are ignored: they were made without the soft prompt.")
         kwargs = self.with_prompt({**kwargs, "task_ids": task_ids})
         if self._prompt.prompts_decoder:
             return super()._generate_with_prompt(None, *args[1:], task_ids=task_ids, **kwargs)

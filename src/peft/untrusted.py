@@ -11,12 +11,11 @@ import copy
 import json
 import os
 import stat
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import patterns
-from peft.errors import AdapterFileError, PeftWarning
+from peft.errors import AdapterFileError, warn
 from peft.values import field_types, is_of, leaves, shown
 
 #: bytes that a configuration may have, and how deep lists and mappings in it may lie in each other
@@ -96,11 +95,9 @@ def without_idle_fields(content: Mapping[str, Any], source: str | os.PathLike) -
     given = [name for name in ("layers_to_transform", "layers_pattern") if content.get(name) not in (None, [], "")]
     idle = given if isinstance(content.get("target_modules"), str) or given == ["layers_pattern"] else []
     if idle:
-        warnings.warn(
+        warn(
             f"The configuration in {os.fspath(source)!r} sets {' and '.join(idle)}, which had no effect beside"
-            f" target_modules={content.get('target_modules')!r} and is left out.",
-            PeftWarning,
-            stacklevel=4,
+            f" target_modules={content.get('target_modules')!r} and is left out."
         )
     return {name: value for name, value in content.items() if name not in idle}
 

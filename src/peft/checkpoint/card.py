@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.folder import find, read_at_rest
 from peft.hub import CARD_NAME
 from peft.version import __version__
@@ -93,7 +92,7 @@ def model_card(
     except Exception as error:
         if text is None and not (folder is not None and os.path.lexists(path)):
             raise
-        warnings.warn(f"{path} is left as it is, it cannot be read: {error}", PeftWarning)
+        warn(f"{path} is left as it is, it cannot be read: {error}")
         return text
 
 

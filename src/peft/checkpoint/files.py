@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from peft.config import CONFIG_NAME, dump_config, read_config_file
 from peft.errors import NoAdapterError
-from peft.folder import read_at_rest, replace_files
+from peft.folder import check_folder, read_at_rest, replace_files
 from peft.hub import CARD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, fetch, pinned, split_hub_arguments
 from peft.pickles import WeightsFileError, read_pickle
 
@@ -59,8 +59,7 @@ def write_adapter(
         TypeError: something in `tensors` is not a tensor.
         OSError: the files could not be written (a full disk); what was there before is still whole.
     """
-    if os.path.isfile(folder):
-        raise ValueError(f"{os.fspath(folder)!r} is a file; a directory is needed to save an adapter.")
+    check_folder(folder)
     stored = _storable(tensors, whole_storage=not safe_serialization)
 
     def write_safetensors(path: str) -> None:

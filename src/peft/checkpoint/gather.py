@@ -14,7 +14,7 @@ from peft.core.wrappers import plain_name, state_names, unwrapped
 from peft.tuners.prompts.base import PromptHost
 
 
-class Slot(NamedTuple):
+class Location(NamedTuple):
     """Where one tensor of an adapter lives in a model."""
 
     live_name: str
@@ -28,7 +28,7 @@ class Slot(NamedTuple):
 
 
 def values_of(
-    model: nn.Module, slots: Mapping[str, Slot], state_dict: Mapping[str, Tensor] | None
+    model: nn.Module, locations: Mapping[str, Location], state_dict: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
     """The tensors in these places: out of `state_dict`, which asks no other process, or read by all processes together.
 
@@ -38,8 +38,8 @@ def values_of(
         RuntimeError: FSDP1 has cut them up, and nobody has put them together.
     """
     if state_dict is not None:
-        return _given(slots, state_dict)
-    tensors = {key: slot.tensor for key, slot in slots.items()}
+        return _given(locations, state_dict)
+    tensors = {key: location.tensor for key, location in locations.items()}
     cut = is_cut_up(model, tensors)
     if cut is not None:
         raise RuntimeError(
@@ -54,9 +54,9 @@ def values_of(
         }
 
 
-def _given(slots: Mapping[str, Slot], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _given(locations: Mapping[str, Location], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     given = {plain_name(name): value for name, value in state_dict.items()}
-    missing = [slot.live_name for slot in slots.values() if slot.live_name not in given]
+    missing = [location.live_name for location in locations.values() if location.live_name not in given]
     if missing:
         raise KeyError(
             f"state_dict has no {missing[0]!r}"
@@ -64,12 +64,12 @@ def _given(slots: Mapping[str, Slot], state_dict: Mapping[str, Tensor]) -> dict[
             + f"; it has {len(given)} entries. It has to be that of the whole PeftModel; FSDP may give it to the first"
             " process only, which then has to be the one that saves."
         )
-    values = {key: whole(given[slot.live_name]) for key, slot in slots.items()}
-    for key, slot in slots.items():
-        found, wanted = values[key].shape, shape_of(slot.tensor)
-        if (not found.numel() and wanted.numel()) or (hasattr(slot.tensor, "ds_id") and found != wanted):
+    values = {key: whole(given[location.live_name]) for key, location in locations.items()}
+    for key, location in locations.items():
+        found, wanted = values[key].shape, shape_of(location.tensor)
+        if (not found.numel() and wanted.numel()) or (hasattr(location.tensor, "ds_id") and found != wanted):
             raise ValueError(
-                f"state_dict has {slot.live_name!r} with shape {tuple(found)}, a part of it. DeepSpeed ZeRO-3 gives"
+                f"state_dict has {location.live_name!r} with shape {tuple(found)}, a part of it. DeepSpeed ZeRO-3 gives"
                 " whole tensors where it gathers them (`accelerator.get_state_dict(model)`, with"
                 " stage3_gather_16bit_weights_on_model_save); or leave state_dict out, and call save_pretrained on all"
                 " processes."
@@ -80,11 +80,11 @@ def _given(slots: Mapping[str, Slot], state_dict: Mapping[str, Tensor]) -> dict[
 def prompt_tensors(model: PromptHost, adapter_name: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """A soft prompt as a file stores it; what it is made of may lie in parts."""
     encoder: Any = model.prompt_encoder[adapter_name]
-    slots = {}
+    locations = {}
     for name in state_names(encoder):
         path, _, attribute = name.rpartition(".")
-        slots[name] = Slot(f"prompt_encoder.{adapter_name}.{name}", encoder.get_submodule(path), attribute)
-    encoder = _with_values(encoder, values_of(model, slots, state_dict))
+        locations[name] = Location(f"prompt_encoder.{adapter_name}.{name}", encoder.get_submodule(path), attribute)
+    encoder = _with_values(encoder, values_of(model, locations, state_dict))
     return {**encoder.stored_tensors(), "prompt_embeddings": encoder.rows_to_save()}
 
 

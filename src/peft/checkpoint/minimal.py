@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft.checkpoint.state import adapter_slots
+from peft.checkpoint.state import locations_of
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
 from peft.core.walk import parts_of
-from peft.errors import PeftWarning
+from peft.errors import warn
 
 #: how far the sum of a tensor that is made again may be off, as a share of its length: rounding, on another machine
 _TOLERANCE = 1e-4
@@ -46,16 +45,14 @@ def leave_out(
     kept = [name for name in held if name in differ or stored[name] in {stored[other] for other in differ} - {True}]
     sums = {name: checksum(held[name]) for name in held if name not in kept}
     if kept:
-        warnings.warn(
+        warn(
             f"Adapter {adapter_name!r}: neither seed nor base weights give {', '.join(kept)} as they are here, so they"
-            " stay in the file.",
-            PeftWarning,
-            stacklevel=3,
+            " stay in the file."
         )
-    before = adapter_slots(model, adapter_name)
+    before = locations_of(model, adapter_name)
     config.left_out = sums
     try:
-        after = adapter_slots(model, adapter_name)
+        after = locations_of(model, adapter_name)
     finally:
         config.left_out = None
     # What layers share has a name in each of them; the first will do.

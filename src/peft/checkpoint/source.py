@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from peft.checkpoint.files import load_peft_weights, read_adapter
 from peft.config import CONFIG_NAME, PeftConfig, read_form
-from peft.errors import AdapterFileError, NoAdapterError, PeftWarning
+from peft.errors import AdapterFileError, NoAdapterError, warn
 from peft.hub import split_hub_arguments
 from peft.integrations.transformers import (
     convert_peft_adapter_state_dict_for_transformers,
@@ -107,4 +106,4 @@ class Source:
 def warn_of_unknown(names: set[str], function: str) -> None:
     if names:
         listed = ", ".join(map(repr, sorted(names)))
-        warnings.warn(f"{function} does not know the argument {listed}; ignored.", PeftWarning, stacklevel=4)
+        warn(f"{function} does not know the argument {listed}; ignored.")

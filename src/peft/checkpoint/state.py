@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from peft.checkpoint.gather import Slot, prompt_tensors, values_of
+from peft.checkpoint.gather import Location, prompt_tensors, values_of
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
@@ -19,7 +18,7 @@ from peft.core.storage.sharded import put, reshard
 from peft.core.tuner import BaseTuner
 from peft.core.walk import live_modules, parts_of
 from peft.core.wrappers import unwrapped
-from peft.errors import PeftWarning
+from peft.errors import listed, warn
 from peft.hub import fetch
 from peft.registry import method_of
 from peft.tuners.prompts.base import PromptHost
@@ -36,9 +35,9 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-def adapter_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
+def locations_of(model: nn.Module, adapter_name: str) -> dict[str, Location]:
     """Where the tensors of an adapter live, by the names that files have for them."""
-    slots = {}
+    locations = {}
     for path, module in live_modules(model):
         if not isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper, BaseTuner)):
             continue
@@ -48,8 +47,8 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
         for file_name, live in module.key_map(adapter_name).items():
             owner_path, _, attribute = live.rpartition(".")
             owner = module.get_submodule(owner_path) if owner_path else module
-            slots[_in_files(model, prefix + file_name)] = Slot(prefix + live, owner, attribute, device)
-    return slots
+            locations[_in_files(model, prefix + file_name)] = Location(prefix + live, owner, attribute, device)
+    return locations
 
 
 def _in_files(model: nn.Module, name: str) -> str:
@@ -94,14 +93,14 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     config = config_of(model, adapter_name)
-    slots = adapter_slots(model, adapter_name)
-    slots.update(_bias_slots(model, adapter_name, copies=getattr(config, "bias", "none") == "all"))
+    locations = locations_of(model, adapter_name)
+    locations.update(_bias_locations(model, adapter_name, copies=getattr(config, "bias", "none") == "all"))
     tensors: dict[str, Tensor] = {}
     if config.is_prompt_learning and isinstance(model, PromptHost):
         tensors = prompt_tensors(model, adapter_name, state_dict)
     else:
-        slots.update(_embeddings_to_save(model, config, save_embedding_layers))
-    tensors |= values_of(model, slots, state_dict)
+        locations.update(_embeddings_to_save(model, config, save_embedding_layers))
+    tensors |= values_of(model, locations, state_dict)
     method = getattr(method_of(config.peft_type).model_class, "method_class", None)
     return _unaliased(tensors if method is None else method.write_tensors(model, adapter_name, tensors))
 
@@ -118,27 +117,19 @@ def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _bias_slots(model: nn.Module, adapter_name: str, copies: bool = False) -> dict[str, Slot]:
+def _bias_locations(model: nn.Module, adapter_name: str, copies: bool = False) -> dict[str, Location]:
     """The biases of the base model that an adapter has trained; with `copies`, see `stored_biases`."""
     biases = stored_biases(model, adapter_name, copies)
-    return {_in_files(model, key): Slot(live, owner, name) for key, live, owner, name in biases}
-
-
-def _depth(layer: AdapterLayer) -> int:
-    """How many adapter layers lie between a layer and its base module, itself counted in."""
-    inner = layer.base_layer
-    return 1 + (_depth(inner) if isinstance(inner, AdapterLayer) else 0)
+    return {_in_files(model, key): Location(live, owner, name) for key, live, owner, name in biases}
 
 
 def _names_embeddings(config: Any) -> bool:
     """Whether an adapter targets embedding layers, as far as its configuration says."""
-    targets: Any = getattr(config, "target_modules", None)
-    if isinstance(targets, str):
-        return any(name in targets for name in EMBEDDING_LAYER_NAMES)
-    return bool(targets) and any(name in targets for name in EMBEDDING_LAYER_NAMES)
+    targets = getattr(config, "target_modules", None) or ()  # a list, or an expression with the name in it
+    return any(name in targets for name in EMBEDDING_LAYER_NAMES)
 
 
-def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | str) -> dict[str, Slot]:
+def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | str) -> dict[str, Location]:
     """The base weights of embeddings that are saved along: if not chosen, those that the adapter names and is on."""
     if not choice:
         return {}
@@ -146,12 +137,10 @@ def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | str) -> di
     changed = vocabulary_changed(model, config)
     if choice == "auto" and not named and not changed:
         return {}
-    plain, adapted = _embedding_slots(model)
+    plain, adapted = _embedding_locations(model)
     if named and adapted:
-        warnings.warn(
-            "The adapter targets embedding layers, so their base weights are saved along (save_embedding_layers=True).",
-            PeftWarning,
-            stacklevel=4,
+        warn(
+            "The adapter targets embedding layers, so their base weights are saved along (save_embedding_layers=True)."
         )
     return adapted if (named or adapted) and not changed else plain | adapted
 
@@ -169,10 +158,10 @@ def vocabulary_changed(model: nn.Module, config: Any) -> bool:
     return isinstance(before, int) and before != now
 
 
-def _embedding_slots(model: nn.Module) -> tuple[dict[str, Slot], dict[str, Slot]]:
+def _embedding_locations(model: nn.Module) -> tuple[dict[str, Location], dict[str, Location]]:
     """The base weights of the embedding and the output layer: of those without adapters, and of those with."""
-    slots: dict[str, Slot] = {}
-    adapted: dict[str, Slot] = {}
+    locations: dict[str, Location] = {}
+    adapted: dict[str, Location] = {}
     for side in ("input", "output"):
         layer: Any = embeddings_of(model, side)
         layer = None if layer is None else unwrapped(layer)
@@ -181,11 +170,12 @@ def _embedding_slots(model: nn.Module) -> tuple[dict[str, Slot], dict[str, Slot]
             continue
         if isinstance(layer, AuxiliaryTrainingWrapper):
             continue  # what is trained there is saved in full already
-        base, depth = (layer.get_base_layer(), _depth(layer)) if isinstance(layer, AdapterLayer) else (layer, 0)
+        depth = 1 + layer.count_below() if isinstance(layer, AdapterLayer) else 0
+        base = layer.get_base_layer() if depth else layer
         for name, _ in base.named_parameters(recurse=False):
             live = f"{path}{'.base_layer' * depth}.{name}"
-            (adapted if depth else slots)[_in_files(model, live)] = Slot(live, base, name)
-    return slots, adapted
+            (adapted if depth else locations)[_in_files(model, live)] = Location(live, base, name)
+    return locations, adapted
 
 
 def set_peft_model_state_dict(
@@ -215,86 +205,102 @@ def set_peft_model_state_dict(
     method = getattr(method_of(config.peft_type).model_class, "method_class", None)
     if method is not None:
         peft_model_state_dict = method.read_tensors(model, adapter_name, peft_model_state_dict)
-    slots = adapter_slots(model, adapter_name)
-    prompt: dict[str, Tensor] = {}
-    if config.is_prompt_learning and isinstance(model, PromptHost):
-        prompt = model.prompt_encoder[adapter_name].stored_tensors()  # type: ignore[operator]
-    found: list[tuple[str, Tensor, Slot | None]] = []
-    unexpected, wrong = [], []
-    places = Places(model, config, adapter_name, slots, peft_model_state_dict)
-    for key, value in peft_model_state_dict.items():
-        key = places.file_key(key)
-        slot = slots.get(key) or (None if key in prompt else places.of_base(key, value))
-        if slot is None and key not in prompt:
-            unexpected.append(key)
-            continue
-        target = prompt[key] if slot is None else slot.tensor
-        if shape_of(target) != value.shape:
-            wrong.append((key, f"{key}: the file has {tuple(value.shape)}, the model {tuple(shape_of(target))}"))
-            continue
-        _check_kind(key, value, target)
-        found.append((key, value, slot))
-    places.warn()
-    _warn_if_not_finite(adapter_name, found)
-    _report_sizes(adapter_name, [text for _, text in wrong], ignore_mismatched_sizes)
+    fit = Fit(model, config, adapter_name, peft_model_state_dict)
+    _warn_if_not_finite(adapter_name, fit.found)
+    _report_sizes(adapter_name, list(fit.wrong.values()), ignore_mismatched_sizes)
     reshard()
     with torch.no_grad():
-        for key, value, slot in found:
-            if slot is None:
+        for key, value, location in fit.found:
+            if location is None:
                 model.prompt_encoder[adapter_name].load_stored({key: value})  # type: ignore[union-attr,index]
-            elif slot.tensor.is_meta:
-                _assign(slot, value)
+            elif location.tensor.is_meta:
+                _assign(location, value)
             else:
-                put(slot.tensor, value)
+                put(location.tensor, value)
     for _, part in parts_of(model):
         if isinstance(part, AdapterLayer) and part.has(adapter_name):
             part.loaded(adapter_name)
-    given = {key for key, _, _ in found} | {key for key, _ in wrong}
-    # A tensor that several layers hold may be in the file once.
-    filled = {(id(slot.owner), slot.attribute) for _, _, slot in found if slot is not None}
-    missing = [
-        slot.live_name
-        for key, slot in slots.items()
-        if key not in given and (id(slot.owner), slot.attribute) not in filled
-    ]
-    missing += [f"prompt_encoder.{adapter_name}.{key}" for key in prompt if key not in given]
-    return IncompatibleKeys(missing, unexpected)
+    return IncompatibleKeys(fit.missing(), fit.unexpected)
+
+
+class Fit:
+    """What of an adapter's tensors has which place in a model.
+
+    Attributes:
+        found: names, tensors and places (None for those of a prompt) of what fits.
+        wrong: names of what is of another size -> which.
+        unexpected: names of what has no place.
+    """
+
+    def __init__(self, model: nn.Module, config: Any, adapter_name: str, tensors: Mapping[str, Tensor]):
+        self.adapter_name, self.locations = adapter_name, locations_of(model, adapter_name)
+        self.prompt: dict[str, Tensor] = {}
+        if config.is_prompt_learning and isinstance(model, PromptHost):
+            self.prompt = model.prompt_encoder[adapter_name].stored_tensors()  # type: ignore[operator]
+        self.found: list[tuple[str, Tensor, Location | None]] = []
+        self.wrong: dict[str, str] = {}
+        self.unexpected: list[str] = []
+        places = Places(model, config, adapter_name, self.locations, tensors)
+        for key, value in tensors.items():
+            self._place(places, places.file_key(key), value)
+        places.warn()
+
+    def _place(self, places: Places, key: str, value: Tensor) -> None:
+        location = self.locations.get(key) or (None if key in self.prompt else places.of_base(key, value))
+        if location is None and key not in self.prompt:
+            self.unexpected.append(key)
+            return
+        target = self.prompt[key] if location is None else location.tensor
+        if shape_of(target) != value.shape:
+            self.wrong[key] = f"{key}: the file has {tuple(value.shape)}, the model {tuple(shape_of(target))}"
+            return
+        _check_kind(key, value, target)
+        self.found.append((key, value, location))
+
+    def missing(self) -> list[str]:
+        """Names of the adapter's tensors that got no value."""
+        given = {key for key, _, _ in self.found} | self.wrong.keys()
+        # A tensor that several layers hold may be in the file once.
+        filled = {_place(location) for _, _, location in self.found if location is not None}
+        left = {key: at for key, at in self.locations.items() if key not in given and _place(at) not in filled}
+        names = [location.live_name for location in left.values()]
+        return names + [f"prompt_encoder.{self.adapter_name}.{key}" for key in self.prompt if key not in given]
 
 
 class Places:
-    """Where tensors out of a file may go, beside the slots of the adapter.
+    """Where tensors out of a file may go, beside the locations of the adapter.
 
     Of the base model, those are the tensors that the configuration accounts for: biases that are trained, and the
     embeddings, which are saved along where they have adapters or the vocabulary has grown.
     """
 
     def __init__(
-        self, model: nn.Module, config: Any, adapter_name: str, slots: Mapping[str, Slot], keys: Iterable[str]
+        self, model: nn.Module, config: Any, adapter_name: str, locations: Mapping[str, Location], keys: Iterable[str]
     ):
-        self._model, self._injected, self._slots = model, not isinstance(model, PromptHost), slots
-        self._biases: dict[tuple[int, str], Slot] = {}
-        for key, slot in _bias_slots(model, adapter_name).items():
-            in_effect = base_slot(model, key)
-            self._biases[_place(in_effect or slot)] = slot
-        plain, adapted = ({}, {}) if config.is_prompt_learning else _embedding_slots(model)
-        self._adapted = {_place(slot) for slot in adapted.values()}
-        self._embeddings = {_place(slot) for slot in plain.values()}
+        self._model, self._injected, self._locations = model, not isinstance(model, PromptHost), locations
+        self._biases: dict[tuple[int, str], Location] = {}
+        for key, location in _bias_locations(model, adapter_name).items():
+            in_effect = base_location(model, key)
+            self._biases[_place(in_effect or location)] = location
+        plain, adapted = ({}, {}) if config.is_prompt_learning else _embedding_locations(model)
+        self._adapted = {_place(location) for location in adapted.values()}
+        self._embeddings = {_place(location) for location in plain.values()}
         self._raw = self._raw_names(adapter_name, [*keys])
         self._refused: list[str] = []
         self._replaced: list[str] = []
 
     def _raw_names(self, adapter_name: str, keys: list[str]) -> dict[str, str]:
         """The names that a model's own state dict has, with an adapter's name in them -> those that files have."""
-        if all(key in self._slots for key in keys):
+        if all(key in self._locations for key in keys):
             return {}
         by_rest: dict[tuple[str, str], str] = {}
-        for file_name, slot in self._slots.items():
-            for before, part, after in _cuts(slot.live_name):
+        for file_name, location in self._locations.items():
+            for before, part, after in _cuts(location.live_name):
                 if part == adapter_name:
                     by_rest[before, after] = file_name
         raw: dict[str, dict[str, str]] = {}
         for key in keys:
-            for before, part, after in _cuts(key) if key not in self._slots else ():
+            for before, part, after in _cuts(key) if key not in self._locations else ():
                 if (before, after) in by_rest:
                     raw.setdefault(part, {})[key] = by_rest[before, after]
         # Of several adapters in the file, the one of that name; else "default"; else the only one.
@@ -306,43 +312,39 @@ class Places:
         if self._injected:
             key = key.removeprefix("base_model.model.")  # a file of a PeftModel, for injected adapters
         key = self._raw.get(key, key)
-        if key not in self._slots:  # a module trained in full that other adapters were on before
+        if key not in self._locations:  # a module trained in full that other adapters were on before
             path, _, name = key.rpartition(".")
             inner = f"{path}.base_layer.{name}"
-            key = inner if inner in self._slots else key
+            key = inner if inner in self._locations else key
         return key
 
-    def of_base(self, key: str, value: Tensor) -> Slot | None:
+    def of_base(self, key: str, value: Tensor) -> Location | None:
         """The place in the base model, where the configuration accounts for the tensor."""
-        slot = base_slot(self._model, key)
-        if slot is None:
+        location = base_location(self._model, key)
+        if location is None:
             return None
-        if _place(slot) in self._biases:
-            return self._biases[_place(slot)]
-        if _place(slot) in self._adapted or (key.endswith("bias") and same(slot.tensor, value)):
-            return slot
-        if _place(slot) in self._embeddings:
-            if not same(slot.tensor, value):
+        if _place(location) in self._biases:
+            return self._biases[_place(location)]
+        if _place(location) in self._adapted or (key.endswith("bias") and same(location.tensor, value)):
+            return location
+        if _place(location) in self._embeddings:
+            if not same(location.tensor, value):
                 self._replaced.append(key)
-            return slot
+            return location
         self._refused.append(key)
         return None
 
     def warn(self) -> None:
         """Names what was refused, and what was taken and may surprise."""
         if self._refused:
-            warnings.warn(
+            warn(
                 f"Refused: the file has weights of the base model that the adapter's configuration does not account"
-                f" for: {_listed(self._refused)}. Modules that are trained in full stand in modules_to_save.",
-                PeftWarning,
-                stacklevel=3,
+                f" for: {listed(self._refused)}. Modules that are trained in full stand in modules_to_save."
             )
         if self._replaced:
-            warnings.warn(
-                f"The file replaces embeddings of the base model, {_listed(self._replaced)}, as a save with"
-                " save_embedding_layers=True makes it; unloading or deleting the adapter does not bring the old back.",
-                PeftWarning,
-                stacklevel=3,
+            warn(
+                f"The file replaces embeddings of the base model, {listed(self._replaced)}, as a save with"
+                " save_embedding_layers=True makes it; unloading or deleting the adapter does not bring the old back."
             )
 
 
@@ -352,7 +354,7 @@ def _report_sizes(adapter_name: str, wrong: list[str], ignore: bool) -> None:
         listed = "\n  ".join(wrong[:20]) + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else "")
         raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {adapter_name!r}:\n  {listed}")
     if wrong:
-        warnings.warn(f"Left out for their size: {'; '.join(wrong)}.", PeftWarning, stacklevel=3)
+        warn(f"Left out for their size: {'; '.join(wrong)}.")
 
 
 def same(tensor: Tensor, other: Tensor) -> bool:
@@ -366,12 +368,8 @@ def _cuts(name: str) -> Iterator[tuple[str, str, str]]:
     return ((".".join(parts[:i]), part, ".".join(parts[i + 1 :])) for i, part in enumerate(parts))
 
 
-def _place(slot: Slot) -> tuple[int, str]:
-    return id(slot.owner), slot.attribute
-
-
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+def _place(location: Location) -> tuple[int, str]:
+    return id(location.owner), location.attribute
 
 
 def _check_kind(key: str, value: Any, target: Tensor) -> None:
@@ -383,14 +381,10 @@ def _check_kind(key: str, value: Any, target: Tensor) -> None:
         raise ValueError(f"{key} is {value.dtype} in the file, and {target.dtype} in the model.")
 
 
-def _warn_if_not_finite(adapter_name: str, found: list[tuple[str, Tensor, Slot | None]]) -> None:
+def _warn_if_not_finite(adapter_name: str, found: list[tuple[str, Tensor, Location | None]]) -> None:
     bad = [key for key, value, _ in found if not _is_finite(value)]
     if bad:
-        warnings.warn(
-            f"Adapter {adapter_name!r}: values that are not finite (NaN or Inf) are in {_listed(bad)}.",
-            PeftWarning,
-            stacklevel=3,
-        )
+        warn(f"Adapter {adapter_name!r}: values that are not finite (NaN or Inf) are in {listed(bad)}.")
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -401,7 +395,7 @@ def _is_finite(value: Tensor) -> bool:
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
-def base_slot(model: nn.Module, key: str) -> Slot | None:
+def base_location(model: nn.Module, key: str) -> Location | None:
     """The place of a tensor of the base model (an embedding, a bias) that a file has along with the adapter."""
     path, _, name = key.rpartition(".")
     candidates: Iterator[str] = iter((path, f"{path}.base_layer", f"{path}.original_module"))
@@ -411,18 +405,19 @@ def base_slot(model: nn.Module, key: str) -> Slot | None:
         except AttributeError:
             continue
         if name in owner._parameters and owner._parameters[name] is not None:
-            return Slot(f"{candidate}.{name}", owner, name)
+            return Location(f"{candidate}.{name}", owner, name)
     return None
 
 
-def _assign(slot: Slot, value: Tensor) -> None:
+def _assign(location: Location, value: Tensor) -> None:
     """Replaces a tensor without memory by `value`, in its dtype."""
-    owner, attribute = slot.owner, slot.attribute
+    owner, attribute = location.owner, location.attribute
     if attribute not in owner._parameters and attribute not in owner._buffers:
         return  # a view of a tensor that it is tied to, and which the file has too
-    old = slot.tensor
+    old = location.tensor
     # A copy: the tensor may be a window on a file that somebody else writes to.
-    value = value.to(device=slot.device if slot.device is not None else value.device, dtype=old.dtype, copy=True)
+    device = value.device if location.device is None else location.device
+    value = value.to(device=device, dtype=old.dtype, copy=True)
     if attribute in owner._parameters:
         owner._parameters[attribute] = nn.Parameter(value, requires_grad=old.requires_grad)
     else:

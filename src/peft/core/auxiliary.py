@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import ModuleSlot
 from peft.core.storage.sharded import whole_copy
 from peft.core.wrappers import state_names
-from peft.errors import PeftWarning
+from peft.errors import warn
 
 
 class AuxiliaryTrainingWrapper(Part):
@@ -120,11 +119,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return self.modules_to_save[name] if name != BASE and self.has(name) else self.original_module
 
     def current_module(self) -> nn.Module:
-        return (
-            self.original_module
-            if self._disable_adapters or not self._active
-            else self.modules_to_save[self._active[0]]
-        )
+        return self.version(BASE if self._disable_adapters or not self._active else self._active[0])
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return [parameter for parameter in super().adapter_parameters(name) if parameter.is_floating_point()]
@@ -145,12 +140,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         active = self._active[0]
         others = [name for name in adapter_names or () if name != active and self.has(name)]
         if others:
-            warnings.warn(
+            warn(
                 f"{', '.join(others)} trained a version of {type(self.original_module).__name__} too, but the"
                 " active adapter's"
-                f" ({active!r}) is the one that stays; call set_adapter first to have another.",
-                PeftWarning,
-                stacklevel=3,
+                f" ({active!r}) is the one that stays; call set_adapter first to have another."
             )
         return self.modules_to_save[active].requires_grad_(True)
 

@@ -58,7 +58,7 @@ class BaseOp:
 
     def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
         """A matrix [out, in] in the shape of the weight `like`."""
-        return matrix
+        return matrix.reshape(like.shape)
 
     def run(self, module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """The module's output with another weight (in the module's shape) and bias."""
@@ -187,8 +187,7 @@ class ConvOp(BaseOp):
     def along_output(self, module: Any, values: Tensor) -> Tensor:
         return values.view(-1, *[1] * len(module.kernel_size))
 
-    def along_input(self, module: Any, values: Tensor) -> Tensor:
-        return values.view(-1, *[1] * len(module.kernel_size))
+    along_input = along_output
 
     def scale_columns(self, module: Any, matrix: Tensor, values: Tensor) -> Tensor:
         per_row = values.reshape(module.groups, -1).repeat_interleave(len(matrix) // module.groups, dim=0)
@@ -199,9 +198,6 @@ class ConvOp(BaseOp):
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
-
-    def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
-        return matrix.reshape(like.shape)
 
 
 _CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
@@ -228,13 +224,13 @@ class EmbeddingOp(BaseOp):
         low = F.embedding(
             x, down.T, padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq
         )
-        return self._scaled(module, F.linear(low, up))
+        return self.scaled(module, F.linear(low, up))
 
     def product(self, module: Any, x: Tensor, matrix: Matrix) -> Tensor:
-        return self._scaled(module, matrix.columns(x))
+        return self.scaled(module, matrix.columns(x))
 
     @staticmethod
-    def _scaled(module: Any, rows: Tensor) -> Tensor:
+    def scaled(module: Any, rows: Tensor) -> Tensor:
         """Some models (Gemma) multiply the embedding in its own forward."""
         scale = getattr(module, "embed_scale", None)
         return rows if scale is None else rows * torch.as_tensor(scale).to(rows)
@@ -323,9 +319,6 @@ class NormOp(BaseOp):
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(-1, 1)
 
-    def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
-        return matrix.reshape(like.shape)
-
 
 class ParameterOp(BaseOp):
     """One `nn.Parameter` of a module: [out, in], or a stack [experts, out, in] as fused mixtures of experts hold it.
@@ -356,7 +349,7 @@ class ParameterOp(BaseOp):
 
     def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
         if not self.transposed:
-            return matrix.reshape(like.shape)
+            return super().unmatrix(matrix, like)
         return matrix.reshape(like.shape[0], like.shape[2], like.shape[1]).transpose(1, 2)
 
     def _inner(self, weight: Tensor) -> int:

@@ -102,3 +102,12 @@ def remember_for_backward(output: Any, call: Call) -> None:
     for tensor in outputs:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             tensor.register_hook(recall)
+
+
+def cached_tokens(past_key_values: Any) -> int:
+    """How many tokens a cache of keys and values holds."""
+    if past_key_values is None:
+        return 0
+    if hasattr(past_key_values, "get_seq_length"):
+        return int(past_key_values.get_seq_length())
+    return past_key_values[0][0].shape[-2] if len(past_key_values) else 0

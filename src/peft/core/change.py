@@ -12,7 +12,7 @@ of its weight in `merge`.
 | `Bias` | y + c | W |
 | `ScaleInput`, `ScaleOutput` | W (s * x), s * y | columns, rows of W times s |
 | `OnInput`, `OnOutput` | W f(x), f(y), for a linear map f | f of the rows, of the columns of W |
-| `Rows` | y with some entries replaced | W with some rows replaced |
+| `Rows` (in `tokens`) | y with some entries replaced | W with some rows replaced |
 | `Weight` | y of f(W) | f(W) |
 | `Beside` | y + f(x) for any f | has none |
 | `Dropped` | y + (what changes make of dropout(x)) - W dropout(x) | what they make of W |
@@ -52,14 +52,11 @@ class Change:
         """The input that what comes before this change gets."""
         return x
 
-    def leave(
-        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
-    ) -> Tensor:
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
         """The output, where `y` is what came before it makes of `enter(x)`.
 
         Args:
-            op, module, x: as for `enter`.
-            y: it.
+            op, module, x, y: these.
             bias: the bias that is part of y, where `needs_bias`.
             fresh: whether y may be written to.
         """
@@ -138,9 +135,7 @@ class LowRank(Change):
             up = up * self.middle
         return self.down, up if self.factors is None else up * self.factors[..., None]
 
-    def leave(
-        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
-    ) -> Tensor:
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
         if self.where is not None:
             return self._leave_some(op, module, x, y)
         if self.is_product and op.linear:
@@ -173,7 +168,7 @@ class LowRank(Change):
         return change.to(dtype)
 
     def _leave_some(self, op: BaseOp, module: Any, x: Tensor, y: Tensor) -> Tensor:
-        mask = None if self.where is None else self.where(x.shape, None)
+        mask = self.where and self.where(x.shape, None)
         if mask is None:
             return y
         index = mask.to(x.device).nonzero().squeeze(1)
@@ -219,9 +214,7 @@ class Add(Change):
     def acts(self, op: BaseOp) -> bool:
         return op.linear or op.kind == "Embedding" or (op.multiplies and self.dropout > 0)
 
-    def leave(
-        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
-    ) -> Tensor:
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
         if x.is_floating_point():
             x = x.to(compute_dtype(x))
         change = op.product(module, F.dropout(x, self.dropout) if self.dropout else x, self.matrix)
@@ -245,9 +238,7 @@ class Bias(Change):
     def acts(self, op: BaseOp) -> bool:
         return op.scales_output
 
-    def leave(
-        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
-    ) -> Tensor:
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
         return y + op.along_output(module, self.values.to(y.dtype))
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
@@ -270,23 +261,27 @@ class ScaleInput(Change):
         return op.scale_columns(module, matrix, self.values)
 
 
-@dataclass(slots=True, eq=False)
-class ScaleOutput(Change):
-    """s * y, for one factor per row of W [out]; the module's own bias aside, unless `with_bias`."""
+class _OfOutput(Change):
+    """A linear map of outputs: of the module's own bias too, or of all but that."""
 
-    values: Tensor
-    with_bias: bool = True
+    with_bias: bool
 
     @property
     def needs_bias(self) -> bool:
         return not self.with_bias
 
+
+@dataclass(slots=True, eq=False)
+class ScaleOutput(_OfOutput):
+    """s * y, for one factor per row of W [out]; the module's own bias aside, unless `with_bias`."""
+
+    values: Tensor
+    with_bias: bool = True
+
     def acts(self, op: BaseOp) -> bool:
         return op.scales_output
 
-    def leave(
-        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
-    ) -> Tensor:
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
         scale = op.along_output(module, self.values.to(y.dtype))
         if self.with_bias or bias is None:
             return y * scale
@@ -324,7 +319,7 @@ class OnInput(Change):
 
 
 @dataclass(slots=True, eq=False)
-class OnOutput(Change):
+class OnOutput(_OfOutput):
     """f(y), for a linear map f of vectors [..., out]; the module's own bias aside, unless `with_bias`.
 
     Attributes:
@@ -335,16 +330,10 @@ class OnOutput(Change):
     map: Callable[[Tensor], Tensor]
     with_bias: bool = True
 
-    @property
-    def needs_bias(self) -> bool:
-        return not self.with_bias
-
     def acts(self, op: BaseOp) -> bool:
         return op.linear or op.kind == "Embedding"
 
-    def leave(
-        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
-    ) -> Tensor:
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
         if self.with_bias or bias is None:
             return self.map(y)
         bias = bias.to(y.dtype)
@@ -355,46 +344,6 @@ class OnOutput(Change):
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
         return self.map(bias) if bias is not None and self.with_bias else bias
-
-
-@dataclass(slots=True, eq=False)
-class Rows(Change):
-    """Some vectors of an embedding's weight (columns of the matrix), or rows of a linear layer's, replaced.
-
-    Attributes:
-        index: which, [n].
-        values: what they are replaced by, [n, dim].
-    """
-
-    index: Tensor
-    values: Tensor
-
-    def acts(self, op: BaseOp) -> bool:
-        return op.kind in ("Embedding", "Linear") and self.index.numel() > 0
-
-    def leave(
-        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
-    ) -> Tensor:
-        # They go to their places in the output: that is less than putting them into the weight.
-        values, index = self.values.to(y.dtype), self.index
-        if op.kind != "Embedding":
-            bias = module.bias if module.bias is None else module.bias[index]
-            return y.index_copy(-1, index, F.linear(x.to(y.dtype), values, bias))
-        places = torch.full((op.in_features,), -1, device=x.device)
-        places[index] = torch.arange(len(index), device=x.device)
-        place = places[x]
-        padding = None
-        if module.padding_idx is not None and bool((found := (index == module.padding_idx).nonzero()).numel()):
-            padding = int(found[0, 0])
-        trained = F.embedding(place.clamp(min=0), values, padding_idx=padding)
-        scale = getattr(module, "embed_scale", None)  # some models (Gemma) multiply the embedding in its own forward
-        trained = trained if scale is None else trained * torch.as_tensor(scale).to(trained)
-        return torch.where((place >= 0).unsqueeze(-1), trained, y)
-
-    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
-        values = self.values.to(matrix)
-        dim = 1 if op.kind == "Embedding" else 0
-        return matrix.index_copy(dim, self.index, values.T if dim else values)
 
 
 @dataclass(slots=True, eq=False)
@@ -427,9 +376,7 @@ class Beside(Change):
     def acts(self, op: BaseOp) -> bool:
         return True
 
-    def leave(
-        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
-    ) -> Tensor:
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
         return y + self.function(x).to(y.dtype)
 
     def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
@@ -456,9 +403,7 @@ class Dropped(Change):
     def acts(self, op: BaseOp) -> bool:
         return all(change.acts(op) for change in self.changes)
 
-    def leave(
-        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
-    ) -> Tensor:
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
         inputs = [F.dropout(x, self.dropout)]
         plain = module(inputs[0])
         for change in reversed(self.changes):

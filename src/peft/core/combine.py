@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
-from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
+from peft.core.part import check_adapter_name, known
 from peft.core.targets import matching_entry, model_modules, target_name
 from peft.core.tokens import TrainableTokensWrapper
 from peft.core.undo import all_or_nothing
-from peft.errors import PeftWarning
+from peft.errors import warn
 
 
 def exact_targets(model: nn.Module, keys: Iterable[str], rules: Iterable[Any] = ()) -> set[str] | str:
@@ -53,22 +52,13 @@ def check_combination(
     Raises:
         ValueError: there is no such adapter, they train the same module in full, or the new name is taken.
     """
-    check_adapter_name(adapter_name)
-    missing = [name for name in adapters if name not in method.configs]
-    if missing:
-        there_are = ", ".join(method.configs) or "none"
-        raise ValueError(f"Adapter {', '.join(missing)} does not exist; there are {there_are}.")
-    if adapter_name in method.tuner.peft_config:
-        raise ValueError(f"An adapter {adapter_name!r} exists already; delete it first, or choose another name.")
+    known(adapters, method.configs)
+    check_adapter_name(adapter_name, method.tuner.peft_config)
     if not adapters or not weights:
         raise ValueError("At least one adapter and its weight are needed.")
     if len(adapters) != len(weights):
         used = min(len(adapters), len(weights))
-        warnings.warn(
-            f"{len(adapters)} adapters and {len(weights)} weights were given; only the first {used} of both are used.",
-            PeftWarning,
-            stacklevel=4,
-        )
+        warn(f"{len(adapters)} adapters and {len(weights)} weights were given; only the first {used} of both are used.")
     names = list(adapters)[: len(weights)]
     _owners(method, names)
     return names, [float(weight) for weight in weights][: len(names)]

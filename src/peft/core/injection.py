@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft.core import making
-from peft.core.around import see_to_fast_paths
+from peft.core.around import is_read, see_to_fast_paths
 from peft.core.auxiliary import save_modules
-from peft.core.base_op import base_op
+from peft.core.base_op import AttentionOp, base_op
 from peft.core.biases import TrainedBiases, note_layers, own_biases, train_biases
 from peft.core.layer import AdapterLayer
-from peft.core.method import Method
+from peft.core.method import Adapters, Method
+from peft.core.model_config import model_config_of
+from peft.core.part import check_adapter_name, trained_in
 from peft.core.places import put_everywhere, take_away_everywhere, unite_embeddings
 from peft.core.plan import Plan, make_plan
-from peft.core.routing import BASE
-from peft.core.slots import Buffers
-from peft.core.storage import place_of
+from peft.core.routing import without_samples
 from peft.core.storage.gradients import blocking
 from peft.core.storage.sharded import agree, average_gradients, reshard
 from peft.core.targets import (
-    ALL_LINEAR,
-    CLASSIFIER_NAMES,
-    all_linear,
     base_of,
+    check_target_module_exists,
+    has_default_targets,
     model_modules,
+    named_targets,
     shortened,
     state_dict_targets,
     target_name,
@@ -38,232 +36,298 @@ from peft.core.targets import (
 from peft.core.tokens import token_rows, train_tokens
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
 from peft.core.undo import hand_over
-from peft.core.walk import base_parameters, live_key, model_config_of, put_back
-from peft.errors import PeftWarning
-
-if TYPE_CHECKING:
-    from peft.core.tuner import BaseTuner
+from peft.core.walk import base_parameters, live_key, put_back
+from peft.errors import warn
 
 
-def inject(
-    tuner: BaseTuner,
-    model: nn.Module,
-    adapter_name: str,
-    config: Any,
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-    state_dict: dict[str, Tensor] | None = None,
-    any_kind: bool = False,
-) -> None:
-    """Adds an adapter; what `BaseTuner.inject_adapter` does. A call that raises leaves model and `config` as before."""
-    check_adapter_name(adapter_name)
-    reshard()
-    with _no_garbage_collection(), ExitStack() as undo:
-        undo.callback(_put_back, config, dict(config.__dict__))
-        config = tuner._prepare_adapter_config(config, model_config_of(model))
-        method = tuner.method(config)
-        plan, tokens = _planned(tuner, model, adapter_name, config, undo, state_dict, any_kind)
+class Injector(Adapters):
+    """A model that adapters are added to."""
 
-        before = Before(tuner, model)
-        undo.callback(see_to_fast_paths, model)
-        undo.callback(_take_out, tuner, method, model, adapter_name, before)
-        tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
-        without_memory = plan.waits_for_file = low_cpu_mem_usage and method.start_is_replaceable(config)
-        share(method, plan, config, adapter_name)
-        device = torch.device("meta") if without_memory else nullcontext()
-        with device, own_biases(before.parts), method.drawing(config):
-            _apply(tuner, plan, config, adapter_name)
-            save_modules(model, plan.save, adapter_name, tied)
-            train_tokens(model, adapter_name, tokens)
-        _join(tuner, model, plan, config, adapter_name, tied, before, autocast_adapter_dtype)
-        for layer in tuner.layers():
-            changed = layer.settle(adapter_name)
-            if changed is not None:
-                undo.callback(layer.unsettle, changed)
-        for part in tuner.layers() if tuner._stays else ():
-            part.leave_shared()
-        _warn_of_lost_gradients(model, config)
-        method.added(adapter_name)
-        hand_over(undo)
+    #: whether it stays with the model; one that is made for an injection is thrown away
+    _stays = True
 
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+        config: Any = None,
+    ) -> None:
+        """Adds an adapter: plans, checks, and only then changes the model.
 
-def _planned(
-    tuner: BaseTuner,
-    model: nn.Module,
-    adapter_name: str,
-    config: Any,
-    undo: ExitStack,
-    state_dict: dict[str, Tensor] | None,
-    any_kind: bool,
-) -> tuple[Plan, dict[str, list[int]]]:
-    """What is to be adapted, and the rows of embeddings to be trained; all that can be refused is refused here."""
-    _check_bias(tuner, adapter_name, config)
-    method = tuner.method(config)
-    method.check_config(adapter_name, config)
-    if config.target_modules == ALL_LINEAR:
-        heads = CLASSIFIER_NAMES if config.task_type == "SEQ_CLS" else ()
-        config.target_modules = all_linear(model, {*(config.modules_to_save or ()), *heads})
-    config.target_modules = shortened(config.target_modules, model)
-    restructured = method.prepare_model(config, model)
-    if restructured is not None:
-        undo.callback(restructured)
-    also_target, also_save = tie_configuration(config, model)
-    only = state_dict_targets(state_dict, method.prefix) if state_dict is not None else None
-    plan = make_plan(
-        model, config, method.layer_class, only=only, also_target=also_target, also_save=also_save,
-        any_kind=any_kind, matches=tuner._check_target_module_exists,
-    )  # fmt: skip
-    method.check_plan(plan, config)
-    united = unite_embeddings(model, plan)
-    if united is not None:
-        undo.callback(united)
-    tokens = token_rows(config, model)
-    warn_of_tied_targets(plan.module_names, config, model)
-    _note_layout(config, plan)
-    return plan, tokens
+        A call that raises leaves model and `config` as before.
 
+        Args:
+            model: the base model.
+            adapter_name: the adapter's name.
+            autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
+            low_cpu_mem_usage: make tensors on the meta device.
+            state_dict: tensors whose names decide which modules get the adapter.
+            config: its configuration; `self.peft_config[adapter_name]` if None.
+        """
+        config = config or self.peft_config[adapter_name]
+        check_adapter_name(adapter_name)
+        reshard()
+        with _no_garbage_collection(), ExitStack() as undo:
+            undo.callback(_put_back, config, dict(config.__dict__))
+            config = self._prepare_adapter_config(config, model_config_of(model))
+            method = self.method(config)
+            plan, tokens = self._plan(adapter_name, config, undo, state_dict)
 
-def _join(
-    tuner: BaseTuner,
-    model: nn.Module,
-    plan: Plan,
-    config: Any,
-    adapter_name: str,
-    tied: Sequence[str],
-    before: Before,
-    autocast_adapter_dtype: bool,
-) -> None:
-    """Makes the adapter, which is on its layers now, one of the model's: dtypes, ties, what is trained, processes."""
-    method = tuner.method(config)
-    put_everywhere(model)
-    method.planned = {}
-    tuner._parts = None
-    tuner.targeted_module_names = list(dict.fromkeys(tuner.targeted_module_names + plan.module_names))
-    tuner.targeted_parameter_names = list(dict.fromkeys(tuner.targeted_parameter_names + plan.parameter_names))
-    tuner.peft_config[adapter_name] = config
-    tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-    tie_layers(tuner, model, tied, adapter_name)
-    _freeze_base(tuner, before)
-    if getattr(config, "bias", "none") != "none":
-        layer_class = None if config.bias == "all" else method.layer_class
-        train_biases(tuner.parts(), model, adapter_name, layer_class)
-        tuner._parts = None
-    note_layers(tuner.parts())
-    see_to_fast_paths(model)
-    _join_in(tuner, before, adapter_name)
-    agree((tensor for _, part in tuner.parts() for tensor in part.tensors(adapter_name)), model)
-    average_gradients(model)
-    average_gradients(tuner)  # which may hold more
-    model.peft_config = tuner.peft_config  # type: ignore[assignment]
+            before = Before(self, model)
+            undo.callback(see_to_fast_paths, model)
+            undo.callback(self._take_out, method, adapter_name, before)
+            tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
+            without_memory = plan.waits_for_file = low_cpu_mem_usage and method.start_is_replaceable(config)
+            method.make_shared(plan, config, adapter_name)
+            device = torch.device("meta") if without_memory else nullcontext()
+            with device, own_biases(before.parts), method.drawing(config):
+                self._put_on(plan, config, adapter_name)
+                save_modules(model, plan.save, adapter_name, tied)
+                train_tokens(model, adapter_name, tokens)
+            self._join(adapter_name, config, plan, tied, before, autocast_adapter_dtype)
+            for layer in self.layers():
+                changed = layer.change_base(adapter_name)
+                if changed is not None:
+                    undo.callback(layer.restore_base, changed)
+            for part in self.layers() if self._stays else ():
+                part.leave_shared()
+            _warn_of_lost_gradients(model, config)
+            method.added(adapter_name)
+            hand_over(undo)
 
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's configuration as a dictionary; of type "custom" where it has none."""
+        return model_config_of(model) or {"model_type": "custom"}
 
-def share(method: Method, plan: Plan, config: Any, adapter_name: str) -> None:
-    """Makes what the layers of an adapter share, on the device of the base, and works out the place of each.
+    @staticmethod
+    def _check_target_module_exists(config: Any, key: str) -> Any:
+        return check_target_module_exists(config, key)
 
-    What a file is about to bring may be made without memory.
-    """
-    settings = method.plan_settings(plan, config)
-    method.planned = {
-        (id(layer.base), layer.parameter_name): settings[layer.name] for layer in plan.layers if layer.name in settings
-    }
-    if not method.shared or not plan.targets:
-        return
-    with torch.device("cpu"):  # also where the adapter itself is made without memory: it may not be in the file
-        made = method.share(plan, config, adapter_name)
-        if plan.waits_for_file and any(
-            _is_blank(made[name]) and not method.slot(name).is_stored(config, name) for name in made
-        ):
-            plan.waits_for_file = False
-            made = method.share(plan, config, adapter_name)
-    device = place_of(plan.targets[0].base)[0]
+    def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:
+        """Fills in the defaults for the model type."""
+        method = self.method(config)
+        known = has_default_targets(config.peft_type, model_config.get("model_type"))
+        if config.target_modules is None and getattr(config, "target_parameters", None) and not known:
+            config.target_modules = set()
+        elif config.target_modules is None:
+            method.choose_targets(config, model_config)
+            config._targets_are_defaults = True
+        method.complete_config(config, model_config)
+        return config
 
-    def placed(tensor: Tensor) -> Tensor:
-        return tensor if device is None or device.type == "meta" or tensor.is_meta else tensor.to(device)
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Puts an adapter on one module: on the layer of this method that is there, or on a new one around it."""
+        named = current_key if parameter_name is None else f"{current_key}.{parameter_name}"
+        method = self.method(peft_config)
+        settings = method.layer_settings(peft_config, named)
+        layer = self._find_layer(target, parameter_name, method.layer_class)
+        if layer is None:
+            layer = method.make_layer(peft_config, target, parameter_name, current_key)
+            layer.share(method.shared)
+            layer.without_samples, layer.is_read = without_samples(current_key), is_read(self.model, current_key)
+            self._replace_module(parent, target_name, layer, target)
+        planned = method.planned.get((id(layer.get_base_layer()), parameter_name))
+        method.add(layer, adapter_name, peft_config, planned, settings)
+        if isinstance(layer.op, AttentionOp):
+            # Its output projection is a module that is read, not called, and gets a layer of its own. What the
+            # configuration says of the attention module (a rank, say) holds for both.
+            attention: Any = layer.get_base_layer()
+            self._create_and_replace(
+                peft_config, adapter_name, attention.out_proj, "out_proj", attention, current_key=current_key
+            )
+            attention.out_proj.is_read = attention.out_proj.with_attention = True
 
-    for name, value in made.items():
-        container: Any = method.shared[name]
-        if isinstance(value, nn.Module):
-            container[adapter_name] = value if device is None else value.to(device)
-        elif isinstance(value, Tensor):
-            container[adapter_name] = nn.Parameter(placed(value)) if method.slot(name).trained else placed(value)
-        else:
-            groups = nn.ParameterDict() if method.slot(name).trained else Buffers(container.persistent)
-            for group, tensor in value.items():
-                groups[group] = placed(tensor)
-            container[adapter_name] = groups
+    def _find_layer(
+        self, module: nn.Module, parameter_name: str | None, kind: type[AdapterLayer]
+    ) -> AdapterLayer | None:
+        """The layer of a method among those that wrap a module."""
+        while isinstance(module, AdapterLayer):
+            if isinstance(module, kind) and module.parameter_name == parameter_name:
+                return module
+            module = module.base_layer
+        return None
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Puts `new_module`, which wraps `child`, in its place."""
+        new_module.__dict__["training"] = child.training  # it has no adapters yet, and `train()` would walk through it
+        setattr(parent, child_name, new_module)
 
-def share_again(tuner: BaseTuner, adapter_name: str) -> None:
-    """Makes what the layers of an adapter share and no file has brought."""
-    config = tuner.peft_config[adapter_name]
-    method = tuner.method(config)
-    every: dict[str, Any] = dict(method.shared)
-    containers = {name: held for name, held in every.items() if adapter_name in held}
-    if not any(_is_blank(held[adapter_name]) for held in containers.values()):
-        return
-    before = {name: held[adapter_name] for name, held in containers.items()}
-    share(method, Plan.of_layers(tuner.parts(), adapter_name), config, adapter_name)
-    method.planned = {}
-    for name, old in before.items():
-        new = containers[name][adapter_name]
-        if isinstance(old, Tensor):
-            containers[name][adapter_name] = new if old.is_meta else old
-        elif isinstance(old, (nn.ParameterDict, Buffers)):
-            for group in old:
-                new[group] = new[group] if old[group].is_meta else old[group]
+    def fill_in(self, adapter_name: str) -> None:
+        """Gives tensors of an adapter that are still without memory the values of a fresh adapter."""
+        config = self.peft_config[adapter_name]
+        method = self.method(config)
+        method.make_shared_again(adapter_name)
+        for key, part in self.parts():
+            if isinstance(part, AdapterLayer) and part.has(adapter_name) and part.lacks(adapter_name):
+                part.fill_in(adapter_name, config, method.layer_settings(config, target_name(key, part)))
+        if getattr(config, "ensure_weight_tying", False):
+            self._tie_layers(tied_embedding_modules(self.model), adapter_name)
 
+    def _tie_layers(self, keys: Sequence[str], adapter_name: str) -> None:
+        """Makes an adapter on tied modules the same on all of them."""
+        method = self.method(self.peft_config[adapter_name])
+        found = (self.model.get_submodule(live_key(self.model, key)) for key in keys)
+        layers = [self._find_layer(module, None, method.layer_class) for module in found]
+        here = [layer for layer in layers if layer is not None and layer.has(adapter_name)]
+        for layer in here[1:]:
+            method.tie(layer, here[0], adapter_name)
 
-def fill_in(tuner: BaseTuner, adapter_name: str) -> None:
-    """Gives tensors of an adapter that are still without memory the values of a fresh adapter."""
-    share_again(tuner, adapter_name)
-    config = tuner.peft_config[adapter_name]
-    for key, part in tuner.parts():
-        if isinstance(part, AdapterLayer) and part.has(adapter_name) and making.lacks(part, adapter_name):
-            settings = tuner.method(config).layer_settings(config, target_name(key, part))
-            making.fill_in(part, adapter_name, config, settings)
-    if getattr(config, "ensure_weight_tying", False):
-        tie_layers(tuner, tuner.model, tied_embedding_modules(tuner.model), adapter_name)
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Brings an adapter to the dtype it is trained in: its base weight's, but float32 in place of halves."""
+        shared: torch.dtype | None = None  # what layers share is as in the first of them
+        for _, part in self.parts():
+            if isinstance(part, AdapterLayer) and part.has(adapter_name):
+                dtype = trained_in(part.place()[1], autocast_adapter_dtype)
+                shared = shared or dtype
+                if dtype is not None and part.dtype_of(adapter_name) != dtype:
+                    part.move(adapter_name, dtype=dtype)
+        for method in self._methods.values():
+            method.cast_shared(adapter_name, shared)
 
+    def _plan(
+        self, name: str, config: Any, undo: ExitStack, state_dict: dict[str, Tensor] | None
+    ) -> tuple[Plan, dict[str, list[int]]]:
+        """What is to be adapted, and the rows of embeddings to be trained; all that can be refused is refused here."""
+        self._check_bias(name, config)
+        model, method = self.model, self.method(config)
+        method.check_config(name, config)
+        config.target_modules = shortened(named_targets(config, model), model)
+        restructured = method.prepare_model(config, model)
+        if restructured is not None:
+            undo.callback(restructured)
+        also_target, also_save = tie_configuration(config, model)
+        only = state_dict_targets(state_dict, method.prefix) if state_dict is not None else None
+        # Some packages replace it, for kinds of modules of their own.
+        any_kind = type(self)._create_and_replace is not Injector._create_and_replace
+        plan = make_plan(
+            model, config, method.layer_class, only=only, also_target=also_target, also_save=also_save,
+            any_kind=any_kind, matches=self._check_target_module_exists,
+        )  # fmt: skip
+        method.check_plan(plan, config)
+        united = unite_embeddings(model, plan)
+        if united is not None:
+            undo.callback(united)
+        tokens = token_rows(config, model)
+        warn_of_tied_targets(plan.module_names, config, model)
+        _note_layout(config, plan)
+        return plan, tokens
 
-def _is_blank(value: Any) -> bool:
-    """Whether a tensor, or one of those of a group each or of a module, has no memory."""
-    if isinstance(value, nn.Module):
-        value = value.state_dict()
-    return any(tensor.is_meta for tensor in ([value] if isinstance(value, Tensor) else value.values()))
+    def _check_bias(self, adapter_name: str, config: Any) -> None:
+        """Raises where an adapter asks to train biases in a way that is unknown, or beside another adapter."""
+        kind, bias = type(self).__name__, getattr(config, "bias", "none")
+        if bias not in ("none", "all") and not bias.endswith("_only"):  # some write their own name, some "lora_only"
+            own = f"{self.method(config).prefix.rstrip('_').split('_')[0]}_only"
+            raise NotImplementedError(f"bias={bias!r} is not known; use 'none', 'all' or {own!r}.")
+        others = [name for name in self.peft_config if name != adapter_name]
+        if bias != "none" and others:
+            raise ValueError(
+                f"{kind} supports only 1 adapter with bias; {', '.join(others)} is there already. Set bias to 'none'"
+                " for all adapters."
+            )
+
+    def _put_on(self, plan: Plan, config: Any, adapter_name: str) -> None:
+        """Puts the adapter on each module and parameter."""
+        for target in sorted(plan.targets, key=lambda target: target.parameter_name is not None):
+            # By now it may be a layer, if another parameter of the module came before.
+            module: Any = target.parent._modules[target.child] if target.child else target.parent
+            extra = {} if target.parameter_name is None else {"parameter_name": target.parameter_name}
+            self._create_and_replace(
+                config, adapter_name, module, target.child, target.parent, current_key=target.key, **extra
+            )
+
+    def _join(
+        self, name: str, config: Any, plan: Plan, tied: Sequence[str], before: Before, autocast_adapter_dtype: bool
+    ) -> None:
+        """Makes the adapter, now on its layers, one of the model's: dtypes, ties, what is trained, processes."""
+        model, method = self.model, self.method(config)
+        put_everywhere(model)
+        method.planned = {}
+        self._parts = None
+        self.targeted_module_names = list(dict.fromkeys(self.targeted_module_names + plan.module_names))
+        self.targeted_parameter_names = list(dict.fromkeys(self.targeted_parameter_names + plan.parameter_names))
+        self.peft_config[name] = config
+        self._cast_adapter_dtype(name, autocast_adapter_dtype)
+        self._tie_layers(tied, name)
+        self._freeze_base(before)
+        if getattr(config, "bias", "none") != "none":
+            layer_class = None if config.bias == "all" else method.layer_class
+            train_biases(self.parts(), model, name, layer_class)
+            self._parts = None
+        note_layers(self.parts())
+        see_to_fast_paths(model)
+        self._join_in(before, name)
+        agree((tensor for _, part in self.parts() for tensor in part.tensors(name)), model)
+        average_gradients(model)
+        average_gradients(self)  # which may hold more
+        model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    def _freeze_base(self, before: Before) -> None:
+        """Freezes the base model, but for the biases that adapters have trained in place of its own."""
+        biases = [part for _, part in before.parts if isinstance(part, TrainedBiases)]
+        trained = {id(p) for part in biases for name in part.adapter_names() for p in part.adapter_parameters(name)}
+        for parameter, _ in before.trained:
+            if id(parameter) not in trained:
+                parameter.requires_grad = False
+
+    def _join_in(self, before: Before, adapter_name: str) -> None:
+        """Makes the adapter active if it is the first, and brings its new parts into the state of the others."""
+        inference_mode = self.peft_config[adapter_name].inference_mode
+        is_first = not self.active_adapters
+        if is_first:
+            self.set_adapter(adapter_name, inference_mode)
+        old, active = {id(part) for _, part in before.parts}, self.active_adapters
+        for _, part in self.parts():
+            if id(part) not in old:
+                if not is_first:
+                    part.set_adapter(active, inference_mode)
+                part.enable_adapters(not before.disabled)
+
+    def _take_out(self, method: Method, adapter_name: str, before: Before) -> None:
+        """Takes an adapter that could not be added back out."""
+        old = {id(part) for _, part in before.parts}
+        self._parts, left = None, {}
+        for key, part in reversed(self.parts()):
+            if id(part) in old:
+                part.delete_adapter(adapter_name)
+            else:
+                left[part] = part.unload(merge=False)
+                put_back(self.model, key, left[part])
+        take_away_everywhere(self.model, left)
+        method.forget_shared(adapter_name)
+        method.planned = {}
+        self._parts = None
+        self.peft_config.pop(adapter_name, None)
+        before.restore(self, self.model)
+        method.removed(adapter_name)
 
 
 def _warn_of_lost_gradients(model: nn.Module, config: Any) -> None:
     blocked = [] if config.inference_mode else blocking((key, base_of(m)) for key, m in model_modules(model))
     if blocked:
-        warnings.warn(
+        warn(
             f"{len(blocked)} layers, such as {blocked[0]!r}, quantise their input and pass no gradient on to it, so"
             " what is before them is trained wrongly, or not at all. prepare_model_for_kbit_training(model) lets"
-            " gradients through.",
-            PeftWarning,
-            stacklevel=2,
+            " gradients through."
         )
-
-
-def check_adapter_name(name: str) -> None:
-    """Raises ValueError where a string cannot name an adapter."""
-    if not isinstance(name, str) or not name or "." in name or name == BASE:
-        raise ValueError(f"{name!r} cannot name an adapter: a name is a string without dots, and not {BASE!r}.")
-
-
-def tie_layers(tuner: BaseTuner, model: nn.Module, keys: Sequence[str], adapter_name: str) -> None:
-    """Makes an adapter on tied modules the same on all of them."""
-    method = tuner.method(tuner.peft_config[adapter_name])
-    found = (model.get_submodule(live_key(model, key)) for key in keys)
-    layers = [tuner._find_layer(module, None, method.layer_class) for module in found]
-    here = [layer for layer in layers if layer is not None and layer.has(adapter_name)]
-    for layer in here[1:]:
-        method.tie(layer, here[0], adapter_name)
 
 
 class Before:
     """What an adapter that cannot be added must leave as it was, beside the modules themselves."""
 
-    def __init__(self, tuner: BaseTuner, model: nn.Module):
+    def __init__(self, tuner: Injector, model: nn.Module):
         self.parts = tuner.parts()
         self.disabled = tuner.disabled
         self._states = [(part, part.active_adapters) for _, part in self.parts]
@@ -272,7 +336,7 @@ class Before:
         self.trained = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
         self._has_record = "peft_config" in model.__dict__
 
-    def restore(self, tuner: BaseTuner, model: nn.Module) -> None:
+    def restore(self, tuner: Injector, model: nn.Module) -> None:
         for part, active in self._states:
             if part.active_adapters != active:
                 part.set_adapter(active)
@@ -284,20 +348,6 @@ class Before:
             del model.peft_config
 
 
-def _check_bias(tuner: BaseTuner, adapter_name: str, config: Any) -> None:
-    """Raises where an adapter asks to train biases in a way that is unknown, or beside another adapter."""
-    kind, bias = type(tuner).__name__, getattr(config, "bias", "none")
-    if bias not in ("none", "all") and not bias.endswith("_only"):  # some write their own name, some "lora_only"
-        own = f"{tuner.method(config).prefix.rstrip('_').split('_')[0]}_only"
-        raise NotImplementedError(f"bias={bias!r} is not known; use 'none', 'all' or {own!r}.")
-    others = [name for name in tuner.peft_config if name != adapter_name]
-    if bias != "none" and others:
-        raise ValueError(
-            f"{kind} supports only 1 adapter with bias; {', '.join(others)} is there already. Set bias to 'none' for"
-            " all adapters."
-        )
-
-
 def _note_layout(config: Any, plan: Plan) -> None:
     """Lets `fan_in_fan_out` say how the layers hold their weight, for those who read the configuration's file."""
     if hasattr(config, "fan_in_fan_out"):
@@ -305,58 +355,6 @@ def _note_layout(config: Any, plan: Plan) -> None:
         last = next((op for op in ops if op is not None and op.linear), None)
         if last is not None:
             config.fan_in_fan_out = last.kind == "Conv1D"
-
-
-def _apply(tuner: BaseTuner, plan: Plan, config: Any, adapter_name: str) -> None:
-    for target in sorted(plan.targets, key=lambda target: target.parameter_name is not None):
-        # By now it may be a layer, if another parameter of the module came before.
-        module: Any = target.parent._modules[target.child] if target.child else target.parent
-        extra = {} if target.parameter_name is None else {"parameter_name": target.parameter_name}
-        tuner._create_and_replace(
-            config, adapter_name, module, target.child, target.parent, current_key=target.key, **extra
-        )
-
-
-def _freeze_base(tuner: BaseTuner, before: Before) -> None:
-    """Freezes the base model, but for the biases that adapters have trained in place of its own."""
-    biases = [part for _, part in before.parts if isinstance(part, TrainedBiases)]
-    trained = {id(p) for part in biases for name in part.adapter_names() for p in part.adapter_parameters(name)}
-    for parameter, _ in before.trained:
-        if id(parameter) not in trained:
-            parameter.requires_grad = False
-
-
-def _join_in(tuner: BaseTuner, before: Before, adapter_name: str) -> None:
-    """Makes the adapter active if it is the first, and brings its new parts into the state of the others."""
-    inference_mode = tuner.peft_config[adapter_name].inference_mode
-    is_first = not tuner.active_adapters
-    if is_first:
-        tuner.set_adapter(adapter_name, inference_mode=inference_mode)
-    old, active = {id(part) for _, part in before.parts}, tuner.active_adapters
-    for _, part in tuner.parts():
-        if id(part) not in old:
-            if not is_first:
-                part.set_adapter(active, inference_mode)
-            part.enable_adapters(not before.disabled)
-
-
-def _take_out(tuner: BaseTuner, method: Method, model: nn.Module, adapter_name: str, before: Before) -> None:
-    """Takes an adapter that could not be added back out."""
-    old = {id(part) for _, part in before.parts}
-    tuner._parts, left = None, {}
-    for key, part in reversed(tuner.parts()):
-        if id(part) in old:
-            part.delete_adapter(adapter_name)
-        else:
-            left[part] = part.unload(merge=False)
-            put_back(model, key, left[part])
-    take_away_everywhere(model, left)
-    tuner.forget_shared(method, adapter_name)
-    method.planned = {}
-    tuner._parts = None
-    tuner.peft_config.pop(adapter_name, None)
-    before.restore(tuner, model)
-    method.removed(adapter_name)
 
 
 def _put_back(thing: Any, attributes: dict[str, Any]) -> None:

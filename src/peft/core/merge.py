@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from peft.core.adapted import AdaptedModule, Entry, Ledger, apply_to_bias
 from peft.core.base_op import ParameterOp
 from peft.core.change import Change, LowRank
 from peft.core.storage import onloaded, storage_of
 from peft.core.storage.sharded import is_managed, reshard
 
-if TYPE_CHECKING:
-    from peft.core.layer import AdapterLayer
-
-#: an adapter on a layer
-Entry = tuple["AdapterLayer", str]
-
-
 # ---- a weight with changes
 
 
-def apply(layer: AdapterLayer, changes: Sequence[Change], native: Tensor) -> Tensor:
+def apply(layer: AdaptedModule, changes: Sequence[Change], native: Tensor) -> Tensor:
     """A weight in the module's shape and dtype with changes, the very tensor where there are none.
 
     Computed in the dtype of the adapters.
@@ -43,15 +35,7 @@ def apply(layer: AdapterLayer, changes: Sequence[Change], native: Tensor) -> Ten
     return op.unmatrix(matrix, native).to(native.dtype)
 
 
-def apply_to_bias(changes: Sequence[Change], bias: Tensor | None) -> Tensor | None:
-    """A bias with changes; the very tensor where there is none that changes it."""
-    changed = bias
-    for change in changes:
-        changed = change.bias(changed)
-    return changed if changed is bias or changed is None or bias is None else changed.to(bias.dtype)
-
-
-def changed(layer: AdapterLayer, changes: Sequence[Change]) -> tuple[Tensor, Tensor | None]:
+def changed(layer: AdaptedModule, changes: Sequence[Change]) -> tuple[Tensor, Tensor | None]:
     """Weight (in the module's shape) and bias with these changes, on top of what the layers below make of them."""
     below = layer.below
     if below is not None and not isinstance(layer.op, ParameterOp):
@@ -63,7 +47,7 @@ def changed(layer: AdapterLayer, changes: Sequence[Change]) -> tuple[Tensor, Ten
     return weight, bias if bias is None else bias.to(native.dtype)
 
 
-def difference(layer: AdapterLayer, name: str) -> Tensor:
+def difference(layer: AdaptedModule, name: str) -> Tensor:
     """What adapter `name` by itself changes the matrix by: [out, in], in the dtype of the adapter."""
     base = layer.get_base_layer()
     with onloaded(base), without_dropout(layer), layer.gathered():
@@ -82,7 +66,7 @@ def difference(layer: AdapterLayer, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def bias_difference(layer: AdapterLayer, name: str) -> Tensor | None:
+def bias_difference(layer: AdaptedModule, name: str) -> Tensor | None:
     """What adapter `name` changes the bias by [out], if it does."""
     with onloaded(layer.get_base_layer()), without_dropout(layer), layer.gathered():
         bias = layer.get_base_bias()
@@ -93,7 +77,7 @@ def bias_difference(layer: AdapterLayer, name: str) -> Tensor | None:
 
 
 @contextmanager
-def without_dropout(*layers: AdapterLayer) -> Iterator[None]:
+def without_dropout(*layers: AdaptedModule) -> Iterator[None]:
     """While it lasts, what the adapters change is what it is in evaluation."""
     before = [layer.training for layer in layers]
     for layer in layers:
@@ -108,42 +92,8 @@ def without_dropout(*layers: AdapterLayer) -> Iterator[None]:
 # ---- merging
 
 
-@dataclass
-class Ledger:
-    """What is part of the tensors of a base module at present, and what it takes to undo that.
-
-    All layers around one base module share its ledger, so that what one of them merged is not lost to another.
-    """
-
-    #: in the order in which they were merged
-    entries: list[Entry] = field(default_factory=list)
-    #: those of them that are switched off, to be merged again when they are switched on
-    paused: list[Entry] = field(default_factory=list)
-    #: name of each changed tensor -> what its storage keeps of the original
-    originals: dict[str, Any] = field(default_factory=dict)
-    #: those that were merged for good
-    settled: list[Entry] = field(default_factory=list)
-    #: whether modules that share a changed tensor have kept the original
-    own: bool = False
-
-    def of(self, layer: AdapterLayer, paused: bool = False) -> list[str]:
-        """The adapters of a layer that are merged (or paused)."""
-        return [name for other, name in (self.paused if paused else self.entries) if other is layer]
-
-    def original(self, base: nn.Module, name: str) -> Tensor:
-        """A tensor of the base module as it was before anything was merged into it."""
-        storage = storage_of(base, name)
-        if name in self.originals:
-            return storage.original(base, name, self.originals[name])
-        return storage.read(base, name)
-
-    def nbytes(self, base: nn.Module) -> int:
-        """Bytes kept to undo it."""
-        return sum(storage_of(base, name).nbytes(before) for name, before in self.originals.items())
-
-
 def merge(
-    layer: AdapterLayer, names: Sequence[str], safe: bool = False, keep: bool = True, own: bool | None = None
+    layer: AdaptedModule, names: Sequence[str], safe: bool = False, keep: bool = True, own: bool | None = None
 ) -> None:
     """Makes adapters part of the base weight, in all or not at all.
 
@@ -163,7 +113,7 @@ def merge(
         ledger.settled, ledger.originals = list(ledger.entries), {}
 
 
-def unmerge(layer: AdapterLayer, names: Iterable[str] | None = None) -> None:
+def unmerge(layer: AdaptedModule, names: Iterable[str] | None = None) -> None:
     """Takes adapters of a layer (all if None) out of the base weight, those that are paused too."""
     gone = set(layer.adapter_names() if names is None else names)
     ledger = layer.ledger
@@ -173,7 +123,7 @@ def unmerge(layer: AdapterLayer, names: Iterable[str] | None = None) -> None:
         rewrite(layer, entries)
 
 
-def pause(layer: AdapterLayer) -> None:
+def pause(layer: AdaptedModule) -> None:
     """Takes what is merged out of the base weight until `resume`."""
     ledger = layer.ledger
     here = [entry for entry in ledger.entries if entry[0] is layer]
@@ -182,7 +132,7 @@ def pause(layer: AdapterLayer) -> None:
         ledger.paused = [*ledger.paused, *here]
 
 
-def resume(layer: AdapterLayer) -> None:
+def resume(layer: AdaptedModule) -> None:
     """Merges again what `pause` took out."""
     ledger = layer.ledger
     here = [entry for entry in ledger.paused if entry[0] is layer]
@@ -191,7 +141,7 @@ def resume(layer: AdapterLayer) -> None:
         ledger.paused = [entry for entry in ledger.paused if entry[0] is not layer]
 
 
-def check_finite(layer: AdapterLayer, names: Sequence[str]) -> None:
+def check_finite(layer: AdaptedModule, names: Sequence[str]) -> None:
     """Raises ValueError where merging these adapters would write what is not finite."""
     base, ledger = layer.get_base_layer(), layer.ledger
     with onloaded(base), torch.no_grad():
@@ -206,7 +156,7 @@ def _check_finite(values: Mapping[str, Tensor], names: Iterable[str]) -> None:
         )
 
 
-def rewrite(layer: AdapterLayer, entries: list[Entry], safe: bool = False, own: bool | None = None) -> None:
+def rewrite(layer: AdaptedModule, entries: list[Entry], safe: bool = False, own: bool | None = None) -> None:
     """Gives the base module's tensors the values that they have with exactly these adapters merged.
 
     All values are made from the originals before the first is written, and a call that ends early puts back what it
@@ -244,7 +194,7 @@ def rewrite(layer: AdapterLayer, entries: list[Entry], safe: bool = False, own: 
 
 def _values(base: nn.Module, ledger: Ledger, entries: Sequence[Entry]) -> dict[str, Tensor]:
     """The tensors of a base module with adapters merged: those of inner layers first, whatever was merged first."""
-    layers = sorted({id(layer): layer for layer, _ in entries}.values(), key=_depth)
+    layers = sorted({id(layer): layer for layer, _ in entries}.values(), key=AdaptedModule.count_below)
     values: dict[str, Tensor] = {}
     for layer in layers:
         names = [entry[1] for entry in entries if entry[0] is layer and entry not in ledger.settled]
@@ -263,11 +213,3 @@ def _values(base: nn.Module, ledger: Ledger, entries: Sequence[Entry]) -> dict[s
                 if changed_bias is not bias and changed_bias is not None:
                     values[bias_name] = changed_bias
     return values
-
-
-def _depth(layer: AdapterLayer) -> int:
-    """How many adapter layers are below one."""
-    depth, below = 0, layer.below
-    while below is not None:
-        depth, below = depth + 1, below.below
-    return depth

@@ -1,18 +1,22 @@
-"""What a method says about a whole model of its adapters; what it says about one module is in `layer`."""
+"""A model with its adapters, and what a method says about all of it; what it says about one module is in `layer`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from peft.config import PeftConfig
 from peft.core.layer import AdapterLayer
+from peft.core.part import Part, known
 from peft.core.plan import Plan
-from peft.core.slots import Slot
+from peft.core.slots import Buffers, Slot
+from peft.core.storage import place_of
 from peft.core.targets import default_targets, pattern_value
+from peft.core.walk import parts_of
 from peft.core.wrappers import state_names
 
 
@@ -34,10 +38,10 @@ class Method:
     #: slots whose tensors have nothing to do in some layers, and get no gradient there
     idle_slots: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, tuner: Any, layer_class: type[AdapterLayer], prefix: str):
+    def __init__(self, tuner: Adapters, layer_class: type[AdapterLayer], prefix: str):
         self.tuner, self.layer_class, self.prefix = tuner, layer_class, prefix
         #: slot -> container of the tensors that layers share, by adapter
-        self.shared: dict[str, nn.Module] = {}
+        self.shared: dict[str, Any] = {}
         #: base module and name of its parameter -> what `plan_settings` says of the layer, while an adapter is added
         self.planned: dict[tuple[int, str | None], dict[str, Any]] = {}
         slots = {name: slot for name, slot in layer_class.slots.items() if slot.shared}
@@ -138,6 +142,62 @@ class Method:
         """
         return {}
 
+    def make_shared(self, plan: Plan, config: Any, adapter_name: str) -> None:
+        """Makes what the layers of an adapter share, on the device of the base, and works out the place of each.
+
+        What a file is about to bring may be made without memory.
+        """
+        settings = self.plan_settings(plan, config)
+        layers = [layer for layer in plan.layers if layer.name in settings]
+        self.planned = {(id(layer.base), layer.parameter_name): settings[layer.name] for layer in layers}
+        if not self.shared or not plan.targets:
+            return
+        with torch.device("cpu"):  # also where the adapter itself is made without memory: it may not be in the file
+            made = self.share(plan, config, adapter_name)
+            if plan.waits_for_file and any(
+                _is_blank(made[name]) and not self.slot(name).is_stored(config, name) for name in made
+            ):
+                plan.waits_for_file = False
+                made = self.share(plan, config, adapter_name)
+        device = place_of(plan.targets[0].base)[0]
+
+        def placed(tensor: Tensor) -> Tensor:
+            return tensor if device is None or device.type == "meta" or tensor.is_meta else tensor.to(device)
+
+        for name, value in made.items():
+            container = self.shared[name]
+            if isinstance(value, nn.Module):
+                container[adapter_name] = value if device is None else value.to(device)
+            elif isinstance(value, Tensor):
+                container[adapter_name] = nn.Parameter(placed(value)) if self.slot(name).trained else placed(value)
+            else:
+                groups = nn.ParameterDict() if self.slot(name).trained else Buffers(container.persistent)
+                for group, tensor in value.items():
+                    groups[group] = placed(tensor)
+                container[adapter_name] = groups
+
+    def make_shared_again(self, adapter_name: str) -> None:
+        """Makes what the layers of an adapter share and no file has brought."""
+        containers = {name: held for name, held in self.shared.items() if adapter_name in held}
+        if not any(_is_blank(held[adapter_name]) for held in containers.values()):
+            return
+        before = {name: held[adapter_name] for name, held in containers.items()}
+        self.make_shared(Plan.of_layers(self.tuner.parts(), adapter_name), self.configs[adapter_name], adapter_name)
+        self.planned = {}
+        for name, old in before.items():
+            new = containers[name][adapter_name]
+            if isinstance(old, Tensor):
+                containers[name][adapter_name] = new if old.is_meta else old
+            elif isinstance(old, (nn.ParameterDict, Buffers)):
+                for group in old:
+                    new[group] = new[group] if old[group].is_meta else old[group]
+
+    def forget_shared(self, adapter_name: str) -> None:
+        """Removes what the layers of an adapter share."""
+        for container in self.shared.values():
+            if adapter_name in container:
+                del container[adapter_name]
+
     # ---- layer by layer
 
     def layer_settings(self, config: Any, key: str) -> dict[str, Any]:
@@ -169,8 +229,7 @@ class Method:
 
     def cast_shared(self, adapter_name: str, dtype: torch.dtype | None) -> None:
         """Brings the trained tensors that the layers of an adapter share to a dtype."""
-        containers: dict[str, Any] = dict(self.shared)
-        for slot, container in containers.items():
+        for slot, container in self.shared.items():
             if dtype is not None and self.slot(slot).trained and adapter_name in container:
                 held = container[adapter_name]
                 for parameter in [held] if isinstance(held, Tensor) else held.parameters():
@@ -198,10 +257,9 @@ class Method:
     def key_map(self, adapter_name: str, config: Any) -> dict[str, str]:
         """Names of tensors that layers of an adapter share: as files have them -> as the tuner has them."""
         keys = {}
-        containers: dict[str, Any] = dict(self.shared)
-        for name, container in containers.items():
+        for name, container in self.shared.items():
             if self.slot(name).is_stored(config, name) and adapter_name in container:
-                held: Any = container[adapter_name]
+                held = container[adapter_name]
                 groups = [""] if isinstance(held, Tensor) else [f".{group}" for group in state_names(held)]
                 keys.update({f"{name}{group}": f"{name}.{adapter_name}{group}" for group in groups})
         return keys
@@ -243,3 +301,109 @@ class Method:
             "path_initial_model_for_weight_conversion is for initialisations that change the base weights; that of"
             f" adapter {adapter_name!r} does not. Save without it."
         )
+
+
+class Adapters(nn.Module):
+    """A model and the adapters on it: which there are, where, and what their methods say.
+
+    Args:
+        model: the base model.
+    """
+
+    #: beginning of the names of the method's tensors
+    prefix: ClassVar[str] = ""
+    #: the layer of the method
+    layer_class: ClassVar[type[AdapterLayer]] = AdapterLayer
+    #: what the method says about a whole model
+    method_class: ClassVar[type[Method]] = Method
+    #: path from this object to the base model
+    holder: ClassVar[str] = "model"
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.hold(model)
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        record = getattr(model, "peft_config", None)
+        # A model that carries injected adapters keeps its own record of them.
+        self.peft_config: dict[str, Any] = {} if record is None or isinstance(record, PeftConfig) else record
+        self._parts: list[tuple[str, Part]] | None = None
+        self._active: list[str] = []
+        #: PEFT type -> what its method says
+        self._methods: dict[str, Method] = {}
+
+    def hold(self, model: nn.Module) -> None:
+        """Takes in the base model."""
+        self.model = model
+
+    def method(self, config: Any) -> Method:
+        """The method of an adapter with this configuration."""
+        if not self._methods:
+            self._methods[""] = self.method_class(self, self.layer_class, self.prefix)
+        return self._methods[""]
+
+    def methods(self) -> list[Method]:
+        """The methods of all adapters."""
+        return [self.method(config) for config in self.peft_config.values()] and list(self._methods.values())
+
+    def parts(self) -> list[tuple[str, Part]]:
+        """Adapter layers and trained modules of the model by name; found once and remembered."""
+        if self._parts is None:
+            self._parts = parts_of(self.model)
+        return self._parts
+
+    def layers(self) -> Iterator[AdapterLayer]:
+        """The adapter layers, outer ones before what they wrap."""
+        return (part for _, part in self.parts() if isinstance(part, AdapterLayer))
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter; a list if there are several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    def check_names(self, names: str | Sequence[str]) -> list[str]:
+        """`names` as a list.
+
+        Raises:
+            ValueError: some adapter does not exist.
+        """
+        return known(names, self.peft_config)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes these adapters the active ones, see `BaseTuner`."""
+        raise NotImplementedError
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the adapters are switched off."""
+        return any(part.disable_adapters for _, part in self.parts())
+
+    def key_map(self, adapter_name: str) -> dict[str, str]:
+        """Names of tensors that layers of an adapter share: as files have them -> as this object has them."""
+        config = self.peft_config[adapter_name]
+        return self.method(config).key_map(adapter_name, config)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("model", "_methods", "peft_config") or "_modules" not in self.__dict__:
+                raise
+        if not name.startswith("_"):
+            for method in self.__dict__.get("_methods", {}).values():
+                if hasattr(method, name):
+                    return getattr(method, name)
+        return getattr(self.model, name)
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a tensor, or one of those of a group each or of a module, has no memory."""
+    if isinstance(value, nn.Module):
+        value = value.state_dict()
+    return any(tensor.is_meta for tensor in ([value] if isinstance(value, Tensor) else value.values()))

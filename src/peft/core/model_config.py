@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,18 @@ MODEL_CONFIG_NAMES: dict[str, tuple[str, ...]] = {
 }
 #: where a configuration made of several keeps that of the text model
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "encoder")
+
+
+def model_config_of(model: nn.Module) -> dict[str, Any]:
+    """The model's configuration as a dictionary; empty where it has none."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    return dict(config) if isinstance(config, dict) else {}
 
 
 def read_model_config(model: nn.Module, field: str) -> Any:

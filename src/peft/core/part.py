@@ -9,9 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peft.core.routing import BASE
 from peft.core.slots import Record, Setting, Slot
 from peft.core.storage.sharded import gathered
 from peft.core.wrappers import state_names
+
+#: dtypes that adapters are not trained in
+UPCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Part(nn.Module):
@@ -284,9 +288,38 @@ class Part(nn.Module):
         """Decides what the next forward passes do; called whenever the state changes."""
 
 
+def trained_in(dtype: torch.dtype | None, autocast: bool) -> torch.dtype | None:
+    """The dtype of adapters beside a base weight of this one: with `autocast` they are not trained in halves."""
+    return torch.float32 if autocast and dtype in UPCAST_DTYPES else dtype
+
+
 def as_names(names: str | Iterable[str]) -> list[str]:
     """One name or several, as a list."""
     return [names] if isinstance(names, str) else list(names)
+
+
+def check_adapter_name(name: str, there: Iterable[str] = ()) -> None:
+    """Raises ValueError where a string cannot name a new adapter, beside those that are there."""
+    if not isinstance(name, str) or not name or "." in name or name == BASE:
+        raise ValueError(f"{name!r} cannot name an adapter: a name is a string without dots, and not {BASE!r}.")
+    if name in there:
+        raise ValueError(f"An adapter {name!r} exists already; delete it first, or choose another name.")
+
+
+def known(names: str | Iterable[str], there: Iterable[str], asked: str = "Adapter") -> list[str]:
+    """One name or several, as a list; `asked` says in a message what they were for.
+
+    Raises:
+        ValueError: some adapter is none of those that are there.
+    """
+    names, there = as_names(names), list(there)
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ValueError(
+            f"{asked} {', '.join(map(repr, missing))} not found: it does not exist; there are"
+            f" {', '.join(there) or 'none'}."
+        )
+    return names
 
 
 def without(parameters: Iterable[nn.Parameter], those: Iterable[nn.Parameter]) -> list[nn.Parameter]:

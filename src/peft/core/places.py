@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from peft.core.biases import TrainedBiases
+from peft.core.model_config import embeddings_of
 from peft.core.part import Part
 from peft.core.plan import Plan
 from peft.core.targets import base_of
@@ -23,10 +24,7 @@ def unite_embeddings(model: Any, plan: Plan) -> Callable[[], None] | None:
     Returns:
         What undoes it; None where there is nothing to do.
     """
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
+    embedding: Any = embeddings_of(model)
     named = {id(target.base) for target in plan.targets} | {
         id(base_of(model.get_submodule(live_key(model, key)))) for key in plan.save
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core import tensor_parallel
+from peft.core.adapted import to_init_from
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.base_op import BaseOp, ParameterOp, base_op
 from peft.core.layer import AdapterLayer
-from peft.core.making import start_of
+from peft.core.part import as_names
 from peft.core.storage import onloaded, storage_of
 from peft.core.targets import (
     DUMMY_TARGET_MODULES,
@@ -32,7 +32,7 @@ from peft.core.targets import (
     saved_as,
     target_name,
 )
-from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, PeftWarning
+from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, warn
 from peft.target_tables import LINEAR_INSIDE
 
 #: so many names that match nothing are named
@@ -72,11 +72,11 @@ class Target:
         return op
 
     def start_matrix(self, waits_for_file: bool) -> Tensor:
-        """The original base weight as a matrix [out, in], for what a new adapter has of it (see `making.start_of`)."""
+        """The original base weight as a matrix [out, in], for what a new adapter has of it."""
         base, name, module = self.base, self.op.weight_name, self.module
         with onloaded(base):
             read = module.ledger.original if isinstance(module, AdapterLayer) else storage_of(base, name).read
-            return start_of(self.op.matrix(read(base, name)), waits_for_file)
+            return to_init_from(self.op.matrix(read(base, name)), waits_for_file)
 
 
 @dataclass
@@ -154,46 +154,31 @@ def make_plan(
         ValueError: a module that matches cannot carry the method.
     """
     plan, also_target, matches = Plan(), set(also_target), matches or check_target_module_exists
-    used: set[str] = set()
+    used, inside_saved = set[str](), ""
     saved = {*(config.modules_to_save or ()), *also_save}
-    inside_saved: str | None = None
     parameters = set(getattr(config, "target_parameters", None) or ())
-    names, saved_modules = [], []
+    names: list[str] = []
+    saved_modules: dict[str, nn.Module] = {}
     for key, module, parent, child in model_places(model):
         names.append(key)
-        if inside_saved is not None and key.startswith(inside_saved):
+        if inside_saved and key.startswith(inside_saved):
             continue
         entry = saved_as(key, saved)
         if entry is not None:
             _check_saved(key, module)
-            plan.save.append(key)
-            saved_modules.append(module)
+            saved_modules[key] = module
             used.add(entry)
             inside_saved = f"{key}."
             continue
         if parameters:
             plan.targets += _parameter_targets(Target(key, module, parent, child), parameters, used)
-        if not key:
-            continue  # the model itself is in no module that could hold a layer in its place
-        if only is not None or key in also_target:
-            target_entry = key if key in (also_target if only is None else only) else None
-        else:
-            target_entry = matches(config, key)
-        if not target_entry:
-            if only is None and config.exclude_modules and matching_entry(config.target_modules, key):
-                plan.left_out.append(key)
-            continue
-        if isinstance(module, ModulesToSaveWrapper):
-            raise ValueError(
-                f"{key!r} is trained in full by another adapter (modules_to_save) and cannot get an adapter too."
-            )
-        used.add(target_entry)
-        inner = LINEAR_INSIDE.get(type(module).__name__)
-        if inner is not None:
-            key, module, parent, child = f"{key}.{inner}", getattr(module, inner), module, inner
-        plan.targets.append(Target(key, module, parent, child))
-    # Names may mean both what is around a linear layer and the layer.
-    plan.targets = list({target.name: target for target in plan.targets}.values())
+        by_name = also_target if only is None else only
+        target_entry = key if key in by_name else matches(config, key) if only is None else None
+        if target_entry and key:  # the model itself is in no module that could hold a layer in its place
+            used.add(target_entry)
+            plan.targets.append(_target_at(key, module, parent, child))
+        elif key and only is None and config.exclude_modules and matching_entry(config.target_modules, key):
+            plan.left_out.append(key)
     _drop_further_names(plan, saved_modules)
     _name_saved(plan, saved)
     _check_matches(plan, model, config, names, used, only)
@@ -203,24 +188,34 @@ def make_plan(
     return plan
 
 
+def _target_at(key: str, module: nn.Module, parent: nn.Module, child: str) -> Target:
+    """A module that gets an adapter, or the linear layer inside of it that does."""
+    if isinstance(module, ModulesToSaveWrapper):
+        raise ValueError(
+            f"{key!r} is trained in full by another adapter (modules_to_save) and cannot get an adapter too."
+        )
+    inner = LINEAR_INSIDE.get(type(module).__name__)
+    if inner is None:
+        return Target(key, module, parent, child)
+    return Target(f"{key}.{inner}", getattr(module, inner), module, inner)
+
+
 def _name_saved(plan: Plan, saved: set[str]) -> None:
     """Says which modules an entry of `modules_to_save` means, where their names differ."""
     for entry in sorted(saved - HEAD_NAMES):
         names = {key.rpartition(".")[2] for key in plan.save if saved_as(key, saved) == entry}
         if len(names) > 1:
-            warnings.warn(
-                f"modules_to_save={entry!r} means all modules whose names end with it: {', '.join(sorted(names))}.",
-                PeftWarning,
-                stacklevel=4,
-            )
+            warn(f"modules_to_save={entry!r} means all modules whose names end with it: {', '.join(sorted(names))}.")
 
 
-def _drop_further_names(plan: Plan, saved: list[nn.Module]) -> None:
+def _drop_further_names(plan: Plan, saved: dict[str, nn.Module]) -> None:
     """Leaves one name of modules that have several: what is put on a module is in all its places."""
+    # Names may mean both what is around a linear layer and the layer.
+    plan.targets = list({target.name: target for target in plan.targets}.values())
     targets = {(id(target.module), target.parameter_name): target for target in reversed(plan.targets)}
     plan.targets = [target for target in plan.targets if targets[id(target.module), target.parameter_name] is target]
-    first = {id(module): key for key, module in reversed(list(zip(plan.save, saved, strict=True)))}
-    plan.save = [key for key, module in zip(plan.save, saved, strict=True) if first[id(module)] == key]
+    first = {id(module): key for key, module in reversed(saved.items())}
+    plan.save = [key for key, module in saved.items() if first[id(module)] == key]
 
 
 def _check_saved(key: str, module: nn.Module) -> None:
@@ -283,26 +278,23 @@ def _check_matches(
     asked = sorted(config.target_modules) if isinstance(config.target_modules, (set, list)) else config.target_modules
     if not plan.targets and config.target_modules != DUMMY_TARGET_MODULES and only is None:
         raise NoMatchingPeftModuleError(_nothing_matches(plan, config, asked, where, names, model))
-    from_table = getattr(config, "_targets_are_defaults", False)
     parameters = set(getattr(config, "target_parameters", None) or ())
     # An entry may fit only what another, longer one or another setting takes; that is a match all the same.
     if not {*(asked if isinstance(asked, list) else ()), *parameters, *(config.modules_to_save or ())} <= used:
         used = used | {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
-    unmatched = []
-    if only is None and isinstance(config.target_modules, (set, list)) and not from_table:
-        unmatched += [
-            f"target_modules entry {entry!r}" + _did_you_mean(entry, names)
-            for entry in sorted(set(config.target_modules) - used)[:_MANY]
-        ]
-    for entry in sorted(parameters - used)[:_MANY]:
-        unmatched.append(
-            f"target_parameters entry {entry!r}" + _did_you_mean(entry, [n for n, _ in model.named_parameters()])
-        )
-    for entry in sorted(set(config.modules_to_save or ()) - used - HEAD_NAMES)[:_MANY]:
-        unmatched.append(f"modules_to_save entry {entry!r}" + _did_you_mean(entry, names))
-    excludes = config.exclude_modules or ()
-    for entry in [excludes] if isinstance(excludes, str) else sorted(excludes):
-        if not any(matching_entry([entry] if not isinstance(excludes, str) else entry, name) for name in names):
+
+    def missed(field: str, entries: Iterable[str], known: list[str]) -> list[str]:
+        left = sorted(set(entries) - used)[:_MANY]
+        return [f"{field} entry {entry!r}" + _did_you_mean(entry, known) for entry in left]
+
+    unmatched = missed("target_modules", asked, names) if isinstance(asked, list) and only is None else []
+    unmatched = [] if getattr(config, "_targets_are_defaults", False) else unmatched
+    if parameters:
+        unmatched += missed("target_parameters", parameters, [name for name, _ in model.named_parameters()])
+    unmatched += missed("modules_to_save", set(config.modules_to_save or ()) - HEAD_NAMES, names)
+    for entry in sorted(as_names(config.exclude_modules or ())):
+        rule = entry if isinstance(config.exclude_modules, str) else [entry]
+        if not any(matching_entry(rule, name) for name in names):
             unmatched.append(f"exclude_modules entry {entry!r}")
     for pattern_field in config.pattern_fields:
         for pattern in getattr(config, pattern_field, None) or ():
@@ -314,14 +306,11 @@ def _check_matches(
         missing = sorted(set([wanted] if isinstance(wanted, int) else wanted) - indices)
         if missing:
             unmatched.append(f"layers_to_transform index {', '.join(map(str, missing))}")
-        given = config.layers_pattern or ()
-        for pattern in [given] if isinstance(given, str) else given:
+        for pattern in as_names(config.layers_pattern or ()):
             if all(layer_index(name, pattern) is None for name in names):
                 unmatched.append(f"layers_pattern {pattern!r}")
     if unmatched:
-        warnings.warn(
-            f"In {where}, nothing matches the " + "; nor the ".join(unmatched) + ".", PeftRuntimeWarning, stacklevel=2
-        )
+        warn(f"In {where}, nothing matches the " + "; nor the ".join(unmatched) + ".", PeftRuntimeWarning)
 
 
 def _nothing_matches(

@@ -6,13 +6,14 @@ The one place that decides how: in one with a frozen linear layer, on top of it,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core import costs
+from peft.core.adapted import AdaptedModule
 from peft.core.base_op import ParameterOp
 from peft.core.call import calling
 from peft.core.change import Add, Change, LowRank, OnInput
@@ -25,11 +26,8 @@ from peft.ops.factored import FactoredWeight, warn_of_no_dropout
 from peft.ops.internals import is_fake
 from peft.ops.lora import compute_dtype, lora_linear, needs_plain
 
-if TYPE_CHECKING:
-    from peft.core.layer import AdapterLayer
 
-
-def run(layer: AdapterLayer, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def run(layer: AdaptedModule, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The module's output with these adapters, one on top of the other, the first next to the base module."""
     layout = layout_of(layer)
     if layout is not None:
@@ -53,7 +51,7 @@ def run(layer: AdapterLayer, names: Sequence[str], x: Tensor, *args: Any, **kwar
     return y if rest is None else (y, *rest)
 
 
-def _bias(layer: AdapterLayer, change: Change, before: Sequence[Change] = ()) -> Tensor | None:
+def _bias(layer: AdaptedModule, change: Change, before: Sequence[Change] = ()) -> Tensor | None:
     """The bias that is part of the output which a change acts on, where it has to know that."""
     if not change.needs_bias:
         return None
@@ -68,7 +66,7 @@ def _parts(output: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
     return (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
 
 
-def _first(layer: AdapterLayer, change: Change, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _first(layer: AdaptedModule, change: Change, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The base module with the change next to it, in one where that saves something and nobody can tell."""
     kind = type(change)
     if kind is LowRank or kind is Add or kind is OnInput:
@@ -83,7 +81,7 @@ def _first(layer: AdapterLayer, change: Change, x: Tensor, args: tuple[Any, ...]
     return y if rest is None else (y, *rest)
 
 
-def _fused(layer: AdapterLayer, change: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def _fused(layer: AdaptedModule, change: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The output of a frozen linear layer with one change; None where there is nothing to gain."""
     dtype = weight.dtype
     x = x if x.dtype == dtype else x.to(dtype)
@@ -111,7 +109,7 @@ def _fused(layer: AdapterLayer, change: Any, x: Tensor, weight: Tensor, bias: Te
     return None
 
 
-def _frozen_linear(layer: AdapterLayer, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+def _frozen_linear(layer: AdaptedModule, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight [out, in] and bias of the base module in the dtype that a product with `x` is computed in.
 
     None where the module is more than that product, is trained, or is watched: then it has to be called.
@@ -145,7 +143,7 @@ def is_watched(module: Any) -> bool:
 # ---- with a changed weight
 
 
-def _run_weight(layer: AdapterLayer, changes: Sequence[Change], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _run_weight(layer: AdaptedModule, changes: Sequence[Change], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The base module run with the weight that these changes make of its own."""
     base = layer.get_base_layer()
     if layer.op.own_forward and any(getattr(change, "dropout", 0) for change in changes):
@@ -157,7 +155,7 @@ def _run_weight(layer: AdapterLayer, changes: Sequence[Change], x: Tensor, *args
         weight, bias = _stand_in(layer, changes) or changed(layer, changes)
         if isinstance(layer.op, ParameterOp) and layer.below is not None:
             # Another parameter of the module has an adapter too, so the layers below must run as well.
-            inner: AdapterLayer | None = layer.below
+            inner: AdaptedModule | None = layer.below
             path = layer.op.weight_name
             while inner is not None:
                 path, inner = f"base_layer.{path}", inner.below
@@ -169,7 +167,7 @@ def _run_weight(layer: AdapterLayer, changes: Sequence[Change], x: Tensor, *args
         return layer.op.run(base, weight, bias, x, *args, **kwargs)
 
 
-def _stand_in(layer: AdapterLayer, changes: Sequence[Change]) -> tuple[Tensor, None] | None:
+def _stand_in(layer: AdaptedModule, changes: Sequence[Change]) -> tuple[Tensor, None] | None:
     """For bare parameters with low-rank changes: a weight that is multiplied with and never added up."""
     op = layer.op
     if not isinstance(op, ParameterOp) or not changes:
@@ -203,7 +201,7 @@ def _stand_in(layer: AdapterLayer, changes: Sequence[Change]) -> tuple[Tensor, N
 # ---- mixed batches
 
 
-def run_routed(layer: AdapterLayer, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def run_routed(layer: AdaptedModule, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The samples of each adapter run with that adapter."""
     op = layer.op
     rows = x.shape[op.batch_dim]
@@ -244,7 +242,7 @@ def _is_sequence_first(op: Any, x: Tensor, samples: int) -> bool:
 
 
 def _add_groups(
-    layer: AdapterLayer,
+    layer: AdaptedModule,
     route: Route,
     groups: Sequence[tuple[str, Tensor]],
     changes: dict[str, list[Change]],

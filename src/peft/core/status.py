@@ -117,9 +117,7 @@ def _plain_base(model: nn.Module) -> nn.Module:
 
 def _is_prompt(model: nn.Module) -> bool:
     configs = getattr(model, "peft_config", None)
-    return isinstance(configs, dict) and any(
-        c.is_prompt_learning for c in configs.values() if hasattr(c, "is_prompt_learning")
-    )
+    return isinstance(configs, dict) and any(getattr(c, "is_prompt_learning", False) for c in configs.values())
 
 
 def _layer_status(name: str, part: Part) -> TunerLayerStatus:

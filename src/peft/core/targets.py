@@ -11,7 +11,7 @@ from peft import patterns
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.base_op import LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
-from peft.core.model_config import embeddings_of
+from peft.core.model_config import embeddings_of, model_config_of
 from peft.target_tables import DEFAULT_TARGETS
 
 #: stands for "nothing", for configurations whose targets come from elsewhere
@@ -155,6 +155,21 @@ def default_targets(peft_type: str, model_type: str | None, model: nn.Module) ->
             + (f" Its linear layers are called {', '.join(linear[:12])}." if linear else "")
         )
     return targets if isinstance(targets, str) else set(targets)
+
+
+def named_targets(config: Any, model: nn.Module) -> Any:
+    """`target_modules`, with the defaults of the model's type in place of None, and names in place of "all-linear".
+
+    Raises:
+        ValueError: there are no defaults for it.
+    """
+    targets = config.target_modules
+    if targets is None:
+        targets = default_targets(config.peft_type, model_config_of(model).get("model_type"), model)
+    if targets == ALL_LINEAR:
+        heads = CLASSIFIER_NAMES if config.task_type == "SEQ_CLS" else ()
+        targets = all_linear(model, {*(config.modules_to_save or ()), *heads})
+    return targets
 
 
 def linear_modules(model: nn.Module) -> list[str]:

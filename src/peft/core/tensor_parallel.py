@@ -10,19 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from peft.core.adapted import AdaptedModule
 from peft.core.base_op import BaseOp
 from peft.core.merge import changed
 from peft.core.storage.sharded import data_parallel_dims, is_dtensor, is_managed, shared_out
 from peft.ops.internals import is_put_away
-
-if TYPE_CHECKING:
-    from peft.core.layer import AdapterLayer
 
 #: kind of module -> the dimension of its weight that its output features lie along; the others are not supported
 OUTPUT_DIM = {"Linear": 0, "Conv1D": 1, "Embedding": 1}
@@ -52,7 +50,7 @@ def check(key: str, module: nn.Module, op: BaseOp) -> None:
         )
 
 
-def layout_of(layer: AdapterLayer) -> Layout | None:
+def layout_of(layer: AdaptedModule) -> Layout | None:
     """How the module under a layer is shared out in the present forward pass; None if it is not."""
     base = layer.get_base_layer()
     held: Any = base._parameters.get(layer.op.weight_name)
@@ -75,7 +73,7 @@ class Layout:
         mesh, placements: how the weight of its module lies on which processes.
     """
 
-    def __init__(self, layer: AdapterLayer, mesh: Any, placements: Sequence[Any]):
+    def __init__(self, layer: AdaptedModule, mesh: Any, placements: Sequence[Any]):
         self._layer, self._mesh, self._placements = layer, mesh, placements
         self._output_dim = OUTPUT_DIM[layer.op.kind]
 
@@ -103,7 +101,7 @@ class Layout:
                 self._note_output(shape, y)
                 total = torch.zeros(shape, dtype=y.dtype, device=y.device)
                 for change in changes:
-                    total = change.leave(op, self, inputs, total)
+                    total = change.leave(op, self, inputs, total, None)
                 return y + self._apart(total, self._output, is_dtensor(y))
             seen = [self._whole_input(x)]
             for change in reversed(changes):

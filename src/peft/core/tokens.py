@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.core.base_op import base_op
-from peft.core.change import Change, Rows, Weight
+from peft.core.base_op import BaseOp, EmbeddingOp, base_op
+from peft.core.change import Change, Weight
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
 from peft.core.storage.flat import shape_of
 from peft.core.targets import check_target_module_exists, ends_with, model_modules, saved_as
 from peft.core.tying import input_embedding_name, tied_embedding_modules
 from peft.core.walk import live_key
+
+
+@dataclass(slots=True, eq=False)
+class Rows(Change):
+    """Some vectors of an embedding's weight (columns of the matrix), or rows of a linear layer's, replaced.
+
+    Attributes:
+        index: which, [n].
+        values: what they are replaced by, [n, dim].
+    """
+
+    index: Tensor
+    values: Tensor
+
+    def acts(self, op: BaseOp) -> bool:
+        return op.kind in ("Embedding", "Linear") and self.index.numel() > 0
+
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
+        # They go to their places in the output: that is less than putting them into the weight.
+        values, index = self.values.to(y.dtype), self.index
+        if op.kind != "Embedding":
+            bias = module.bias if module.bias is None else module.bias[index]
+            return y.index_copy(-1, index, F.linear(x.to(y.dtype), values, bias))
+        places = torch.full((op.in_features,), -1, device=x.device)
+        places[index] = torch.arange(len(index), device=x.device)
+        place, padding = places[x], module.padding_idx
+        padding = None if padding is None or places[padding] < 0 else int(places[padding])
+        trained = F.embedding(place.clamp(min=0), values, padding_idx=padding)
+        return torch.where((place >= 0).unsqueeze(-1), EmbeddingOp.scaled(module, trained), y)
+
+    def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+        values = self.values.to(matrix)
+        dim = 1 if op.kind == "Embedding" else 0
+        return matrix.index_copy(dim, self.index, values.T if dim else values)
 
 
 class TrainableTokensLayer(AdapterLayer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from peft.core.model_config import embeddings_of
 from peft.core.targets import check_target_module_exists, model_modules, saved_as
-from peft.errors import PeftWarning
+from peft.errors import warn
 
 
 def tied_embedding_modules(model: Any) -> list[str]:
@@ -52,7 +51,7 @@ def tie_configuration(config: Any, model: nn.Module) -> tuple[list[str], list[st
         return [], []
     tied = tied_embedding_modules(model)
     if not tied:
-        warnings.warn("ensure_weight_tying has no effect: the model ties no weights.", PeftWarning, stacklevel=3)
+        warn("ensure_weight_tying has no effect: the model ties no weights.")
         return [], []
     saved = config.modules_to_save or ()
     if any(saved_as(key, saved) for key in tied):
@@ -74,13 +73,11 @@ def warn_of_tied_targets(targets: Sequence[str], config: Any, model: nn.Module) 
     one = {id(get(key)) for key in hit}
     if hit and not getattr(config, "ensure_weight_tying", False) and len({id(get(key)) for key in tied}) > 1:
         others = [key for key in tied if key not in hit and id(get(key)) not in one]
-        warnings.warn(
+        warn(
             f"{', '.join(hit)} shares its weight with {', '.join(others) or 'each other'} (tied embeddings),"
             " and the adapter"
             " changes it alone. Merging gives it a weight of its own; to save the merged model so, set"
             " config.tie_word_embeddings=False, or else the copies become one again on loading."
             " ensure_weight_tying=True"
-            " keeps them the same.",
-            PeftWarning,
-            stacklevel=4,
+            " keeps them the same."
         )

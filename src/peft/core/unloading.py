@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -13,24 +11,22 @@ from peft.core import merge as merging
 from peft.core.around import see_to_fast_paths
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.layer import AdapterLayer
+from peft.core.method import Adapters
 from peft.core.part import Part, as_names
 from peft.core.places import take_away_everywhere
 from peft.core.storage.flat import SUMMON, is_cut_up
 from peft.core.tokens import TrainableTokensLayer
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import live_key, put_back, with_progress
-from peft.errors import PeftWarning
-
-if TYPE_CHECKING:
-    from peft.core.tuner import BaseTuner
+from peft.errors import warn
 
 
-def check_merge(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
+def check_merge(tuner: Adapters, adapter_names: Sequence[str] | None) -> None:
     """Warns of names that do not exist; raises NotImplementedError where some layer cannot merge an adapter."""
     names = tuner.active_adapters if adapter_names is None else as_names(adapter_names)
     unknown = [name for name in names if name not in tuner.peft_config]
     if unknown:
-        warnings.warn(f"Adapter {', '.join(unknown)} does not exist and is not merged.", PeftWarning, stacklevel=4)
+        warn(f"Adapter {', '.join(unknown)} does not exist and is not merged.")
     _check_not_cut(tuner)
     for layer in tuner.layers():
         for name in names:
@@ -38,7 +34,7 @@ def check_merge(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
                 layer.check_mergeable(name)
 
 
-def _check_not_cut(tuner: BaseTuner) -> None:
+def _check_not_cut(tuner: Adapters) -> None:
     """Raises RuntimeError where FSDP1 has the base weights in parts."""
     layers = ((layer.get_base_layer(), layer.op.weight_name) for layer in tuner.layers())
     held = {f"{name} of a {type(base).__name__}": getattr(base, name, None) for base, name in layers if name}
@@ -47,7 +43,7 @@ def _check_not_cut(tuner: BaseTuner) -> None:
         raise RuntimeError(f"The {cut} is shared out among processes by FullyShardedDataParallel: {SUMMON}.")
 
 
-def check_finite(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
+def check_finite(tuner: Adapters, adapter_names: Sequence[str] | None) -> None:
     """Raises ValueError where merging would write what is not finite."""
     for layer in tuner.layers():
         names = tuner.active_adapters if adapter_names is None else as_names(adapter_names)
@@ -56,7 +52,7 @@ def check_finite(tuner: BaseTuner, adapter_names: Sequence[str] | None) -> None:
             merging.check_finite(layer, here)
 
 
-def merge_all(tuner: BaseTuner, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
+def merge_all(tuner: Adapters, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
     """Merges adapters in all layers, or in none if one of them raises."""
     shared = _shared_weights(tuner.model)
     with ExitStack() as undo:
@@ -69,17 +65,17 @@ def merge_all(tuner: BaseTuner, adapter_names: Sequence[str] | None, safe_merge:
         undo.pop_all()
 
 
-def unmerge_all(tuner: BaseTuner) -> None:
+def unmerge_all(tuner: Adapters) -> None:
     """Takes out of all layers what is merged, or would be again when the adapters are switched on."""
     merged = [layer for layer in tuner.layers() if layer.merged or layer.ledger.of(layer, paused=True)]
     if not merged:
-        warnings.warn("No adapter is merged: nothing to do.", PeftWarning, stacklevel=3)
+        warn("No adapter is merged: nothing to do.")
     _check_not_cut(tuner)
     for layer in merged:
         layer.unmerge()
 
 
-def delete(tuner: BaseTuner, adapter_name: str) -> None:
+def delete(tuner: Adapters, adapter_name: str) -> None:
     """Takes an adapter out of all parts; if it was the only active one, the first that is left becomes active."""
     method = tuner.method(tuner.peft_config[adapter_name])
     del tuner.peft_config[adapter_name]
@@ -89,20 +85,20 @@ def delete(tuner: BaseTuner, adapter_name: str) -> None:
     if gone and tuner.peft_config:
         left = [next(iter(tuner.peft_config))]
         if active:
-            warnings.warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now.", PeftWarning, stacklevel=3)
+            warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now.")
     for _, part in tuner.parts():
         # A module that the deleted adapter did not train stays as it is, as in huggingface/peft.
         takes_over = isinstance(part, AdapterLayer) or part.has(adapter_name)
         part.delete_adapter(adapter_name)
         if gone and takes_over and part.has_any():
             part.set_adapter(left, bool(left) and tuner.peft_config[left[0]].inference_mode)
-    tuner.forget_shared(method, adapter_name)
+    method.forget_shared(adapter_name)
     tuner._active = left
     method.removed(adapter_name)
 
 
 def unload(
-    tuner: BaseTuner,
+    tuner: Adapters,
     merge: bool = True,
     progressbar: bool = False,
     safe_merge: bool = False,
@@ -121,11 +117,9 @@ def unload(
             if merge:
                 part.merge(safe_merge, adapter_names, keep=False, own=_is_shared(part, shared))
         elif merge and _is_left(tuner, part):
-            warnings.warn(
+            warn(
                 f"{type(tuner).__name__} leaves {key!r} in its {type(part).__name__}, with what was trained in effect;"
-                " its `current_module()` is the plain module.",
-                PeftWarning,
-                stacklevel=5,
+                " its `current_module()` is the plain module."
             )
             continue
         left[part] = part.unload(merge, adapter_names)
@@ -147,7 +141,7 @@ def unload(
     return model
 
 
-def _is_left(tuner: BaseTuner, part: Part) -> bool:
+def _is_left(tuner: Adapters, part: Part) -> bool:
     """Whether merging for good leaves a part where it is."""
     return isinstance(part, AuxiliaryTrainingWrapper) and not all(method.unwraps_saved for method in tuner.methods())
 
@@ -157,11 +151,7 @@ def _note_untied(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # type: ignore[union-attr]
-        warnings.warn(
-            "Merging gave embeddings and output layer weights of their own: config.tie_word_embeddings is now False.",
-            PeftWarning,
-            stacklevel=6,
-        )
+        warn("Merging gave embeddings and output layer weights of their own: config.tie_word_embeddings is now False.")
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -179,7 +169,7 @@ def _is_shared(layer: AdapterLayer, shared: set[int]) -> bool:
     return id(layer.own_weight) in shared and not (isinstance(layer, TrainableTokensLayer) and layer.has_twin)
 
 
-def _tied_alike(tuner: BaseTuner, names: Sequence[str]) -> list[str]:
+def _tied_alike(tuner: Adapters, names: Sequence[str]) -> list[str]:
     """The modules tied to the input embedding, if these adapters change them and keep them the same."""
     model: nn.Module = tuner.model
     tied = tied_embedding_modules(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from torch import nn
@@ -78,18 +77,6 @@ def live_key(model: nn.Module, key: str) -> str:
         module = getattr(module, name)
         path.append(name)
     return ".".join(path)
-
-
-def model_config_of(model: nn.Module) -> dict[str, Any]:
-    """The model's configuration as a dictionary; empty where it has none."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return {}
-    if hasattr(config, "to_dict"):
-        return config.to_dict()
-    if is_dataclass(config) and not isinstance(config, type):
-        return asdict(config)
-    return dict(config) if isinstance(config, dict) else {}
 
 
 def with_progress(items: list[Any], show: bool, label: str) -> Any:

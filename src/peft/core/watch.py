@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.call import current_route
 from peft.core.layer import AdapterLayer
+from peft.core.method import Adapters
 from peft.core.part import Part
 from peft.core.tokens import TrainableTokensLayer
-from peft.errors import PeftWarning
+from peft.errors import listed, warn
 from peft.ops.internals import is_transformed
-
-if TYPE_CHECKING:
-    from peft.core.tuner import BaseTuner
 
 #: training passes after which a layer that none of them has called is named: some blocks are left out at random
 _TRIES = 3
@@ -37,7 +34,7 @@ class Watch:
         self._went_back = False
         self._handles: list[Any] = []
 
-    def run(self, tuner: BaseTuner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, tuner: Adapters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output."""
         if torch.compiler.is_compiling() or is_transformed() or current_route() is not None or tuner.disabled:
             return tuner.model(*args, **kwargs)
@@ -57,7 +54,7 @@ class Watch:
             self._watch_gradients(tuner, output)
         return output
 
-    def _watch_calls(self, tuner: BaseTuner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _watch_calls(self, tuner: Adapters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layers = [(key, layer) for key, layer in _outer_layers(tuner) if id(layer) not in self._called]
         for _, layer in layers:
             layer.__dict__["forward"] = partial(_note_call, layer, self._called)
@@ -70,15 +67,13 @@ class Watch:
         self._passes += 1
         self._is_done_with_calls = not missed or not tuner.training or self._passes == _TRIES
         if missed and self._is_done_with_calls:
-            warnings.warn(
+            warn(
                 f"Adapters on {_listed(missed)} were not called in a forward pass of the whole model, so they had no"
-                " part in it. They may be for inputs of another kind; or the model does not call these modules at all.",
-                PeftWarning,
-                stacklevel=2,
+                " part in it. They may be for inputs of another kind; or the model does not call these modules at all."
             )
         return output
 
-    def _watch_gradients(self, tuner: BaseTuner, output: Any) -> None:
+    def _watch_gradients(self, tuner: Adapters, output: Any) -> None:
         parts = _trained_parts(tuner)
         values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
         tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
@@ -99,7 +94,7 @@ class Watch:
         for _, part in parts:
             self._handles += [p.register_hook(partial(note, id(part))) for p in _trained_parameters(part)]
 
-    def _report_gradients(self, tuner: BaseTuner) -> None:
+    def _report_gradients(self, tuner: Adapters) -> None:
         reached = self._reached or set()
         dead = [key for key, part in _trained_parts(tuner) if id(part) not in reached]
         if dead:
@@ -109,7 +104,7 @@ class Watch:
             self._end(tuner)
         self.let_go()
 
-    def _end(self, tuner: BaseTuner) -> None:
+    def _end(self, tuner: Adapters) -> None:
         tuner.__dict__.pop("_watch", None)
         self.is_over = True
         self.let_go()
@@ -127,7 +122,7 @@ class Watch:
         return Watch, ()
 
 
-def watch_anew(tuner: BaseTuner) -> None:
+def watch_anew(tuner: Adapters) -> None:
     """Has the next passes of a model watched, where that is not over for the adapters that are active now."""
     before = tuner.__dict__.pop("_watch", None)
     if before is not None:
@@ -144,7 +139,7 @@ def _note_call(layer: AdapterLayer, called: set[int], *args: Any, **kwargs: Any)
     return layer.forward(*args, **kwargs)
 
 
-def _outer_layers(tuner: BaseTuner) -> Iterable[tuple[str, AdapterLayer]]:
+def _outer_layers(tuner: Adapters) -> Iterable[tuple[str, AdapterLayer]]:
     """Layers with adapters that act when they are called; of several around one module the outermost."""
     inner = {id(layer.below) for layer in tuner.layers()}
     for key, part in tuner.parts():
@@ -158,7 +153,7 @@ def _trained_parameters(part: Part) -> list[nn.Parameter]:
     return [p for name in part.active_adapters for p in part.trainable_parameters(name) if p.requires_grad]
 
 
-def _trained_parts(tuner: BaseTuner) -> list[tuple[str, Part]]:
+def _trained_parts(tuner: Adapters) -> list[tuple[str, Part]]:
     return [
         (key, part)
         for key, part in tuner.parts()
@@ -179,15 +174,12 @@ def _can_be_watched(model: nn.Module) -> bool:
 
 
 def _warn_of_gradients(keys: Sequence[str]) -> None:
-    warnings.warn(
+    warn(
         f"Adapters on {_listed(keys)} got no gradient in training, so they stay as they are. Either the loss does not"
         " depend on these modules, or something around them lets no gradient through (torch.no_grad, a quantised layer"
-        " in evaluation mode, checkpointing of frozen inputs).",
-        PeftWarning,
-        stacklevel=2,
+        " in evaluation mode, checkpointing of frozen inputs)."
     )
 
 
 def _listed(keys: Sequence[str]) -> str:
-    names = [".".join(part for part in key.split(".") if part != "base_layer") for key in keys]
-    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more modules" if len(names) > 4 else "")
+    return listed([repr(".".join(part for part in key.split(".") if part != "base_layer")) for key in keys], 4)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from peft.core import merge as merging
 from peft.core.layer import AdapterLayer
+from peft.core.method import Adapters
 from peft.core.part import Part
-
-if TYPE_CHECKING:
-    from peft.core.tuner import BaseTuner
 
 _STATE = ("_active", "_trained", "_disable_adapters", "_trained_before_disable")
 
 
 @contextmanager
-def whole(tuner: BaseTuner, names: Sequence[str] | None = None, deleting: bool = False) -> Iterator[None]:
+def whole(tuner: Adapters, names: Sequence[str] | None = None, deleting: bool = False) -> Iterator[None]:
     """Gives all parts back the state they had if it ends by an error, an interrupt too.
 
     Args:

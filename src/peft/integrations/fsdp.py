@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
 
 from peft.core.layer import AdapterLayer
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.tuners.prompts.base import VirtualTokens
 
 
@@ -70,11 +69,9 @@ def _sharing_blocks(model: nn.Module, kinds: tuple[type, ...]) -> set[int]:
         places.update(parameters)
     shared = {id(block) for block in blocks if any(places[p] > 1 for p in trained[id(block)])}
     if shared:
-        warnings.warn(
+        warn(
             f"{len(shared)} of {len(blocks)} blocks train tensors that other parts of the model hold as well, which"
-            " FSDP keeps in one place: they become no units of their own, and are gathered with the rest of the model.",
-            PeftWarning,
-            stacklevel=3,
+            " FSDP keeps in one place: they become no units of their own, and are gathered with the rest of the model."
         )
     return shared
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from peft.core.model_config import embeddings_of
 from peft.core.storage.gradients import let_gradients_through
-from peft.errors import PeftWarning
+from peft.errors import warn
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -61,15 +60,13 @@ def prepare_model_for_kbit_training(
             let_gradients_through_inputs(model)
         _enable_gradient_checkpointing(model, gradient_checkpointing_kwargs)
     elif gradient_checkpointing_kwargs:
-        warnings.warn(
+        warn(
             "gradient_checkpointing_kwargs have no effect: "
             + (
                 "use_gradient_checkpointing is False."
                 if quantized
                 else f"{type(model).__name__} is not quantised, so its gradient checkpointing is left as it is."
-            ),
-            PeftWarning,
-            stacklevel=2,
+            )
         )
     return model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from peft.core.merge import bias_difference
 from peft.core.targets import target_name
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of, with_progress
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.ops.merging import svd_of_product
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import (
@@ -326,10 +325,8 @@ def report(errors: Mapping[str, float]) -> None:
     notable = {key: error for key, error in errors.items() if error > NOTABLE_ERROR}
     if notable:
         worst = sorted(notable, key=notable.__getitem__, reverse=True)[:3]
-        warnings.warn(
+        warn(
             f"The LoRA is not the adapter: on {len(notable)} of {len(errors)} modules it misses more than"
             f" {NOTABLE_ERROR:.0%} of the change ({', '.join(f'{key} {notable[key]:.0%}' for key in worst)}"
-            f"{', ...' if len(notable) > len(worst) else ''}). A higher rank comes nearer.",
-            PeftWarning,
-            stacklevel=3,
+            f"{', ...' if len(notable) > len(worst) else ''}). A higher rank comes nearer."
         )

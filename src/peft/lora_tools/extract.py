@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +10,10 @@ from torch import Tensor, nn
 from peft.core.base_op import base_op
 from peft.core.plan import make_plan
 from peft.core.storage import storage_of
-from peft.core.targets import ALL_LINEAR, all_linear, default_targets
-from peft.core.walk import model_config_of, with_progress
-from peft.errors import PeftWarning
+from peft.core.targets import ALL_LINEAR, named_targets
+from peft.core.walk import with_progress
+from peft.errors import warn
 from peft.lora_tools.convert import ConvertedLora, LayerChange, check_rank, decompose, report
-from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import adapter_rank, block_count, block_rank
 from peft.tuners.lora.kinds import LAYERS
@@ -62,48 +58,36 @@ def extract_lora(
         modules_to_save=list(modules_to_save) if modules_to_save else None,
         task_type=task_type,
     )
-    ours, theirs = dict(base.named_parameters()), dict(tuned.named_parameters())
-    different = [n for n in {**ours, **theirs} if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape]
-    if different:
-        raise ValueError(
-            f"{type(base).__name__} and {type(tuned).__name__} differ in structure: {', '.join(different[:4])} is not"
-            " in both, or not of the same shape."
-        )
-    wanted: Any = copy.copy(config)
-    if wanted.target_modules is None:
-        wanted.target_modules = default_targets(PeftType.LORA, model_config_of(base).get("model_type"), base)
-    if wanted.target_modules == ALL_LINEAR:
-        wanted.target_modules = all_linear(base, wanted.modules_to_save or ())
-    plan = make_plan(base, wanted, LoraLayer)
-    config.target_modules = wanted.target_modules
+    _check_structure(base, tuned)
+    config.target_modules = named_targets(config, base)
+    plan = make_plan(base, config, LoraLayer)
     config.base_model_name_or_path = base.__dict__.get("name_or_path")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
-    covered: set[str] = set()
+    covered: list[str] = []
     for target in with_progress(plan.targets, progressbar, "Extracting"):
         change = _difference(target.module, tuned.get_submodule(target.key))
-        block = change.rank_for(rank) if isinstance(rank, float) else block_rank(change.layer, rank)
-        most = change.s.shape[1]
-        if block > most:
-            raise ValueError(f"rank={rank} is larger than the weight of {target.key!r} allows ({most}).")
+        block = _block_rank(change, rank, target.key)
         ranks[target.key] = adapter_rank(change.layer, block)
-        place = f"base_model.model.{target.key}"
-        tensors.update({f"{place}.{name}": tensor for name, tensor in change.tensors(block).items()})
+        tensors.update({f"base_model.model.{target.key}.{name}": t for name, t in change.tensors(block).items()})
         errors[target.key] = change.error(block)
-        covered.add(f"{target.key}.{change.layer.op.weight_name}")
-    for key in plan.save:
-        for name, value in tuned.get_submodule(key).state_dict().items():
-            tensors[f"base_model.model.{key}.{name}"] = value.clone()
-            covered.add(f"{key}.{name}")
+        covered.append(f"{target.key}.{change.layer.op.weight_name}")
+    whole = {f"{key}.{name}": v for key in plan.save for name, v in tuned.get_submodule(key).state_dict().items()}
+    tensors |= {f"base_model.model.{name}": value.clone() for name, value in whole.items()}
+    config.r = config.lora_alpha = 1 if isinstance(rank, float) else rank
     if isinstance(rank, float):
-        config.r = config.lora_alpha = 1
         config.rank_pattern, config.alpha_pattern = dict(ranks), dict(ranks)
-    else:
-        config.r = config.lora_alpha = rank
     report(errors)
-    _report_rest(ours, theirs, covered)
+    _report_rest(base, tuned, {*covered, *whole})
     return ConvertedLora(config, tensors, errors)
+
+
+def _block_rank(change: LayerChange, rank: int | float, key: str) -> int:
+    block = change.rank_for(rank) if isinstance(rank, float) else block_rank(change.layer, rank)
+    if block > change.s.shape[1]:
+        raise ValueError(f"rank={rank} is larger than the weight of {key!r} allows ({change.s.shape[1]}).")
+    return block
 
 
 def _difference(before: nn.Module, after: nn.Module) -> LayerChange:
@@ -116,13 +100,23 @@ def _difference(before: nn.Module, after: nn.Module) -> LayerChange:
     return LayerChange(layer, *decompose(blocks), None)
 
 
-def _report_rest(ours: dict[str, Any], theirs: dict[str, Any], covered: set[str]) -> None:
+def _check_structure(base: nn.Module, tuned: nn.Module) -> None:
+    """Raises ValueError where two models do not have the same parameters."""
+    ours, theirs = ({name: p.shape for name, p in model.named_parameters()} for model in (base, tuned))
+    different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if different:
+        raise ValueError(
+            f"{type(base).__name__} and {type(tuned).__name__} differ in structure: {', '.join(different[:4])} is not"
+            " in both, or not of the same shape."
+        )
+
+
+def _report_rest(base: nn.Module, tuned: nn.Module, covered: set[str]) -> None:
     """Warns of what has changed and is not in the LoRA."""
-    rest = [n for n, before in ours.items() if n not in covered and not torch.equal(before, theirs[n].to(before))]
+    left = {name: value for name, value in base.named_parameters() if name not in covered}
+    rest = [name for name, value in left.items() if not torch.equal(value, tuned.get_parameter(name).to(value))]
     if rest:
-        warnings.warn(
+        warn(
             f"The LoRA leaves out {len(rest)} parameters that differ too ({', '.join(rest[:3])}"
-            f"{', ...' if len(rest) > 3 else ''}): add them to target_modules or modules_to_save.",
-            PeftWarning,
-            stacklevel=3,
+            f"{', ...' if len(rest) > 3 else ''}): add them to target_modules or modules_to_save."
         )

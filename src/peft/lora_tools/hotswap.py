@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -11,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from peft.checkpoint.files import read_adapter
-from peft.checkpoint.state import Places, Slot, adapter_slots, config_of
+from peft.checkpoint.state import Location, Places, config_of, locations_of
 from peft.config import PeftConfig, build_config
 from peft.core.combine import fill
 from peft.core.targets import saved_as, target_name
 from peft.core.walk import parts_of
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.registry import PeftType
+from peft.tuners.lora.base import TiedFactor
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import FACTOR_KEYS, adapter_rank, as_stacks, block_count, block_rank, load, store
-from peft.tuners.lora.layer import LoraLayer, TiedFactor, alpha_of, rank_of
+from peft.tuners.lora.layer import LoraLayer, alpha_of, rank_of
 
 #: settings that decide how an adapter's tensors are used, beyond its scale, and so have to be the same
 CONFIG_KEYS_TO_CHECK = {
@@ -157,7 +157,7 @@ def prepare_model_for_compiled_hotswap(
         message = "prepare_model_for_compiled_hotswap must be called before the model is compiled."
         if check_compiled == "error":
             raise ValueError(message)
-        warnings.warn(message, PeftWarning, stacklevel=2)
+        warn(message)
     plain = _plain(model)
     names = dict.fromkeys(name for layer in _layers_of(plain).values() for name in layer.adapter_names())
     if not names:
@@ -201,7 +201,7 @@ def _layers_of(model: nn.Module, name: str | None = None) -> dict[str, LoraLayer
 
 def _sorted_out(
     model: nn.Module, state_dict: Mapping[str, Tensor], name: str, config: LoraConfig, parameter_prefix: str
-) -> tuple[dict[str, Tensor], list[tuple[Slot, Tensor]]]:
+) -> tuple[dict[str, Tensor], list[tuple[Location, Tensor]]]:
     """The tensors of layers by the names that files have for them, and those of what is trained or saved beside.
 
     Raises RuntimeError where they are not those of an adapter that can take the place of adapter `name`.
@@ -210,11 +210,11 @@ def _sorted_out(
     def of_layer(key: str) -> bool:
         return any(part.startswith(parameter_prefix) for part in key.split("."))
 
-    slots = adapter_slots(model, name)
+    slots = locations_of(model, name)
     by_live_name = {slot.live_name: key for key, slot in slots.items()}
     places = Places(model, config, name, slots, ())
     given: dict[str, Tensor] = {}
-    beside: list[tuple[Slot, Tensor]] = []
+    beside: list[tuple[Location, Tensor]] = []
     unexpected = []
     for key, value in state_dict.items():
         here = by_live_name.get(key, key)

@@ -8,7 +8,6 @@ Anything else sees the sum, computed when it is first asked for.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from peft.errors import PeftRuntimeWarning
+from peft.errors import PeftRuntimeWarning, warn
 from peft.ops.lora import compute_dtype, lora_linear
 
 
@@ -163,10 +162,9 @@ def _dropped(x: Tensor, weight: FactoredWeight) -> Tensor:
 
 def warn_of_no_dropout() -> None:
     """Says that the input of an adapter's factors is nowhere to be had, so that nothing of it can be dropped."""
-    warnings.warn(
+    warn(
         "lora_dropout has no effect on a parameter that its module does more with than multiplying.",
         PeftRuntimeWarning,
-        stacklevel=2,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.optimizers.factors import Pair, lora_pairs, trainable
 
 
@@ -130,9 +129,7 @@ def _compare(model: Any, given: dict[str, Any], use_rslora: bool | None) -> None
             )
         other = [key for key, value in given.items() if getattr(config, key) != value]
         if other:
-            warnings.warn(
+            warn(
                 f"{', '.join(f'{key}={given[key]}' for key in other)} is not what the configuration of adapter {name!r}"
-                " says, which is what counts.",
-                PeftWarning,
-                stacklevel=3,
+                " says, which is what counts."
             )

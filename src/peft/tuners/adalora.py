@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ from peft.core.storage.flat import is_apart
 from peft.core.storage.sharded import put, whole
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.ops.rank_budget import budget_at, kept_ranks, orthogonality_gap, track_sensitivity, triplet_scores
 from peft.registry import PeftType
 
@@ -121,7 +120,7 @@ class AdaLoraConfig(LayerConfig, peft_type=PeftType.ADALORA):
         idle = [name for name in _NOT_USED if getattr(self, name) != plain[name]]
         if idle:
             hint = " (the rank is set by init_r and target_r)" if "r" in idle else ""
-            warnings.warn(f"AdaLoRA makes no use of {', '.join(idle)}{hint}.", PeftWarning, stacklevel=3)
+            warn(f"AdaLoRA makes no use of {', '.join(idle)}{hint}.")
         self._allocated = self.rank_pattern is not None
 
     def to_json_dict(self) -> dict[str, Any]:

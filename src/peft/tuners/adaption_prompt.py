@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PeftConfig
-from peft.core.injection import Before, check_adapter_name
+from peft.core.injection import Before
+from peft.core.model_config import model_config_of
+from peft.core.part import check_adapter_name, trained_in
 from peft.core.storage import place_of
 from peft.core.storage.flat import shape_of
 from peft.core.storage.sharded import agree, average_gradients
 from peft.core.targets import ends_with, model_modules
 from peft.core.tensor_parallel import check_heads
-from peft.core.tuner import UPCAST_DTYPES, BaseTuner
+from peft.core.tuner import BaseTuner
 from peft.core.undo import undone_on_error
-from peft.core.walk import get_submodules, model_config_of, put_back
+from peft.core.walk import get_submodules, put_back
 from peft.registry import PeftType
 
 #: model type -> name of its attention modules
@@ -88,7 +90,7 @@ class AdaptedAttention(nn.Module):
         """Makes the tensors of an adapter, without effect at the start."""
         projection: Any = self.model.c_attn if self.fused else self.model.k_proj
         device, dtype = place_of(projection)
-        dtype = torch.float32 if autocast and dtype in UPCAST_DTYPES else dtype
+        dtype = trained_in(dtype, autocast)
         width = shape_of(projection.weight)[0] if self.fused else projection.in_features
         prompt, gate = torch.randn(1, length, width, device=device), torch.zeros(1, device=device)
         self.kept[name] = nn.ParameterDict({"adaption_prompt": prompt.to(dtype), "adaption_gate": gate.to(dtype)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +17,7 @@ from peft.core.method import Method
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import add_rotated, butterfly, cayley, drop_blocks
 from peft.registry import PeftType
@@ -141,12 +140,10 @@ class BOFTMethod(Method):
 
     def check_config(self, adapter_name: str, config: BOFTConfig) -> None:
         if config.factors < config.boft_n_butterfly_factor and not config.inference_mode:
-            warnings.warn(
+            warn(
                 f"A new adapter gets one butterfly factor, not {config.boft_n_butterfly_factor}"
                 " (boft_n_butterfly_factor), as in huggingface/peft where it has not built its CUDA kernel."
-                " boft_all_factors=True gives it all.",
-                PeftWarning,
-                stacklevel=2,
+                " boft_all_factors=True gives it all."
             )
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -17,7 +16,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.ops.shards import Tiled, transform_shards
 from peft.registry import PeftType
 
@@ -47,7 +46,7 @@ class MissConfig(LayerConfig, peft_type=PeftType.MISS):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init_weights == "bat" and self.miss_dropout:
-            warnings.warn("miss_dropout has no effect with init_weights='bat'.", PeftWarning, stacklevel=3)
+            warn("miss_dropout has no effect with init_weights='bat'.")
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

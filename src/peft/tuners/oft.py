@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from peft.core.method import Method
 from peft.core.slots import ModuleSlot, Setting
 from peft.core.storage.flat import put_in_forward
 from peft.core.tuner import BaseTuner
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import add_rotated, cayley, cayley_neumann, drop_blocks, skew_symmetric
 from peft.registry import PeftType
@@ -76,12 +75,10 @@ class OFTConfig(LayerConfig, peft_type=PeftType.OFT):
             )
         written_by = (kwargs.get("peft_version") or "0").partition("@")[0]
         if kwargs.get("use_cayley_neumann") and Version(written_by) < Version("0.18.0"):
-            warnings.warn(
+            warn(
                 f"This OFT adapter was written by peft {kwargs.get('peft_version') or 'before 0.18'}; the"
                 " Neumann series was"
-                " changed in 0.18, so its effect is not the same here. Train it again, or use it with peft 0.17.",
-                PeftWarning,
-                stacklevel=4,
+                " changed in 0.18, so its effect is not the same here. Train it again, or use it with peft 0.17."
             )
         return super().check_kwargs(**kwargs)
 
@@ -163,7 +160,7 @@ def _fitting(setting: str, wanted: int, width: int) -> int:
     if width % wanted == 0:
         return wanted
     nearest = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - wanted))
-    warnings.warn(f"{setting}={wanted} does not divide {width}; {nearest} is taken there.", PeftWarning, stacklevel=2)
+    warn(f"{setting}={wanted} does not divide {width}; {nearest} is taken there.")
     return nearest
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +14,7 @@ from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Dropout, FixedSlot, ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import cayley, cayley_neumann, skew_symmetric
 from peft.ops.principal import principal_factors, scaled_change
@@ -76,7 +75,7 @@ class PsoftConfig(LayerConfig, peft_type=PeftType.PSOFT):
             if not 0 < self.cayley_neumann_eps < 1:
                 raise ValueError(f"cayley_neumann_eps must be between 0 and 1, got {self.cayley_neumann_eps}.")
             if not self.use_cayley_neumann:
-                warnings.warn("cayley_neumann_eps has no effect without use_cayley_neumann.", PeftWarning, stacklevel=3)
+                warn("cayley_neumann_eps has no effect without use_cayley_neumann.")
 
 
 class PsoftRotation(nn.Module):

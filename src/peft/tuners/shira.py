@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,7 +18,7 @@ from peft.core.slots import FixedSlot, Setting, Slot
 from peft.core.storage import onloaded
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.sparse import Entries, random_positions
 from peft.registry import PeftType
@@ -59,11 +58,7 @@ class ShiraConfig(LayerConfig, peft_type=PeftType.SHIRA):
         super().__post_init__()
         self.mask_fn: MaskFunction | None = None
         if self.mask_type != "random" and not self.inference_mode:
-            warnings.warn(
-                f"mask_type={self.mask_type!r} is not known here; set config.mask_fn to a function of your own.",
-                PeftWarning,
-                stacklevel=3,
-            )
+            warn(f"mask_type={self.mask_type!r} is not known here; set config.mask_fn to a function of your own.")
 
 
 class ShiraLayer(AdapterLayer):

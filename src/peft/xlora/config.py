@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.registry import PeftType
 
 
@@ -65,12 +64,11 @@ class XLoraConfig(PeftConfig, peft_type=PeftType.XLORA):
         self._saved_in: tuple[str, dict[str, Any]] | None = None
         self.check_top_k()
         if self.enable_softmax_topk and self.top_k_lora is None:
-            warnings.warn("enable_softmax_topk without top_k_lora is a softmax over all experts.", PeftWarning)
+            warn("enable_softmax_topk without top_k_lora is a softmax over all experts.")
         if self.enable_softmax_topk and self.enable_softmax:
-            warnings.warn(
+            warn(
                 "enable_softmax_topk applies a second softmax to what enable_softmax gives, which evens the weights"
-                " out; set enable_softmax=False.",
-                PeftWarning,
+                " out; set enable_softmax=False."
             )
 
     def check_top_k(self) -> None:

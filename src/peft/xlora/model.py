@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft.core.call import calling, current, fact
-from peft.core.injection import check_adapter_name
 from peft.core.layer import AdapterLayer
+from peft.core.part import check_adapter_name, trained_in
 from peft.core.storage.sharded import agree, average_gradients
-from peft.core.tuner import UPCAST_DTYPES
 from peft.core.wrappers import state_names
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraMethod, LoraModel
@@ -206,8 +205,7 @@ class XLoraModel(LoraModel):
             return
         layers = list(self.layers())
         device, dtype = layers[0].place()
-        if autocast_adapter_dtype and dtype in UPCAST_DTYPES:
-            dtype = torch.float32
+        dtype = trained_in(dtype, autocast_adapter_dtype)
         classifier = XLoraClassifier(config, len(config.adapters), len(layers)).to(device, dtype)
         for number, layer in enumerate(layers):
             layer.__dict__["layer_number"] = number
@@ -257,11 +255,8 @@ class XLoraModel(LoraModel):
         for name in self.mixture.experts:
             super().delete_adapter(name)
 
-    @contextmanager
-    def routed(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
-        if adapter_names is not None:
-            raise ValueError(NO_ROUTES)
-        yield
+    def routed(self, adapter_names: Sequence[str]) -> AbstractContextManager[Any]:
+        raise ValueError(NO_ROUTES)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("An X-LoRA model mixes its adapters itself; combine them before.")

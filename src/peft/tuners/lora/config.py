@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
 
-from peft.config import LayerConfig, as_subconfig
-from peft.errors import PeftWarning
+from peft.config import LayerConfig
+from peft.errors import warn
+from peft.fields import as_subconfig
 from peft.registry import PeftType
 from peft.tuners.lora.settings import (
     ArrowConfig,
@@ -141,7 +141,7 @@ class LoraConfig(LayerConfig, peft_type=PeftType.LORA):
             self.lora_ga_config = LoraGAConfig()
         for setting, start in (("eva_config", "eva"), ("corda_config", "corda"), ("lora_ga_config", "lora_ga")):
             if getattr(self, setting) is not None and self.init_lora_weights != start:
-                warnings.warn(f"{setting} has no effect without init_lora_weights={start!r}.", PeftWarning)
+                warn(f"{setting} has no effect without init_lora_weights={start!r}.")
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] = {}
 
     def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import nullcontext
 from itertools import islice
@@ -16,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 
 from peft.core.layer import AdapterLayer
 from peft.core.walk import live_key, put_back
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.ops.pca import IncrementalPca
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.kinds import Linear
@@ -98,6 +97,22 @@ class _Inputs:
         if before is not None and self.pca.components is not None:
             self.similarity = cosine_similarity(self.pca.components, before).abs()  # a direction has no sign
 
+    @property
+    def found(self) -> IncrementalPca:
+        """What is known of the components."""
+        assert self.pca is not None
+        return self.pca
+
+    def is_stable(self, count: int, tau: float) -> bool:
+        """Whether the first components stay as they are from batch to batch."""
+        return len(self.similarity) > 0 and bool((self.similarity[:count] >= tau).all())
+
+    def directions(self, count: int, whiten: bool) -> Tensor:
+        """The first components that were found [count, features]."""
+        assert self.found.components is not None
+        directions = self.found.components[:count]
+        return directions / self.found.singular_values[:count, None].sqrt() if whiten else directions
+
 
 def _gathered(rows: Tensor) -> Tensor:
     if not dist.is_initialized():
@@ -144,136 +159,126 @@ def get_eva_state_dict(
     Raises:
         ValueError: there is no data, no configuration, or no batch has as many rows as components are wanted.
     """
-    is_adapted = hasattr(model, "peft_config")
-    config = peft_config or (model.peft_config[adapter_name] if is_adapted else None)
-    if config is None:
-        raise ValueError("peft_config is needed for a model without an adapter.")
     if isinstance(dataloader, Sized) and len(dataloader) == 0:
         raise ValueError("The dataloader is empty.")
-    layers = _layers(model, adapter_name) if is_adapted else targeted(model, config)
-    names = _Names(layers, model, config)
-    prepare = prepare_layer_inputs_fn
-    unknown = sorted(set(prepare) - set(layers)) if isinstance(prepare, Mapping) else []
-    if unknown:
-        raise ValueError(f"prepare_layer_inputs_fn names {', '.join(unknown)}, which are no layers of the adapter.")
-    watched = {
-        name: _Inputs(name, prepare.get(name) if isinstance(prepare, Mapping) else prepare, gather_distributed_inputs)
-        for name in layers
-    }
+    config, layers = _layers(model, peft_config, adapter_name)
+    search = _Search(layers, config, _watched(layers, prepare_layer_inputs_fn, gather_distributed_inputs))
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def run(batch: Any) -> None:
-        batch = _moved(batch, names.device)
+        batch = _moved(batch, device)
         known = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
-        for inputs in watched.values():
+        for inputs in search.watched.values():
             inputs.batch = known
         forward_fn(model, batch)
 
     training = model.training
     model.eval()
-    handles = {name: layers[name].register_forward_pre_hook(inputs) for name, inputs in watched.items()}
     try:
         with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-            for batch in islice(dataloader, 1):
-                run(batch)
-            same = names.same_inputs(watched)
-            ranks = _until_found(names, watched, same, handles, dataloader, run, show_progress_bar)
+            ranks = search.until_found(dataloader, run, show_progress_bar)
     finally:
-        for handle in handles.values():
-            handle.remove()
+        search.let_go()
         model.train(training)
-    setting: Any = config.eva_config or EvaConfig()
-    found = {}
-    for name in layers:
-        pca = watched[same[name]].pca
-        assert pca is not None and pca.components is not None
-        directions = pca.components[: ranks[name]]
-        found[name] = directions / pca.singular_values[: ranks[name], None].sqrt() if setting.whiten else directions
-    return found
+    return search.directions(ranks)
 
 
-class _Names:
-    """The layers by name, and how many components of each are looked for."""
+def _watched(
+    layers: Mapping[str, nn.Module], prepare: PrepareLayer | Mapping[str, PrepareLayer] | None, gather: bool
+) -> dict[str, _Inputs]:
+    if not isinstance(prepare, Mapping):
+        return {name: _Inputs(name, prepare, gather) for name in layers}
+    unknown = sorted(set(prepare) - set(layers))
+    if unknown:
+        raise ValueError(f"prepare_layer_inputs_fn names {', '.join(unknown)}, which are no layers of the adapter.")
+    return {name: _Inputs(name, prepare.get(name), gather) for name in layers}
 
-    def __init__(self, layers: dict[str, nn.Module], model: nn.Module, config: LoraConfig):
+
+class _Search:
+    """The search for the directions of all layers.
+
+    Attributes:
+        watched: layer -> what is seen of its inputs.
+        same: layer -> the first one that has the same inputs, of which alone more is seen.
+        most: layer -> how many components are looked for.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], config: LoraConfig, watched: dict[str, _Inputs]):
         setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
-        self.tau = setting.tau
-        self.ranks = {name: rank_of(config, name) for name in layers}
-        self.budget = sum(self.ranks.values())
+        self.watched, self._setting, self.same = watched, setting, {name: name for name in layers}
+        ranks = {name: rank_of(config, name) for name in layers}
+        self._budget = sum(ranks.values())
         self.most = {}
         for name, layer in layers.items():
-            width = layer.get_base_layer() if isinstance(layer, AdapterLayer) else layer
-            self.most[name] = min(round(self.ranks[name] * setting.rho), getattr(width, "in_features", 2**31))
-        self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+            width = getattr(layer.get_base_layer() if isinstance(layer, AdapterLayer) else layer, "in_features", 2**31)
+            self.most[name] = min(round(ranks[name] * setting.rho), width)
+        self._handles = {name: layers[name].register_forward_pre_hook(inputs) for name, inputs in watched.items()}
 
-    def same_inputs(self, watched: dict[str, _Inputs]) -> dict[str, str]:
-        """For each layer, the first one that has the same inputs; that one looks for as many as all need."""
+    def let_go(self) -> None:
+        """Watches no longer."""
+        for handle in self._handles.values():
+            handle.remove()
+
+    def _tell_apart(self) -> None:
+        """Finds out which layers have the same inputs; the first of them looks for as many components as all need."""
         first: dict[Any, str] = {}
-        same = {name: first.setdefault(inputs.stamp, name) for name, inputs in watched.items()}
-        for name, one in same.items():
+        self.same = {name: first.setdefault(inputs.stamp, name) for name, inputs in self.watched.items()}
+        for name, one in self.same.items():
             self.most[one] = max(self.most[one], self.most[name])
-        for name, one in same.items():
+        for name, one in self.same.items():
             self.most[name] = self.most[one]
-            watched[name].pca = IncrementalPca(self.most[one]) if name == one else None
-        return same
+            if name == one:
+                self.watched[name].pca = IncrementalPca(self.most[one])
+            else:
+                self._handles[name].remove()
 
-    def share_out(self, watched: dict[str, _Inputs], same: dict[str, str]) -> dict[str, int]:
+    def _share_out(self) -> dict[str, int]:
         """The budget of ranks, given to the components that explain the largest shares of their layer's variance."""
         owners, shares = [], []
-        for name, one in same.items():
-            pca = watched[one].pca
-            assert pca is not None
-            owners += [name] * len(pca.shares)
-            shares.append(pca.shares)
-        order = torch.cat(shares).argsort(descending=True, stable=True)[: self.budget]
-        counts = dict.fromkeys(same, 0)
+        for name, one in self.same.items():
+            found = self.watched[one].found
+            owners += [name] * len(found.shares)
+            shares.append(found.shares)
+        order = torch.cat(shares).argsort(descending=True, stable=True)[: self._budget]
+        counts = dict.fromkeys(self.same, 0)
         for index in order.tolist():
             counts[owners[index]] += 1
         return counts
 
-
-def _until_found(
-    names: _Names,
-    watched: dict[str, _Inputs],
-    same: dict[str, str],
-    handles: dict[str, Any],
-    dataloader: Iterable[Any],
-    run: Callable[[Any], None],
-    show: bool,
-) -> dict[str, int]:
-    """Goes through the data until the components that count stay as they are; returns the ranks of the layers."""
-    sources = [name for name in watched if same[name] == name]
-    for name in watched:
-        if name not in sources:
-            handles[name].remove()
-    bar = _progress_bar(len(watched), show)
-    ranks = dict(names.most)
-    for _ in range(_MOST_PASSES):
-        for batch in dataloader:
+    def until_found(self, dataloader: Iterable[Any], run: Callable[[Any], None], show: bool) -> dict[str, int]:
+        """Goes through the data until the components that count stay as they are; returns the ranks of the layers."""
+        for batch in islice(dataloader, 1):
             run(batch)
-            if any(watched[name].pca.components is None for name in sources):  # type: ignore[union-attr]
-                continue
-            ranks = names.share_out(watched, same)
-            needed = {one: max(ranks[name] for name in same if same[name] == one) for one in sources}
-            stable = {one: _is_stable(watched[one].similarity, needed[one], names.tau) for one in sources}
-            done = [name for name, one in same.items() if stable[one]]
-            bar.n = len(done)
-            bar.refresh()
-            if len(done) == len(same):
-                bar.close()
-                return ranks
-        short = [name for name in sources if watched[name].pca.components is None]  # type: ignore[union-attr]
-        if short:
-            raise ValueError(
-                f"No batch has {names.most[short[0]]} positions for {short[0]!r}, as many as components are looked for:"
-                " use larger batches, a smaller rho or a smaller rank."
-            )
-    bar.close()
-    warnings.warn(f"EVA's directions still changed after {_MOST_PASSES} passes over the data.", PeftWarning)
-    return ranks
+        self._tell_apart()
+        sources, ranks = dict.fromkeys(self.same.values()), dict(self.most)
+        bar = _progress_bar(len(self.watched), show)
+        for _ in range(_MOST_PASSES):
+            for batch in dataloader:
+                run(batch)
+                if any(self.watched[name].found.components is None for name in sources):
+                    continue
+                ranks = self._share_out()
+                needed = {one: max(ranks[name] for name in self.same if self.same[name] == one) for one in sources}
+                stable = {one: self.watched[one].is_stable(needed[one], self._setting.tau) for one in sources}
+                bar.n = sum(stable[one] for one in self.same.values())
+                bar.refresh()
+                if bar.n == len(self.same):
+                    bar.close()
+                    return ranks
+            short = [name for name in sources if self.watched[name].found.components is None]
+            if short:
+                raise ValueError(
+                    f"No batch has {self.most[short[0]]} positions for {short[0]!r}, as many as components are looked"
+                    " for: use larger batches, a smaller rho or a smaller rank."
+                )
+        bar.close()
+        warn(f"EVA's directions still changed after {_MOST_PASSES} passes over the data.")
+        return ranks
 
-
-def _is_stable(similarity: Tensor, count: int, tau: float) -> bool:
-    return len(similarity) > 0 and bool((similarity[:count] >= tau).all())
+    def directions(self, ranks: dict[str, int]) -> dict[str, Tensor]:
+        """What was found for each layer: A [rank, in]."""
+        whiten = self._setting.whiten
+        return {name: self.watched[one].directions(ranks[name], whiten) for name, one in self.same.items()}
 
 
 def _progress_bar(total: int, show: bool) -> Any:
@@ -283,12 +288,15 @@ def _progress_bar(total: int, show: bool) -> Any:
     return tqdm(total=total, desc="EVA: layers whose directions are found", disable=not (show and first), leave=False)
 
 
-def _layers(model: Any, adapter_name: str) -> dict[str, nn.Module]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and module.has(adapter_name) and not module.with_attention
-    }
+def _layers(model: Any, config: Any, adapter_name: str) -> tuple[LoraConfig, Mapping[str, nn.Module]]:
+    """The configuration, and the layers by name: those that have the adapter, or would get it."""
+    if hasattr(model, "peft_config"):
+        linear = ((name, module) for name, module in model.named_modules() if isinstance(module, Linear))
+        here = {name: module for name, module in linear if module.has(adapter_name) and not module.with_attention}
+        return config or model.peft_config[adapter_name], here
+    if config is None:
+        raise ValueError("peft_config is needed for a model without an adapter.")
+    return config, targeted(model, config)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -375,7 +383,7 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
         if new != rank and setting.adjust_scaling_factors:  # type: ignore[union-attr]
             alpha = alpha * new / rank
         if directions is None:
-            warnings.warn(f"EVA has found nothing for {key!r}, which starts as usual.", PeftWarning)
+            warn(f"EVA has found nothing for {key!r}, which starts as usual.")
         trained = any(parameter.requires_grad for parameter in layer.adapter_parameters(adapter_name))
         dtype = layer.dtype_of(adapter_name)
         if new != rank or layer.factors(adapter_name)[0].is_meta:

@@ -150,15 +150,6 @@ class ParamWrapper(LoraLayer):
         """The parameter."""
         return getattr(self.get_base_layer(), self.op.weight_name)
 
-    def __getattr__(self, name: str) -> Any:
-        # Models read other attributes of the module (an expert count, say) through the wrapper.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_layer, name)
-
     @property
     def type_name(self) -> str:
         return "lora.ParamWrapper"

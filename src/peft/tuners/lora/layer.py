@@ -1,29 +1,25 @@
-"""The LoRA layer: what all kinds of base module have in common; the layers for each are in `kinds`."""
+"""The LoRA layer: what all kinds of base module have in common; the factors are in `base`, the layers in `kinds`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp, ConvOp, ParallelLinearOp, ParameterOp
-from peft.core.change import Change, LowRank
+from peft.core.change import Change
 from peft.core.layer import AdapterLayer
 from peft.core.part import without
-from peft.core.run import is_watched
-from peft.core.slots import ModuleSlot, Setting
+from peft.core.slots import Setting
 from peft.core.storage import onloaded, storage_of
-from peft.core.storage.flat import weight_of
 from peft.core.targets import get_pattern_key
-from peft.core.wrappers import unwrapped
+from peft.tuners.lora.base import FactorLayer, TiedFactor
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.megatron import check_megatron, check_parallel
-from peft.tuners.lora.starts import CORDA, GRADIENT, Remainder, Start, check_start, start_of
+from peft.tuners.lora.starts import CORDA, GRADIENT, Start, check_start, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.base import Variant
 
@@ -31,41 +27,7 @@ from peft.tuners.lora.variants.base import Variant
 _CONTAINERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
-class TiedFactor(nn.Module):
-    """A factor of the output layer's adapter that is one of the tied embedding's, transposed.
-
-    The output layer's weight is that of the embedding, [tokens, dim], and so are their changes: B A of the one is
-    (B A)^T = A^T B^T of the other.
-    """
-
-    bias = None
-
-    def __init__(self, factors: nn.ParameterDict, name: str):
-        super().__init__()
-        # Not registered: the parameter belongs to the embedding's adapter.
-        self.__dict__["_of"] = (factors, name)
-
-    @property
-    def weight(self) -> Tensor:
-        factors, name = self.__dict__["_of"]
-        return factors[name].T
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
-
-
-def is_plain(module: Any) -> bool:
-    """Whether a factor is the linear layer that it seems, with nobody watching."""
-    module = module if type(module) is nn.Linear else unwrapped(module)
-    return type(module) is nn.Linear and not is_watched(module) and "forward" not in module.__dict__
-
-
-def _call(factor: Any, x: Tensor) -> Tensor:
-    """A factor's own forward pass, in the dtype of its weight."""
-    return factor(x.to(factor.weight.dtype))
-
-
-class LoraLayer(AdapterLayer):
+class LoraLayer(FactorLayer):
     """A module with low-rank adapters: W' = W + scaling B A (arXiv:2106.09685).
 
     Per adapter: `lora_A[name].weight` [r, in] and `lora_B[name].weight` [out, r] (for embeddings the parameters
@@ -80,19 +42,9 @@ class LoraLayer(AdapterLayer):
         parameter_name: the parameter to adapt, for modules that hold bare parameters.
     """
 
-    lora_A: Any = ModuleSlot()  # nn.ModuleDict of nn.Linear (or of what stands for one)
-    lora_B: Any = ModuleSlot()
-    lora_dropout = ModuleSlot(trained=False, stored=False)
-    unit_slots = frozenset(("lora_A", "lora_B", "lora_magnitude_vector"))
     label = "lora"
     kinds = AdapterLayer.kinds | {ParallelLinearOp.kind}
 
-    r = Setting[int]()
-    lora_alpha = Setting[float]()
-    scaling = Setting[float]()
-    use_rslora = Setting[bool]()
-    use_dora = Setting[bool]()
-    lora_bias = Setting[bool]()
     lora_variant = Setting[Variant]()
     lora_start = Setting[Start]()
 
@@ -126,7 +78,7 @@ class LoraLayer(AdapterLayer):
         key = kwargs.get("target_name", "")
         self.add_adapter(adapter_name, config, kwargs.get("planned"), r=r, lora_alpha=lora_alpha, key=key)
         if "planned" not in kwargs:  # else the model does so when all its layers have the adapter
-            self.settle(adapter_name)
+            self.change_base(adapter_name)
 
     def create(self, name: str, config: LoraConfig, r: int = 0, lora_alpha: float | None = None, key: str = "") -> None:
         r = r or config.r
@@ -148,7 +100,7 @@ class LoraLayer(AdapterLayer):
             self.lora_variant[name] = variant
             for slot, kind in variant.slots.items():
                 self.add_slot(slot, kind)
-            self._leave(name, variant.create(self, name, config))
+            self.note_residual(name, variant.create(self, name, config))
 
     def _start(self, name: str, config: LoraConfig) -> None:
         """Gives A and B their start values, those of the method that the configuration names."""
@@ -158,77 +110,19 @@ class LoraLayer(AdapterLayer):
             return
         self.lora_start[name] = start
         if not self.factors(name)[0].is_meta:
-            self._leave(name, start.fill(self, name, config))
+            self.note_residual(name, start.fill(self, name, config))
 
-    def _leave(self, name: str, remainder: Remainder | None) -> None:
-        """Notes what is to be left of the base weight when adapter `name` is complete."""
-        if remainder is not None:
-            self.__dict__.setdefault("_remainders", {})[name] = remainder
-
-    def start_weight(self, name: str) -> Tensor:
-        """The base weight [out, in] as it will be when adapter `name` is there."""
-        weight = self.op.matrix(self.get_base_weight())
-        remainder: Remainder | None = self.__dict__.get("_remainders", {}).get(name)
-        return weight if remainder is None else remainder(weight)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.__dict__.get("_remainders", {}).pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
-
-    def settle(self, name: str) -> Any:
-        if name not in self.__dict__.get("_remainders", ()):
+    def change_base(self, name: str) -> Any:
+        if name not in self.lora_residual:
             return None
         base = self.get_base_layer()
         with onloaded(base), torch.no_grad():
             weight = self.op.unmatrix(self.start_weight(name), self.get_base_weight())
             before = storage_of(base, self.op.weight_name).write(base, self.op.weight_name, weight)
-        del self.__dict__["_remainders"][name]
+        del self.lora_residual[name]
         for found in (CORDA, GRADIENT):  # what has served its purpose
             base.__dict__.pop(found, None)
         return before
-
-    def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
-        """Makes A and B as layers of torch start: so an adapter starts without `init_lora_weights`."""
-        modules: Any = self._modules
-        modules["lora_A"]._modules[name] = nn.Linear(self.in_features, r, bias=False)
-        modules["lora_B"]._modules[name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
-
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
-        """Gives an adapter its start values: A at random, B zero; with False it keeps those it was made with."""
-        a, b = self.factors(adapter_name)
-        if a.is_meta or init_lora_weights is False:
-            return
-        draw_(a.data, self.r[adapter_name], init_lora_weights)
-        b.data.zero_()
-        if self.lora_bias[adapter_name]:
-            self.lora_B[adapter_name].bias.data.zero_()
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A and B as they are stored."""
-        modules: Any = self._modules  # past `__getattr__`, which takes longer than the rest
-        return _weight(modules["lora_A"]._modules[name]), _weight(modules["lora_B"]._modules[name])
-
-    def flat_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B as matrices [r, in] and [out, r]."""
-        return a, b
-
-    def low_rank(self, name: str) -> LowRank:
-        """scaling B A, and the bias that belongs to it."""
-        modules: Any = self._modules
-        a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        scaling = self.records[name].scaling
-        bias = b._parameters.get("bias")
-        offset = None if bias is None else bias * scaling
-        down, up = self.flat_factors(_weight(a), _weight(b))
-        change = LowRank(down, up, scaling, self.dropout_of(name), offset)
-        # Somebody wants to see them called; FSDP has done so to bring their weights together.
-        if self.op.linear and not (is_plain(a) and is_plain(b)):
-            change.low, change.high = partial(_call, a), partial(_call, b)
-        return change
-
-    def product(self, name: str) -> Tensor:
-        """scaling B A as a matrix: [out, in]."""
-        return self.low_rank(name).delta()
 
     def change(self, name: str) -> Change | Iterable[Change]:
         variant = self.records[name].__dict__.get("lora_variant")
@@ -252,12 +146,6 @@ class LoraLayer(AdapterLayer):
         for variant in self.lora_variant.values():
             variant.forget()
         return super().train(mode)
-
-    def dropout_of(self, name: str) -> float:
-        """Probability of dropout on the adapter's input at present."""
-        modules: Any = self._modules
-        dropout = modules["lora_dropout"]._modules[name]
-        return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
     def key_map(self, name: str) -> dict[str, str]:
         if not self.has(name):
@@ -352,19 +240,3 @@ def rank_of(config: LoraConfig, key: str) -> int:
 def alpha_of(config: LoraConfig, key: str) -> float:
     """Its lora_alpha."""
     return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
-
-
-def draw_(a: Tensor, r: int, init_lora_weights: bool | str) -> None:
-    """Gives an A of rank `r` random start values."""
-    if init_lora_weights == "gaussian":
-        a.normal_(std=1 / r)
-    else:
-        nn.init.kaiming_uniform_(a, a=5**0.5)
-
-
-def _weight(factor: Any) -> Tensor:
-    try:
-        return factor._parameters["weight"]  # faster than the attribute, and ZeRO-3 gathers it as well
-    except KeyError:
-        return weight_of(factor)
-

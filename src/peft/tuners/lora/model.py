@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,18 +17,19 @@ from peft.core.method import Method
 from peft.core.part import as_names
 from peft.core.plan import Plan
 from peft.core.tuner import BaseTuner
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.ops.merging import SignMethod
+from peft.tuners.lora.base import TiedFactor
 from peft.tuners.lora.combine import Combination, add_weighted_adapter
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import FACTOR_KEYS
 from peft.tuners.lora.kinds import LAYERS, Embedding, Linear
-from peft.tuners.lora.layer import LoraLayer, TiedFactor, alpha_of, check_config, rank_of
+from peft.tuners.lora.layer import LoraLayer, alpha_of, check_config, rank_of
 from peft.tuners.lora.parallel import LoraParallelLinear
 from peft.tuners.lora.quantised import linear_class
 from peft.tuners.lora.starts import drawn_from, settle_seed, start_of
 from peft.tuners.lora.variants import variant_of
-from peft.tuners.lora.variants.alora import Watch
+from peft.tuners.lora.variants.alora import Invocations
 from peft.tuners.lora.variants.dora import Dora
 from peft.tuners.lora.variants.kasa import Kasa
 from peft.tuners.lora.variants.monteclora import Monteclora
@@ -76,11 +76,9 @@ class LoraMethod(Method):
         modules = [target for target in plan.targets if target.parameter_name is None] if config.lora_bias else []
         bare = [target.key for target in modules if getattr(target.base, target.op.bias_name or "", 0) is None]
         if bare:
-            warnings.warn(
+            warn(
                 f"lora_bias=True, and {len(bare)} modules, such as {bare[0]!r}, have no bias: the adapter cannot be"
-                " merged into them.",
-                PeftWarning,
-                stacklevel=3,
+                " merged into them."
             )
 
     def layer_settings(self, config: LoraConfig, key: str) -> dict[str, Any]:
@@ -148,9 +146,9 @@ class LoraMethod(Method):
 
     def _watch_calls(self) -> None:
         """Sees to it that the base model's calls are watched as long as some adapter needs that."""
-        wanted = bool(Watch(self).tokens())
+        wanted = bool(Invocations(self).tokens())
         if wanted and not self._watching:
-            watch = Watch(self)
+            watch = Invocations(self)
             before = self.model.register_forward_pre_hook(watch.before, with_kwargs=True)
             self._watching = before, self.model.register_forward_hook(watch.after, always_call=True)
         elif not wanted:
@@ -164,7 +162,7 @@ class LoraMethod(Method):
     @contextmanager
     def _generating(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        watch = Watch(self)
+        watch = Invocations(self)
         facts = watch.prompt(prompt) if watch.tokens() else {}
         with super().around_generate(args, kwargs), calling(**facts):
             yield
@@ -174,11 +172,9 @@ class LoraMethod(Method):
             config = self.configs.get(name)
             by_eva = isinstance(config, LoraConfig) and config.init_lora_weights == "eva"
             if by_eva and not hasattr(config, "_said_by") and "_eva_has_run" not in config.__dict__:
-                warnings.warn(
+                warn(
                     f"Adapter {name!r} is trained from A and B as they start by default: init_lora_weights='eva' has no"
-                    " effect before initialize_lora_eva_weights(model, dataloader).",
-                    PeftWarning,
-                    stacklevel=2,
+                    " effect before initialize_lora_eva_weights(model, dataloader)."
                 )
 
     # ---- losses

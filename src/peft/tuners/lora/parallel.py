@@ -13,8 +13,9 @@ from torch.func import functional_call
 from peft.core.base_op import BaseOp, ParallelLinearOp
 from peft.core.change import LowRank
 from peft.ops.lora import compute_dtype
+from peft.tuners.lora.base import draw_
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import LoraLayer, draw_
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.megatron import mark_whole, own_part, parallel_factor
 
 
@@ -83,9 +84,7 @@ class _ParallelLowRank(LowRank):
 
     modules: tuple[Any, Any] = (None, None)
 
-    def leave(
-        self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None = None, fresh: bool = False
-    ) -> Tensor:
+    def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
         (a, b), dtype, parallel = self.modules, compute_dtype(x), op
         assert isinstance(parallel, ParallelLinearOp)
         x = F.dropout(x.to(dtype), self.dropout) if self.dropout else x.to(dtype)

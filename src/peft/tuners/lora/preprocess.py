@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from peft.core.base_op import LinearOp, TransposedOp, base_op
 from peft.core.plan import make_plan
 from peft.core.storage import storage_of
-from peft.core.targets import ALL_LINEAR, all_linear, default_targets
-from peft.core.walk import model_config_of, with_progress
+from peft.core.targets import named_targets
+from peft.core.walk import with_progress
 from peft.pickles import read_pickle
-from peft.registry import PeftType
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, rank_of
 from peft.tuners.lora.settings import CordaConfig, LoraGAConfig
@@ -33,11 +32,7 @@ def targeted(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """
     plain: Any = copy.copy(config)
     plain.init_lora_weights = True
-    if plain.target_modules is None:
-        model_type = model_config_of(model).get("model_type")
-        plain.target_modules = default_targets(PeftType.LORA, model_type, model)
-    if plain.target_modules == ALL_LINEAR:
-        plain.target_modules = all_linear(model, plain.modules_to_save or ())
+    plain.target_modules = named_targets(plain, model)
     plan = make_plan(model, plain, LoraLayer)
     found = {t.key: t.module for t in plan.targets if isinstance(base_op(t.module), (LinearOp, TransposedOp))}
     if not found:

@@ -7,31 +7,26 @@ the model as a whole is unchanged: they return what is left of a weight, which i
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import as_subconfig
 from peft.core.base_op import BaseOp
 from peft.core.storage import onloaded, storage_of
-from peft.errors import PeftWarning
+from peft.errors import warn
+from peft.fields import as_subconfig
 from peft.ops.principal import randomised_svd
 from peft.ops.quantise import int8_rounded, nf4_rounded
+from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.settings import LoftQConfig, LoraGAConfig
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
-    from peft.tuners.lora.layer import LoraLayer
 
 #: where `preprocess` leaves what it found on a base module
 CORDA, GRADIENT = "eigens", "_peft_loraga_grad"
-#: what is left of a base weight [out, in] when an adapter has started
-Remainder = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Start:
     """One way to start.
 
     Attributes:
-        fill: gives A and B their values; returns the remainder if the base weight changes.
+        fill: gives A and B their values; returns the residual if the base weight changes.
         kinds: kinds of base module it works on.
         changes_base: whether it changes the base weight.
         takes_product: whether it takes scaling B A out of it, and no more.
@@ -47,7 +42,7 @@ class Start:
         check: raises ValueError where it cannot be made: (configuration, module's name, module, rank).
     """
 
-    fill: Callable[[LoraLayer, str, LoraConfig], Remainder | None]
+    fill: Callable[[FactorLayer, str, LoraConfig], Residual | None]
     kinds: frozenset[str] = frozenset(("Linear", "Conv1D", "Embedding"))
     changes_base: bool = False
     takes_product: bool = False
@@ -55,7 +50,7 @@ class Start:
     check: Callable[[LoraConfig, str, nn.Module, int], None] = lambda config, name, module, r: None
 
 
-def heavy(tensor: Tensor, config: Any) -> Tensor:
+def to_compute(tensor: Tensor, config: Any) -> Tensor:
     """`tensor` in float32 where a decomposition of it is made: on the accelerator, if it may go there for that."""
     device = tensor.device
     if config.runtime_config.ephemeral_gpu_offload and device.type == "cpu":
@@ -65,27 +60,27 @@ def heavy(tensor: Tensor, config: Any) -> Tensor:
     return tensor.to(device=device, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
-def base_matrix(layer: LoraLayer, config: LoraConfig) -> Tensor:
+def base_matrix(layer: FactorLayer, config: LoraConfig) -> Tensor:
     """The base weight [out, in], ready for a decomposition."""
     with onloaded(layer.get_base_layer()):
-        return heavy(layer.op.matrix(layer.get_base_weight()).detach(), config)
+        return to_compute(layer.op.matrix(layer.get_base_weight()).detach(), config)
 
 
-def fill_factors(layer: LoraLayer, name: str, a: Tensor, b: Tensor) -> None:
+def fill_factors(layer: FactorLayer, name: str, a: Tensor, b: Tensor) -> None:
     """Copies A [r, in] and B [out, r] into an adapter."""
     for factor, values in zip(layer.factors(name), (a, b), strict=True):
         with torch.no_grad():
             factor.copy_(values.reshape(factor.shape))
 
 
-def without_product(layer: LoraLayer, name: str) -> Remainder:
+def without_product(layer: FactorLayer, name: str) -> Residual:
     """W - s B A, for the values that the factors have when it is asked for."""
 
-    def remainder(weight: Tensor) -> Tensor:
+    def residual(weight: Tensor) -> Tensor:
         change = layer.product(name).to(weight.device)
         return (weight.to(change.dtype) - change).to(weight.dtype)
 
-    return remainder
+    return residual
 
 
 def _in_two(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -105,12 +100,10 @@ def settle_seed(config: LoraConfig) -> None:
         # Where the seed has just been set, it says it all, and draws are what they would be without this.
         config.init_seed = torch.initial_seed() if _is_fresh() else int(torch.randint(2**31, ()))
     else:
-        warnings.warn(
+        warn(
             f"The file does not say what init_lora_weights={start!r} was drawn from (init_seed), and the adapter needs"
             " the base weights that this start left: they are drawn anew, and outputs are off by the difference. Where"
-            " the adapter was trained, save it with path_initial_model_for_weight_conversion.",
-            PeftWarning,
-            stacklevel=2,
+            " the adapter was trained, save it with path_initial_model_for_weight_conversion."
         )
 
 
@@ -130,7 +123,7 @@ def drawn_from(seed: int | None) -> Iterator[None]:
         yield
 
 
-def _pissa(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
+def _pissa(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
     """The r largest singular values of W and their vectors (arXiv:2404.02948)."""
     weight, r = base_matrix(layer, config), layer.r[name]
     steps = re.search(r"\d+$", str(config.init_lora_weights))
@@ -142,14 +135,14 @@ def _pissa(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
     return without_product(layer, name)
 
 
-def _olora(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
+def _olora(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
     """The first r columns of Q and rows of R of W = Q R (arXiv:2406.01775)."""
     q, r = torch.linalg.qr(base_matrix(layer, config))
     fill_factors(layer, name, r[: layer.r[name]], q[:, : layer.r[name]])
     return without_product(layer, name)
 
 
-def _orthogonal(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+def _orthogonal(layer: FactorLayer, name: str, config: LoraConfig) -> None:
     """A and B of random directions in two halves of an orthonormal basis, so that B A is zero though neither is."""
     r = layer.r[name]
     basis, _ = torch.linalg.qr(torch.randn(r, r))
@@ -159,18 +152,18 @@ def _orthogonal(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     fill_factors(layer, name, a.T, b)
 
 
-def _mica(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+def _mica(layer: FactorLayer, name: str, config: LoraConfig) -> None:
     """B the left singular vectors of the r smallest singular values of W, A zero (arXiv:2604.01694)."""
     u, _, _ = torch.linalg.svd(base_matrix(layer, config), full_matrices=False)
     fill_factors(layer, name, torch.zeros_like(layer.factors(name)[0]), u[:, -layer.r[name] :])
 
 
-def _zero(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+def _zero(layer: FactorLayer, name: str, config: LoraConfig) -> None:
     """A at random as it was made, B zero."""
     nn.init.zeros_(layer.factors(name)[1])
 
 
-def _corda(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
+def _corda(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
     """Singular values and vectors of W C, C the covariance of the inputs, with C taken out again (arXiv:2406.05223)."""
     base = layer.get_base_layer()
     found = base.__dict__[CORDA]
@@ -178,14 +171,14 @@ def _corda(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
     return without_product(layer, name)
 
 
-def _lora_ga(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
+def _lora_ga(layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
     """Singular vectors of the gradient of W (arXiv:2407.05000)."""
     setting: LoraGAConfig = config.lora_ga_config or LoraGAConfig()  # type: ignore[assignment]
     base, r, scaling = layer.get_base_layer(), layer.r[name], layer.scaling[name]
     if GRADIENT not in base.__dict__:
         layer.reset_lora_parameters(name)
         return None
-    gradient = heavy(layer.op.matrix(base.__dict__[GRADIENT]), config)
+    gradient = to_compute(layer.op.matrix(base.__dict__[GRADIENT]), config)
     u, s, vh = randomised_svd(gradient, min(4 * r, *gradient.shape), 4)
     of_a: Any
     of_b: Any
@@ -209,7 +202,7 @@ def _lora_ga(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | Non
     return without_product(layer, name)
 
 
-def _loftq(layer: LoraLayer, name: str, config: LoraConfig) -> Remainder:
+def _loftq(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
     """B A the nearest of rank r to what quantising W loses, by turns with quantising W - B A (arXiv:2310.08659)."""
     setting = loftq_settings(config)
     weight, r = base_matrix(layer, config), layer.r[name]
@@ -258,11 +251,10 @@ def _check_corda(config: LoraConfig, name: str, module: nn.Module, r: int) -> No
 
 def _check_lora_ga(config: LoraConfig, name: str, module: nn.Module, r: int) -> None:
     if GRADIENT not in module.__dict__:
-        warnings.warn(
+        warn(
             "init_lora_weights='lora_ga' without preprocess_loraga(model, config, train_step): A and B start as they do"
             " by default, and the base weights stay as they are. An adapter that was saved without"
-            " path_initial_model_for_weight_conversion needs the base weights that it was trained with.",
-            PeftWarning,
+            " path_initial_model_for_weight_conversion needs the base weights that it was trained with."
         )
 
 
@@ -282,7 +274,7 @@ STARTS: dict[str, Start] = {
     # until `initialize_lora_eva_weights` gives A its values
     "eva": Start(_zero, kinds=frozenset(("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"))),
 }
-#: what `LoraLayer.reset_lora_parameters` does on its own
+#: what `FactorLayer.reset_lora_parameters` does on its own
 _PLAIN = (True, False, "gaussian")
 
 

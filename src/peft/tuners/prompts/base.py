@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
 from peft.core import tensor_parallel
+from peft.core.call import cached_tokens
 from peft.core.model_config import MODEL_CONFIG_NAMES, embeddings_of, read_model_config
 from peft.core.storage import onloaded, place_of
 from peft.core.storage.flat import shape_of
@@ -53,15 +54,6 @@ def embedding_width(embeddings: nn.Module) -> int | None:
         shape = () if weight is None else shape_of(weight)
         width = shape[1] if len(shape) == 2 else None
     return width
-
-
-def cached_tokens(past_key_values: Any) -> int:
-    """How many tokens a cache of keys and values holds."""
-    if past_key_values is None:
-        return 0
-    if hasattr(past_key_values, "get_seq_length"):
-        return int(past_key_values.get_seq_length())
-    return past_key_values[0][0].shape[-2] if len(past_key_values) else 0
 
 
 def lengthen(inputs: dict[str, Any], name: str, front: Tensor) -> None:

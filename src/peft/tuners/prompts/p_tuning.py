@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.registry import PeftType
 from peft.tuners.prompts.base import VirtualTokens
 
@@ -54,7 +53,7 @@ class PromptEncoderConfig(PromptLearningConfig, peft_type=PeftType.P_TUNING):
             raise ValueError(f"encoder_reparameterization_type={network!r} is not known; use one of {names}.")
         self.encoder_reparameterization_type = network = PromptEncoderReparameterizationType(network)
         if network == PromptEncoderReparameterizationType.MLP and self.encoder_num_layers != 2:
-            warnings.warn("encoder_num_layers has no effect: it is for the LSTM; the network is an MLP.", PeftWarning)
+            warn("encoder_num_layers has no effect: it is for the LSTM; the network is an MLP.")
 
 
 class PromptEncoder(VirtualTokens):

@@ -275,8 +275,8 @@ class ShadowMethod(Method):
         return {
             f"{slot}.default.{leaf}": f"{slot}.{adapter_name}.{leaf}"
             for slot, container in self.shared.items()
-            if adapter_name in container  # type: ignore[operator]
-            for leaf in state_names(container[adapter_name])  # type: ignore[index]
+            if adapter_name in container
+            for leaf in state_names(container[adapter_name])
         }
 
     # ---- while the model runs

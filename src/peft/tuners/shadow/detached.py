@@ -10,88 +10,89 @@ from torch import Tensor, nn
 from peft.tuners.shadow.network import classes_loss, language_loss, pooled
 
 
+class _Detached:
+    """head(projection(backbone(x))): a language model or a classifier of the shadow network alone.
+
+    Args:
+        backbone: the network, a model of transformers.
+        projection: from its width to that which the head takes; none if None.
+        head: what makes logits of a state; without, the states are what comes out.
+        is_classification: whether there is one outcome for a text, rather than one for each token.
+        input_embeddings: those of another model, where the network has none of its own. They stay that model's, and
+            are not saved along.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = "backbone"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(
+        self,
+        backbone: Any,
+        projection: nn.Module | None = None,
+        head: nn.Module | None = None,
+        is_classification: bool = False,
+        input_embeddings: nn.Module | None = None,
+    ):
+        from transformers import GenerationConfig
+
+        begin: Any = super().__init__  # of transformers' class, see below
+        begin(backbone.config)
+        self.backbone = backbone
+        self.shadow_hidden_projection = nn.Identity() if projection is None else projection
+        self.head = head
+        self.is_classification = is_classification
+        self._lent = (input_embeddings,)  # in a tuple, so that it is no module of this model
+        self.generation_config = GenerationConfig.from_model_config(backbone.config)
+
+    def can_generate(self) -> bool:
+        return getattr(self, "head", None) is not None and not self.is_classification
+
+    def get_input_embeddings(self) -> Any:
+        return self.backbone.get_input_embeddings() if self._lent[0] is None else self._lent[0]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if self._lent[0] is None:
+            self.backbone.set_input_embeddings(value)
+        else:
+            self._lent = (value,)
+
+    def get_output_embeddings(self) -> Any:
+        return None if self.is_classification else self.head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
+
+        if self._lent[0] is not None and kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"], input_ids = self._lent[0](input_ids), None
+        kwargs["return_dict"] = True
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        states = self.shadow_hidden_projection(output.last_hidden_state)
+        if self.head is None:
+            return states
+        if self.is_classification:
+            logits = self.head(pooled(states, attention_mask))
+            loss = None if labels is None else classes_loss(logits, labels)
+            return SequenceClassifierOutput(loss=loss, logits=logits)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(states[:, kept])
+        loss = None if labels is None else language_loss(logits, labels)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+
+
 @lru_cache(maxsize=1)
 def _detached_class() -> type:
-    from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
+    from transformers import GenerationMixin, PreTrainedModel
 
-    # A type checker loses its way between the two.
-    model_class: Any = PreTrainedModel
-    mixin: Any = GenerationMixin
-
-    class DetachedShadowModel(model_class, mixin):
-        """head(projection(backbone(x))): a language model or a classifier of the shadow network alone.
-
-        Args:
-            backbone: the network, a model of transformers.
-            projection: from its width to that which the head takes; none if None.
-            head: what makes logits of a state; without, the states are what comes out.
-            is_classification: whether there is one outcome for a text, rather than one for each token.
-            input_embeddings: those of another model, where the network has none of its own. They stay that model's, and
-                are not saved along.
-        """
-
-        main_input_name = "input_ids"
-        base_model_prefix = "backbone"
-        _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-
-        def __init__(
-            self,
-            backbone: Any,
-            projection: nn.Module | None = None,
-            head: nn.Module | None = None,
-            is_classification: bool = False,
-            input_embeddings: nn.Module | None = None,
-        ):
-            super().__init__(backbone.config)
-            self.backbone = backbone
-            self.shadow_hidden_projection = nn.Identity() if projection is None else projection
-            self.head = head
-            self.is_classification = is_classification
-            self._lent = (input_embeddings,)  # in a tuple, so that it is no module of this model
-            self.generation_config = GenerationConfig.from_model_config(self.config)
-
-        def can_generate(self) -> bool:
-            return getattr(self, "head", None) is not None and not self.is_classification
-
-        def get_input_embeddings(self) -> Any:
-            return self.backbone.get_input_embeddings() if self._lent[0] is None else self._lent[0]
-
-        def set_input_embeddings(self, value: nn.Module) -> None:
-            if self._lent[0] is None:
-                self.backbone.set_input_embeddings(value)
-            else:
-                self._lent = (value,)
-
-        def get_output_embeddings(self) -> Any:
-            return None if self.is_classification else self.head
-
-        def forward(
-            self,
-            input_ids: Tensor | None = None,
-            attention_mask: Tensor | None = None,
-            labels: Tensor | None = None,
-            logits_to_keep: int | Tensor = 0,
-            **kwargs: Any,
-        ) -> Any:
-            if self._lent[0] is not None and kwargs.get("inputs_embeds") is None:
-                kwargs["inputs_embeds"], input_ids = self._lent[0](input_ids), None
-            kwargs["return_dict"] = True
-            output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-            states = self.shadow_hidden_projection(output.last_hidden_state)
-            if self.head is None:
-                return states
-            if self.is_classification:
-                logits = self.head(pooled(states, attention_mask))
-                loss = None if labels is None else classes_loss(logits, labels)
-                return SequenceClassifierOutput(loss=loss, logits=logits)
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.head(states[:, kept])
-            loss = None if labels is None else language_loss(logits, labels)
-            return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
-
-    DetachedShadowModel.__module__, DetachedShadowModel.__qualname__ = __name__, "DetachedShadowModel"
-    return DetachedShadowModel
+    own = {"__module__": __name__, "__doc__": _Detached.__doc__}
+    return type("DetachedShadowModel", (_Detached, PreTrainedModel, GenerationMixin), own)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.variants.alora import Alora
 from peft.tuners.lora.variants.arrow import Arrow
 from peft.tuners.lora.variants.base import Variant
@@ -13,9 +12,6 @@ from peft.tuners.lora.variants.kasa import Kasa
 from peft.tuners.lora.variants.monteclora import Monteclora
 from peft.tuners.lora.variants.qalora import Qalora
 from peft.tuners.lora.variants.velora import Velora
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
 
 #: the field of the configuration that asks for a variant -> the variant
 VARIANTS: dict[str, type[Variant]] = {

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft.core.call import Call, begin, current, end, fact, remember_for_backward
+from peft.core.call import Call, begin, cached_tokens, current, end, fact, remember_for_backward
 from peft.core.change import LowRank
 from peft.core.method import Method
-from peft.errors import PeftWarning
+from peft.errors import warn
+from peft.tuners.lora.base import FactorLayer
 from peft.tuners.lora.variants.base import Variant
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.layer import LoraLayer
 
 #: a position behind all tokens
 _NEVER = 2**62
@@ -60,7 +57,7 @@ def find(tokens: Sequence[int], ids: Tensor) -> Tensor:
     return torch.where(matches.any(1), last, starts)
 
 
-class Watch:
+class Invocations:
     """Stands around the forward passes of a base model, whoever makes them, and finds the invocations in each.
 
     Args:
@@ -118,18 +115,7 @@ class Watch:
 
 
 def _warn() -> None:
-    warnings.warn(
-        "aLoRA looks for its invocation tokens in input_ids; without these, the adapter is not active.", PeftWarning
-    )
-
-
-def cached_tokens(cache: Any) -> int:
-    """Tokens of each sample that a cache of keys and values holds."""
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    return cache[0][0].shape[-2]
+    warn("aLoRA looks for its invocation tokens in input_ids; without these, the adapter is not active.")
 
 
 class Alora(Variant):
@@ -144,12 +130,12 @@ class Alora(Variant):
     def __init__(self, setting: Iterable[int], key: str = ""):
         super().__init__(tuple(setting), key)
 
-    def check_merge(self, layer: LoraLayer, name: str) -> None:
+    def check_merge(self, layer: FactorLayer, name: str) -> None:
         raise NotImplementedError(
             f"aLoRA adapter {name!r} cannot be merged: it acts on some tokens and not on others; a weight acts on all."
         )
 
-    def change(self, layer: LoraLayer, name: str) -> LowRank:
+    def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)
         change.where = self._where
         return change

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peft.core.change import Beside
+from peft.tuners.lora.base import FactorLayer
 from peft.tuners.lora.variants.base import Variant
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.layer import LoraLayer
 
 #: names of the adapters that `create_arrow_model` loads, a number behind them, and of the one that chooses
 TASK_PREFIX, GENERAL_PREFIX, ROUTER = "task_", "gks_", "arrow_router"
@@ -48,15 +46,15 @@ class Arrow(Variant):
     def forget(self) -> None:
         self._known = None
 
-    def check_merge(self, layer: LoraLayer, name: str) -> None:
+    def check_merge(self, layer: FactorLayer, name: str) -> None:
         raise NotImplementedError(
             f"Arrow adapter {name!r} cannot be merged: it chooses experts for each token; a weight is the same for all."
         )
 
-    def change(self, layer: LoraLayer, name: str) -> Beside:
+    def change(self, layer: FactorLayer, name: str) -> Beside:
         return Beside(lambda x: self._mixed(layer, name, x), "each token has experts of its own")
 
-    def _mixed(self, layer: LoraLayer, name: str, x: Tensor) -> Tensor:
+    def _mixed(self, layer: FactorLayer, name: str, x: Tensor) -> Tensor:
         """What the experts add for each token of x."""
         experts = self._experts(layer, x.dtype)
         tokens = x.reshape(-1, x.shape[-1])
@@ -69,7 +67,7 @@ class Arrow(Variant):
         change = low.flatten(1) @ experts.b.transpose(1, 2).flatten(0, 1)
         return F.dropout(change, layer.dropout_of(name)).view(*x.shape[:-1], -1)
 
-    def _experts(self, layer: LoraLayer, dtype: torch.dtype) -> Experts:
+    def _experts(self, layer: FactorLayer, dtype: torch.dtype) -> Experts:
         names, general = self._names(layer)
         tensors = [factor for other in (*names, *general) for factor in layer.factors(other)]
         key = (names, dtype, [layer.scaling[other] for other in names], [(id(t), t._version) for t in tensors])
@@ -81,7 +79,7 @@ class Arrow(Variant):
             self._known = key, experts
         return self._known[1]
 
-    def _names(self, layer: LoraLayer) -> tuple[list[str], list[str]]:
+    def _names(self, layer: FactorLayer) -> tuple[list[str], list[str]]:
         """The experts, those that came later counted in, and the general adapters."""
         general = list(self.setting.gks_adapter_names or ())
         others = [
@@ -91,7 +89,7 @@ class Arrow(Variant):
         ]
         return others, general if self.setting.use_gks else []
 
-    def _stacked(self, layer: LoraLayer, names: list[str], general: list[str], dtype: torch.dtype) -> Experts:
+    def _stacked(self, layer: FactorLayer, names: list[str], general: list[str], dtype: torch.dtype) -> Experts:
         if not names:
             raise ValueError("Arrow has no experts to choose from: load other adapters beside it, or deactivate it.")
         a, b = (torch.stack(factors) for factors in zip(*(layer.factors(name) for name in names), strict=True))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from peft.core.base_op import BaseOp
 from peft.core.change import Change
 from peft.core.slots import Slot
-from peft.tuners.lora.starts import Remainder
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
-    from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.config import LoraConfig
 
 
 class Variant:
@@ -43,18 +40,18 @@ class Variant:
     def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
         """Raises ValueError where an adapter of rank r cannot go on this module; before anything is changed."""
 
-    def applies(self, layer: LoraLayer) -> bool:
+    def applies(self, layer: FactorLayer) -> bool:
         """Whether there is anything to do on a layer's module, or a plain LoRA will do there."""
         return True
 
-    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
         """Makes the tensors beside A and B, which have their start values.
 
         Returns what is to be left of the base weight, if that changes.
         """
         return None
 
-    def change(self, layer: LoraLayer, name: str) -> Change | Iterable[Change]:
+    def change(self, layer: FactorLayer, name: str) -> Change | Iterable[Change]:
         """What the adapter does to the module at present."""
         return layer.low_rank(name)
 
@@ -65,5 +62,5 @@ class Variant:
     def forget(self) -> None:
         """Lets go of what it has kept of the weights."""
 
-    def check_merge(self, layer: LoraLayer, name: str) -> None:
+    def check_merge(self, layer: FactorLayer, name: str) -> None:
         """Raises NotImplementedError where the adapter cannot become part of the weight."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
+from peft.tuners.lora.base import FactorLayer
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.settings import BdLoraConfig
 from peft.tuners.lora.variants.base import Variant
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
-    from peft.tuners.lora.layer import LoraLayer
-    from peft.tuners.lora.settings import BdLoraConfig
 
 
 class BdLora(Variant):
@@ -43,7 +39,7 @@ class BdLora(Variant):
                 f" block-diagonal factor of {name!r}."
             )
 
-    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
         which = blocked(self.setting, self.key)
         if which is not None:
             factor = getattr(layer, which)[name]
@@ -51,7 +47,7 @@ class BdLora(Variant):
             blocks = factor.weight.new_empty(factor.out_features, factor.in_features)
             factor.weight = nn.Parameter(blocks.zero_() if which == "lora_B" else nn.init.kaiming_uniform_(blocks))
 
-    def change(self, layer: LoraLayer, name: str) -> LowRank:
+    def change(self, layer: FactorLayer, name: str) -> LowRank:
         change, which = layer.low_rank(name), blocked(self.setting, self.key)
         if which == "lora_A":
             change.down = torch.block_diag(*change.down.chunk(self.setting.nblocks))

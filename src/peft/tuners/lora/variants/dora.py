@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,10 @@ from peft.core.storage import onloaded
 from peft.core.storage.flat import weight_of
 from peft.ops.memo import remember
 from peft.ops.norms import changed_row_norms, row_squares
-from peft.tuners.lora.starts import Remainder, heavy
+from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.starts import to_compute
 from peft.tuners.lora.variants.base import Variant
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
-    from peft.tuners.lora.layer import LoraLayer
 
 #: whether factors of adapters that may still be trained are kept as well, see `dora_caching`
 _cache_trained = False
@@ -56,13 +54,13 @@ class Dora(Variant):
     def forget(self) -> None:
         self._kept = None
 
-    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
         a, _ = layer.factors(name)
         if a.is_meta:
             lengths = torch.empty(layer.out_features, device=a.device)
         else:
             with onloaded(layer.get_base_layer()), torch.no_grad():
-                weight = heavy(layer.start_weight(name), config)
+                weight = to_compute(layer.start_weight(name), config)
                 lengths = _lengths(layer, name, weight, row_squares(weight)).to(layer.get_base_weight().device)
         if isinstance(layer.op, ConvOp):
             lengths = lengths.view(1, -1, *(1 for _ in layer.get_base_layer().kernel_size))
@@ -73,7 +71,7 @@ class Dora(Variant):
         live = keys.pop("lora_magnitude_vector.weight")
         return {**keys, "lora_magnitude_vector": live}
 
-    def change(self, layer: LoraLayer, name: str) -> tuple[Change, ...]:
+    def change(self, layer: FactorLayer, name: str) -> tuple[Change, ...]:
         low_rank, scale = layer.low_rank(name), ScaleOutput(self._factor(layer, name), with_bias=False)
         if not low_rank.dropout:
             return low_rank, scale
@@ -81,7 +79,7 @@ class Dora(Variant):
         p, low_rank.dropout = low_rank.dropout, 0.0
         return (Dropped((low_rank, scale), p),)
 
-    def _factor(self, layer: LoraLayer, name: str) -> Tensor:
+    def _factor(self, layer: FactorLayer, name: str) -> Tensor:
         """m_i / ||(W + s B A)_i||: [out]."""
         m = weight_of(layer.lora_magnitude_vector[name])
         a, b = layer.factors(name)
@@ -100,7 +98,7 @@ class Dora(Variant):
 
     @staticmethod
     @torch.no_grad()
-    def _norms(layer: LoraLayer, name: str) -> Tensor:
+    def _norms(layer: FactorLayer, name: str) -> Tensor:
         """||(W + s B A)_i||, with W the weight below all adapters: [out]."""
         with onloaded(layer.get_base_layer()):
             weight = layer.op.matrix(layer.original_weight())
@@ -111,7 +109,7 @@ class Dora(Variant):
         return _lengths(layer, name, weight, squares)
 
 
-def _lengths(layer: LoraLayer, name: str, weight: Tensor, squares: Tensor) -> Tensor:
+def _lengths(layer: FactorLayer, name: str, weight: Tensor, squares: Tensor) -> Tensor:
     """||(W + s B A)_i||: [out].
 
     Args:

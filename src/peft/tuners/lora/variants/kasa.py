@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.slots import Slot
-from peft.tuners.lora.starts import Remainder, base_matrix
+from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.starts import base_matrix
 from peft.tuners.lora.variants.base import Variant
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
-    from peft.tuners.lora.layer import LoraLayer
 
 
 class Kasa(Variant):
@@ -36,7 +34,7 @@ class Kasa(Variant):
                 f" {op.in_features}], so that something of the weight is left; got r={r}."
             )
 
-    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
         a, _ = layer.factors(name)
         layer.lora_diag[name] = nn.Parameter(torch.randn(layer.r[name], device=a.device, dtype=a.dtype))
         if a.is_meta:
@@ -46,13 +44,13 @@ class Kasa(Variant):
         u, vh = u[:, -r:] * s[-r:], vh[-r:]
         return lambda weight: (weight - (u @ vh).to(weight.device)).to(weight.dtype)
 
-    def change(self, layer: LoraLayer, name: str) -> LowRank:
+    def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)
         change.up = change.up * layer.lora_diag[name]
         change.low = change.high = None
         return change
 
-    def penalty(self, layer: LoraLayer, name: str) -> Tensor:
+    def penalty(self, layer: FactorLayer, name: str) -> Tensor:
         """beta ||d||^2 + gamma (||B^T B - I|| + ||A A^T - I||), a number, in float32."""
         a, b = (factor.float() for factor in layer.factors(name))
         one = torch.eye(layer.r[name], device=a.device)

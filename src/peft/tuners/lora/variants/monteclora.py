@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft.core.change import LowRank
 from peft.core.slots import ModuleSlot, Slot
-from peft.tuners.lora.starts import Remainder
+from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.variants.base import Variant
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
-    from peft.tuners.lora.layer import LoraLayer
 
 #: least variance and least concentration
 _SMALLEST_VARIANCE, _SMALLEST_WEIGHT = 1e-3, 1e-6
@@ -98,11 +95,11 @@ class Monteclora(Variant):
     label = "MonteCLoRA (monteclora_config)"
     slots: ClassVar[dict[str, Slot]] = {"lora_monteclora_sampler": ModuleSlot()}
 
-    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
         layer.lora_monteclora_sampler[name] = Perturbation(layer.r[name], self.setting)
         return None
 
-    def change(self, layer: LoraLayer, name: str) -> LowRank:
+    def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)
         if layer.training:
             noise = layer.lora_monteclora_sampler[name].draw(layer.in_features)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
-from peft.errors import PeftWarning
+from peft.errors import warn
+from peft.tuners.lora.base import FactorLayer
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.variants.base import Variant
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
-    from peft.tuners.lora.layer import LoraLayer
 
 
 class Qalora(Variant):
@@ -32,23 +27,21 @@ class Qalora(Variant):
     @classmethod
     def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
         if not by_groups(module, op):
-            warnings.warn(
-                "use_qalora is for layers that GPTQ has quantised; those that are none get a plain LoRA.", PeftWarning
-            )
+            warn("use_qalora is for layers that GPTQ has quantised; those that are none get a plain LoRA.")
         elif op.in_features % config.qalora_group_size:
             raise ValueError(
                 f"qalora_group_size={config.qalora_group_size} must divide the {op.in_features} input features of"
                 f" {name!r}."
             )
 
-    def applies(self, layer: LoraLayer) -> bool:
+    def applies(self, layer: FactorLayer) -> bool:
         return by_groups(layer.get_base_layer(), layer.op)
 
-    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
         self.width = config.qalora_group_size
         layer.lora_A[name] = nn.Linear(layer.in_features // self.width, layer.r[name], bias=False)
 
-    def change(self, layer: LoraLayer, name: str) -> LowRank:
+    def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)
         groups = change.down.shape[1]
         change.down = (change.down * (groups / self.width)).repeat_interleave(self.width, dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,12 +10,9 @@ from torch import Tensor
 from peft.core.change import LowRank
 from peft.core.slots import FixedSlot, Slot
 from peft.ops.velora import compressed_linear, group_width, mean_direction, unit
-from peft.tuners.lora.starts import Remainder
+from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.variants.base import Variant
-
-if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
-    from peft.tuners.lora.layer import LoraLayer
 
 
 class Velora(Variant):
@@ -31,20 +28,20 @@ class Velora(Variant):
         super().__init__(setting, key)
         self._found = setting.init_type == "random"
 
-    def create(self, layer: LoraLayer, name: str, config: LoraConfig) -> Remainder | None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
         width = group_width(layer.in_features, self.setting.num_groups)
         a, _ = layer.factors(name)
         direction = unit(torch.randn(width, device=a.device)) if self._found else torch.zeros(width, device=a.device)
         layer.lora_velora_embed[name] = direction.to(a.dtype)
         return None
 
-    def change(self, layer: LoraLayer, name: str) -> LowRank:
+    def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)
         if layer.training and torch.is_grad_enabled():
             change.low, change.high = (lambda x: self._compressed(layer, name, x)), None
         return change
 
-    def _compressed(self, layer: LoraLayer, name: str, x: Tensor) -> Tensor:
+    def _compressed(self, layer: FactorLayer, name: str, x: Tensor) -> Tensor:
         """A x, with x kept compressed for the gradient."""
         self._found = self._found or bool(layer.lora_velora_embed[name].any())  # it may have come from a file
         if not self._found or self.setting.init_type == "batch_average":
