@@ -29,6 +29,9 @@ _NEEDED: dict[str, dict[str, Any]] = {
     "MULTITASK_PROMPT_TUNING": {"num_tasks": 3},
     "CPT": {"cpt_token_ids": [1] * 6, "cpt_mask": [1] * 6, "cpt_tokens_type_mask": [1, 2, 2, 3, 4, 4]},
     "VBLORA": {"vector_length": 32},  # a width of 1376 is no multiple of the default 256
+    "ROAD": {"group_size": 32},
+    "SHADOW": {"target_modules": None},
+    "C3A": {"block_size": 32},  # 1376 is no multiple of the default 256 either
     "FROD": {"progressbar": False},
 }
 _VIRTUAL_TOKENS = 20
@@ -59,7 +62,7 @@ def _prepare(scale: Scale, method: str) -> Prepared:
     adapted.train()
     fill(adapted)
     own = dict(inputs)
-    if method == "TRAINABLE_TOKENS":  # embeddings that are given pass it by
+    if method in ("TRAINABLE_TOKENS", "SHADOW"):  # given embeddings pass by what these have
         own = {"input_ids": inputs["labels"], "labels": inputs["labels"]}
     if method in ("POLY", "MULTITASK_PROMPT_TUNING"):
         own["task_ids"] = torch.zeros(scale.batch, dtype=torch.long)

@@ -13,7 +13,7 @@ from torch import nn
 
 import peft
 from peft.ops.dropout import draw_mask, mask_factors
-from peft.ops.made import Made, made_linear, product_with
+from peft.ops.matrix import product_with
 from peft.ops.principal import principal_factors
 
 torch.set_num_threads(1)
@@ -42,20 +42,6 @@ def _operands():
     torch.manual_seed(0)
     shapes = (3, 5, 6), (4, 6), (4,), (4, 2), (2, 6)
     return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-
-
-def test_a_made_matrix_multiplies_and_learns_like_one_that_is_kept():
-    x, weight, bias, *factors = _operands()
-    inputs = [x.requires_grad_(), *(factor.requires_grad_() for factor in factors)]
-    make = lambda b, a: weight * torch.tanh(b @ a)
-    made = lambda x, *factors: made_linear(x, make, factors, bias)
-    torch.testing.assert_close(made(*inputs), x @ make(*factors).T + bias)
-    torch.testing.assert_close(Made(make, factors).linear(x, weight, bias), x @ (weight + make(*factors)).T + bias)
-    assert torch.autograd.gradcheck(made, inputs)
-    assert torch.autograd.gradgradcheck(made, inputs)
-    factors[0].requires_grad_(False)  # a frozen one gets none
-    made(*inputs).sum().backward()
-    assert factors[0].grad is None and factors[1].grad is not None
 
 
 def test_a_product_with_a_weight_that_is_read_anew():

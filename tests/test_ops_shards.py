@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft.ops.shards import shard_linear, shard_sums, tile_columns, transform_shards
+from peft.ops.shards import shard_sums, tile_columns, transform_shards
 
 small = st.integers(1, 5)
 
@@ -36,15 +32,3 @@ def test_each_block_is_transformed(out, width, r, seed):
             place = slice(j * r, (j + 1) * r), slice(k * r, (k + 1) * r)
             expected = weight[place] + weight[place] @ blocks[j] + blocks[j]
             torch.testing.assert_close(changed[place], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("columns", [6, 8])
-def test_a_linear_layer_with_a_tiled_block_and_its_derivatives(columns):
-    generator = torch.Generator().manual_seed(0)
-    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    x, block = draw(2, 4, columns, requires_grad=True), draw(3, 5, requires_grad=True)
-    weight, bias = draw(5, columns), draw(5)
-    expected = F.linear(x, weight + tile_columns(block, columns), bias)
-    torch.testing.assert_close(shard_linear(x, weight, bias, block), expected)
-    assert torch.autograd.gradcheck(lambda x, block: shard_linear(x, weight, bias, block), (x, block))
-    assert torch.autograd.gradgradcheck(lambda x, block: shard_linear(x, weight, bias, block), (x, block))

@@ -14,11 +14,10 @@ import torch
 from peft.core.change import Add, LowRank, OnInput
 from peft.ops.circulant import BlockCirculant
 from peft.ops.fourier import Spectrum
-from peft.ops.granular import Granular
 from peft.ops.hadamard import HadamardProduct
-from peft.ops.made import Made
-from peft.ops.matrix import Dense
+from peft.ops.matrix import Dense, Made
 from peft.ops.shards import Tiled
+from peft.ops.singular import Framed
 from peft.ops.sparse import Entries
 from peft.ops.wavelets import Wavelets
 
@@ -40,20 +39,18 @@ def thin_costs_more(rank: int, rows: int, narrow: int, wide: int, learned: bool 
 
 
 def _spectrum(matrix: Spectrum, rows: int, narrow: int, wide: int) -> bool:
-    """Making the matrix, or its gradient, takes as long as a product with 400 vectors. Transforms of a vector take 300
-    multiplications for each of its entries, a frequency takes 20; with gradients, two and a half times that."""
-    training = torch.is_grad_enabled()
-    waves = 300 * (narrow + wide) + 20 * matrix.values.numel()
-    dense = narrow * wide * ((2 if training else 1) * 400 + rows * (2 if training else 1))
-    return (2.5 if training else 1) * waves * rows > dense
+    """Making the matrix takes as long as a product with 400 vectors. Transforms of a vector take 300 multiplications
+    for each of its entries, a frequency takes 20."""
+    waves = 300 * (narrow + wide) + 20 * matrix.tensors[0].numel()
+    return torch.is_grad_enabled() or waves * rows > narrow * wide * (400 + rows)
 
 
 def _circulant(matrix: BlockCirculant, rows: int, narrow: int, wide: int) -> bool:
     """Making the matrix takes 60 multiplications for each of its entries. Transforms of a vector take 150 for each of
-    its entries, the products of its waves 5 for each value of the kernel. With gradients, that of x would be another.
+    its entries, the products of its waves 5 for each value of the kernel.
     """
-    waves = rows * (150 * (narrow + wide) + 5 * matrix.kernel.numel())
-    return not torch.is_grad_enabled() and waves > 60 * narrow * wide
+    waves = rows * (150 * (narrow + wide) + 5 * matrix.tensors[0].numel())
+    return torch.is_grad_enabled() or waves > 60 * narrow * wide
 
 
 #: kind of matrix -> whether it is better multiplied as the matrix that it stands for, by `rows` vectors
@@ -64,11 +61,14 @@ _AS_WEIGHT: dict[type, Callable[[Any, int, int, int], bool]] = {
     # The sums of the shards of x are read and written once for each row; the tiles are added to W once.
     Tiled: lambda matrix, rows, narrow, wide: rows >= narrow,
     # A sampled product takes 8 times a dense one's work for each entry; looking entries up, for few tokens, less.
-    Entries: lambda matrix, rows, narrow, wide: rows * matrix.values.numel() > narrow * wide,
+    Entries: lambda matrix, rows, narrow, wide: rows * matrix.tensors[0].numel() > narrow * wide,
     BlockCirculant: _circulant,
-    Granular: lambda matrix, rows, narrow, wide: thin_costs_more(matrix.rank, rows, narrow, wide),
-    Wavelets: lambda matrix, rows, narrow, wide: rows * matrix.values.numel() > narrow * wide,
-    HadamardProduct: lambda matrix, rows, narrow, wide: 3 * matrix.rank**2 * (narrow + wide) >= narrow * wide,
+    Wavelets: lambda matrix, rows, narrow, wide: rows * matrix.tensors[0].numel() > narrow * wide,
+    HadamardProduct: lambda matrix, rows, narrow, wide: (
+        3 * len(matrix.tensors[1]) ** 2 * (narrow + wide) >= narrow * wide
+    ),
+    # Two products with square matrices for each vector, or, once, for each row of U.
+    Framed: lambda matrix, rows, narrow, wide: 2 * rows >= wide,
 }
 
 

@@ -25,6 +25,7 @@ from peft.core.tensor_parallel import layout_of
 from peft.ops.factored import FactoredWeight, warn_of_no_dropout
 from peft.ops.internals import is_fake
 from peft.ops.lora import compute_dtype, lora_linear, needs_plain
+from peft.ops.matrix import Product
 
 
 def run(layer: AdaptedModule, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -92,8 +93,10 @@ def _fused(layer: AdaptedModule, change: Any, x: Tensor, weight: Tensor, bias: T
     summable = dtype.itemsize >= 4  # else a change that is small beside the weight would be rounded away in the sum
     if type(change) is LowRank:
         if summable and change.is_matrix and costs.low_rank_as_weight(change, rows, narrow, wide):
-            down, up = (factor.to(dtype) for factor in change.folded())
-            return F.linear(x, weight + (up * change.scale) @ down, change.bias(bias))
+            down, up = change.folded()
+            up, scale = (up * change.scale, 1.0) if isinstance(change.scale, Tensor) else (up, change.scale)
+            y, offset = Product(down, up, scale).linear(x, weight, bias), change.bias(None)
+            return y if offset is None else y + offset.to(dtype)
         if change.is_product:
             return lora_linear(x, weight, bias, None, change.down, change.up, change.scale, change.dropout)
         return None

@@ -32,19 +32,18 @@ def expand_core(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 class HadamardProduct(Matrix):
     """(a1 b1) * (a2 b2), elementwise, for a1 and a2 [out, r], b1 and b2 [r, in]."""
 
-    def __init__(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor):
-        self.a1, self.b1, self.a2, self.b2 = a1, b1, a2, b2
-        self.rank = len(b1)
-
     def dense(self) -> Tensor:
-        return (self.a1 @ self.b1) * (self.a2 @ self.b2)
+        a1, b1, a2, b2 = self.tensors
+        return (a1 @ b1) * (a2 @ b2)
 
     def thin(self) -> tuple[Tensor, Tensor]:
-        return face_splitting(self.b1.T, self.b2.T).T, face_splitting(self.a1, self.a2)
+        a1, b1, a2, b2 = self.tensors
+        return face_splitting(b1.T, b2.T).T, face_splitting(a1, a2)
 
     def apply(self, x: Tensor) -> Tensor:
         down, up = self.thin()
         return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
     def columns(self, index: Tensor) -> Tensor:
-        return F.linear(F.embedding(index, self.b1.T), self.a1) * F.linear(F.embedding(index, self.b2.T), self.a2)
+        a1, b1, a2, b2 = self.tensors
+        return F.linear(F.embedding(index, b1.T), a1) * F.linear(F.embedding(index, b2.T), a2)

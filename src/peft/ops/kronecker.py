@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.ops.matrix import Matrix
+from peft.ops.matrix import Matrix, recomputed
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -32,6 +32,7 @@ def kron_linear(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     With each vector of x seen as a matrix X [c, d], it is w1 X w2^T, in the order that takes fewer operations.
     """
     (a, c), (b, d) = w1.shape, w2.shape
+    w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
     rows = x.reshape(-1, c, d)
     if c * b * (d + a) <= a * d * (c + b):
         return _left(w1, (rows.reshape(-1, d) @ w2.T).view(-1, c, b)).reshape(*x.shape[:-1], a * b)
@@ -46,20 +47,19 @@ def _left(matrix: Tensor, batch: Tensor) -> Tensor:
 class Kron(Matrix):
     """w1 kron w2, for w1 [a, c] and w2 [b, d] or [b, d, *kernel]: a matrix [a b, c d * kernel]."""
 
-    def __init__(self, w1: Tensor, w2: Tensor):
-        self.w1, self.w2 = w1, w2
-
     def dense(self) -> Tensor:
+        w1, w2 = self.tensors
         # The kernel is part of w2's columns. For full factors of one-dimensional convolutions, huggingface/peft takes
         # the product with w1 along the last two of three dimensions, and adapters trained with it rely on that.
-        w2 = self.w2 if self.w2.dim() == 3 else self.w2.flatten(1)
-        return torch.kron(self.w1, w2.contiguous()).reshape(self.w1.shape[0] * w2.shape[0], -1)
+        w2 = w2 if w2.dim() == 3 else w2.flatten(1)
+        return torch.kron(w1, w2.contiguous()).reshape(w1.shape[0] * w2.shape[0], -1)
 
     def apply(self, x: Tensor) -> Tensor:
-        return kron_linear(x, self.w1.to(x.dtype), self.w2.to(x.dtype))
+        return recomputed(kron_linear, x, *self.tensors)
 
     def columns(self, index: Tensor) -> Tensor:
         # Column m n + i is the product of column m of w1 and column i of w2, which has n.
-        count = self.w2.shape[1]
-        left, right = F.embedding(index // count, self.w1.T), F.embedding(index % count, self.w2.T)
+        w1, w2 = self.tensors
+        count = w2.shape[1]
+        left, right = F.embedding(index // count, w1.T), F.embedding(index % count, w2.T)
         return (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)

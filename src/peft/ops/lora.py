@@ -118,7 +118,8 @@ def lora_linear(
     # The masks are the same with gradients and without: checkpointing runs once with and once without.
     if learns:  # with a frozen factor there is less to keep than `_LoraLinear` does
         dropped = x if p == 0 else x * mask_factors(draw_mask(x.numel(), p, x.device), p, x)
-        return out + F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype)) * scaling
+        low = F.linear(dropped, a.to(x.dtype)).reshape(-1, len(a))
+        return _add_product(out, low, b, scaling, False)
     low, _ = _down(x, a, p)
     return _add_product(out, low, b, scaling, overwrite or result is None)
 

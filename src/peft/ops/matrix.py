@@ -1,13 +1,40 @@
-"""Matrices that are held in fewer numbers than their entries."""
+"""Matrices that are held in fewer numbers than their entries, and products with them that keep little for gradients."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft.ops.lora import needs_plain
+
+M = TypeVar("M", bound="Matrix")
+
 
 class Matrix:
-    """A matrix M [out, in]. Those with structure multiply in a way that does not build them."""
+    """A matrix M [out, in] made of some tensors. Those with structure multiply in a way that does not build them.
+
+    Args:
+        tensors: what it is made of; gradients go to them.
+    """
+
+    #: whether `gradients` knows those of its tensors; else they come by way of the gradient of M
+    own_gradients: ClassVar[bool] = False
+    #: whether it takes so long to make that W + M is kept for the backward pass all the same
+    kept: ClassVar[bool] = False
+
+    def __init__(self, *tensors: Tensor):
+        self.tensors = tensors
+
+    def of(self: M, tensors: Sequence[Tensor]) -> M:
+        """The matrix that is made of other tensors in the same way."""
+        other = copy.copy(self)
+        other.tensors = tuple(tensors)
+        return other
 
     def dense(self) -> Tensor:
         """M itself."""
@@ -29,16 +56,193 @@ class Matrix:
         """W + M."""
         return weight + self.dense().to(weight.dtype)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (W + M)^T + b, for a frozen W [out, in] and b [out] in the dtype of x [..., in]."""
-        return F.linear(x, self.added_to(weight), bias)
+    def linear(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """x (W + M)^T + b, where the sum is made again for the backward pass rather than kept for it.
+
+        Args:
+            x: [..., in].
+            weight: W [out, in], frozen, in the dtype of x; zero if None.
+            bias: b [out], frozen, in the dtype of x; or None.
+        """
+        tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors))
+        if not tracked or needs_plain(x, weight, *self.tensors):
+            there, y = self.for_inputs(), F.linear(x, self.total(weight, x.dtype), bias)
+            if there is self or not x.requires_grad:
+                return y
+            own = F.linear(x.detach(), self.total(weight, x.dtype), bias)
+            other = F.linear(x, there.total(weight, x.dtype).detach())  # this one has the gradient of x, and no value
+            return own + (other - other.detach())
+        return _Linear.apply(x, self.seen(x), weight, bias, self.of(()), *self.tensors)
+
+    def total(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """W + M, in a dtype."""
+        with torch.autocast(self.tensors[0].device.type, enabled=False):
+            return (self.dense() if weight is None else self.added_to(weight)).to(dtype)
+
+    def for_inputs(self) -> Matrix:
+        """The matrix that gradients of the input go through: this one, unless training goes otherwise elsewhere."""
+        return self
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What of the input the gradients of the tensors are made of."""
+        return x
+
+    def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+        """Those of its tensors, where `own_gradients`.
+
+        Args:
+            grad: gradient of the output [t, out].
+            seen: what `seen` made of the input [t, ...].
+        """
+        raise NotImplementedError
 
 
 class Dense(Matrix):
     """A matrix that is held entry by entry."""
 
-    def __init__(self, entries: Tensor):
-        self.entries = entries
+    def dense(self) -> Tensor:
+        return self.tensors[0]
+
+
+class Product(Matrix):
+    """scale B A, for A [r, in] and B [out, r].
+
+    Args:
+        down: A.
+        up: B.
+        scale: a number.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float = 1.0):
+        super().__init__(down, up)
+        self.scale = scale
 
     def dense(self) -> Tensor:
-        return self.entries
+        down, up = self.tensors
+        return up @ down * self.scale
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        down, up = (tensor.to(weight.dtype) for tensor in self.tensors)
+        return torch.addmm(weight, up, down, alpha=self.scale)
+
+
+class Made(Matrix):
+    """A matrix that a function makes of small tensors, each time that it is used.
+
+    Args:
+        make: makes the matrix [out, in]. What else it reads (a weight) is frozen, and stays the same until the backward
+            pass has run.
+        tensors: what it is given; gradients go to them.
+        lookup: makes the columns at an index [...] of the same tensors, [..., out], where that is less work.
+    """
+
+    def __init__(
+        self, make: Callable[..., Tensor], tensors: Sequence[Tensor], lookup: Callable[..., Tensor] | None = None
+    ):
+        super().__init__(*tensors)
+        self.make, self.lookup = make, lookup
+
+    def dense(self) -> Tensor:
+        with torch.autocast(self.tensors[0].device.type, enabled=False):
+            return self.make(*self.tensors)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def columns(self, index: Tensor) -> Tensor:
+        return super().columns(index) if self.lookup is None else self.lookup(index, *self.tensors)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seen: Tensor, weight: Any, bias: Any, matrix: Matrix, *tensors: Tensor) -> Tensor:
+        total = matrix.of(tensors).total(weight, x.dtype)
+        # What is seen comes from outside, where it has a history for second derivatives.
+        ctx.save_for_backward(seen, weight, total if matrix.kept else None, *tensors)
+        ctx.matrix = matrix
+        return F.linear(x, total, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        seen, weight, total, *tensors = ctx.saved_tensors
+        wants_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        twice = torch.is_grad_enabled()
+        tensors = tensors if twice else _leaves(tensors, wanted)
+        matrix = ctx.matrix.of(tensors)
+        flat, rows = grad.flatten(0, -2), seen.flatten(0, -2)
+        by_matrix = any(wanted) and not matrix.own_gradients
+        if total is None or twice:
+            with torch.set_grad_enabled(twice or by_matrix):
+                total = matrix.total(weight, grad.dtype)
+        there = matrix.for_inputs()
+        through = total if there is matrix or not wants_x else there.total(weight, grad.dtype)
+        grad_x = grad @ (through if twice else through.detach()) if wants_x else None
+        found: Any = matrix.gradients(flat, rows) if any(wanted) and not by_matrix else [None] * len(tensors)
+        if by_matrix:
+            found = _gradients(total, tensors, wanted, flat.T @ rows)
+        return grad_x, None, None, None, None, *found
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors), of which nothing but the tensors is kept for the backward pass."""
+    if not torch.is_grad_enabled() or needs_plain(*tensors):
+        return function(*tensors)
+    return _Recomputed.apply(function, *tensors)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.function = function
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        tensors = ctx.saved_tensors if torch.is_grad_enabled() else _leaves(ctx.saved_tensors, wanted)
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            y = ctx.function(*tensors)
+        return None, *_gradients(y, tensors, wanted, grad)
+
+
+def _leaves(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """The same values without a history."""
+    return [tensor.detach().requires_grad_(is_wanted) for tensor, is_wanted in zip(tensors, wanted, strict=True)]
+
+
+def _gradients(y: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    """Those that are wanted, of what y is made of; differentiable where gradients are tracked."""
+    needed = [tensor for tensor, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
+    found = iter(torch.autograd.grad(y, needed, grad.to(y.dtype), create_graph=torch.is_grad_enabled()))
+    return [next(found) if is_wanted else None for is_wanted in wanted]
+
+
+def product_with(rows: Tensor, read: Callable[[], Tensor]) -> Tensor:
+    """rows W, for a frozen W that is read anew for the backward pass, where it may be packed or of another dtype.
+
+    Args:
+        rows: [n, out].
+        read: gives W [out, in], the same each time.
+
+    Returns:
+        [n, in], in the dtype and on the device of `rows`; computed where W is.
+    """
+    return _product(rows, read) if needs_plain(rows) else _ProductWith.apply(rows, read)
+
+
+def _product(rows: Tensor, read: Callable[[], Tensor]) -> Tensor:
+    weight = read()
+    with torch.autocast(weight.device.type, enabled=False):
+        return (rows.to(weight.device) @ weight.to(rows.dtype)).to(rows.device)
+
+
+class _ProductWith(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, read: Callable[[], Tensor]) -> Tensor:
+        ctx.read = read
+        return _product(rows, read)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return product_with(grad, lambda: ctx.read().T), None

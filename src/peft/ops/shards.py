@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.ops.lora import needs_plain
 from peft.ops.matrix import Matrix
 
 
@@ -28,56 +25,31 @@ def shard_sums(x: Tensor, r: int) -> Tensor:
     return total if rest.shape[-1] == 0 else total + F.pad(rest, (0, r - rest.shape[-1]))
 
 
-def shard_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
-    """x (W + tile_columns(block))^T + b, for a frozen W.
-
-    As a changed weight, which is a copy of W, the block takes no product beside the base's own; for its gradient, the
-    sums of the shards of x are all that is kept.
-
-    Args:
-        x: [..., in].
-        weight: W [out, in].
-        bias: b [out], or None.
-        block: [r, out].
-    """
-    tracked = torch.is_grad_enabled() and (x.requires_grad or block.requires_grad)
-    if not tracked or needs_plain(x, weight, block):
-        return F.linear(x, weight + tile_columns(block, weight.shape[1]), bias)
-    # The sums come from outside, where they have a history: second derivatives go through it, first ones need it not.
-    return _ShardLinear.apply(x, shard_sums(x, block.shape[0]), weight, bias, block)
-
-
-class _ShardLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sums: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
-        ctx.save_for_backward(sums, weight, block)
-        return F.linear(x, weight + tile_columns(block, weight.shape[1]), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sums, weight, block = ctx.saved_tensors
-        grad_x = grad @ (weight + tile_columns(block, weight.shape[1])) if ctx.needs_input_grad[0] else None
-        grad_block = sums.flatten(0, -2).T @ grad.flatten(0, -2) if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, None, grad_block
-
-
 class Tiled(Matrix):
     """`tile_columns` of a block [r, out]: its transpose over and over, up to so many columns."""
 
+    own_gradients = True
+
     def __init__(self, block: Tensor, columns: int):
-        self.block, self.count = block, columns
+        super().__init__(block)
+        self.count = columns
 
     def dense(self) -> Tensor:
-        return tile_columns(self.block, self.count)
+        return tile_columns(self.tensors[0], self.count)
 
     def apply(self, x: Tensor) -> Tensor:
-        return shard_sums(x, len(self.block)) @ self.block.to(x.dtype)
+        (block,) = self.tensors
+        return shard_sums(x, len(block)) @ block.to(x.dtype)
 
     def columns(self, index: Tensor) -> Tensor:
-        return F.embedding(index % len(self.block), self.block)
+        (block,) = self.tensors
+        return F.embedding(index % len(block), block)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return shard_linear(x, weight, bias, self.block.to(weight.dtype))
+    def seen(self, x: Tensor) -> Tensor:
+        return shard_sums(x, len(self.tensors[0]))
+
+    def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor]:
+        return ((seen.T @ grad).to(self.tensors[0].dtype),)
 
 
 def transform_shards(weight: Tensor, blocks: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft.ops.matrix import Matrix
-from peft.ops.sparse import Entries
+from peft.ops.sparse import Entries, sampled_product
 
 
 def common_basis(matrices: Sequence[Tensor], ridge: float) -> Tensor:
@@ -55,20 +55,24 @@ class Framed(Matrix):
     """U (S + diag(d)) V^T, or its transpose.
 
     Args:
-        left: U [rows, n].
+        left: U [rows, n], fixed.
         core: S [n, n].
         diagonal: d [n].
-        right: V [n, n].
+        right: V [n, n], fixed.
         transposed: whether it is the transpose.
     """
 
+    own_gradients = True
+    kept = True
+
     def __init__(self, left: Tensor, core: Entries, diagonal: Tensor, right: Tensor, transposed: bool = False):
-        self.left, self.core, self.diagonal, self.right, self.transposed = left, core, diagonal, right, transposed
+        super().__init__(*core.tensors, diagonal)
+        self.left, self.core, self.right, self.transposed = left, core, right, transposed
 
     def _rows(self, left: Tensor) -> Tensor:
         """left (S + diag(d)) V^T, for some rows of U."""
-        inner = left * self.diagonal + left @ self.core.dense()
-        return inner @ self.right.T
+        values, diagonal = self.tensors
+        return (left * diagonal + left @ self.core.of((values,)).dense()) @ self.right.T
 
     def dense(self) -> Tensor:
         rows = self._rows(self.left)
@@ -77,9 +81,17 @@ class Framed(Matrix):
     def apply(self, x: Tensor) -> Tensor:
         if self.transposed:
             return super().apply(x)
+        values, diagonal = self.tensors
         inner = x @ self.right.to(x.dtype)
-        inner = inner * self.diagonal.to(x.dtype) + self.core.apply(inner)
+        inner = inner * diagonal.to(x.dtype) + self.core.of((values,)).apply(inner)
         return F.linear(inner, self.left.to(x.dtype))
+
+    def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        grad, seen = (seen, grad) if self.transposed else (grad, seen)
+        # That of S + diag(d), as a whole, is U^T G V for the gradient G of U (S + diag(d)) V^T.
+        half, right = self.left.to(grad).T @ (grad.T @ seen), self.right.to(grad)
+        values, diagonal = self.tensors
+        return sampled_product(half, right, self.core.positions).to(values), (half * right.T).sum(1).to(diagonal)
 
     def columns(self, index: Tensor) -> Tensor:
         return self._rows(F.embedding(index, self.left)) if self.transposed else super().columns(index)

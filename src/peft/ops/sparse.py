@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peft.ops.lora import needs_plain
 from peft.ops.matrix import Matrix
 from peft.ops.memo import remember
 
@@ -18,21 +15,13 @@ from peft.ops.memo import remember
 SAMPLED_COST = 8
 
 
-def random_positions(rows: int, columns: int, count: int, seed: int | None = None) -> Tensor:
-    """`count` different positions of a matrix, chosen at random, in the order of rows: [2, count], int32."""
-    generator = torch.Generator()
-    if seed is not None:
-        generator.manual_seed(seed)
-    chosen = torch.randperm(rows * columns, generator=generator)[:count].sort().values
-    return torch.stack((chosen // columns, chosen % columns)).int()
-
-
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is kept may be needed where gradients are wanted
-def draw_places(rows: int, columns: int, count: int, seed: int) -> Tensor:
-    """`count` different positions of a matrix in the order in which this seed gives them: [2, count], on the CPU."""
+def draw_places(rows: int, columns: int, count: int, seed: int | None) -> Tensor:
+    """`count` different positions of a matrix in the order in which a seed gives them: [2, count], on the CPU."""
     with torch.device("cpu"):
-        places = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))[:count]
+        generator = torch.Generator() if seed is None else torch.Generator().manual_seed(seed)
+        places = torch.randperm(rows * columns, generator=generator)[:count]
         return torch.stack((places // columns, places % columns))
 
 
@@ -67,67 +56,34 @@ def add_at(matrix: Tensor, positions: Tensor, values: Tensor) -> Tensor:
 class Entries(Matrix):
     """A sparse matrix with `values` [n] at `positions` [2, n], which are in the order of rows, no two the same."""
 
+    own_gradients = True
+
     def __init__(self, positions: Tensor, values: Tensor, shape: tuple[int, int]):
-        self.positions, self.values, self.shape = positions, values, shape
+        super().__init__(values)
+        self.positions, self.shape = positions, shape
+
+    @classmethod
+    def at(cls, places: Tensor, values: Tensor, shape: tuple[int, int]) -> Entries:
+        """The same for `places` [2, n] in any order."""
+        order, positions = in_row_order(places)
+        return cls(positions, values.index_select(0, order), shape)
 
     def dense(self) -> Tensor:
-        return add_at(self.values.new_zeros(self.shape), self.positions, self.values)
+        return self.added_to(self.tensors[0].new_zeros(self.shape))
 
     def apply(self, x: Tensor) -> Tensor:
-        rows, columns = self.positions.long()
-        if x.numel() * self.values.numel() > self.shape[0] * self.shape[1] ** 2:
-            nothing = x.new_zeros(()).expand(self.shape)  # takes no memory
-            return sparse_linear(x, nothing, None, self.positions, self.values.to(x.dtype))
+        (rows, columns), values = self.positions.long(), self.tensors[0]
+        if x.numel() * values.numel() > self.shape[0] * self.shape[1] ** 2:
+            return self.linear(x)
         # For a few tokens, the entries are looked up rather than put into a matrix.
-        change = x.index_select(-1, columns) * self.values.to(x.dtype)
+        change = x.index_select(-1, columns) * values.to(x.dtype)
         return x.new_zeros(*x.shape[:-1], self.shape[0]).index_add(-1, rows, change)
 
     def added_to(self, weight: Tensor) -> Tensor:
-        return add_at(weight, self.positions, self.values)
+        return add_at(weight, self.positions, self.tensors[0])
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return sparse_linear(x, weight, bias, self.positions, self.values.to(weight.dtype))
-
-
-def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, values: Tensor) -> Tensor:
-    """x (W + S)^T + b, for a frozen W and a sparse S.
-
-    The sum is made anew for the backward pass rather than kept, and where it saves work, only those entries of its
-    gradient are computed that are asked for.
-
-    Args:
-        x: [..., in].
-        weight: W [out, in].
-        bias: b [out], or None.
-        positions: those of the entries of S, in the order of rows: [2, n].
-        values: the entries, [n].
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    tracked = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not tracked or trained or needs_plain(x, weight, values):
-        return _with_sum(x, weight, bias, positions, values)
-    return _SparseLinear.apply(x, weight, bias, positions, values)
-
-
-def _with_sum(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, values: Tensor) -> Tensor:
-    return F.linear(x, add_at(weight, positions, values).to(x.dtype), bias if bias is None else bias.to(x.dtype))
-
-
-class _SparseLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, values: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, positions, values)
-        return _with_sum(x, weight, bias, positions, values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, positions, values = ctx.saved_tensors
-        flat, rows = grad.flatten(0, -2), x.flatten(0, -2)
-        grad_x = grad @ add_at(weight, positions, values).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_values = sampled_product(flat.T, rows, positions).to(values.dtype) if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, None, grad_values
+    def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor]:
+        return (sampled_product(grad.T, seen, self.positions).to(self.tensors[0].dtype),)
 
 
 def sampled_product(a: Tensor, b: Tensor, positions: Tensor) -> Tensor:

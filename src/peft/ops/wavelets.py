@@ -11,14 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.ops.lora import needs_plain
 from peft.ops.matrix import Matrix
 from peft.ops.memo import remember
 from peft.ops.sparse import sampled_product
@@ -165,7 +163,7 @@ class Wavelets(Matrix):
         self.positions, self.shape = positions, (out_features, in_features)
         self.taps = filters(family)
         order, self.waves = remember(positions, ("waves", family, self.shape), self._place)
-        self.values = values.index_select(0, order)
+        super().__init__(values.index_select(0, order))
 
     def _place(self) -> tuple[Tensor, Tensor]:
         """The order of the coefficients by row of S, and their places in it [2, n]."""
@@ -180,6 +178,13 @@ class Wavelets(Matrix):
         waves = torch.stack((places[0] + high[1] * counts[0], places[1] + high[0] * counts[1]))
         order = (waves[0] * 2 * counts[1] + waves[1]).argsort()
         return order, waves[:, order].int()
+
+    own_gradients = True
+
+    @property
+    def values(self) -> Tensor:
+        """The coefficients in the order of rows."""
+        return self.tensors[0]
 
     @property
     def single(self) -> bool:
@@ -228,29 +233,6 @@ class Wavelets(Matrix):
         product = synthesise(spectrum.index_add(0, outer, waves), self.taps, self.shape[0]).T
         return product.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        tracked = torch.is_grad_enabled() and (x.requires_grad or self.values.requires_grad)
-        if not tracked or needs_plain(x, weight, self.values):
-            return super().linear(x, weight, bias)
-        return _Product.apply(x, weight, bias, self.values, self)
-
-
-class _Product(torch.autograd.Function):
-    """x (W + M)^T + b. For the backward pass the sum is made anew, and of its gradient what the coefficients need."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, matrix: Wavelets) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.matrix = matrix
-        return F.linear(x, matrix.added_to(weight), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        matrix = ctx.matrix
-        grad_x = grad @ matrix.added_to(weight) if ctx.needs_input_grad[0] else None
-        grad_values = None
-        if ctx.needs_input_grad[3]:
-            outer, inner = (analyse(rows.flatten(0, -2).T, matrix.taps) for rows in (grad, x))
-            grad_values = sampled_product(outer, inner.T, matrix.waves).to(matrix.values.dtype)
-        return grad_x, None, None, grad_values, None
+    def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor]:
+        outer, inner = (analyse(rows.T, self.taps) for rows in (grad, seen))
+        return (sampled_product(outer, inner.T, self.waves).to(self.values.dtype),)

@@ -13,7 +13,7 @@ from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.made import product_with
+from peft.ops.matrix import product_with
 from peft.ops.memo import remember
 from peft.ops.orthogonal import orthonormal_basis
 from peft.registry import PeftType

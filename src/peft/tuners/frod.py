@@ -18,7 +18,7 @@ from peft.core.plan import Plan
 from peft.core.slots import Dropout, FixedSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.singular import Framed, common_basis, coordinates
-from peft.ops.sparse import Entries, in_row_order, off_diagonal_positions
+from peft.ops.sparse import Entries, off_diagonal_positions
 from peft.registry import PeftType
 
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
@@ -118,9 +118,8 @@ class FrodLayer(AdapterLayer):
 
     def change(self, name: str) -> Add:
         diagonal, values = self.frod_lambda_l[name], self.frod_lambda_s_values[name]
-        order, positions = in_row_order(self.shared_tensor("frod_s_indices", name))
         left, basis = self.frod_U[name].to(diagonal), self.shared_tensor("frod_V", name).to(diagonal)
-        core = Entries(positions, values[order], (len(basis), len(basis)))
+        core = Entries.at(self.shared_tensor("frod_s_indices", name), values, (len(basis), len(basis)))
         moved = diagonal - self.frod_start[name].to(diagonal)
         matrix = Framed(left, core, moved, basis, transposed=self.op.kind == "Embedding")
         return Add(matrix, dropout=self.dropout_of(name))

@@ -17,7 +17,7 @@ from peft.core.method import Method
 from peft.core.slots import ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
-from peft.ops.made import Made, product_with
+from peft.ops.matrix import Made, product_with
 from peft.registry import PeftType
 
 #: slot of each part -> the setting that says what form it has

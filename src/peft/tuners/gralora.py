@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
-from peft.core.change import Add, Change, LowRank
+from peft.core.change import Change, LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Dropout, ModuleSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.granular import Granular
 from peft.registry import PeftType
 
 
@@ -87,7 +86,7 @@ class GraloraLayer(AdapterLayer):
 
     def change(self, name: str) -> Iterator[Change]:
         scale, p = self.scaling[name], self.dropout_of(name)
-        yield Add(Granular(self.gralora_A[name], self.gralora_B[name] * scale), dropout=p)
+        yield LowRank(*granular_factors(self.gralora_A[name], self.gralora_B[name]), scale, p)
         if self.hybrid_r[name]:
             down: Any = self.gralora_A_general[name]
             up: Any = self.gralora_B_general[name]
@@ -102,7 +101,23 @@ class GraloraLayer(AdapterLayer):
             )
 
 
-def _uniform(out_features: int, in_features: int) -> torch.Tensor:
+def granular_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix of low-rank blocks as a product: factors [k r, in] and [out, k r], which are zero for the most part.
+
+    The r ranks of a column of blocks are shared out among its blocks, k groups of r / k in the order of the rows; so
+    are those of a row of blocks, in the order of the columns. Block (m, n) is (a[n][:, group m] b[m][group n])^T.
+
+    Args:
+        a: for each column of blocks, [k, in / k, r].
+        b: for each row of blocks, [k, r, out / k].
+    """
+    k = len(a)
+    parts = b.unflatten(1, (k, -1)).permute(1, 2, 3, 0)  # [n, r / k, out / k, m]
+    spread = torch.diag_embed(parts, dim1=0, dim2=1)  # row m of blocks has group m of each column's ranks [n, m, r / k]
+    return torch.block_diag(*a.mT), spread.permute(0, 4, 2, 1, 3).flatten(2).flatten(0, 1)
+
+
+def _uniform(out_features: int, in_features: int) -> Tensor:
     """What `nn.Linear` starts with: [out, in]."""
     return nn.init.kaiming_uniform_(torch.empty(out_features, in_features), a=5**0.5)
 

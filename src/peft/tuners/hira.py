@@ -18,7 +18,7 @@ from peft.core.method import Method
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
-from peft.ops.made import Made
+from peft.ops.matrix import Made
 from peft.registry import PeftType
 
 

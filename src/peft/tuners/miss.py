@@ -75,7 +75,7 @@ class MissLayer(AdapterLayer):
         block = self.miss_block[name]
         if self.miss_form[name] == "bat":
             return Weight(lambda weight: transform_shards(weight, block))
-        tile = block.repeat(1, self.out_features // block.shape[1])
+        tile = block.repeat(1, self.out_features // block.shape[1]) if self.miss_form[name] == "mini" else block
         return Add(Tiled(tile, self.in_features), dropout=self.dropout_of(name))
 
     @classmethod

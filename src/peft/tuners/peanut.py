@@ -15,7 +15,7 @@ from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.slots import ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
-from peft.ops.made import product_with
+from peft.ops.matrix import product_with
 from peft.registry import PeftType
 
 

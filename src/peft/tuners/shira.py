@@ -20,7 +20,7 @@ from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.errors import warn
 from peft.ops.memo import remember
-from peft.ops.sparse import Entries, random_positions
+from peft.ops.sparse import Entries, draw_places, in_row_order
 from peft.registry import PeftType
 
 #: takes a base module and r; gives ones and zeros in the shape of the module's weight
@@ -83,7 +83,7 @@ class ShiraLayer(AdapterLayer):
         if self.waits_for_file:
             return torch.empty(2, count, dtype=torch.int32, device="meta")
         if config.mask_fn is None and config.mask_type == "random":
-            return random_positions(self.out_features, self.in_features, count, config.random_seed)
+            return in_row_order(draw_places(self.out_features, self.in_features, count, config.random_seed))[1]
         if config.mask_fn is None:
             return torch.full((2, count), -1, dtype=torch.int32)
         with onloaded(self.get_base_layer()):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
@@ -93,9 +93,8 @@ class SupertuningLayer(AdapterLayer):
 
     def change(self, name: str) -> Iterator[Change]:
         places, columns = self.supertuning_indices[name], self.in_features
-        order, positions = remember(places, ("rows", columns), lambda: _by_row(places, columns))
-        values = self.supertuning_values[name].index_select(0, order)
-        yield Add(Entries(positions, values, (self.out_features, columns)))
+        rows = remember(places, ("rows", columns), lambda: torch.stack((places // columns, places % columns)))
+        yield Add(Entries.at(rows, self.supertuning_values[name], (self.out_features, columns)))
         if name in self.supertuning_lora_A:
             down: Any = self.supertuning_lora_A[name]
             up: Any = self.supertuning_lora_B[name]
@@ -116,12 +115,6 @@ class SupertuningLayer(AdapterLayer):
 def values_of(op: BaseOp, config: SupertuningConfig) -> int:
     """How many entries of a weight are trained."""
     return int(op.out_features * op.in_features * (1 - config.sparsity))
-
-
-def _by_row(places: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """The order of places [n] by row, and they themselves in it as positions [2, n]."""
-    ordered, order = places.long().sort()
-    return order, torch.stack((ordered // columns, ordered % columns)).int()
 
 
 class SupertuningModel(BaseTuner):

@@ -89,8 +89,9 @@ class TinyLoraLayer(AdapterLayer):
     def change(self, name: str) -> LowRank:
         v = self.shared_tensor("tinylora_v", name)
         a, b, p = (held[name].to(v) for held in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
-        a = (v @ p.flatten(1)).view(p.shape[1:]) @ a
-        down, up = (b.T, a.T) if self.op.kind == "Embedding" else (a, b)
+        mixed = (v @ p.flatten(1)).view(p.shape[1:])
+        # What is trained is on the side of the outputs: a training step then keeps no inputs.
+        down, up = (b.T, (mixed @ a).T) if self.op.kind == "Embedding" else (a, b @ mixed)
         return LowRank(down, up, dropout=self.dropout_of(name))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
@@ -18,7 +18,6 @@ from peft.core.slots import FixedSlot, Setting, Slot
 from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Matrix
-from peft.ops.memo import remember
 from peft.ops.sparse import Entries, draw_places
 from peft.ops.wavelets import FAMILIES, Wavelets, filters
 from peft.registry import PeftType
@@ -92,8 +91,7 @@ class WaveFTLayer(AdapterLayer):
         values, places = self.waveft_spectrum[name] * self.waveft_scaling[name], self.waveft_indices[name]
         if self.waveft_use_idwt[name]:
             return Wavelets(values, places, self.waveft_wavelet_family[name], self.out_features, self.in_features)
-        order, sorted_places = remember(places, ("rows", self.in_features), lambda: _by_row(places, self.in_features))
-        return Entries(sorted_places, values[order], (self.out_features, self.in_features))
+        return Entries.at(places, values, (self.out_features, self.in_features))
 
     def change(self, name: str) -> Add:
         return Add(self.matrix(name))
@@ -113,12 +111,6 @@ def check_count(count: int, key: str, op: BaseOp) -> None:
             f"n_frequency={count} is more than the entries of the weight of {key!r} ({rows} x {op.in_features} ="
             f" {rows * op.in_features}); choose less, for this module alone in n_frequency_pattern."
         )
-
-
-def _by_row(places: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """The order of places [2, n] by row, and the places in it."""
-    order = (places[0] * columns + places[1]).argsort()
-    return order, places[:, order].int()
 
 
 class WaveFTMethod(Method):
