@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,7 +59,7 @@ def _prepare(scale: Scale, method: str) -> Prepared:
     inputs = batch(floor, scale)
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
-        config = _config(method, scale, folder)
+        config = method_config(method, scale, folder)
         adapted = peft.get_peft_model(twin(floor), config)
     adapted.train()
     fill(adapted)
@@ -81,7 +83,8 @@ def _prepare(scale: Scale, method: str) -> Prepared:
     return Prepared(parts, outcome)
 
 
-def _config(method: str, scale: Scale, folder: str) -> Any:
+def method_config(method: str, scale: Scale, folder: str, more: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The default settings of a method for a small Llama, with `more` beside what it cannot do without."""
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
     known = {field.name for field in dataclasses.fields(kind)}
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -93,7 +96,7 @@ def _config(method: str, scale: Scale, folder: str) -> Any:
         settings["num_virtual_tokens"] = min(_VIRTUAL_TOKENS, scale.length)
     if scale.hidden < 128:
         settings |= {name: value for name, value in _SMALLER.items() if name in known}
-    settings |= _NEEDED.get(method, {})
+    settings |= {**_NEEDED.get(method, {}), **more}
     if method == "XLORA":
         settings |= {"hidden_size": scale.hidden, "adapters": _experts(scale, folder)}
     return kind(**settings)

@@ -384,7 +384,16 @@ _FILES = (
     " is that of `save_pretrained(folder, minimal=True)`: what comes from a seed or from the base weights is left out,"
     " made again in loading, and checked. huggingface/peft reads it where the method has a field for that"
     " (`save_projection`, `save_precomputed_indices`). Saving what was loaded gives the default file again; so does"
-    " `peft convert`."
+    " `peft convert`.\n\n"
+    "Default files have what huggingface/peft's have, name for name. Of the methods whose layers share tensors,"
+    " RandLoRA"
+    " (its bases, where `save_projection` stores them) and Lily (its factors) therefore write these once a layer."
+    " Tried: huggingface/peft gets the same outputs, bit for bit, from files that have them once, but warns that keys"
+    " are"
+    " missing, and returns these as missing from `load_adapter`, as it does of a damaged file; and in the safetensors"
+    " format two names cannot stand for the same bytes. The others write what they share once as it is: FRoD, PVeRA,"
+    " TinyLoRA, Uni-LoRA, VB-LoRA, VeRA. Layers of SHiRA, Super-tuning, OSF and AdaMSS share nothing: their entries,"
+    " directions and clusters are each layer's own."
 )
 
 

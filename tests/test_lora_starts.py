@@ -303,10 +303,12 @@ def test_what_has_changed_the_base_is_not_converted_to_a_plain_lora():
 
 
 def test_starts_on_embeddings_and_transposed_layers():
-    for start in ("pissa", "olora", "orthogonal", "mica"):
+    for start in ("pissa", "olora", "orthogonal", "corda", "lora_ga", "mica"):
         model = get_peft_model(mlp(), config_of(start, target_modules=["token"])).eval()
         ids = torch.arange(20)[None]
         torch.testing.assert_close(model(ids), mlp()(ids), rtol=1e-4, atol=1e-5)
+        # Files of huggingface/peft need the base weights as they were: there these starts are for other layers.
+        assert torch.equal(model.base_model.model.token.base_layer.weight, mlp().token.weight)
     for start in ("pissa", "olora"):
         model = get_peft_model(gpt2(), LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=start)).eval()
         with torch.no_grad():

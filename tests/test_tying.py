@@ -58,6 +58,16 @@ def test_one_adapter_serves_both_tied_modules(tmp_path):
     assert "base_model.model.lm_head.lora_A.weight" in peft.load_peft_weights(tmp_path)
 
 
+@pytest.mark.parametrize("target", ["lm_head", "model.embed_tokens"])
+def test_the_base_weight_of_tied_modules_is_stored_where_the_embedding_is_named(target, tmp_path):
+    config = peft.LoraConfig(target_modules=[target, "q_proj"], r=2, ensure_weight_tying=True)
+    model = randomised(peft.get_peft_model(tied_llama(), config))
+    model.save_pretrained(tmp_path)
+    assert not [key for key in peft.load_peft_weights(tmp_path) if "base_layer" in key]
+    loaded = peft.PeftModel.from_pretrained(tied_llama(), tmp_path)
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
 def test_an_adapter_on_one_of_two_tied_modules_warns_and_merging_unties_them():
     with pytest.warns(UserWarning, match="lm_head.*tied"):
         model = peft.get_peft_model(tied_llama(), peft.LoraConfig(target_modules=["embed_tokens"], r=2))

@@ -5,6 +5,7 @@ What all methods have in common is in test_conformance.py.
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -405,10 +406,61 @@ def test_merging_leaves_what_ln_tuning_trained_in_full_in_its_wrapper():
     assert torch.equal(merged["head"](torch.eye(8)[:1]), merged["head"].current_module()(torch.eye(8)[:1]))
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), nn.LayerNorm(8, elementwise_affine=False)])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8, affine=False), nn.LayerNorm(8, elementwise_affine=False)])
 def test_norms_that_cannot_be_tuned(norm):
     with pytest.raises(ValueError, match="not supported"):
         peft.get_peft_model(Model(norm), peft.LNTuningConfig(target_modules=["target"]))
+
+
+GATHERING = {
+    "batch": lambda: nn.BatchNorm1d(8),
+    "batch, mean of all": lambda: nn.BatchNorm1d(8, momentum=None),
+    "instance": lambda: nn.InstanceNorm1d(8, affine=True, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("kind", GATHERING)
+def test_ln_tuning_gathers_statistics_of_its_own(kind, tmp_path):
+    norm = GATHERING[kind]()
+    alone, x = copy.deepcopy(norm), 3 * torch.randn(6, 8, 4) - 1
+    base = Model(norm)
+    before = {key: value.clone() for key, value in norm.state_dict().items()}
+    plain = base.eval()(x)
+    model = adapt(base, peft.LNTuningConfig).train()
+    trained = dict(model.base_model.model.target.ln_tuning_layers["default"].named_parameters())
+    for _ in range(3):
+        model(x)
+        torch.func.functional_call(alone, trained, (x,))
+    expected = torch.func.functional_call(alone.eval(), trained, (x,))
+    torch.testing.assert_close(model.eval()(x), expected)
+    assert not torch.allclose(plain, expected)
+
+    def base_is_as_it_was() -> bool:
+        held = model.base_model.model.target.get_base_layer().state_dict()
+        return all(torch.equal(held[key], value) for key, value in before.items())
+
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    model.train()(x)
+    model.eval().unmerge_adapter()
+    assert base_is_as_it_was()
+    torch.testing.assert_close(model(x), expected)
+
+    model.save_pretrained(tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in file} == before.keys()
+    restored = GATHERING[kind]()
+    restored.load_state_dict(before)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(Model(restored), tmp_path).eval()(x), expected)
+    model.add_adapter("other", peft.LNTuningConfig(target_modules=["target"]))
+    with pytest.raises(ValueError, match="statistics"):
+        model.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(model(x, adapter_names=["default"] * 4 + ["__base__"] * 2)[4:], plain[4:])
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected)
+    assert torch.equal(merged.target.running_mean, file["base_model.model.target.ln_tuning_layers.running_mean"])
 
 
 # ---- SHiRA

@@ -56,6 +56,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("LoraConfig", {**LORA, "init_lora_weights": "eva"}),
     ("LoraConfig", {**LORA, "use_dora": True}),
     ("LoraConfig", {**LORA, "target_modules": ["tokens", "conv"]}),
+    ("LoraConfig", {**LORA, "target_modules": ["tokens"], "init_lora_weights": "olora"}),
     ("LoraConfig", {**LORA, "target_modules": ["up"], "target_parameters": ["experts.first"]}),
     ("MissConfig", {"r": 4, "init_weights": False, **TWO}),
     ("MultitaskPromptTuningConfig", {**PROMPT, "num_tasks": 2}),

@@ -133,7 +133,8 @@ def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | str) -> di
     """The base weights of embeddings that are saved along: if not chosen, those that the adapter names and is on."""
     if not choice:
         return {}
-    named = choice == "auto" and _names_embeddings(config) and config.stores_embeddings
+    stores = config.stores_embeddings and getattr(config, "trainable_token_indices", None) is None
+    named = choice == "auto" and _names_embeddings(config) and stores
     changed = vocabulary_changed(model, config)
     if choice == "auto" and not named and not changed:
         return {}

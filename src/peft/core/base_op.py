@@ -312,7 +312,7 @@ class ParallelLinearOp(BaseOp):
 
 
 class NormOp(BaseOp):
-    """`nn.LayerNorm`, `nn.GroupNorm`, norms of other packages (T5's, RMS): weight [dim], the matrix [dim, 1]."""
+    """Norms of torch (by layer, group, batch) and of other packages (T5's, RMS): weight [dim], the matrix [dim, 1]."""
 
     kind = "LayerNorm"
 
@@ -385,7 +385,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and (
-        isinstance(module, (nn.LayerNorm, nn.GroupNorm))
+        isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
         or (type(module).__name__.endswith("Norm") and weight.dim() == 1)
     )
 

@@ -193,8 +193,9 @@ def stored_biases(model: nn.Module, adapter_name: str, copies: bool) -> Iterator
                 live = f"{path.rpartition('.')[0]}.{name}"
                 yield live, live, part.of(adapter_name), name
         elif isinstance(part, ModulesToSaveWrapper) and copies and part.has(adapter_name):
+            # Below the first level, files have the adapter's name too.
             for held, inner in (("modules_to_save", f"modules_to_save.{adapter_name}"), ("original_module",) * 2):
                 for place, owner in part.get_submodule(inner).named_modules():
-                    for name in [name for name in owner._parameters if name.endswith("bias")]:
+                    for name in (name for name, _ in owner.named_parameters(recurse=False) if name.endswith("bias")):
                         tail = f".{place}.{name}" if place else f".{name}"
-                        yield f"{path}.{held}{tail}", f"{path}.{inner}{tail}", owner, name
+                        yield f"{path}.{inner if place else held}{tail}", f"{path}.{inner}{tail}", owner, name

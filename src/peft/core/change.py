@@ -14,6 +14,7 @@ of its weight in `merge`.
 | `OnInput`, `OnOutput` | W f(x), f(y), for a linear map f | f of the rows, of the columns of W |
 | `Rows` (in `tokens`) | y with some entries replaced | W with some rows replaced |
 | `Weight` | y of f(W) | f(W) |
+| `Statistics` | y with other buffers in the module | W |
 | `Beside` | y + f(x) for any f | has none |
 | `Dropped` | y + (what changes make of dropout(x)) - W dropout(x) | what they make of W |
 """
@@ -358,6 +359,23 @@ class Weight(Change):
 
     def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
         return self.map(matrix)
+
+
+@dataclass(slots=True, eq=False)
+class Statistics(Change):
+    """The module with other buffers: the statistics of batch normalisation, which it brings up to date in training.
+
+    Attributes:
+        buffers: them, by their names in the module.
+    """
+
+    buffers: dict[str, Tensor]
+
+    @staticmethod
+    def of(changes: Sequence[Change]) -> dict[str, Tensor]:
+        """The buffers that these changes put in, the last of them where several do."""
+        found = (change.buffers for change in changes if type(change) is Statistics)
+        return {name: tensor for buffers in found for name, tensor in buffers.items()}
 
 
 @dataclass(slots=True, eq=False)

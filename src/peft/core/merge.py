@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft.core.adapted import AdaptedModule, Entry, Ledger, apply_to_bias
 from peft.core.base_op import ParameterOp
-from peft.core.change import Change, LowRank
+from peft.core.change import Change, LowRank, Statistics
 from peft.core.storage import onloaded, storage_of
 from peft.core.storage.sharded import is_managed, reshard
 
@@ -175,7 +175,7 @@ def rewrite(layer: AdaptedModule, entries: list[Entry], safe: bool = False, own:
         originals = dict(ledger.originals)
         try:
             for name, value in values.items():
-                storage, alone = storage_of(base, name), own and name not in ledger.originals
+                storage, alone = storage_of(base, name), own and name not in (*ledger.originals, *base._buffers)
                 ledger.originals.setdefault(name, storage.keep(base, name, alone))
                 storage.write(base, name, value, alone)
             for name in undone:
@@ -212,4 +212,5 @@ def _values(base: nn.Module, ledger: Ledger, entries: Sequence[Entry]) -> dict[s
                 changed_bias = apply_to_bias(changes, bias)
                 if changed_bias is not bias and changed_bias is not None:
                     values[bias_name] = changed_bias
+            values |= {name: buffer.clone() for name, buffer in Statistics.of(changes).items()}
     return values

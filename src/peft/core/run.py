@@ -16,7 +16,7 @@ from peft.core import costs
 from peft.core.adapted import AdaptedModule
 from peft.core.base_op import ParameterOp
 from peft.core.call import calling
-from peft.core.change import Add, Change, LowRank, OnInput
+from peft.core.change import Add, Change, LowRank, OnInput, Statistics
 from peft.core.merge import changed
 from peft.core.routing import BASE, Route, join_rows
 from peft.core.storage import is_plain, onloaded
@@ -167,6 +167,9 @@ def _run_weight(layer: AdaptedModule, changes: Sequence[Change], x: Tensor, *arg
             # Packed weights have no dtype of their own to compute in.
             dtype = compute_dtype(x)
             weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+        if buffers := Statistics.of(changes):
+            tensors = {layer.op.weight_name: weight, layer.op.bias_name or "": bias, **buffers}
+            return run_with(base, {k: v for k, v in tensors.items() if v is not None}, (x, *args), kwargs)
         return layer.op.run(base, weight, bias, x, *args, **kwargs)
 
 

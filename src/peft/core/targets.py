@@ -168,7 +168,8 @@ def named_targets(config: Any, model: nn.Module) -> Any:
         targets = default_targets(config.peft_type, model_config_of(model).get("model_type"), model)
     if targets == ALL_LINEAR:
         heads = CLASSIFIER_NAMES if config.task_type == "SEQ_CLS" else ()
-        targets = all_linear(model, {*(config.modules_to_save or ()), *heads})
+        # The short ones: for some methods, layers that one name means belong together.
+        targets = shortened(all_linear(model, {*(config.modules_to_save or ()), *heads}), model, many=0)
     return targets
 
 
@@ -195,9 +196,9 @@ def all_linear(model: Any, leave_out: Iterable[str] = ()) -> set[str]:
     }
 
 
-def shortened(targets: Any, model: nn.Module) -> Any:
-    """`targets` with the shortest last parts that mean the same modules, where they are a long list of whole names."""
-    if not isinstance(targets, (set, list)) or len(targets) < _MANY:
+def shortened(targets: Any, model: nn.Module, many: int = _MANY) -> Any:
+    """`targets` with the shortest last parts that mean the same modules, where they are `many` whole names."""
+    if not isinstance(targets, (set, list)) or len(targets) < many:
         return targets
     names = {key for key, _ in model_modules(model)}
     if not names.issuperset(targets):

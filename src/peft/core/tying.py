@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from peft.core.model_config import embeddings_of
-from peft.core.targets import check_target_module_exists, model_modules, saved_as
+from peft.core.targets import check_target_module_exists, ends_with, model_modules, saved_as
 from peft.errors import warn
 
 
@@ -59,7 +59,14 @@ def tie_configuration(config: Any, model: nn.Module) -> tuple[list[str], list[st
         return [], [key for key in tied if not saved_as(key, saved)]
     if any(check_target_module_exists(config, key) for key in tied):
         if not isinstance(config.target_modules, str):
-            config.target_modules = {*config.target_modules, tied[0]}
+            # The embedding stands for all of them; what means others alone would have their weights stored as well.
+            others = [key for key, _ in model_modules(model) if key not in tied[1:]]
+
+            def means(entry: str, keys: list[str]) -> bool:
+                return any(ends_with(key, {entry}) for key in keys)
+
+            kept = {entry for entry in config.target_modules if means(entry, others) or not means(entry, tied)}
+            config.target_modules = kept | {tied[0]}
         return [key for key in tied if not check_target_module_exists(config, key)], []
     return [], []
 

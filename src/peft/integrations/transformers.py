@@ -179,7 +179,7 @@ def convert_peft_config_for_transformers(
     if not parameters and not routers:
         return
     config.target_parameters = sorted({*(config.target_parameters or ()), *parameters, *routers})
-    _drop_converted_targets(config, model)
+    _drop_converted_targets(config, model, routers)
     if parameters and config.lora_dropout and config.inference_mode:
         config.lora_dropout = 0.0  # of no effect in inference, and parameters cannot have it
 
@@ -260,19 +260,19 @@ def _routers(config: Any, model: nn.Module, stacks: list[ExpertStack]) -> list[s
     return sorted(found)
 
 
-def _drop_converted_targets(config: Any, model: nn.Module) -> None:
+def _drop_converted_targets(config: Any, model: nn.Module, routers: list[str]) -> None:
     """Takes out of `target_modules` what matches no layer any more."""
     if config.target_modules == ALL_LINEAR:
         return
-    layers = [
-        key for key, module in model_modules(model) if isinstance(module, AdapterLayer) or base_op(module) is not None
-    ]
+    modules = list(model_modules(model))
     if isinstance(config.target_modules, str):
+        layers = [key for key, module in modules if isinstance(module, AdapterLayer) or base_op(module) is not None]
         if not any(patterns.fullmatch(config.target_modules, key) for key in layers):
             config.target_modules = set()
-    else:
+    else:  # other modules are left in, for an error that says why they cannot be adapted
+        others = [key for key, _ in modules if f"{key.rpartition('.')[2]}.weight" not in routers]
         config.target_modules = {
-            entry for entry in config.target_modules if any(ends_with(key, {entry}) for key in layers)
+            entry for entry in config.target_modules if any(ends_with(key, {entry}) for key in others)
         }
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from peft.config import LayerConfig
-from peft.core.change import Add, Bias, Change
+from peft.core.base_op import NormOp
+from peft.core.change import Add, Bias, Change, Statistics
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import ModuleSlot
@@ -22,7 +23,9 @@ from peft.registry import PeftType
 class LNTuningConfig(LayerConfig, peft_type=PeftType.LN_TUNING):
     """Tuning of normalisation layers (arXiv:2312.11420): each adapter trains a copy of a module's weight and bias.
 
-    Several active adapters on one module add up what they have changed.
+    Several active adapters on one module add up what they have changed. On batch normalisation an adapter has
+    statistics of its own too, which begin as the module's: training with it brings these up to date, not the module's.
+    There one adapter at a time can be active, and of several that are merged the last one's statistics count.
     """
 
     beyond_reference: ClassVar[frozenset[str]] = frozenset(
@@ -31,10 +34,9 @@ class LNTuningConfig(LayerConfig, peft_type=PeftType.LN_TUNING):
 
 
 class LNTuningLayer(AdapterLayer):
-    """A module whose weight and bias are exchanged for trained ones.
+    """A module whose weight and bias are exchanged for trained ones, and its statistics if it gathers some.
 
-    It works on every kind of module that has one weight, but is meant for normalisation. Batch normalisation is left
-    out: the statistics that it gathers beside its weight would have to be exchanged as well.
+    It works on every kind of module that has one weight, but is meant for normalisation.
     """
 
     ln_tuning_layers = ModuleSlot()
@@ -46,7 +48,24 @@ class LNTuningLayer(AdapterLayer):
         bias = self.get_base_bias()
         if bias is not None and self.op.bias_name is not None:
             copies[self.op.bias_name] = bias
-        self.ln_tuning_layers[name] = nn.ParameterDict({key: value.detach().clone() for key, value in copies.items()})
+        held = nn.ParameterDict({key: value.detach().clone() for key, value in copies.items()})
+        for key in self.statistics():
+            held.register_buffer(key, self._original(key).detach().clone())
+        self.ln_tuning_layers[name] = held
+
+    def statistics(self) -> list[str]:
+        """What the module gathers in training, by name."""
+        base = self.get_base_layer()
+        kept = base._buffers if isinstance(self.op, NormOp) else {}
+        return [key for key, value in kept.items() if value is not None and key not in base._non_persistent_buffers_set]
+
+    def check_active(self, names: Sequence[str]) -> None:
+        here = [name for name in names if self.has(name)]
+        if len(here) > 1 and self.statistics():
+            raise ValueError(
+                f"{', '.join(here)} all have statistics of a {type(self.get_base_layer()).__name__}; one of them at a"
+                " time can be active."
+            )
 
     def change(self, name: str) -> Iterator[Change]:
         copies: Any = self.ln_tuning_layers[name]
@@ -54,6 +73,8 @@ class LNTuningLayer(AdapterLayer):
         yield Add(Dense(self.op.matrix(copies[self.op.weight_name] - weight)))
         if bias is not None:
             yield Bias(copies[self.op.bias_name] - bias.detach())
+        if copies._buffers:
+            yield Statistics(dict(copies._buffers))
 
     @property
     def type_name(self) -> str:

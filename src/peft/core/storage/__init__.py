@@ -41,7 +41,8 @@ def storage_of(module: nn.Module, name: str) -> Storage:
     for storage in QUANTISED:
         if storage.holds(module, name, weight):
             return storage
-    if isinstance(weight, Tensor) and weight.is_floating_point() and not _is_packed(module, weight):
+    is_plain_kind = isinstance(weight, Tensor) and (weight.is_floating_point() or not weight.dim())  # or a count
+    if is_plain_kind and not _is_packed(module, weight):
         check_whole(module, name)
         return _PLAIN
     raise TypeError(

@@ -104,7 +104,7 @@ class LoraLayer(FactorLayer):
 
     def _start(self, name: str, config: LoraConfig) -> None:
         """Gives A and B their start values, those of the method that the configuration names."""
-        start = start_of(config.init_lora_weights)
+        start = start_of(config.init_lora_weights, self.op.kind)
         if start is None:
             self.reset_lora_parameters(name, config.init_lora_weights)
             return
@@ -228,7 +228,7 @@ def check_config(config: LoraConfig) -> None:
 
 def _check_parameter(config: LoraConfig, name: str) -> None:
     for setting in ("fan_in_fan_out", "lora_bias"):
-        if getattr(config, setting):
+        if getattr(config, setting) and (setting == "lora_bias" or not config.target_modules):  # it may be for these
             raise ValueError(f"{setting}={getattr(config, setting)} is not supported for target_parameters ({name!r}).")
 
 

@@ -36,6 +36,7 @@ class Start:
     Attributes:
         fill: gives A and B their values; returns the residual if the base weight changes.
         kinds: kinds of base module it works on.
+        embeddings: whether it is for embeddings too, where other starts mean the plain one (as in huggingface/peft).
         changes_base: whether it changes the base weight.
         takes_product: whether it takes scaling B A out of it, and no more.
         trains_b: whether B is trained.
@@ -43,7 +44,8 @@ class Start:
     """
 
     fill: Callable[[FactorLayer, str, LoraConfig], Residual | None]
-    kinds: frozenset[str] = frozenset(("Linear", "Conv1D", "Embedding"))
+    kinds: frozenset[str] = frozenset(("Linear", "Conv1D"))
+    embeddings: bool = False
     changes_base: bool = False
     takes_product: bool = False
     trains_b: bool = True
@@ -262,24 +264,23 @@ def _check_loftq(config: LoraConfig, name: str, module: nn.Module, r: int) -> No
     loftq_settings(config)
 
 
-_LINEAR = frozenset(("Linear", "Conv1D"))
 STARTS: dict[str, Start] = {
     "pissa": Start(_pissa, changes_base=True, takes_product=True),
     "olora": Start(_olora, changes_base=True, takes_product=True),
-    "orthogonal": Start(_orthogonal, check=_check_even),
-    "mica": Start(_mica, trains_b=False),
-    "corda": Start(_corda, _LINEAR, changes_base=True, takes_product=True, check=_check_corda),
-    "lora_ga": Start(_lora_ga, _LINEAR, changes_base=True, takes_product=True, check=_check_lora_ga),
-    "loftq": Start(_loftq, changes_base=True, check=_check_loftq),
+    "orthogonal": Start(_orthogonal, frozenset(("Linear", "Conv1D", "Parameter")), check=_check_even),
+    "mica": Start(_mica, embeddings=True, trains_b=False),
+    "corda": Start(_corda, changes_base=True, takes_product=True, check=_check_corda),
+    "lora_ga": Start(_lora_ga, changes_base=True, takes_product=True, check=_check_lora_ga),
+    "loftq": Start(_loftq, embeddings=True, changes_base=True, check=_check_loftq),
     # until `initialize_lora_eva_weights` gives A its values
-    "eva": Start(_zero, kinds=frozenset(("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"))),
+    "eva": Start(_zero, frozenset(("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")), embeddings=True),
 }
 #: what `FactorLayer.reset_lora_parameters` does on its own
 _PLAIN = (True, False, "gaussian")
 
 
-def start_of(init_lora_weights: bool | str) -> Start | None:
-    """The start that a configuration asks for; None for the plain random ones.
+def start_of(init_lora_weights: bool | str, kind: str = "Linear") -> Start | None:
+    """The start that a configuration asks for on a kind of module; None for the plain random ones.
 
     Raises:
         ValueError: there is none of that name.
@@ -290,15 +291,16 @@ def start_of(init_lora_weights: bool | str) -> Start | None:
     if name not in STARTS:
         known = ", ".join(map(repr, (*_PLAIN, *STARTS, "pissa_niter_4")))
         raise ValueError(f"Unknown init_lora_weights={init_lora_weights!r}; there are {known}.")
-    return STARTS[name]
+    start = STARTS[name]
+    return start if start.embeddings or kind != "Embedding" else None
 
 
 def check_start(config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
     """Raises ValueError where the start cannot be made on a module."""
-    start = start_of(config.init_lora_weights)
+    start = start_of(config.init_lora_weights, op.kind)
     if start is None:
         return
-    if op.kind not in start.kinds:
+    if op.kind not in (*start.kinds, "Embedding") or getattr(op, "num_experts", 1) > 1:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} does not work on {name!r}, a {op.kind}; it works on"
             f" {', '.join(sorted(start.kinds))}."
