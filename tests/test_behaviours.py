@@ -14,12 +14,16 @@ from torch import nn
 
 import peft
 from peft import (
+    AdaptionPromptConfig,
     HRAConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
+    ShadowConfig,
+    get_layer_status,
+    get_model_status,
     get_peft_model,
 )
 from peft.core.tuner import BaseTuner
@@ -366,3 +370,47 @@ def test_norms_of_other_packages_are_tuned():
 def test_a_bias_of_lora_that_cannot_be_merged_is_warned_of():
     with pytest.warns(PeftWarning, match="merged into them"):
         get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], lora_bias=True))
+
+
+# ---- what is looked into
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.mixed])
+def test_settings_of_layers_are_dictionaries(method):
+    layer = METHODS[method].model_class.layer_class(nn.Linear(4, 4))
+    layer.new_record("default", None)
+    for name in layer.other_param_names:
+        held = getattr(layer, name)
+        held["default"] = 3
+        assert isinstance(held, dict) and json.dumps(getattr(layer, name)) == '{"default": 3}', name
+    layer.new_record("default", None)
+    assert not any(getattr(layer, name) for name in layer.other_param_names)
+
+
+def test_what_acts_is_said_by_models_and_by_layers():
+    model = get_peft_model(net(), lora(init_lora_weights="mica", r=2))
+    layer = model.base_model.model[0]
+    assert model.has_active_enabled_adapter and model.active_adapter == "default"
+    assert layer.active_adapter == layer._active_adapter == ["default"]
+    assert layer.frozen_peft_weight_names == {"default": ("lora_B",)}
+    with model.disable_adapter():
+        assert not model.has_active_enabled_adapter
+    prompt = get_peft_model(llama(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    assert prompt.has_active_enabled_adapter
+    with prompt.disable_adapter():
+        assert not prompt.has_active_enabled_adapter
+
+
+@pytest.mark.parametrize(("method", "shares"), [("VERA", True), ("UNILORA", True), ("LORA", False)])
+def test_models_of_methods_say_whether_layers_share_tensors(method, shares):
+    assert METHODS[method].model_class.uses_shared_state is shares
+
+
+def test_status_is_not_for_prompts_and_counts_what_the_tuner_holds():
+    config = AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    for status in (get_layer_status, get_model_status):
+        with pytest.raises(TypeError):
+            status(get_peft_model(llama(), config))
+    model = get_peft_model(llama(), ShadowConfig(task_type="CAUSAL_LM"))
+    status = get_model_status(model)
+    assert (status.trainable_params, status.total_params) == model.get_nb_trainable_parameters()

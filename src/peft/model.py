@@ -157,6 +157,12 @@ class PeftModel(SavedAdapters, Delegated):
         self.set_adapter(name)
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether some adapter acts: one is active, and adapters are not switched off."""
+        off = self._prompt_disabled if self._tuner is None else self._tuner.disabled
+        return not off and bool(self.active_adapters)
+
+    @property
     def active_peft_config(self) -> Any:
         """Configuration of the (first) active adapter."""
         return self.peft_config[self.active_adapters[0]]

@@ -18,7 +18,7 @@ from peft.core.change import Change
 from peft.core.own_forward import has_own_forward
 from peft.core.part import Part
 from peft.core.routing import BASE
-from peft.core.slots import Record, Slot
+from peft.core.slots import Slot
 from peft.core.storage import onloaded, place_of, read_bias, storage_of
 from peft.core.storage.flat import bring_together
 from peft.ops.memo import remember
@@ -266,13 +266,14 @@ class AdaptedModule(Part):
     # ---- what adapters have
 
     def new_record(self, name: str, config: Any) -> None:
-        """Begins the record of an adapter."""
-        record = self.records[name] = Record()
-        record.config = config
+        """Notes the configuration of an adapter; its settings are what that says, where it has fields for them."""
+        for values in self.settings.values():
+            values.pop(name, None)
+        self.configs[name] = config
         for setting in self.other_param_names:
             field = getattr(type(self), setting).field
             if hasattr(config, field):
-                record.__dict__[setting] = getattr(config, field)
+                getattr(self, setting)[name] = getattr(config, field)
 
     def add_slot(self, name: str, slot: Slot) -> None:
         """Makes room for one more kind of tensor on this layer."""

@@ -19,7 +19,7 @@ from peft.core import merge as merging
 from peft.core.adapted import AdaptedModule
 from peft.core.base_op import BaseOp, NormOp
 from peft.core.call import current_route
-from peft.core.part import as_names
+from peft.core.part import Part, as_names
 from peft.core.routing import Route
 from peft.core.run import run, run_routed
 from peft.core.storage import onloaded, place_of, storage_of
@@ -30,7 +30,7 @@ class AdapterLayer(AdaptedModule):
     """A base module with named adapters of one method.
 
     The tensors of adapter `name` are `getattr(self, slot)[name]` for each slot in `slots`, its settings are in
-    `records[name]`.
+    `settings`.
 
     What a method writes:
         create: makes the tensors of an adapter.
@@ -116,7 +116,8 @@ class AdapterLayer(AdaptedModule):
         """
         device = self.place()[0]
         self.new_record(name, config)
-        self.records[name].__dict__.update(planned or {})
+        for setting, value in (planned or {}).items():
+            self.settings.setdefault(setting, {})[name] = value
         self.__dict__["waits_for_file"] = torch.get_default_device().type == "meta"
         try:
             # Beside a weight without memory, tensors would lose their values at once: they are made without as well.
@@ -306,6 +307,15 @@ class AdapterLayer(AdaptedModule):
         return True
 
     # ---- what status shows
+
+    #: always a list: code that looks into layers knows it so
+    active_adapter = Part.active_adapters
+    _active_adapter = active_adapter
+
+    @property
+    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+        """Adapter -> its slots that are not trained, where all would be as a rule."""
+        return {}
 
     @property
     def type_name(self) -> str:

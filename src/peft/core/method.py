@@ -318,6 +318,12 @@ class Adapters(nn.Module):
     method_class: ClassVar[type[Method]] = Method
     #: path from this object to the base model
     holder: ClassVar[str] = "model"
+    #: whether layers share tensors, which the tuner holds
+    uses_shared_state: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.uses_shared_state = any(slot.shared for slot in cls.layer_class.slots.values())
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.routing import BASE
-from peft.core.slots import Record, Setting, Slot
+from peft.core.slots import Setting, Slot
 from peft.core.storage.sharded import gathered
 from peft.core.wrappers import state_names
 
@@ -35,7 +35,9 @@ class Part(nn.Module):
     other_param_names: tuple[str, ...] = ()
 
     #: adapter -> its configuration and settings
-    records: dict[str, Record]
+    configs: dict[str, Any]
+    #: setting -> adapter -> value
+    settings: dict[str, dict[str, Any]]
     #: shared slot -> the group of layers that it shares the slot's tensor with, where there are groups
     groups = Setting[dict[str, str]]()
 
@@ -61,7 +63,7 @@ class Part(nn.Module):
         # Straight into __dict__, here and in what derives from it: a large model has tens of thousands of parts, and
         # assigning to a module is slow.
         self.__dict__.update(
-            records={}, _active=[], _trained=set(), _disable_adapters=False, _trained_before_disable=[]
+            configs={}, settings={}, _active=[], _trained=set(), _disable_adapters=False, _trained_before_disable=[]
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -109,6 +111,11 @@ class Part(nn.Module):
 
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.adapter_names())
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapter_names())
+
+    _adapters = property(_get_available_adapters)
 
     def has(self, name: str) -> bool:
         """Whether adapter `name` has something here."""
@@ -192,7 +199,7 @@ class Part(nn.Module):
         keys = {}
         for slot in self.adapter_layer_names:
             entries = getattr(self, slot)
-            if name in entries and self.slots[slot].is_stored(self.records[name].config, slot):
+            if name in entries and self.slots[slot].is_stored(self.configs[name], slot):
                 entry = entries[name]
                 leaves = [f".{leaf}" for leaf in state_names(entry)] if isinstance(entry, nn.Module) else [""]
                 keys.update({f"{slot}{leaf}": f"{slot}.{name}{leaf}" for leaf in leaves})
@@ -219,7 +226,8 @@ class Part(nn.Module):
         for entries in self.containers():
             if adapter_name in entries:
                 del entries[adapter_name]
-        self.records.pop(adapter_name, None)
+        for values in (self.configs, *self.settings.values()):
+            values.pop(adapter_name, None)
         self.__dict__["_active"] = [name for name in self._active if name != adapter_name]
         self.refresh()
 

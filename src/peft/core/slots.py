@@ -1,4 +1,4 @@
-"""What an adapter has on a layer: tensors in slots, and settings in one record.
+"""What an adapter has on a layer: tensors in slots, and settings.
 
 A method declares both on its layer class. The mechanism makes the containers, moves, casts, saves, loads and deletes
 what is in them.
@@ -6,7 +6,7 @@ what is in them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
 
@@ -109,53 +109,8 @@ class ModuleSlot(Slot):
         return nn.ModuleDict()
 
 
-class Record:
-    """The settings of one adapter on one layer, and its configuration."""
-
-    config: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"This adapter has no setting {name!r} here.")
-
-
-class View(MutableMapping[str, T]):
-    """One setting of all adapters of a layer, by adapter name: a view of their records."""
-
-    __slots__ = ("_name", "_records")
-
-    def __init__(self, records: dict[str, Record], name: str):
-        self._records, self._name = records, name
-
-    def __getitem__(self, adapter: str) -> T:
-        try:
-            return self._records[adapter].__dict__[self._name]
-        except KeyError:
-            raise KeyError(adapter) from None
-
-    def __setitem__(self, adapter: str, value: T) -> None:
-        self._records.setdefault(adapter, Record()).__dict__[self._name] = value
-
-    def __delitem__(self, adapter: str) -> None:
-        if adapter not in self:
-            raise KeyError(adapter)
-        del self._records[adapter].__dict__[self._name]
-
-    def __contains__(self, adapter: object) -> bool:
-        record = self._records.get(adapter)  # type: ignore[call-overload]
-        return record is not None and self._name in record.__dict__
-
-    def __iter__(self) -> Iterator[str]:
-        return (adapter for adapter in list(self._records) if adapter in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
 class Setting(Generic[T]):
-    """A setting that each adapter has on a layer: `layer.r["default"]` is `layer.records["default"].r`.
+    """A setting that each adapter has on a layer: `layer.r["default"]` is `layer.settings["r"]["default"]`.
 
     Args:
         field: the field of the configuration that it starts as, where there is one; that of the same name if None.
@@ -171,16 +126,13 @@ class Setting(Generic[T]):
     @overload
     def __get__(self, layer: None, owner: type) -> Setting[T]: ...
     @overload
-    def __get__(self, layer: Any, owner: type) -> View[T]: ...
+    def __get__(self, layer: Any, owner: type) -> dict[str, T]: ...
     def __get__(self, layer: Any, owner: type) -> Any:
-        return self if layer is None else View(layer.records, self.name)
+        return self if layer is None else layer.settings.setdefault(self.name, {})
 
     def __set__(self, layer: Any, values: Any) -> None:
         """Replaces the setting of all adapters, as code that is used to dictionaries may do."""
-        view: View[T] = View(layer.records, self.name)
-        for adapter in list(view):
-            del view[adapter]
-        view.update(values)
+        layer.settings[self.name] = dict(values)
 
 
 class Dropout(Setting[float]):

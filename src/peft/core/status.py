@@ -115,9 +115,8 @@ def _plain_base(model: nn.Module) -> nn.Module:
     return inner.model if isinstance(inner, BaseTuner) else inner
 
 
-def _is_prompt(model: nn.Module) -> bool:
-    configs = getattr(model, "peft_config", None)
-    return isinstance(configs, dict) and any(getattr(c, "is_prompt_learning", False) for c in configs.values())
+def _is_prompt(config: Any) -> bool:
+    return getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False)
 
 
 def _layer_status(name: str, part: Part) -> TunerLayerStatus:
@@ -146,10 +145,11 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         model: a `PeftModel`, or a model with injected adapters.
 
     Raises:
-        TypeError: the model has a soft prompt.
+        TypeError: the model has a soft prompt, or an adaption prompt.
         ValueError: the model has no adapter layers.
     """
-    if _is_prompt(model):
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict) and any(map(_is_prompt, configs.values())):
         raise TypeError("get_layer_status() is for adapters on layers; this model has a soft prompt.")
     base = _plain_base(model)
     prefix = "model." if base is not model else ""
@@ -172,13 +172,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         model: a `PeftModel`, or a model with injected adapters.
 
     Raises:
-        TypeError: the model has a soft prompt.
+        TypeError: the model has a soft prompt, or an adaption prompt.
         ValueError: the model has no adapter layers.
     """
     layers = get_layer_status(model)
     base = _plain_base(model)
     tuner = model if isinstance(model, BaseTuner) else model.__dict__["_modules"].get("base_model")
-    trainable, total = count_parameters(base)
+    trainable, total = count_parameters(tuner if isinstance(tuner, BaseTuner) else base)
     configs = getattr(model, "peft_config", {})
     names = sorted({name for layer in layers for name in layer.available_adapters})
     return TunerModelStatus(

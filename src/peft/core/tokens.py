@@ -84,7 +84,7 @@ class TrainableTokensLayer(AdapterLayer):
         """Takes the rows of another layer for this one's too."""
         # The same containers: what is trained, moved or deleted there is so here.
         self.trainable_tokens_delta = tied.trainable_tokens_delta
-        self.records = tied.records
+        self.configs, self.settings = tied.configs, tied.settings
         self._is_tied = True
         if not apart and self.get_base_layer().weight is tied.get_base_layer().weight:
             self.ledger = tied.ledger

@@ -45,7 +45,8 @@ def _state_of(part: Part, names: Sequence[str] | None, deleting: bool) -> Callab
     state = {key: copy.copy(getattr(part, key)) for key in _STATE}
     touched = part.adapter_names() if names is None else {*names, *part._active, *part._trained} if names else ()
     grads = [(p, p.requires_grad) for name in touched for p in part.adapter_parameters(name)]
-    held = [_held(container) for container in (*part.containers(), part.records)] if deleting else []
+    containers = (*part.containers(), part.configs, *part.settings.values()) if deleting else ()
+    held = [_held(container) for container in containers]
     ledger = part.ledger if isinstance(part, AdapterLayer) else None
     entries, paused = (ledger.entries, ledger.paused) if ledger else ([], [])
 

@@ -79,7 +79,7 @@ class RandLoraLayer(AdapterLayer):
 
     def key_map(self, name: str) -> dict[str, str]:
         keys = super().key_map(name)
-        if keys and self.slots["randlora_A"].is_stored(self.records[name].config, "randlora_A"):
+        if keys and self.slots["randlora_A"].is_stored(self.configs[name], "randlora_A"):
             keys.update({slot: f"{slot}.{name}" for slot in ("randlora_A", "randlora_B")})
         return keys
 

@@ -110,7 +110,7 @@ class FactorLayer(AdapterLayer):
         """scaling B A, and the bias that belongs to it."""
         modules: Any = self._modules
         a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        scaling = self.records[name].scaling
+        scaling = self.settings["scaling"][name]
         bias = b._parameters.get("bias")
         offset = None if bias is None else bias * scaling
         down, up = self.flat_factors(_weight(a), _weight(b))

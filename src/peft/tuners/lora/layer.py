@@ -125,7 +125,7 @@ class LoraLayer(FactorLayer):
         return before
 
     def change(self, name: str) -> Change | Iterable[Change]:
-        variant = self.records[name].__dict__.get("lora_variant")
+        variant = self.lora_variant.get(name)
         return self.low_rank(name) if variant is None else variant.change(self, name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -140,6 +140,11 @@ class LoraLayer(FactorLayer):
             return parameters
         fixed: Any = self.factors(name)[1]
         return without(parameters, [fixed])
+
+    @property
+    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+        fixed = (name for name, start in self.lora_start.items() if start is not None and not start.trains_b)
+        return dict.fromkeys(fixed, ("lora_B",))
 
     def train(self, mode: bool = True) -> LoraLayer:
         # Training may write to weights in ways that leave no trace, so nothing that was made of them is kept.

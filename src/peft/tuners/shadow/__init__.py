@@ -134,7 +134,7 @@ class ShadowLayer(AdapterLayer):
     def trainable_parameters(self, name: str) -> list[nn.Parameter]:
         """All but the embeddings of a pretrained network."""
         parameters = self.adapter_parameters(name)
-        if name not in self.records or self.records[name].config.shadow_model == "mirror":
+        if name not in self.configs or self.configs[name].shadow_model == "mirror":
             return parameters
         backbone: Any = self.beside["shadow_backbone"][name]
         left = {id(parameter) for parameter in backbone.get_input_embeddings().parameters()}
