@@ -10,10 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft
 from peft import (
+    AdaLoraConfig,
     AdaptionPromptConfig,
     HRAConfig,
     LoraConfig,
@@ -30,7 +32,7 @@ from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.registry import METHODS
 from peft.tuners.lora.variants import dora
-from tiny_models import llama, t5
+from tiny_models import fill_adapter, llama, t5, tokens
 
 
 def net() -> nn.Module:
@@ -414,3 +416,48 @@ def test_status_is_not_for_prompts_and_counts_what_the_tuner_holds():
     model = get_peft_model(llama(), ShadowConfig(task_type="CAUSAL_LM"))
     status = get_model_status(model)
     assert (status.trainable_params, status.total_params) == model.get_nb_trainable_parameters()
+
+
+# ---- names and settings that belong together
+
+
+def test_names_of_old_in_files_are_mapped_as_the_model_says(tmp_path):
+    model = fill_adapter(get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM")))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key.replace("model.layers", "decoder.layers"): value for key, value in load_file(path).items()}, path)
+    base = llama()
+    base._checkpoint_conversion_mapping = {r"^decoder\.layers": "model.layers"}
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    loaded.load_adapter(tmp_path, "b")
+    expected = model(tokens()).logits
+    assert torch.equal(loaded(tokens()).logits, expected)
+    loaded.set_adapter("b")
+    assert torch.equal(loaded(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("second", ["0", "2"])
+def test_adalora_twice_in_a_mixed_model(second):
+    model = get_peft_model(net(), AdaLoraConfig(target_modules=["0"], total_step=10), "a", mixed=True)
+    model.add_adapter("b", AdaLoraConfig(target_modules=[second], total_step=10))
+    model.set_adapter(["a", "b"])
+    x = torch.randn(2, 4)
+    before = model(x)
+    fill_adapter(model, "a"), fill_adapter(model, "b")
+    assert not torch.allclose(model(x), before)
+    trained = {name.split(".")[-1] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"a", "b"}
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_tied_modules_are_in_no_layer_that_could_be_left_out(target):
+    config = LoraConfig(target_modules=[target, "q_proj"], layers_to_transform=[0], ensure_weight_tying=True)
+    model = get_peft_model(llama(tie_word_embeddings=True), config)
+    adapted = {name.rpartition(".")[2] for name in model.base_model.targeted_module_names}
+    assert adapted == {"embed_tokens", "lm_head", "q_proj"}
+
+
+def test_the_bias_beside_an_adapted_parameter_is_trained():
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"], bias="lora_only")
+    model = get_peft_model(net(), config)
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 3

@@ -224,7 +224,8 @@ class SavedAdapters(PromptHost):
             autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
             ephemeral_gpu_offload: see `LoraRuntimeConfig`.
             low_cpu_mem_usage: make no values that loading replaces; so it is anyway, unless they change the base model.
-            key_mapping: regular expressions for names in the file -> what to put in their place.
+            key_mapping: regular expressions for names in the file -> what to put in their place; if None, those by
+                which models of transformers say what their modules were called once.
             kwargs: `subfolder`; `revision`, `token`, `cache_dir`, `local_files_only`, ... for the hub; `torch_device`.
 
         Raises:

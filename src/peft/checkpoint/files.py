@@ -184,7 +184,7 @@ def load_peft_weights(
 
     local = os.path.isdir(model_id)
     tensors = read_at_rest(os.path.join(model_id, subfolder or ""), CONFIG_NAME, read) if local else read()
-    return _renamed(tensors, key_mapping) if key_mapping else tensors
+    return renamed(tensors, key_mapping) if key_mapping else tensors
 
 
 def _weights_path(source: str | os.PathLike, subfolder: str | None, hub: dict[str, Any], safe: bool | None) -> str:
@@ -225,8 +225,9 @@ def _load_safetensors(path: str, device: torch.device) -> dict[str, torch.Tensor
     return tensors if direct or device.type == "cpu" else {key: value.to(device) for key, value in tensors.items()}
 
 
-def _renamed(tensors: dict[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    renamed: dict[str, torch.Tensor] = {}
+def renamed(tensors: dict[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Tensors by other names, see `load_peft_weights`."""
+    new: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         prefix = next((p for p in ("base_model.model.", "base_model.") if key.startswith(p)), None)
         if prefix is None:
@@ -236,7 +237,7 @@ def _renamed(tensors: dict[str, torch.Tensor], key_mapping: Mapping[str, str]) -
             name, count = re.subn(pattern, replacement, name)
             if count:
                 break
-        if prefix + name in renamed:
+        if prefix + name in new:
             raise ValueError(f"key_mapping gives two tensors the name {prefix + name!r}.")
-        renamed[prefix + name] = tensor
-    return renamed
+        new[prefix + name] = tensor
+    return new

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft.checkpoint.files import load_peft_weights, read_adapter
+from peft.checkpoint.files import load_peft_weights, read_adapter, renamed
 from peft.config import CONFIG_NAME, PeftConfig, read_form
 from peft.errors import AdapterFileError, NoAdapterError, warn
 from peft.hub import split_hub_arguments
@@ -27,10 +27,10 @@ FOR_LOADING = {
 
 
 class Source:
-    """A saved adapter, read."""
+    """A saved adapter, read; its tensors have been given other names if `is_renamed`."""
 
-    def __init__(self, name: str, config: PeftConfig, tensors: dict[str, Tensor]):
-        self.name, self.config, self.tensors = name, config, tensors
+    def __init__(self, name: str, config: PeftConfig, tensors: dict[str, Tensor], is_renamed: bool = False):
+        self.name, self.config, self.tensors, self.is_renamed = name, config, tensors, is_renamed
 
     @classmethod
     def read(
@@ -61,7 +61,7 @@ class Source:
         runtime = getattr(config, "runtime_config", None)
         if runtime is not None and ephemeral_gpu_offload:
             runtime.ephemeral_gpu_offload = True
-        return cls(os.fspath(model_id), config, tensors)
+        return cls(os.fspath(model_id), config, tensors, key_mapping is not None)
 
     @classmethod
     def read_first(cls, name: str, candidates: Sequence[tuple[str, dict[str, Any]]]) -> Source:
@@ -90,7 +90,7 @@ class Source:
         return not self.config.is_prompt_learning and model_class.method_class.start_is_replaceable(self.config)
 
     def fit(self, model: nn.Module) -> None:
-        """Names layers as the base model has them now: transformers fuses experts that older files have one by one."""
+        """Names layers as the base model has them now: some had other names, and some experts are fused by now."""
         if hasattr(self.config, "_said_by"):  # a file's, not the caller's own
             sizes = {size for tensor in self.tensors.values() for size in tensor.shape}
             sizes |= {size for parameter in model.parameters() for size in parameter.shape}
@@ -99,6 +99,9 @@ class Source:
                 check_sizes(self.config, sizes, len(self.tensors), modules)
             except ValueError as error:
                 raise AdapterFileError(f"{CONFIG_NAME} of {self.name!r}: {error}") from error
+        old_names = getattr(model, "_checkpoint_conversion_mapping", None)
+        if old_names and not self.is_renamed and not self.config.is_prompt_learning:
+            self.tensors = renamed(self.tensors, old_names)
         convert_peft_config_for_transformers(self.config, model, state_dict=self.tensors)
         self.tensors = convert_peft_adapter_state_dict_for_transformers(model, self.config, self.tensors)
 

@@ -164,9 +164,8 @@ def _modules_with_biases(
     found: list[tuple[Any, list[str]]] = []
     if layer_class is not None:
         for layer in layers:
-            module, name = layer.get_base_layer(), layer.op.bias_name
-            here = name in module._parameters and layer.get_base_bias() is not None
-            if name and here and isinstance(layer, layer_class) and layer.has(adapter_name):
+            module, name = layer.get_base_layer(), layer.op.bias_name or "bias"
+            if module._parameters.get(name) is not None and isinstance(layer, layer_class) and layer.has(adapter_name):
                 found.append((module, [name]))
         return found
     modules = [module for _, module in live_modules(model, copies=False)]

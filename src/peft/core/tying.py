@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,9 @@ def tie_configuration(config: Any, model: nn.Module) -> tuple[list[str], list[st
     if any(saved_as(key, saved) for key in tied):
         config.modules_to_save = sorted({*saved, tied[0]})
         return [], [key for key in tied if not saved_as(key, saved)]
-    if any(check_target_module_exists(config, key) for key in tied):
+    named = copy.copy(config)
+    named.layers_to_transform = None  # no embedding is in one of the layers
+    if any(check_target_module_exists(named, key) for key in tied):
         if not isinstance(config.target_modules, str):
             # The embedding stands for all of them; what means others alone would have their weights stored as well.
             others = [key for key, _ in model_modules(model) if key not in tied[1:]]

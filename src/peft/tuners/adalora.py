@@ -299,15 +299,19 @@ def _check_whole(tensors: Iterable[Tensor]) -> None:
 class AdaLoraMethod(Method):
     """The schedule of ranks of the adapter that is trained, and the penalty that keeps A and B near to orthonormal.
 
-    A forward pass adds the penalty to the loss of the model's output.
+    A forward pass adds the penalty to the loss of the model's output. In a mixed model there is neither.
     """
 
     trainable_adapter_name: str | None = None
     rankallocator: RankAllocator
 
+    @property
+    def has_schedule(self) -> bool:
+        return isinstance(self.tuner, AdaLoraModel)
+
     def check_config(self, adapter_name: str, config: AdaLoraConfig) -> None:
         others = [name for name, other in self.configs.items() if name != adapter_name and not other.inference_mode]
-        if others and not config.inference_mode:
+        if others and not config.inference_mode and self.has_schedule:
             raise ValueError(
                 f"AdaLoraModel supports only 1 trainable adapter, and {others[0]!r} is one already; set"
                 " inference_mode=True for all others."
@@ -315,7 +319,7 @@ class AdaLoraMethod(Method):
 
     def added(self, adapter_name: str) -> None:
         config = self.configs[adapter_name]
-        if not config.inference_mode and adapter_name != self.trainable_adapter_name:
+        if self.has_schedule and not config.inference_mode and adapter_name != self.trainable_adapter_name:
             self.trainable_adapter_name = adapter_name
             self.rankallocator = RankAllocator(self.model, config, adapter_name)
 
