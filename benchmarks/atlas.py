@@ -32,12 +32,14 @@ PARTS = ("planted", "claims", "real")
 BUDGETS: dict[str, tuple[Any, Any, Any]] = {
     "full": (planted.Budget(), claims.Budget(), real.Budget()),
     "quick": (
-        planted.Budget(60, 3, (5e-3, 3e-2, 0.2)),
-        claims.Budget(60, 5, (2e-3, 5e-3, 1.2e-2, 3e-2)),
+        planted.Budget(60),
+        claims.Budget(60, 5, (7e-4, 2e-3, 5e-3, 1.2e-2, 3e-2)),
         real.Budget(20, 8, 48, 24, "bf16"),
     ),
     "smoke": (planted.Budget(2, 3, (1e-3, 1e-2)), claims.Budget(2, 3, (1e-3, 1e-2)), real.Budget(2, 2, 2, 2)),
 }
+#: methods that have to be compared on the pretrained model before any of them is called best
+ENOUGH = 10
 BEGIN, END = "<!-- written by `python benchmarks/atlas.py --page` -->", "<!-- end -->"
 
 
@@ -49,6 +51,10 @@ def name_of(method: str, plain: bool = False) -> str:
 def table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
     lines = [header, ["---", *[align] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(share: float) -> str:
+    return str(round(100 * share))  # which has no -0
 
 
 def done(rows: list[Row]) -> list[Row]:
@@ -66,30 +72,35 @@ def dates(rows: list[Row]) -> str:
 
 def planted_part(rows: list[Row], folder: Path) -> str:
     budget = planted.Budget(*rows[0]["budget"])
-    order = sorted(rows, key=lambda row: -mean(planted.best(row, change)[0] for change in planted.CHANGES))
-    shares = [[planted.best(row, change) for change in planted.CHANGES] for row in order]
+    rates = sorted({row["rate"] for row in rows})
+    methods = planted.by_method(rows)
+    found = {name: [planted.best(methods[name], change) for change in planted.CHANGES] for name in methods}
+    order = sorted(methods, key=lambda name: -mean(share for share, _ in found[name]))
+    shares, values = [found[name] for name in order], [methods[name][0]["values"] for name in order]
     figure = Figure(figsize=(8, 1.6 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
     axes.imshow([[share for share, _ in line] for line in shares], cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
     for y, line in enumerate(shares):
         for x, (share, _) in enumerate(line):
-            axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", size=7, color="w" if share > 0.6 else "k")
+            axes.text(x, y, percent(share), ha="center", va="center", size=7, color="w" if share > 0.6 else "k")
     axes.set_xticks(range(len(planted.CHANGES)), list(planted.CHANGES), rotation=25, ha="right", size=8)
-    axes.set_yticks(range(len(order)), [f"{name_of(row['method'], True)}, {row['values']}" for row in order], size=8)
+    names = [f"{name_of(name, True)}, {count}" for name, count in zip(order, values, strict=True)]
+    axes.set_yticks(range(len(order)), names, size=8)
     axes.set_title("What is found of a known change, in % of the distance (name, trained values)", size=10)
     save(figure, folder / "planted.png")
     body = [
-        [name_of(row["method"]), f"{row['values']}", *(f"{100 * s:.0f} ± {100 * h:.1f}" for s, h in line)]
-        for row, line in zip(order, shares, strict=True)
+        [name_of(name), f"{count}", *(f"{percent(share)} ± {100 * half:.1f}" for share, half in line)]
+        for name, count, line in zip(order, values, shares, strict=True)
     ]
-    missing = [method for method in planted.methods() if method not in {row["method"] for row in rows}]
+    missing = [method for method in planted.methods() if method not in methods]
     text = f"""\
 A linear layer of {planted.WIDTH} x {planted.WIDTH} with random weights and a bias; its teacher is the same layer with
 a change of known form, half as long as the weight (Frobenius norm). A method trains the layer to be its teacher, with
-the exact loss for white inputs: {budget.steps} steps of Adam, a cosine schedule, the best of {len(budget.rates)}
-learning rates ({", ".join(f"{rate:g}" for rate in budget.rates)}). The share found is 1 - |W' - W*| / |W - W*|, with
+the exact loss for white inputs: {budget.steps} steps of Adam, a cosine schedule, the best of {len(rates)}
+learning rates ({", ".join(f"{rate:g}" for rate in rates)}). The share found is 1 - |W' - W*| / |W - W*|, with
 the bias as a column of W: the mean over {budget.seeds} seeds (weights, change and start), and its 95 % interval. Each
-method gets about {planted.VALUES} trained values where its structure allows, which is rank 4 for LoRA.
+method gets about {planted.VALUES} trained values where its structure allows, which is rank 4 for LoRA. The other
+settings are the defaults, but FourierFT and C³A start at zero, and DeLoRA's bound is 1.
 
 - *Rotation in 4 planes*: W Q with a Q that turns 4 random planes by 90 degrees. *In blocks*: Q turns blocks of 16
   neighbouring inputs. *Diagonal*: each row gets a factor. *Sparse*, *Fourier*: {planted.VALUES} entries, or
@@ -206,11 +217,14 @@ def choosing(found: dict[str, list[Row]]) -> str:
             lora = f"{abs(values['LORA']):{form}}" if "LORA" in values else ""
             lines.append([what, ", ".join(said[:3]), lora, str(len(said))])
 
+    methods = planted.by_method(done(found["planted"]))
     for change in planted.CHANGES:
-        shares = {row["method"]: -planted.best(row, change)[0] for row in done(found["planted"])}
+        shares = {name: -planted.best(rows, change)[0] for name, rows in methods.items()}
         ranked(f"a change of this form: {change}", shares, ".0%")
     runs = best_runs(done(found["real"]))
     base = runs.pop("BASE", {})
+    if len(runs) < ENOUGH:
+        runs = {}
     losses = {name: row["held_out"] for name, row in runs.items()}
     half = (base.get("held_out", 0) + min(losses.values(), default=0)) / 2
     learnt = {name: row for name, row in runs.items() if losses[name] < half}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -131,10 +131,12 @@ def trained(variant: str, rate: float, seed: int, steps: int) -> dict[str, float
 
 def run(path: Path, budget: Budget) -> None:
     for variant, rate in itertools.product(VARIANTS, budget.rates):
-        make: Callable[[], Row] = lambda v=variant, r=rate: {  # noqa: E731
-            "seeds": [trained(v, r, seed, budget.steps) for seed in range(budget.seeds)]
-        }
-        add(path, {"variant": variant, "rate": rate, "budget": list(astuple(budget)[:2])}, make)
+        key = {"variant": variant, "rate": rate, "budget": list(astuple(budget)[:2])}
+        add(path, key, partial(seeds, variant, rate, budget))
+
+
+def seeds(variant: str, rate: float, budget: Budget) -> Row:
+    return {"seeds": [trained(variant, rate, seed, budget.steps) for seed in range(budget.seeds)]}
 
 
 def checked(rows: Sequence[Row], claim: Claim) -> tuple[list[float], list[float], str]:

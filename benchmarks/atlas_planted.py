@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,15 +42,19 @@ SIZES: dict[str, tuple[str, Sequence[Any]]] = {
     "PVERA": ("r", (16, 64, 128, 192, 224, 256)),
     "ROAD": ("variant", ("road_1", "road_2", "road_4")),
     "SUPERTUNING": ("sparsity", (0.8, 0.85, 0.875, 0.9)),
-    "TINYLORA": ("u", (64, 128, 256, 512)),
+    "TINYLORA": ("u", (VALUES,)),
     "UNILORA": ("theta_d_length", (VALUES,)),
     "VBLORA": ("num_vectors", (4, 8, 12, 16, 24)),
     "VERA": ("r", (64, 128, 256, 448)),
     "WAVEFT": ("n_frequency", (VALUES,)),
 }
-#: what methods cannot do without on a layer of this width
+#: what methods cannot do without here; and a start without effect, and a change that is not far too large
 NEEDED: dict[str, dict[str, Any]] = {
     "ADALORA": {"target_r": 1, "total_step": 1 << 20},
+    "C3A": {"init_weights": True},
+    "DELORA": {"delora_lambda": 1},
+    "FOURIERFT": {"init_weights": True},
+    "TINYLORA": {"r": 22},
     "BOFT": {"boft_block_num": 0},
     "FROD": {"progressbar": False},
     "IA3": {"feedforward_modules": []},
@@ -61,7 +67,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 class Budget:
     steps: int = 300
     seeds: int = 3
-    rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.25)
+    rates: tuple[float, ...] = (1e-3, 5e-3, 3e-2, 0.2, 1.0)
 
 
 def methods() -> list[str]:
@@ -191,51 +197,55 @@ def together(layers: Sequence[nn.Module]) -> tuple[list[Tensor], Callable[[], Te
     return [p for layer in layers for p in trained(layer)], loop
 
 
-def recovered(method: str, budget: Budget) -> Row:
-    """By change and learning rate: the share of the distance to the teacher that is gone, for each seed.
+def recovered(method: str, rate: float, budget: Budget) -> Row:
+    """By change: the share of the distance to the teacher that is gone, for each seed.
 
     Layers are in models of their own, so that none share a tensor; their losses are one sum.
     """
     settings, values = equalised(method)
     cells = [(change, seed) for change in CHANGES for seed in range(budget.seeds)]
-    shares: dict[str, dict[str, list[float]]] = {change: {} for change in CHANGES}
-    for rate in budget.rates:
-        bases, teachers = zip(*(planted(*cell) for cell in cells), strict=True)
-        goal = torch.stack(teachers)
-        lengths = (torch.stack([seen(base(ROWS)) for base in bases]) - goal).flatten(1).norm(dim=1).detach()
-        layers = []
-        for (_, seed), base in zip(cells, bases, strict=True):
-            torch.manual_seed(seed)
-            layers.append(adapted(method, base, settings).base_model.model[0])
-        parameters, forward = together(layers)
+    bases, teachers = zip(*(planted(*cell) for cell in cells), strict=True)
+    goal = torch.stack(teachers)
+    lengths = (torch.stack([seen(base(ROWS)) for base in bases]) - goal).flatten(1).norm(dim=1).detach()
+    layers = []
+    for (_, seed), base in zip(cells, bases, strict=True):
+        torch.manual_seed(seed)
+        layers.append(adapted(method, base, settings).base_model.model[0])
+    parameters, forward = together(layers)
 
-        def left(run: Callable[[], Tensor] = forward, goal: Tensor = goal, lengths: Tensor = lengths) -> Tensor:
-            return (seen(run()) - goal).flatten(1).square().sum(1) / lengths**2
+    def left() -> Tensor:
+        return (seen(forward()) - goal).flatten(1).square().sum(1) / lengths**2
 
-        optimizer = torch.optim.Adam(parameters, rate, foreach=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
-        for _ in range(budget.steps):
-            left().nan_to_num().sum().backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        for layer in layers:
-            layer.eval()
-        with torch.no_grad():
-            found = (1 - left().sqrt()).nan_to_num(nan=-1.0, neginf=-1.0)
-        for (change, _), share in zip(cells, found.tolist(), strict=True):
-            shares[change].setdefault(f"{rate:g}", []).append(round(share, 4))
+    optimizer = torch.optim.Adam(parameters, rate, foreach=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
+    for _ in range(budget.steps):
+        left().nan_to_num().sum().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    for layer in layers:
+        layer.eval()
+    with torch.no_grad():
+        found = (1 - left().sqrt()).nan_to_num(nan=-1.0, neginf=-1.0)
+    shares: dict[str, list[float]] = {change: [] for change in CHANGES}
+    for (change, _), share in zip(cells, found.tolist(), strict=True):
+        shares[change].append(round(share, 4))
     return {"settings": settings, "values": values, "shares": shares}
 
 
 def run(path: Path, budget: Budget, only: Sequence[str] = ()) -> None:
-    """Adds to the file at `path` the methods that it lacks."""
-    for method in only or methods():
+    """Adds to the file at `path` what it lacks."""
+    for method, rate in itertools.product(only or methods(), budget.rates):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            add(path, {"method": method, "budget": list(astuple(budget))}, lambda name=method: recovered(name, budget))
+            key = {"method": method, "rate": rate, "budget": [budget.steps, budget.seeds]}
+            add(path, key, partial(recovered, method, rate, budget))
 
 
-def best(row: Row, change: str) -> tuple[float, float]:
+def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return {name: [row for row in rows if row["method"] == name] for name in dict.fromkeys(r["method"] for r in rows)}
+
+
+def best(rows: Sequence[Row], change: str) -> tuple[float, float]:
     """Mean and half of the 95 % interval over the seeds, of the learning rate with the best mean."""
-    return interval(max(row["shares"][change].values(), key=mean))
+    return interval(max((row["shares"][change] for row in rows), key=mean))

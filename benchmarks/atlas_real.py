@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -191,7 +192,7 @@ def run(path: Path, bench: Bench, budget: Budget, only: list[str] | None = None,
 
     def cell(name: str, rate: float) -> None:
         key = {"method": name, "rate": rate, "budget": asdict(budget)}
-        add(path, key, lambda: trained(name, rate, bench, budget))
+        add(path, key, partial(trained, name, rate, bench, budget))
 
     cell("BASE", 0.0)
     for turn, name in itertools.product(range(3), names):
