@@ -73,7 +73,8 @@ def write(path: Path, groups: list[dict[str, Any]], heading: str, conditions: di
     sections = _sections(parts.get(f"# {heading}", ""), "## ")
     sections.pop(f"# {heading}", None)
     for group in groups:
-        text = [f"## {group['title']}", "", group["text"].strip(), "", table(group["lines"]), ""]
+        lines = group["lines"]
+        text = [f"## {group['title']}", "", group["text"].strip(), "", table(lines), "", summary(lines), ""]
         picture = folder / f"{group['name']}.png"
         if draw(group["title"], group["lines"], picture):
             text += [f"![{group['title']}: ratios]({folder.name}/{picture.name})", ""]
@@ -103,6 +104,22 @@ def table(lines: list[Line]) -> str:
             "; ".join(filter(None, (line.same, line.failed))),
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def summary(lines: list[Line]) -> str:
+    """What the table says of all rows of a unit together, in a sentence for each."""
+    said = []
+    for unit, what in (("s", "times"), ("B", "bytes")):
+        rows = [line for line in lines if line.unit == unit and line.over and line.ours]
+        against = {line.name: line.against_reference for line in rows if line.reference}
+        if len(rows) > 1:
+            middle = median(median(line.ratios("ours")) for line in rows)
+            behind = [f"{name} ({_ratio(ratio)})" for name, ratio in against.items() if ratio and ratio > 1.05]
+            said.append(
+                f"{what.capitalize()}: the median of all rows is {_ratio(middle)} of the divisor; more than 5 % above"
+                f" the reference: {', '.join(behind) or 'none'}."
+            )
+    return " ".join(said)
 
 
 def _amount(value: float | None, unit: str) -> str:

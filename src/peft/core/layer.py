@@ -7,7 +7,7 @@ it changes (`change`); how the module is run with that is decided in `run`, how 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -61,6 +61,24 @@ class AdapterLayer(AdaptedModule):
         Called after `create`, and on a real device even where that is not. What is made of `start_matrix` has no memory
         where a file is about to bring it.
         """
+
+    def fit(self, name: str, path: str, find: Callable[[str], Tensor | None]) -> None:
+        """Gives tensors of adapter `name` the sizes of a file that is about to be loaded, where only that tells them.
+
+        Args:
+            name: the adapter.
+            path: this layer's name.
+            find: the file's tensor of that name below this layer (`"boft_R"`), None if it has none.
+
+        Raises:
+            ValueError, RuntimeError: what the file holds does not fit this layer.
+        """
+
+    def renew(self, slot: str, name: str, shape: Sequence[int]) -> None:
+        """A parameter of another shape in place of the one in a slot, its values open."""
+        entries = getattr(self, slot)
+        old = entries[name]
+        entries[name] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
 
     def loaded(self, name: str) -> None:
         """Called when tensors of adapter `name`, shared ones too, have come from a file; some may be missing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,11 @@ from peft.core.storage import place_of
 from peft.core.targets import default_targets, pattern_value
 from peft.core.walk import parts_of
 from peft.core.wrappers import state_names
+
+
+def _find(tensors: Mapping[str, Tensor], starts: Sequence[str], name: str) -> Tensor | None:
+    """The tensor of that name below one of the places."""
+    return next((tensors[start + name] for start in starts if start + name in tensors), None)
 
 
 class Method:
@@ -272,11 +278,13 @@ class Method:
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The tensors of a file, of whatever version, by the names that this one has for them.
 
-        Where an adapter is of a size that only its file tells, it gets that size here.
-
         Raises:
-            ValueError: the file is too old to be read.
+            ValueError: the file is too old to be read, or does not fit.
         """
+        for path, layer in parts_of(model):
+            if isinstance(layer, AdapterLayer) and type(layer).fit is not AdapterLayer.fit and layer.has(adapter_name):
+                # Models that adapters were put into directly have no `base_model.model` in their names.
+                layer.fit(adapter_name, path, partial(_find, tensors, (f"{path}.", f"base_model.model.{path}.")))
         return tensors
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -165,12 +165,12 @@ class AdaLoraLayer(AdapterLayer):
         """Those of A, B and E."""
         return (r, self.in_features), (self.out_features, r), (r, 1)
 
-    def resize(self, name: str, r: int) -> None:
-        """Gives adapter `name` another rank, its values open; the scale stays."""
-        self.r[name] = r
-        for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
-            old = getattr(self, slot)[name]
-            getattr(self, slot)[name] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+    def fit(self, name: str, path: str, find: Callable[[str], Tensor | None]) -> None:
+        kept = find("lora_E")  # of the ranks that are dropped, a file holds nothing; the scale stays
+        if kept is not None and kept.ndim and len(kept) != self.r[name]:
+            self.r[name] = len(kept)
+            for slot, shape in zip(_SLOTS, self.shapes(len(kept)), strict=True):
+                self.renew(slot, name, shape)
 
     def change(self, name: str) -> LowRank:
         scale = self.scaling[name] / (self.ranknum[name].to(self.lora_E[name].dtype) + 1e-5)
@@ -376,17 +376,6 @@ class AdaLoraMethod(Method):
                 own = key.removesuffix("lora_E") + slot
                 tensors[own] = tensors[own][:, index] if slot == "lora_B" else tensors[own][index]
         return tensors
-
-    @classmethod
-    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Gives modules the ranks that the file kept for them."""
-        for path, layer in parts_of(model):
-            if isinstance(layer, AdaLoraLayer) and layer.has(adapter_name):
-                key = _key_in(tensors, f"{path}.lora_E")
-                if key is not None and tensors[key].ndim and len(tensors[key]) != layer.r[adapter_name]:
-                    layer.resize(adapter_name, len(tensors[key]))
-        return tensors
-
 
 
 class AdaLoraModel(BaseTuner):

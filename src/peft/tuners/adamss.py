@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
@@ -17,7 +17,6 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import FixedSlot, ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of
 from peft.ops.subspaces import (
     above,
     cluster_basis,
@@ -159,13 +158,22 @@ class AdamssLayer(AdapterLayer):
         b: Any = self.adamss_B[name]
         return list(zip(a, b, strict=True))
 
-    def resize(self, name: str, shapes: Sequence[tuple[torch.Size, torch.Size]]) -> None:
-        """Gives the adapter other subspaces, of these shapes of A_i and B_i, without values yet."""
-        for slot, own in (("adamss_A", 0), ("adamss_B", 1)):
-            container: Any = getattr(self, slot)
-            old = container[name][0]
-            lists = nn.ParameterList([old.data.new_empty(pair[own]) for pair in shapes])
-            container[name] = lists.requires_grad_(old.requires_grad)
+    def fit(self, name: str, path: str, find: Callable[[str], Tensor | None]) -> None:
+        found: list[tuple[torch.Size, torch.Size]] = []
+        while (a := find(f"adamss_A.{len(found)}")) is not None and (b := find(f"adamss_B.{len(found)}")) is not None:
+            found.append((a.shape, b.shape))
+        if not found or found == [(a.shape, b.shape) for a, b in self.pairs(name)]:
+            return
+        if find("adamss_rows") is None:
+            raise RuntimeError(
+                f"The rows of {path!r} fall into other clusters than those of adapter {name!r}: the base weight, or how"
+                " it is quantised, is not that which it was trained on. Load it on that, and save it there with"
+                " save_clusters=True if it is meant for others."
+            )
+        for own, container in enumerate((self.adamss_A, self.adamss_B)):
+            old: Any = container[name]
+            lists = nn.ParameterList([old[0].data.new_empty(shapes[own]) for shapes in found])
+            container[name] = lists.requires_grad_(old[0].requires_grad)
 
     @torch.no_grad()
     def track(self, name: str, config: AdamssConfig) -> None:
@@ -242,26 +250,6 @@ class AdamssMethod(Method):
                     global_step, *ends, total, config.asa_target_subspaces, config.asa_schedule_exponent
                 )
                 _drop_least(layers, name, budget)
-
-    @classmethod
-    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Gives modules the clusters that the file has for them."""
-        for path, layer in parts_of(model):
-            if not isinstance(layer, AdamssLayer) or not layer.has(adapter_name):
-                continue
-            own = {part: tensor for key, tensor in tensors.items() if (part := key.partition(f"{path}.adamss_")[2])}
-            count = sum(part.startswith("A.") for part in own)
-            shapes = [(own[f"A.{index}"].shape, own[f"B.{index}"].shape) for index in range(count)]
-            if not shapes or shapes == [(a.shape, b.shape) for a, b in layer.pairs(adapter_name)]:
-                continue
-            if "rows" not in own:
-                raise RuntimeError(
-                    f"The rows of {path!r} fall into other clusters than those of adapter {adapter_name!r}: the base"
-                    " weight, or how it is quantised, is not that which it was trained on. Load it on that, and save it"
-                    " there with save_clusters=True if it is meant for others."
-                )
-            layer.resize(adapter_name, shapes)
-        return tensors
 
 
 def _drop_least(layers: list[AdamssLayer], name: str, budget: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +16,6 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of
 from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import add_rotated, butterfly, cayley, drop_blocks
@@ -110,6 +109,12 @@ class BOFTLayer(AdapterLayer):
         )
         return rotate, ScaleOutput(self.boft_s[name].flatten(), with_bias=False)
 
+    def fit(self, name: str, path: str, find: Callable[[str], Tensor | None]) -> None:
+        # How many factors were used, its configuration does not say.
+        found, shape = find("boft_R"), self.boft_R[name].shape
+        if found is not None and found.shape[1:] == shape[1:] and found.shape != shape:
+            self.renew("boft_R", name, found.shape)
+
     @classmethod
     def check(cls, config: BOFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         given = "boft_block_size" if config.boft_block_size else "boft_block_num"
@@ -145,18 +150,6 @@ class BOFTMethod(Method):
                 " (boft_n_butterfly_factor), as in huggingface/peft where it has not built its CUDA kernel."
                 " boft_all_factors=True gives it all."
             )
-
-    @classmethod
-    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Gives the adapter as many factors as the file has: how many were used, its configuration does not say."""
-        for path, part in parts_of(model):
-            if not isinstance(part, BOFTLayer) or not part.has(adapter_name):
-                continue
-            key, old = f"{path}.boft_R", part.boft_R[adapter_name]
-            found = tensors.get(key, tensors.get(f"base_model.model.{key}"))  # the latter for injected adapters
-            if found is not None and found.shape[1:] == old.shape[1:] and found.shape != old.shape:
-                part.boft_R[adapter_name] = nn.Parameter(old.new_zeros(found.shape), requires_grad=old.requires_grad)
-        return tensors
 
 
 class BOFTModel(BaseTuner):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,8 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp, ConvOp, kernel_numel
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
-from peft.core.method import Method
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of
 from peft.ops.matrix import Made
 from peft.registry import PeftType
 
@@ -79,14 +77,17 @@ class HiraLayer(AdapterLayer):
         slots = (self.hira_embedding_A, self.hira_embedding_B) if embedding else (self.hira_A, self.hira_B)
         slots[0][name], slots[1][name] = nn.Parameter(a), nn.Parameter(b)
 
-    def resize(self, name: str, r: int) -> None:
-        """Gives adapter `name` another rank, its values open."""
-        self.r[name] = r
-        for slot, dim in ((self.hira_A, 0), (self.hira_B, 1), (self.hira_embedding_A, 0), (self.hira_embedding_B, 1)):
-            if name in slot:
-                old = slot[name]
-                shape = (*old.shape[:dim], r, *old.shape[dim + 1 :])
-                slot[name] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+    def fit(self, name: str, path: str, find: Callable[[str], Tensor | None]) -> None:
+        # In files of huggingface/peft, modules that `rank_pattern` names have the rank r as all others.
+        rank, found = self.records[name].config.r, find("hira_A")
+        found = find("hira_embedding_A") if found is None else found
+        if found is None or len(found) != rank or self.r[name] == rank:
+            return
+        self.r[name] = rank
+        for slot, dim in (("hira_A", 0), ("hira_B", 1), ("hira_embedding_A", 0), ("hira_embedding_B", 1)):
+            if name in getattr(self, slot):
+                shape = getattr(self, slot)[name].shape
+                self.renew(slot, name, (*shape[:dim], rank, *shape[dim + 1 :]))
 
     def change(self, name: str) -> Add:
         if name in self.hira_embedding_A:
@@ -107,25 +108,8 @@ class HiraLayer(AdapterLayer):
             raise ValueError(f"hira_dropout needs layers with an input of their own; {key!r} is a {op.kind}.")
 
 
-class HiraMethod(Method):
-    """Ranks that a file decides."""
-
-    @classmethod
-    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """In files of huggingface/peft, modules that `rank_pattern` names have the rank r as all others."""
-        config: Any = model.peft_config[adapter_name]  # type: ignore[index]
-        for path, layer in parts_of(model):
-            if isinstance(layer, HiraLayer) and layer.has(adapter_name) and layer.r[adapter_name] != config.r:
-                names = (f"{path}.{slot}" for slot in ("hira_A", "hira_embedding_A"))
-                keys = [key for name in names for key in (name, f"base_model.model.{name}") if key in tensors]
-                if keys and len(tensors[keys[0]]) == config.r:
-                    layer.resize(adapter_name, config.r)
-        return tensors
-
-
 class HiraModel(BaseTuner):
     """A model with Hadamard high-rank adapters."""
 
     prefix = "hira_"
     layer_class = HiraLayer
-    method_class = HiraMethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,11 +13,9 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
-from peft.core.method import Method
 from peft.core.slots import FixedSlot, Setting, Slot
 from peft.core.storage import onloaded
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of
 from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.sparse import Entries, draw_places, in_row_order
@@ -103,6 +101,17 @@ class ShiraLayer(AdapterLayer):
         values = self.scaling[name] * self.shira_weight[name]
         return Add(Entries(positions, values, (self.out_features, self.in_features)))
 
+    def fit(self, name: str, path: str, find: Callable[[str], Tensor | None]) -> None:
+        positions = find("shira_indices")
+        if positions is None or positions.ndim != 2 or positions.shape[0] != 2 or not positions.numel():
+            return
+        least, most = positions.amin(1).tolist(), positions.amax(1).tolist()
+        if min(least) < 0 or most[0] >= self.out_features or most[1] >= self.in_features:
+            raise ValueError(
+                f"{path}.shira_indices names rows {least[0]} to {most[0]}, columns {least[1]} to {most[1]} of a"
+                f" weight [{self.out_features}, {self.in_features}]."
+            )
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets what the change of an adapter is multiplied with."""
         if self.has(adapter):
@@ -124,26 +133,8 @@ def _checked(positions: Tensor, name: str) -> Tensor:
     return positions
 
 
-class ShiraMethod(Method):
-    """Looks at the places that a file brings."""
-
-    @classmethod
-    def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        for path, layer in parts_of(model):
-            positions = tensors.get(f"{path}.shira_indices") if isinstance(layer, ShiraLayer) else None
-            if positions is not None and positions.ndim == 2 and positions.shape[0] == 2 and positions.numel():
-                least, most = positions.amin(1).tolist(), positions.amax(1).tolist()
-                if min(least) < 0 or most[0] >= layer.out_features or most[1] >= layer.in_features:
-                    raise ValueError(
-                        f"{path}.shira_indices names rows {least[0]} to {most[0]}, columns {least[1]} to {most[1]} of a"
-                        f" weight [{layer.out_features}, {layer.in_features}]."
-                    )
-        return tensors
-
-
 class ShiraModel(BaseTuner):
     """A model with sparse high rank adapters."""
 
     prefix = "shira_"
     layer_class = ShiraLayer
-    method_class = ShiraMethod
