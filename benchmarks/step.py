@@ -16,7 +16,7 @@ Forward and backward of a Llama ({s.layers} layers, hidden size {s.hidden}, inte
 LoRA of rank 16 on all seven linear projections, on a batch of {s.batch} x {s.length} tokens; in bf16, which many CPUs
 have no instructions for, of {s.half_batch} x {s.half_length}. The floor is the same model frozen; in both, gradients
 flow to the input embeddings. The bytes kept for backward are those of all distinct storages that autograd saves,
-parameters left out. The rows of experts are of a Mixtral with LoRA on both parameters of its experts."""
+parameters and buffers left out. The rows of experts are of a Mixtral with LoRA on both parameters of its experts."""
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -91,8 +91,8 @@ def timed(model: Any, inputs: dict[str, Any]) -> Part:
 
 
 def kept(model: Any, inputs: dict[str, Tensor]) -> float:
-    """Bytes of the storages that a forward pass keeps for the backward pass, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes of the storages that a forward pass keeps for the backward pass, parameters and buffers left out."""
+    parameters = {held.untyped_storage().data_ptr() for held in (*model.parameters(), *model.buffers())}
     storages: dict[int, Any] = {}
 
     def pack(saved: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class PolyLayer(AdapterLayer):
         a = torch.einsum("bqs,qsir->bqir", shares, a).flatten(1, 2)  # [rows, in, r]
         b = torch.einsum("bqs,qsro->bqro", shares, b).transpose(1, 2).flatten(2)  # [rows, r, out]
         flat = x.to(a.dtype).flatten(1, -2) if x.dim() > 2 else x.to(a.dtype)[:, None]
-        return (flat @ a @ b / self.r[name]).view(*x.shape[:-1], -1)
+        return (flat @ a @ (b / self.r[name])).view(*x.shape[:-1], -1)
 
     def check_merge(self, name: str) -> None:
         raise NotImplementedError("A Poly adapter changes the weight differently for each task and cannot be merged.")
