@@ -1,31 +1,29 @@
 """Methods on models that several processes share out: what each of them sees, beside the same in one process.
 
 A *cell* is a method and a `Sharding`. Its processes meet over gloo on the CPU, run `observe` together, and each answers
-with the promises that held and what was found where one did not. `Pool` keeps the processes for the next cell, with a
-limit of time for each.
+with the promises that held and what was found where one did not.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import shardings
 import tiny_models
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.registry import METHODS
+from processes import Pool
+from shardings import COLUMNS, RATE, ROWS, SHARDINGS, Sharding, mean, shared_folder, values, whole
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 #: some that are among the samples
@@ -36,6 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LORA DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
     "LORA PiSSA": {"r": 4, "init_lora_weights": "pissa"},
     "LORA biases": {"r": 4, "bias": "all", "target_modules": ["v_proj"]},
+    "LORA experts": {"r": 4, "target_modules": [], "target_parameters": ["gate_up_proj", "experts.down_proj"]},
+    "LORA beside experts": {"r": 4, "target_modules": ["q_proj", "o_proj", "lm_head"]},
     "LORA embeddings": {"r": 4, "target_modules": ["embed_tokens", "lm_head"]},
     "LORA modules_to_save": {"r": 4, "modules_to_save": ["lm_head"]},
     "LORA trainable_token_indices": {"r": 4, "trainable_token_indices": TOKENS, "target_modules": ["q_proj", "o_proj"]},
@@ -59,6 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LN_TUNING": {"target_modules": ["input_layernorm"]},
     "MISS": {"r": 4},
     "OFT": {"oft_block_size": 4},
+    "OFT constrained": {"oft_block_size": 4, "coft": True, "eps": 0.1},
     "OSF": {"effective_rank": 4},
     "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
     "PEANUT": {"r": 4, "depth": 1, "act_fn": "gelu"},
@@ -112,6 +113,10 @@ def saved_lora(targets: tuple[str, ...], seed: int) -> str:
 
 
 def base_model(method: str = "") -> nn.Module:
+    if method.endswith("experts"):
+        small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        small |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": tiny_models.VOCABULARY}
+        return tiny_models._build("MixtralConfig", "MixtralForCausalLM", 0, initializer_range=0.2, **small)
     return tiny_models.llama(attention_bias=method in ("BEFT", "LORA biases"), use_cache=method != "XLORA")
 
 
@@ -136,139 +141,6 @@ def filled(model: PeftModel, seed: int = 1) -> PeftModel:
     return model
 
 
-# ---- how a model is shared out
-
-
-@dataclass
-class Sharding:
-    """One way to share a model out.
-
-    Attributes:
-        name: what the matrix calls it.
-        share: makes the model that is called of one (with an adapter, where that comes first).
-        processes: how many.
-        adapter_first: whether the adapter is there before the model is shared out.
-        splits_batch: whether each process has samples of its own, over which gradients are averaged; else all have all.
-        targets: the layers that get an adapter, where a method lets one choose.
-    """
-
-    name: str
-    share: Callable[[nn.Module], nn.Module]
-    processes: int = 2
-    adapter_first: bool = True
-    splits_batch: bool = True
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "down_proj"])
-
-    def shares(self) -> list[slice]:
-        """The samples of each process, or group of processes."""
-        return [slice(0, 2), slice(2, 4)] if self.splits_batch else [slice(None)]
-
-    def rows(self) -> slice:
-        """The samples of this process."""
-        shares = self.shares()
-        return shares[dist.get_rank() * len(shares) // self.processes]
-
-    def loss(self, runs: nn.Module, method: str) -> Tensor:
-        """The loss of this process's samples."""
-        return runs(**batch(method, self.rows())).loss
-
-    def backward(self, runs: nn.Module, loss: Tensor) -> None:
-        loss.backward()
-
-    def gradients(self, model: PeftModel) -> dict[str, Tensor]:
-        """The whole gradients, by the names that parameters have in one process. A call of all processes."""
-        return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-
-    def state_dict(self, runs: nn.Module) -> dict[str, Tensor] | None:
-        """What `save_pretrained` gets as `state_dict`. A call of all processes."""
-        return None
-
-    def optimizer(self, runs: nn.Module) -> Any:
-        return torch.optim.Adam([p for p in runs.parameters() if p.requires_grad], lr=1e-2)
-
-    def step(self, runs: nn.Module, optimizer: Any) -> None:
-        optimizer.step()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor without its share-out; a call of all processes."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
-def _ddp(model: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
-
-
-def _fsdp2(model: nn.Module, mesh: Any = None) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
-    for module in model.modules():
-        if type(module).__name__ == "LlamaDecoderLayer":
-            fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def _tensor_parallel(model: nn.Module, mesh: Any = None) -> nn.Module:
-    """By hand, with torch's `parallelize_module`."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
-    plan: dict[str, Any] = {}
-    for path, _ in model.named_modules():
-        kind = path.rpartition(".")[2]
-        if kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-            plan[path] = ColwiseParallel()
-        elif kind in ("o_proj", "down_proj"):
-            plan[path] = RowwiseParallel()
-        elif kind == "embed_tokens":
-            plan[path] = RowwiseParallel(input_layouts=Replicate())
-        elif kind == "lm_head":
-            plan[path] = ColwiseParallel(output_layouts=Replicate())
-    return parallelize_module(model, mesh, plan)
-
-
-def _by_transformers(model: nn.Module, **sizes: Any) -> nn.Module:
-    """By transformers' own plan, as `from_pretrained` reads it."""
-    from transformers.distributed import DistributedConfig
-
-    with shared_folder() as folder:
-        if dist.get_rank() == 0:
-            model.save_pretrained(folder)
-        dist.barrier()
-        config = DistributedConfig(tp_plan="auto", **sizes)
-        return type(model).from_pretrained(folder, distributed_config=config).eval()
-
-
-def _two_dimensions(model: nn.Module) -> nn.Module:
-    """Tensor parallel in pairs, and each part shared out again by `fully_shard`."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    return _fsdp2(_tensor_parallel(model, mesh["tp"]), mesh["dp"])
-
-
-LORA = METHODS["LORA"].config_class
-COLUMNS, ROWS = ["q_proj", "up_proj"], ["o_proj", "down_proj"]
-TP = partial(Sharding, adapter_first=False, splits_batch=False)
-SHARDINGS: dict[str, Sharding] = {
-    sharding.name: sharding
-    for sharding in (
-        Sharding("DDP", _ddp),
-        Sharding("FSDP2", _fsdp2),
-        Sharding("FSDP2 first", _fsdp2, adapter_first=False),
-        TP("TP colwise", _tensor_parallel, targets=COLUMNS),
-        TP("TP rowwise", _tensor_parallel, targets=ROWS),
-        TP("TP embeddings", _tensor_parallel, targets=["embed_tokens", "lm_head"]),
-        TP("TP transformers", partial(_by_transformers, tp_size=2), targets=[*COLUMNS, *ROWS]),
-        Sharding("FSDP2 x TP", _two_dimensions, processes=4, adapter_first=False, targets=[*COLUMNS, *ROWS]),
-    )
-}
-
-
 # ---- what is seen
 
 
@@ -291,13 +163,18 @@ class Alone:
 STEPS = 5
 
 
+def loss_of(sharding: Sharding, runs: Any, method: str) -> Tensor:
+    """The loss of this process's samples."""
+    return runs(**batch(method, sharding.rows())).loss
+
+
 def alone(method: str, sharding: Sharding) -> Alone:
     torch.manual_seed(7)
     model = filled(adapted(base_model(method), method, sharding.targets))
-    state = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
-    values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        output = model(**batch(method)).logits
+        output = model(**batch(method)).logits  # the first: some methods then limit the size of their tensors
+    state = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    trained_values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     shares = sharding.shares()
 
     def mean_loss() -> Tensor:  # some methods (Lily) average over all tokens that they are given
@@ -306,26 +183,26 @@ def alone(method: str, sharding: Sharding) -> Alone:
     loss = mean_loss()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
     trained = []
     for _ in range(STEPS):
         optimizer.zero_grad()
         step = mean_loss()
         step.backward()
-        optimizer.step()
         allocate(model, len(trained))
+        optimizer.step()
         trained.append(float(step.detach()))
-    return Alone(state, values, output, loss.detach(), gradients, trained)
+    return Alone(state, trained_values, output, loss.detach(), gradients, trained)
 
 
-def shared_out(method: str, sharding: Sharding, expected: Alone) -> tuple[PeftModel, nn.Module]:
+def shared_out(method: str, sharding: Sharding, expected: Alone) -> tuple[PeftModel, Any]:
     """The model with its adapter, and what is called (the same, or a wrapper around it)."""
     if sharding.adapter_first:
         torch.manual_seed(7)
-        model = filled(adapted(base_model(method), method, sharding.targets))
-        return model, sharding.share(model)
+        model = filled(adapted(sharding.base(base_model(method)), method, sharding.targets))
+        return model, sharding.shared(model)
     torch.manual_seed(100 + dist.get_rank())  # whatever the state of its generator, all processes start the same
-    base = sharding.share(base_model(method))
+    base = sharding.shared(base_model(method))
     model = adapted(base, method, sharding.targets)
     for name, p in model.named_parameters():
         if p.requires_grad or "default" in name.split("."):
@@ -346,24 +223,15 @@ def observe(method: str, sharding: Sharding) -> dict[str, str]:
     found: dict[str, str] = {}
     expected = alone(method, sharding)
     model, runs = shared_out(method, sharding, expected)
-    optimizer = sharding.optimizer(runs)
-    loss = sharding.loss(runs, method)
-    with promise(found, "loss"):
-        assert_close("loss", mean(loss), expected.loss)
-    with promise(found, "gradients"):
-        sharding.backward(runs, loss)
-        gradients = sharding.gradients(model)
-        if gradients.keys() != expected.gradients.keys():
-            raise Broken(f"gradients of {sorted(gradients.keys() ^ expected.gradients.keys())[:3]}")
-        for name, value in expected.gradients.items():
-            assert_close(name, gradients[name], value)
+    with torch.no_grad(), promise(found, "loss"):
+        assert_close("loss", mean(loss_of(sharding, runs, method)), expected.loss)
     with promise(found, "files"):
         check_files(method, sharding, model, runs, expected)
     if not METHODS[method.split()[0]].prompt and method not in UNMERGED:
         with promise(found, "merging"):
             check_merging(method, sharding, model, runs)
     with promise(found, "training"):
-        check_training(method, sharding, model, runs, optimizer, expected)
+        check_training(method, sharding, model, runs, expected)
     return found
 
 
@@ -383,22 +251,24 @@ def check_files(method: str, sharding: Sharding, model: PeftModel, runs: nn.Modu
             assert_close("output of the file in one process", loaded(**batch(method)).logits, expected.output, 1e-5)
         if not sharding.adapter_first:
             trainable = not METHODS[method.split()[0]].prompt
-            again = PeftModel.from_pretrained(sharding.share(base_model(method)), folder, is_trainable=trainable).eval()
-            assert_close("loss of the file", mean(sharding.loss(again, method)), expected.loss)
+            again = PeftModel.from_pretrained(sharding.shared(base_model(method)), folder, is_trainable=trainable)
+            assert_close("loss of the file", mean(loss_of(sharding, again.eval(), method)), expected.loss)
 
 
 def check_merging(method: str, sharding: Sharding, model: PeftModel, runs: nn.Module) -> None:
     with torch.no_grad():
-        before = {name: whole(p) for name, p in model.named_parameters()}
-        expected = mean(sharding.loss(runs, method))
-        model.merge_adapter()
-        if all(torch.equal(whole(p), before[name]) for name, p in model.named_parameters()):
+        before = values(model, sharding, runs)
+        expected = mean(loss_of(sharding, runs, method))
+        with sharding.whole(runs):
+            model.merge_adapter()
+        if all(torch.equal(value, before[name]) for name, value in values(model, sharding, runs).items()):
             raise Broken("merging changes nothing")
-        assert_close("merged", mean(sharding.loss(runs, method)), expected, 1e-5)
-        model.unmerge_adapter()
-        assert_close("unmerged", mean(sharding.loss(runs, method)), expected, 0)
-        for name, p in model.named_parameters():
-            if not torch.equal(whole(p), before[name]):
+        assert_close("merged", mean(loss_of(sharding, runs, method)), expected, 1e-5)
+        with sharding.whole(runs):
+            model.unmerge_adapter()
+        assert_close("unmerged", mean(loss_of(sharding, runs, method)), expected, 0)
+        for name, value in values(model, sharding, runs).items():
+            if not torch.equal(value, before[name]):
                 raise Broken(f"{name} is not what it was before merging")
 
 
@@ -408,20 +278,32 @@ def allocate(model: PeftModel, step: int) -> None:
         model.base_model.update_and_allocate(step)
 
 
-def check_training(
-    method: str, sharding: Sharding, model: PeftModel, runs: nn.Module, optimizer: Any, expected: Alone
-) -> None:
+def check_training(method: str, sharding: Sharding, model: PeftModel, runs: Any, expected: Alone) -> None:
+    """The gradients of the first step, and the losses of some."""
     losses: list[float] = []
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss = sharding.loss(runs, method)
+    optimizer = sharding.optimizer(runs)
+    for step in range(STEPS):
+        sharding.zero_grad(runs, optimizer)
+        loss = loss_of(sharding, runs, method)
         losses.append(float(mean(loss)))
         sharding.backward(runs, loss)
+        if step == 0:
+            check_gradients(sharding.gradients(model, runs), expected.gradients)
+        with sharding.whole(runs, gradients=True):
+            allocate(model, step)
         sharding.step(runs, optimizer)
-        allocate(model, len(losses) - 1)
     if losses[-1] >= losses[0]:
         raise Broken(f"training raises the loss: {losses}")
     assert_close("losses in training", torch.tensor(losses), torch.tensor(expected.trained), 1e-3)
+
+
+def check_gradients(found: dict[str, Tensor] | None, expected: dict[str, Tensor]) -> None:
+    if found is None:
+        return
+    if found.keys() != expected.keys():
+        raise Broken(f"gradients of {sorted(found.keys() ^ expected.keys())[:3]}")
+    for name, value in found.items():
+        assert_close(f"gradient of {name}", value, expected[name])
 
 
 def assert_close(what: str, found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
@@ -432,13 +314,6 @@ def assert_close(what: str, found: Tensor, expected: Tensor, tolerance: float = 
     scale = max(1.0, float(expected.abs().max())) if found.numel() else 1.0
     if not off <= tolerance * scale:
         raise Broken(f"{what}: off by {off:.2g} of {scale:.2g}")
-
-
-def mean(value: Tensor) -> Tensor:
-    """The mean over all processes."""
-    value = value.detach().clone()
-    dist.all_reduce(value)
-    return value / dist.get_world_size()
 
 
 def everywhere(value: Tensor) -> list[Tensor]:
@@ -463,20 +338,6 @@ def promise(found: dict[str, str], name: str) -> Iterator[None]:
         found[name] = str(broken)
 
 
-@contextmanager
-def shared_folder() -> Iterator[str]:
-    """A folder that all processes see, for a while."""
-    made = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(made)
-    folder = str(made[0])
-    yield folder
-    dist.barrier()
-    if dist.get_rank() == 0:
-        for path in sorted(Path(folder).rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        os.rmdir(folder)
-
-
 # ---- special to a kind of sharding
 
 
@@ -484,8 +345,8 @@ def dropout_is_the_same() -> None:
     """Under tensor parallelism, whatever the state of each process's generator."""
     torch.manual_seed(dist.get_rank())
     model = get_peft_model(
-        _tensor_parallel(base_model()),
-        LORA(r=4, lora_dropout=0.5, use_dora=True, init_lora_weights=False, target_modules=[*COLUMNS, *ROWS], **CAUSAL),
+        shardings.tensor_parallel(base_model()),
+        LoraConfig(r=4, lora_dropout=0.5, use_dora=True, init_lora_weights=False, target_modules=[*COLUMNS, *ROWS]),
     ).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
@@ -523,98 +384,68 @@ def resumed() -> None:
 
     for method in ("VERA", "RANDLORA"):
         model = filled(adapted(base_model(), method, COLUMNS))
-        runs = _fsdp2(model)
+        runs = shardings.fsdp2(model)
         expected = runs(**batch("")).loss.detach()
         state = get_model_state_dict(runs)
         again = adapted(base_model(), method, COLUMNS)
-        other = _fsdp2(again)
+        other = shardings.fsdp2(again)
         set_model_state_dict(other, state)
         assert torch.equal(other(**batch("")).loss.detach(), expected)
 
 
-# ---- processes that stay
-
-#: seconds that the processes may take to start
-START = 300.0
-
-
-def _worker(rank: int, processes: int, folder: str, pipe: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-    meet = f"file://{folder}/meet"
-    timeout = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=processes, timeout=timeout)
-    base_model()  # imports take a while
-    pipe.send("ready")
-    while True:
-        task = pipe.recv()
-        if task is None:
-            break
-        try:
-            pipe.send(("seen", task()))
-        except Exception as error:
-            pipe.send(("raised", f"{type(error).__name__}: {error}", traceback.format_exc()))
-    dist.destroy_process_group()
+def cut_up() -> None:
+    """What FSDP1 has cut up is neither saved nor merged into, and what is said names the way out."""
+    for method in ("LORA", "P_TUNING"):
+        sharding = SHARDINGS["FSDP1"]
+        model = adapted(base_model(), method, COLUMNS)
+        runs = sharding.shared(model)
+        loss_of(sharding, runs, method)
+        with shared_folder() as folder:
+            calls = [partial(model.save_pretrained, folder)]
+            calls += [model.merge_adapter] if method == "LORA" else []
+            for call in calls:
+                try:
+                    call()
+                except RuntimeError as error:
+                    assert "summon_full_params" in str(error)
+                else:
+                    raise Broken("what is cut up was taken for whole")
+            dist.barrier()
+            assert not os.path.exists(f"{folder}/adapter_model.safetensors")
 
 
-class Pool:
-    """Processes that run one task after the other together. Where they do not end it alike they are replaced."""
+def by_trainer() -> None:
+    """transformers' Trainer with a configuration of DeepSpeed trains, saves, and the file is right in one process."""
+    from transformers import Trainer, TrainingArguments
 
-    def __init__(self, processes: int = 2):
-        self.processes = processes
-        self._running: list[tuple[Any, Any]] = []
+    shardings.deepspeed()
+    stage = {"stage": 3, **shardings.PARTITION, "stage3_gather_16bit_weights_on_model_save": True}
+    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": stage}
 
-    def run(self, task: Callable[[], Any], limit: float = 60.0) -> list[tuple[Any, ...]]:
-        """What each process answers: `("seen", value)`, `("raised", message, traceback)` or `("no answer",)`.
+    def output(model: Any) -> Tensor:
+        with torch.no_grad():
+            return model(**batch("")).logits
 
-        Args:
-            task: a function of a module; all processes call it.
-            limit: seconds.
-        """
-        if not self._running:
-            self._start()
-        for _, pipe in self._running:
-            pipe.send(task)
-        answers: list[tuple[Any, ...]] = [("no answer",)] * self.processes
-        end = time.monotonic() + limit
-        waiting = set(range(self.processes))
-        while waiting and time.monotonic() < end:
-            for rank in list(waiting):
-                process, pipe = self._running[rank]
-                if pipe.poll(0.02):
-                    answers[rank] = pipe.recv()
-                    waiting.discard(rank)
-                    if answers[rank][0] == "raised":  # the others wait for it, perhaps for ever
-                        end = min(end, time.monotonic() + 2)
-                elif not process.is_alive():
-                    answers[rank], end = ("no answer",), min(end, time.monotonic() + 2)
-                    waiting.discard(rank)
-        if len({answer[:2] if answer[0] == "raised" else answer[0] for answer in answers}) > 1 or not all(
-            answer[0] in ("seen", "raised") for answer in answers
-        ):
-            self.close(kill=True)  # they are not at the same place any more
-        return answers
+    with shared_folder() as folder:
+        args = TrainingArguments(
+            folder, use_cpu=True, max_steps=3, per_device_train_batch_size=2, learning_rate=RATE, report_to="none",
+            save_strategy="no", deepspeed=config,
+        )  # fmt: skip
+        torch.manual_seed(7)
+        model = adapted(base_model(), "LORA DoRA", COLUMNS)
+        start = output(model)
+        ids = tiny_models.tokens(4, 8)
+        trainer = Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+        trainer.train()
+        trainer.model_wrapped.eval()
+        trained = output(trainer.model_wrapped)
+        trainer.save_model(folder)
+        dist.barrier()
+        assert_close("output of the file", output(PeftModel.from_pretrained(base_model(), folder)), trained, 1e-4)
+        assert not torch.allclose(trained, start, atol=1e-3)
 
-    def _start(self) -> None:
-        context = torch.multiprocessing.get_context("spawn")
-        folder = tempfile.mkdtemp()
-        for rank in range(self.processes):
-            here, there = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, self.processes, folder, there), daemon=True)
-            process.start()
-            self._running.append((process, here))
-        for _, pipe in self._running:
-            if not pipe.poll(START) or pipe.recv() != "ready":
-                raise RuntimeError("The processes do not start.")
 
-    def close(self, kill: bool = False) -> None:
-        for process, pipe in self._running:
-            if kill:
-                process.kill()
-            else:
-                pipe.send(None)
-            process.join(10)
-        self._running = []
+# ---- cells
 
 
 def run_cell(method: str, sharding: str) -> dict[str, str]:

@@ -1,63 +1,13 @@
-"""Every method under FSDP1 and DeepSpeed's ZeRO: it does what it does in one process.
-
-By default a few; with PEFT_DISTRIBUTED all.
-"""
+"""Names and values of adapters in models whose modules others have put something around, or taken apart."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-from functools import partial
 
 import pytest
 from torch import nn
 
-import distributed_runs
-import flat_runs
 import tiny_models
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.wrappers import plain_name
-
-ALL = bool(os.environ.get("PEFT_DISTRIBUTED"))
-FEW = [
-    ("LN_TUNING", "FSDP1"), ("VBLORA", "FSDP1"), ("LORA DoRA", "FSDP1 flat"), ("P_TUNING", "FSDP1 flat"),
-    ("LORA DoRA", "ZeRO-3 first"), ("PEANUT", "ZeRO-3"), ("LN_TUNING", "ZeRO-3"),
-]  # fmt: skip
-#: methods whose tensors FSDP1 can take apart from the frozen ones only with use_orig_params=True
-MIXED = "uniform `requires_grad`"
-CELLS = [(method, kind) for kind in flat_runs.KINDS for method in distributed_runs.ALL_METHODS] if ALL else FEW
-
-
-@pytest.fixture(scope="module")
-def pool():
-    processes = distributed_runs.Pool(2)
-    yield processes
-    processes.close()
-
-
-@pytest.mark.parametrize(("method", "kind"), CELLS, ids=[f"{method} {kind}" for method, kind in CELLS])
-def test_it_does_what_it_does_in_one_process(pool, method, kind):
-    if "ZeRO" in kind and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
-    answers = pool.run(partial(flat_runs.observe, method, kind), 120)
-    if ALL and all(answer[0] == "raised" for answer in answers):
-        refused = answers[0][1]
-        if (kind == "FSDP1 flat" and MIXED in refused) or refused.startswith("NotImplementedError"):
-            pytest.skip(refused)
-    assert [answer[:2] for answer in answers] == [("seen", None)] * 2
-
-
-@pytest.mark.slow
-def test_trainer():
-    """transformers' Trainer with a configuration of DeepSpeed (accelerate's FSDP wants a GPU)."""
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
-    processes = distributed_runs.Pool(2)  # of their own: accelerate has one state for a process
-    try:
-        answers = processes.run(flat_runs.with_trainer, 200)
-    finally:
-        processes.close(kill=True)
-    assert [answer[:2] for answer in answers] == [("seen", None)] * 2
 
 
 class Around(nn.Module):

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft.core.storage.flat import SUMMON, is_cut_up, shape_of, together
-from peft.core.storage.sharded import whole
+from peft.core.storage.flat import check_uncut
+from peft.core.storage.shared import shape_of, whole
 from peft.core.wrappers import plain_name, state_names, unwrapped
 from peft.tuners.prompts.base import PromptHost
 
@@ -39,19 +39,14 @@ def values_of(
     """
     if state_dict is not None:
         return _given(locations, state_dict)
-    tensors = {key: location.tensor for key, location in locations.items()}
-    cut = is_cut_up(model, tensors)
-    if cut is not None:
-        raise RuntimeError(
-            f"{cut!r} is shared out among processes by FullyShardedDataParallel, and what this one has of it is no"
-            " adapter. Either give the whole: state_dict=, from model.state_dict() of the wrapped model, called on all"
-            f" processes under StateDictType.FULL_STATE_DICT (`accelerator.get_state_dict(model)`); or {SUMMON}."
-        )
-    with together(tensors.values()):  # what is together for a while is copied
-        return {
-            key: tensor.detach().clone() if hasattr(tensor, "ds_id") else whole(tensor.detach())
-            for key, tensor in tensors.items()
-        }
+    check_uncut(
+        model,
+        {location.live_name: location.tensor for location in locations.values()},
+        "either give the whole, state_dict=, from model.state_dict() of the wrapped model, called on all processes"
+        " under StateDictType.FULL_STATE_DICT (`accelerator.get_state_dict(model)`); or ",
+    )
+    with torch.no_grad():
+        return {key: whole(location.tensor).detach() for key, location in locations.items()}
 
 
 def _given(locations: Mapping[str, Location], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
 from peft.core.model_config import embeddings_of
-from peft.core.storage.flat import shape_of
-from peft.core.storage.sharded import put, reshard
+from peft.core.storage.sharded import reshard
+from peft.core.storage.shared import put, shape_of
 from peft.core.tuner import BaseTuner
 from peft.core.walk import live_modules, parts_of
 from peft.core.wrappers import unwrapped

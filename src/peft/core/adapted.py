@@ -119,8 +119,7 @@ class AdaptedModule(Part):
 
     def changes(self, names: Sequence[str]) -> list[Change]:
         """What these adapters do to the module, the first next to it."""
-        if "ds_id" in self.__dict__:
-            bring_together(self, self.held(names))
+        bring_together(self, self.held(names))
         changes: list[Change] = []
         for name in names:
             change = self.change(name)

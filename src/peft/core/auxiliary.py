@@ -12,7 +12,7 @@ from peft.core.call import current_route
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import ModuleSlot
-from peft.core.storage.sharded import whole_copy
+from peft.core.storage.shared import whole_copy
 from peft.core.wrappers import state_names
 from peft.errors import warn
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.routing import rows_of, select_rows
-from peft.core.storage.flat import run_with, shaped
+from peft.core.storage.shared import run_with, shaped
 from peft.ops.matrix import Matrix
 
 

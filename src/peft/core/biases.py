@@ -12,8 +12,8 @@ from peft.core import merge as merging
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
-from peft.core.storage.flat import together
 from peft.core.storage.sharded import is_managed
+from peft.core.storage.shared import whole
 from peft.core.walk import live_modules, parts_of
 
 #: what a module calls the biases that are kept for it
@@ -145,8 +145,8 @@ def train_biases(
             biases = module._modules[_CHILD] = TrainedBiases(module, names)
         own = biases.of(None)
         for name in names:  # tied biases stay tied
-            with together([own[name]]):
-                copied.setdefault(id(own[name]), nn.Parameter(own[name].detach().clone(), requires_grad=False))
+            if id(own[name]) not in copied:
+                copied[id(own[name])] = nn.Parameter(whole(own[name]).detach().clone(), requires_grad=False)
         biases.add(adapter_name, {name: copied[id(own[name])] for name in names})
 
 

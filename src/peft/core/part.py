@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft.core.routing import BASE
 from peft.core.slots import Setting, Slot
-from peft.core.storage.sharded import gathered
+from peft.core.storage.shared import gathered
 from peft.core.wrappers import state_names
 
 #: dtypes that adapters are not trained in
@@ -184,7 +184,7 @@ class Part(nn.Module):
 
     def leave_shared(self) -> None:
         """Leaves what layers share to the model around, which holds it as well."""
-        self.__dict__["_left"] = frozenset(slot for slot, kind in self.slots.items() if kind.shared)
+        self.__dict__["_left"] = frozenset(slot for slot, kind in self.slots.items() if kind.shared or kind.several)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Without what is left to the model around: `fully_shard` of a block finds its parameters in this way."""

@@ -20,7 +20,7 @@ from peft.core.change import Add, Change, LowRank, OnInput, Statistics
 from peft.core.merge import changed
 from peft.core.routing import BASE, Route, join_rows
 from peft.core.storage import is_plain, onloaded
-from peft.core.storage.flat import run_with
+from peft.core.storage.shared import run_with
 from peft.core.tensor_parallel import layout_of
 from peft.ops.factored import FactoredWeight, warn_of_no_dropout
 from peft.ops.internals import is_fake

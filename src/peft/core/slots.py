@@ -60,11 +60,13 @@ class Slot:
         stored: whether files hold it; or the field of the configuration that says so.
         shared: one for all layers of an adapter, or for each of several groups of them, made by `Method.share`. It is
             held by the model of the method, and by the layers as the same object.
+        several: it holds modules that layers may have in common, which files have under the name of each.
     """
 
     trained: bool = True
     stored: bool | str = True
     shared: bool = False
+    several: bool = False
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name

@@ -46,7 +46,8 @@ def check(key: str, module: nn.Module, op: BaseOp) -> None:
     if op.kind not in OUTPUT_DIM and _is_shared_out(module, held):
         raise ValueError(
             f"Target module {key!r} is a {type(module).__name__} that tensor parallelism shares out as"
-            f" {held.placements}. Adapters go on linear layers and embeddings there; leave it out with exclude_modules."
+            f" {held.placements}. Adapters go on linear layers and embeddings there; leave it out with exclude_modules"
+            " (or out of target_parameters)."
         )
 
 

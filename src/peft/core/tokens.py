@@ -15,7 +15,7 @@ from peft.core.base_op import BaseOp, EmbeddingOp, base_op
 from peft.core.change import Change, Weight
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
-from peft.core.storage.flat import shape_of
+from peft.core.storage.shared import shape_of
 from peft.core.targets import check_target_module_exists, ends_with, model_modules, saved_as
 from peft.core.tying import input_embedding_name, tied_embedding_modules
 from peft.core.walk import live_key

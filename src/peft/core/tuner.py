@@ -181,6 +181,12 @@ class BaseTuner(Injector):
 
     # ---- being the model
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """With what layers have in common, and leave to this model."""
+        yield from super().named_children()
+        for layer in self.layers():
+            yield from ((slot, layer._modules[slot]) for slot in layer._left if not layer.slots[slot].shared)  # type: ignore[misc]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with calling():
             return self._forward(self.methods(), args, kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from torch import Tensor, nn
+from torch import nn
 
 from peft.core import merge as merging
 from peft.core.around import see_to_fast_paths
@@ -14,7 +14,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Adapters
 from peft.core.part import Part, as_names
 from peft.core.places import take_away_everywhere
-from peft.core.storage.flat import SUMMON, is_cut_up
+from peft.core.storage.flat import check_uncut
 from peft.core.tokens import TrainableTokensLayer
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import live_key, put_back, with_progress
@@ -38,9 +38,7 @@ def _check_not_cut(tuner: Adapters) -> None:
     """Raises RuntimeError where FSDP1 has the base weights in parts."""
     layers = ((layer.get_base_layer(), layer.op.weight_name) for layer in tuner.layers())
     held = {f"{name} of a {type(base).__name__}": getattr(base, name, None) for base, name in layers if name}
-    cut = is_cut_up(tuner.model, {key: value for key, value in held.items() if isinstance(value, Tensor)})
-    if cut is not None:
-        raise RuntimeError(f"The {cut} is shared out among processes by FullyShardedDataParallel: {SUMMON}.")
+    check_uncut(tuner.model, held)
 
 
 def check_finite(tuner: Adapters, adapter_names: Sequence[str] | None) -> None:

@@ -67,8 +67,21 @@ def fsdp_modules() -> list[Any]:
 def is_put_away(module: Any, parameter: Any) -> bool:
     """Whether `fully_shard` was called with this module and has its parameter put away at present; no if unknown."""
     state = getattr(module, "_get_fsdp_state", lambda: None)()
-    groups = getattr(state, "_fsdp_param_groups", ())
-    return any(held.sharded_param is parameter for group in groups for held in group.fsdp_params)
+    return any(held.sharded_param is parameter for held in _parameters_of(state))
+
+
+def sharded_of(parameter: Any) -> Any:
+    """The shards of a parameter that `fully_shard` has gathered for a forward pass; None if it has none."""
+    for module in fsdp_modules():
+        for held in _parameters_of(module._get_fsdp_state()):
+            if getattr(held, "_unsharded_param", None) is parameter:
+                return held.sharded_param
+    return None
+
+
+def _parameters_of(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [held for group in groups if group is not None for held in group.fsdp_params]
 
 
 _DEFERRED = ("torch.utils.checkpoint", "torch.autograd.graph")

@@ -15,8 +15,8 @@ from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import ModuleSlot, Setting, Slot
-from peft.core.storage.flat import is_apart
-from peft.core.storage.sharded import put, whole
+from peft.core.storage.flat import bring_together, read_in_units
+from peft.core.storage.shared import put, whole, with_gradient
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 from peft.errors import warn
@@ -230,22 +230,27 @@ class RankAllocator:
             ValueError: there are none.
         """
         tensors = {
-            f"{path}.{slot}.{self.adapter_name}": getattr(layer, slot)[self.adapter_name]
+            f"{path}.{slot}.{self.adapter_name}": with_gradient(getattr(layer, slot)[self.adapter_name])
             for path, layer in self._layers(model).items()
             for slot in _SLOTS
         }
-        _check_whole(tensors.values())
-        if all(tensor.grad is None for tensor in tensors.values()):
+        if any(tensor.dim() != 2 for tensor, _ in tensors.values()):
+            raise RuntimeError(
+                "FullyShardedDataParallel has AdaLoRA's tensors and their gradients in parts: call"
+                " update_and_allocate() with the wrapped model, on all processes, inside `with"
+                " FullyShardedDataParallel.summon_full_params(model, writeback=True, with_grads=True):`."
+            )
+        if all(gradient is None for _, gradient in tensors.values()):
             raise ValueError(
                 f"Adapter {self.adapter_name!r} has no gradients: update_and_allocate() has to come after backward()"
-                " and before zero_grad()."
+                " and before zero_grad(), with DeepSpeed before step()."
             )
         with torch.no_grad():
-            for name, tensor in tensors.items():
+            for name, (tensor, gradient) in tensors.items():
                 mean = self.exp_avg_ipt.setdefault(name, torch.zeros_like(tensor))
                 spread = self.exp_avg_unc.setdefault(name, torch.zeros_like(tensor))
-                if tensor.grad is not None:
-                    track_sensitivity(mean, spread, tensor, tensor.grad, self.peft_config.beta1, self.peft_config.beta2)
+                if gradient is not None:
+                    track_sensitivity(mean, spread, tensor, gradient, self.peft_config.beta1, self.peft_config.beta2)
 
     def _element_score(self, name: str) -> Tensor:
         return whole(self.exp_avg_ipt[name] * self.exp_avg_unc[name])
@@ -288,14 +293,6 @@ class RankAllocator:
                     put(e, whole(e).masked_fill(lost, 0.0))
 
 
-def _check_whole(tensors: Iterable[Tensor]) -> None:
-    if any(is_apart(tensor) or tensor.dim() != 2 for tensor in tensors):
-        raise NotImplementedError(
-            "AdaLoRA reads its tensors and their gradients outside of the layers' forward passes, where"
-            " FullyShardedDataParallel and DeepSpeed ZeRO-3 have them in parts. Train it with DDP or fully_shard."
-        )
-
-
 class AdaLoraMethod(Method):
     """The schedule of ranks of the adapter that is trained, and the penalty that keeps A and B near to orthonormal.
 
@@ -328,10 +325,10 @@ class AdaLoraMethod(Method):
         if isinstance(loss, Tensor) and name in self.configs and not self.tuner.disabled:
             weight = self.configs[name].orth_reg_weight
             layers = [layer for layer in self.tuner.layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
-            _check_whole([layer.lora_A[name] for layer in layers])
-            factors = [
-                factor for layer in layers for factor in (whole(layer.lora_A[name]), whole(layer.lora_B[name]).T)
-            ]
+            bring_together(self.tuner, (p for layer in layers for p in layer.held([name])))
+            factors = read_in_units(
+                self.tuner, layers, lambda layer: [whole(layer.lora_A[name]), whole(layer.lora_B[name]).T]
+            )
             output.loss = loss + weight * orthogonality_gap(factors).to(loss.device)
         return output
 

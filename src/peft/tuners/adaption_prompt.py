@@ -15,8 +15,8 @@ from peft.core.injection import Before
 from peft.core.model_config import model_config_of
 from peft.core.part import check_adapter_name, trained_in
 from peft.core.storage import place_of
-from peft.core.storage.flat import shape_of
 from peft.core.storage.sharded import agree, average_gradients
+from peft.core.storage.shared import shape_of
 from peft.core.targets import ends_with, model_modules
 from peft.core.tensor_parallel import check_heads
 from peft.core.tuner import BaseTuner

@@ -61,8 +61,8 @@ class LilyLayer(AdapterLayer):
     `lily_A` and `lily_B` hold modules, the very same in the layers that share them, for files have them once a layer.
     """
 
-    lily_A = ModuleSlot()
-    lily_B = ModuleSlot()
+    lily_A = ModuleSlot(several=True)
+    lily_B = ModuleSlot(several=True)
     lily_router = ModuleSlot()
     # What is added depends on the whole batch, so only what acts on the activations can be adapted.
     kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))

@@ -15,7 +15,7 @@ from peft.core.change import OnInput, OnOutput
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import ModuleSlot, Setting
-from peft.core.storage.flat import put_in_forward
+from peft.core.storage.shared import put_in_forward
 from peft.core.tuner import BaseTuner
 from peft.errors import warn
 from peft.ops.memo import remember
@@ -115,8 +115,9 @@ class OFTRotation(nn.Module):
     @staticmethod
     def shrinkage(weight: Tensor, radius: float) -> Tensor:
         """What brings each Q to where it may be: radius / sqrt(blocks) from zero at most (Frobenius)."""
-        norm = weight.norm(dim=1, keepdim=True) * 2**0.5
-        return (radius / weight.shape[0] ** 0.5 / norm).clamp(max=1)
+        share = radius / weight.shape[0] ** 0.5 / (weight.norm(dim=1, keepdim=True) * 2**0.5)
+        # With a little room, so that what has been shortened is not shortened again for its rounding.
+        return torch.where(share < 1 - 1e-6, share, 1.0)
 
 
 class OFTLayer(AdapterLayer):

@@ -1,8 +1,8 @@
 """How base weights are held: the one place that reads them as plain tensors and writes them back.
 
 Kinds of storage are told apart by what the tensor or module is, never by flags on the model, and packages that are not
-loaded are not asked. `base` has what every kind does, `quantised` the packages that hold weights in few bits, `sharded`
-what several processes share out as DTensors.
+loaded are not asked. `base` has what every kind does, `quantised` the packages that hold weights in few bits, `shared`
+what several processes hold parts of.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.storage.base import Storage
-from peft.core.storage.flat import check_whole, is_apart, shape_of, storage_for, together
+from peft.core.storage.flat import Mastered, Partitioned, Window, check_whole, together
 from peft.core.storage.parametrised import Parametrised, is_parametrised
 from peft.core.storage.quantised import QUANTISED
-from peft.core.storage.sharded import Sharded, is_dtensor, whole
+from peft.core.storage.sharded import SHARDED
+from peft.core.storage.shared import KINDS, kind_of, shape_of, whole
 
-_PLAIN, _PARAMETRISED, _SHARDED = Storage(), Parametrised(), Sharded()
+_PLAIN, _PARAMETRISED = Storage(), Parametrised()
+KINDS[:] = SHARDED, Partitioned(), Mastered(), Window()
 
 
 def storage_of(module: nn.Module, name: str) -> Storage:
@@ -35,9 +37,9 @@ def storage_of(module: nn.Module, name: str) -> Storage:
             return _PARAMETRISED
         weight = getattr(module, name, None)
     if _is_usual(weight):
-        return storage_for(weight) or _PLAIN
-    if is_dtensor(weight) and weight.is_floating_point():
-        return _SHARDED
+        return kind_of(weight) or _PLAIN
+    if SHARDED.holds(weight) and weight.is_floating_point():
+        return SHARDED
     for storage in QUANTISED:
         if storage.holds(module, name, weight):
             return storage
@@ -70,7 +72,7 @@ def read_bias(module: nn.Module, name: str | None) -> Tensor | None:
     bias = getattr(module, name, None) if name else None
     if bias is None or not shape_of(bias).numel():  # Transformer Engine's layers have an empty one
         return None
-    return storage_of(module, name).read(module, name) if is_apart(bias) else whole(bias)  # type: ignore[arg-type]
+    return whole(bias)
 
 
 def is_plain(module: nn.Module, name: str) -> bool:

@@ -29,12 +29,13 @@ class Quantised(Storage):
     """What these kinds have in common."""
 
     backend: str
-    #: the attributes that hold a weight: the first is its tensor, the others belong to it; None stands for its name
-    parts: tuple[str | None, ...] = (None,)
-
     def holds(self, module: nn.Module, name: str, weight: Any) -> bool:
         """Whether the weight `name` of `module`, which is `weight` if it is an attribute, is held in this way."""
         raise NotImplementedError
+
+    def parts(self, module: nn.Module, name: str) -> tuple[str, ...]:
+        """The attributes that hold a weight: the first is its tensor, the others belong to it."""
+        return (name,)
 
     def unpack(self, module: Any) -> None:
         """Makes the weight one that gradients go through again, where evaluation has made another form of it."""
@@ -48,10 +49,10 @@ class Quantised(Storage):
         return True
 
     def held(self, module: nn.Module, name: str) -> Tensor:
-        return getattr(module, self.parts[0] or name)
+        return getattr(module, self.parts(module, name)[0])
 
     def keep(self, module: nn.Module, name: str, own: bool = False) -> Any:
-        return tuple(attrgetter(part or name)(module) for part in self.parts)
+        return tuple(attrgetter(part)(module) for part in self.parts(module, name))
 
     def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> Any:
         self.check_write(module, name)
@@ -77,8 +78,8 @@ class Quantised(Storage):
         return sum({t.data_ptr(): t.numel() * t.element_size() for t in _tensors(before)}.values())
 
     def _put(self, module: nn.Module, name: str, values: tuple[Any, ...]) -> None:
-        for part, value in zip(self.parts, values, strict=True):
-            path, _, leaf = (part or name).rpartition(".")
+        for part, value in zip(self.parts(module, name), values, strict=True):
+            path, _, leaf = part.rpartition(".")
             setattr(attrgetter(path)(module) if path else module, leaf, value)
 
 
@@ -127,25 +128,14 @@ class Bnb8bit(Quantised):
         scales = weight.SCB if weight.SCB is not None else module.state.SCB
         return weight.data.float() * (scales / 127)[:, None]
 
-    def keep(self, module: Any, name: str, own: bool = False) -> Any:
-        before = super().keep(module, name, own)
-        return (*before, module.state.CB, module.state.SCB) if hasattr(module, "state") else before  # else an embedding
-
-    def write(self, module: Any, name: str, value: Tensor, own: bool = False) -> Any:
-        before = super().write(module, name, value, own)
-        if hasattr(module, "state"):
-            module.state.CB = module.state.SCB = None
-        return before
-
-    def restore(self, module: Any, name: str, before: Any) -> None:
-        super().restore(module, name, before[:1])
-        if len(before) > 1:
-            module.state.CB, module.state.SCB = _to(before[1:], getattr(module, name).device)
+    def parts(self, module: nn.Module, name: str) -> tuple[str, ...]:
+        return (name, "state.CB", "state.SCB") if hasattr(module, "state") else (name,)  # else an embedding
 
     def pack(self, module: Any, name: str, value: Tensor) -> tuple[Any, ...]:
         make = type(getattr(module, name))
         packed, scales, _ = sys.modules["bitsandbytes.functional"].int8_vectorwise_quant(value.half())
-        return (make(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scales),)
+        weight = make(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scales)
+        return (weight, None, None)[: len(self.parts(module, name))]
 
 
 class Bnb4bit(Quantised):
@@ -158,6 +148,9 @@ class Bnb4bit(Quantised):
         known = isinstance(weight, _loaded("bitsandbytes.nn", "Params4bit"))
         known = known or (name == "weight" and isinstance(module, _loaded("bitsandbytes.nn", "Linear4bit")))
         return known and self._state(module, weight) is not None
+
+    def parts(self, module: nn.Module, name: str) -> tuple[str, ...]:
+        return (name, "quant_state") if "quant_state" in vars(module) else (name,)
 
     @staticmethod
     def _state(module: Any, weight: Any) -> Any:
@@ -192,12 +185,8 @@ class Bnb4bit(Quantised):
         packed, state = sys.modules["bitsandbytes.functional"].quantize_4bit(value.to(before.dtype), **settings)
         make = sys.modules["bitsandbytes.nn"].Params4bit
         module_of = getattr(old, "module", None)
-        return (make(packed, quant_state=state, module=module_of, bnb_quantized=True, **settings),)
-
-    def _put(self, module: Any, name: str, values: tuple[Any, ...]) -> None:
-        super()._put(module, name, values)
-        if "quant_state" in vars(module):
-            module.quant_state = values[0].quant_state
+        weight = make(packed, quant_state=state, module=module_of, bnb_quantized=True, **settings)
+        return (weight, weight.quant_state)[: len(self.parts(module, name))]
 
 
 class TorchAO(Quantised):
@@ -294,7 +283,9 @@ class HQQ(Quantised):
     """Half-quadratic quantisation: `HQQLinear`, packed integers in `W_q` and the rest in `meta`."""
 
     backend = "hqq"
-    parts = ("W_q", "meta")
+
+    def parts(self, module: nn.Module, name: str) -> tuple[str, ...]:
+        return "W_q", "meta"
 
     def holds(self, module: nn.Module, name: str, weight: Any) -> bool:
         return name == "weight" and isinstance(module, _loaded("hqq.core.quantize", "HQQLinear"))
@@ -340,13 +331,10 @@ class CallOnly(Quantised):
         bias, module.bias = module.bias, None  # in half precision, to add it and take it away would cost digits
         try:
             with torch.no_grad():
-                return module(torch.eye(self._inputs(module), dtype=dtype, device=device)).T
+                inputs = module.in_features if hasattr(module, "in_features") else len(module.weight)  # EETQ: [in, out]
+                return module(torch.eye(inputs, dtype=dtype, device=device)).T
         finally:
             module.bias = bias
-
-    @staticmethod
-    def _inputs(module: Any) -> int:
-        return module.in_features
 
     def check_write(self, module: nn.Module, name: str) -> None:
         raise NotImplementedError(
@@ -354,14 +342,6 @@ class CallOnly(Quantised):
             " nothing can be merged into it. Merge into a base model that is not quantised, and quantise the outcome;"
             " or leave the adapter as it is."
         )
-
-
-class Eetq(CallOnly):
-    """EETQ's int8 layers, of its own package and of transformers: weight [in, out]."""
-
-    @staticmethod
-    def _inputs(module: Any) -> int:
-        return len(module.weight)
 
 
 class NeuralCompressor(CallOnly):
@@ -401,8 +381,8 @@ QUANTISED: list[Quantised] = [
     # GPTQModel's layers for AWQ are among its layers, so they are asked for first.
     CallOnly("awq", "gptqmodel.nn_modules.qlinear", "AWQuantLinear"),
     CallOnly("gptq", "gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
-    Eetq("eetq", "eetq", "EetqLinear"),
-    Eetq("eetq", "transformers.integrations.eetq", "EetqLinear"),
+    CallOnly("eetq", "eetq", "EetqLinear"),
+    CallOnly("eetq", "transformers.integrations.eetq", "EetqLinear"),
     CallOnly("aqlm", "aqlm.inference", "QuantizedLinear"),
     NeuralCompressor("inc", "neural_compressor.torch.algorithms.weight_only.modules", "WeightOnlyLinear"),
     CallOnly("inc", "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules", "PatchedLinearBase"),

@@ -1,14 +1,12 @@
 """Weights that several processes share out as DTensors: those of `fully_shard` (FSDP2), of tensor parallelism, of both.
 
-Reading a weight gathers it, so all processes that share it read it together; writing puts each process's own part in.
-The tensors of adapters are gathered likewise where they are shared out (`gathered`). A new adapter starts the same on
-all processes (`agree`), and where a model was shared out before its adapter came, the adapter's gradients are averaged
-over the processes that have samples of their own (`average_gradients`), as `fully_shard` does for what it holds.
+A new adapter starts the same on all processes (`agree`), and where a model was shared out before its adapter came, the
+adapter's gradients are averaged over the processes that have samples of their own (`average_gradients`), as
+`fully_shard` does for what it holds.
 """
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,26 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.storage import flat
-from peft.core.storage.base import Storage
+from peft.core.storage.shared import Shared
 from peft.ops.internals import fsdp_modules, is_put_away
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether a tensor is shared out; without torch's module for it, there can be none."""
+    """Whether a tensor is a DTensor; without torch's module for it, there can be none."""
     module = sys.modules.get("torch.distributed.tensor")
     kind = getattr(module, "DTensor", None)
     return kind is not None and isinstance(value, kind)
-
-
-def whole(tensor: Any) -> Tensor:
-    """A tensor without its share-out: gathered from all processes that share it, which all call this."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor
-
-
-def own_part(value: Tensor, like: Any) -> Tensor:
-    """What this process holds of a whole tensor that is shared out as `like` is; gradients come back whole."""
-    return shared_out(value, like.device_mesh, like.placements).to_local()
 
 
 def shared_out(value: Tensor, mesh: Any, placements: Iterable[Any]) -> Any:
@@ -47,71 +34,48 @@ def shared_out(value: Tensor, mesh: Any, placements: Iterable[Any]) -> Any:
     return everywhere.redistribute(mesh, tuple(placements))
 
 
-class Sharded(Storage):
-    """Weights that are DTensors: read whole, written into the part of each process."""
+class Sharded(Shared):
+    """Weights that are DTensors; `fully_shard` holds the same memory, so they are written in place."""
 
-    def read(self, module: nn.Module, name: str) -> Tensor:
-        return whole(getattr(module, name))
+    def holds(self, tensor: Any) -> bool:
+        return is_dtensor(tensor)
 
-    def keep(self, module: nn.Module, name: str, own: bool = False) -> Any:
-        parameter: Any = getattr(module, name)
-        return parameter if own else parameter.detach().to_local().clone()
+    def part(self, tensor: Any) -> Tensor:
+        return tensor.detach().to_local()
 
-    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> Any:
-        before, parameter = self.keep(module, name, own), getattr(module, name)
-        value = own_part(value.detach().to(dtype=parameter.dtype, device=parameter.to_local().device), parameter)
-        if own:
-            self._replace(module, name, parameter, value)
-        else:
-            parameter.detach().to_local().copy_(value)  # in place: `fully_shard` holds the same memory
-        return before
+    def split(self, tensor: Any, value: Tensor) -> Tensor:
+        value = value.to(dtype=tensor.dtype, device=self.part(tensor).device)
+        return shared_out(value, tensor.device_mesh, tensor.placements).to_local()
 
-    def restore(self, module: nn.Module, name: str, before: Any) -> None:
-        if isinstance(before, nn.Parameter):
-            setattr(module, name, before)
-        else:
-            getattr(module, name).detach().to_local().copy_(before)
+    def join(self, tensor: Any, part: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
 
-    def original(self, module: nn.Module, name: str, before: Any) -> Tensor:
-        parameter: Any = getattr(module, name)
-        if isinstance(before, nn.Parameter):
-            return whole(before.detach())
-        return whole(_like(before, parameter))
+        whole = {"shape": tensor.shape, "stride": tensor.stride()}
+        return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, **whole).full_tensor()
 
-    def nbytes(self, before: Any) -> int:
-        return super().nbytes(before.to_local() if is_dtensor(before) else before)
+    def whole(self, tensor: Any) -> Tensor:
+        return tensor.full_tensor()
 
-    @staticmethod
-    def _replace(module: nn.Module, name: str, parameter: Any, value: Tensor) -> None:
-        if is_managed(module):
-            raise NotImplementedError(
-                f"The {name} of this {type(module).__name__} is shared by several modules and held by fully_shard, so a"
-                " merge cannot give this module one of its own. Merge before fully_shard, or into an unsharded model."
-            )
-        setattr(module, name, nn.Parameter(_like(value, parameter), requires_grad=parameter.requires_grad))
+    @contextmanager
+    def gathered(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        replaced: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for module in (module for holder in modules for module in holder.modules()):
+                for held in (module._parameters, module._buffers):
+                    for name, tensor in held.items():
+                        if is_dtensor(tensor):
+                            replaced.append((held, name, tensor))
+                            held[name] = self.whole(tensor)  # type: ignore[assignment]
+            yield
+        finally:
+            for held, name, tensor in replaced:
+                held[name] = tensor
+
+    def why_not_own(self, module: nn.Module) -> str | None:
+        return "held by fully_shard" if is_managed(module) else None
 
 
-def _like(part: Tensor, parameter: Any) -> Any:
-    """A DTensor of this process's part, shared out as `parameter` is."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def put(target: Tensor, value: Tensor) -> None:
-    """Copies a whole tensor into one that may be shared out."""
-    if is_dtensor(target):
-        local: Any = target.detach()
-        local.to_local().copy_(own_part(value.to(local.dtype), local))
-    else:
-        flat.put(target, value)
+SHARDED = Sharded()
 
 
 # ---- fully_shard
@@ -148,28 +112,8 @@ def call_whole(module: nn.Module, *args: Any) -> Any:
     holder = next((held for held in fsdp_modules() if is_put_away(held, weight)), None) if is_dtensor(weight) else None
     if holder is None or holder is module:
         return module(*args)
-    with gathered([module]):
+    with SHARDED.gathered([module]):
         return type(module).forward(module, *args)  # past the hooks of tensor parallelism, for the weight is whole
-
-
-# ---- adapters
-
-
-@contextmanager
-def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While it lasts, the tensors in these modules are whole; gradients go to the parts of all processes."""
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for module in (module for holder in modules for module in holder.modules()):
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if is_dtensor(tensor):
-                        replaced.append((held, name, tensor))
-                        held[name] = whole(tensor)  # type: ignore[assignment]
-        yield
-    finally:
-        for held, name, tensor in replaced:
-            held[name] = tensor
 
 
 def agree(tensors: Iterable[Tensor], model: nn.Module) -> None:
@@ -220,30 +164,3 @@ def _join(model: Any, args: Any) -> None:
             if parameter is not None and parameter.requires_grad and not hasattr(parameter, "_is_averaged"):
                 parameter.register_hook(average)
                 parameter._is_averaged = True
-
-
-def whole_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module with whole tensors of its own, without what stands around the original's forward pass."""
-    if not any(is_dtensor(parameter) for parameter in module.parameters()):
-        return flat.copy_of(module)
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(whole(parameter.detach()).clone(), requires_grad=parameter.requires_grad)
-        for parameter in module.parameters()
-    }
-    return _copied(module, memo)
-
-
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    kinds = type(module).__mro__
-    plain: Any = kinds[2] if len(kinds) > 2 and kinds[1].__name__ == "FSDPModule" else kinds[0]
-    made = plain.__new__(plain)
-    nn.Module.__init__(made)
-    around = (*made.__dict__, "forward", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_is_hooked")
-    made.__dict__.update(copy.deepcopy({k: v for k, v in module.__dict__.items() if k not in around}, memo))
-    made.training = module.training
-    for name, child in module._modules.items():
-        made._modules[name] = None if child is None else _copied(child, memo)
-    made._parameters.update(copy.deepcopy(module._parameters, memo))
-    made._buffers.update(copy.deepcopy(module._buffers, memo))
-    made._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
-    return made

@@ -14,8 +14,8 @@ from peft.core import tensor_parallel
 from peft.core.call import cached_tokens
 from peft.core.model_config import MODEL_CONFIG_NAMES, embeddings_of, read_model_config
 from peft.core.storage import onloaded, place_of
-from peft.core.storage.flat import shape_of
-from peft.core.storage.sharded import agree, average_gradients, call_whole, gathered, put
+from peft.core.storage.sharded import agree, average_gradients, call_whole
+from peft.core.storage.shared import gathered, put, shape_of
 from peft.registry import TaskType, method_of
 
 #: inputs with one entry per token, for which 0 is a good entry for a virtual token

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
 from peft.core.storage import place_of
-from peft.core.storage.flat import put_in_forward
 from peft.core.storage.sharded import call_whole
+from peft.core.storage.shared import put_in_forward
 from peft.registry import PeftType, TaskType
 from peft.tuners.prompts.base import IGNORED, VirtualTokens, embedding_width
 

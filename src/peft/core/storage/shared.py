@@ -1,0 +1,241 @@
+"""Tensors of which each of several processes holds a part: one interface, and who shares them out behind it.
+
+`sharded` knows those of `fully_shard` (FSDP2) and of tensor parallelism, `flat` the partitions of DeepSpeed ZeRO-3 and
+the flat parameters of FSDP1. The functions here take any tensor or module, shared out or not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peft.core.storage.base import Storage
+from peft.ops.internals import sharded_of
+
+
+class Shared(Storage):
+    """A way to share tensors out. Reading gathers, so all processes read together; each writes its own part."""
+
+    #: whether a module has none of the whole's values, so that copies of it have to be made of the whole
+    apart = True
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether a tensor is shared out in this way."""
+        raise NotImplementedError
+
+    def shape(self, tensor: Any) -> torch.Size:
+        """Of the whole."""
+        return tensor.shape
+
+    def part(self, tensor: Any) -> Tensor:
+        """What this process holds of a tensor: the memory itself, without gradient."""
+        raise NotImplementedError
+
+    def split(self, tensor: Any, value: Tensor) -> Tensor:
+        """What this process holds of a whole value that is shared out as the tensor is."""
+        return value
+
+    def join(self, tensor: Any, part: Tensor) -> Tensor:
+        """The whole of which the processes hold these parts, as they do of the tensor."""
+        return part
+
+    def whole(self, tensor: Any) -> Tensor:
+        """All of a tensor."""
+        return tensor
+
+    def put(self, tensor: Any, value: Tensor) -> None:
+        """Gives a tensor another whole value."""
+        self.part(tensor).copy_(self.split(tensor, value.detach()))
+
+    def gradient(self, tensor: Any) -> Tensor | None:
+        """The gradient of `tensor`, shared out as that is, or whole."""
+        return tensor.grad
+
+    def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """See the function of that name."""
+        return nullcontext()
+
+    def why_not_own(self, module: nn.Module) -> str | None:
+        """Why a module that shares a weight with others cannot get one of its own; None if it can."""
+        return "shared out among processes"
+
+    # ---- as weights of modules
+
+    def read(self, module: nn.Module, name: str) -> Tensor:
+        return self.whole(self.held(module, name))
+
+    def check_write(self, module: nn.Module, name: str) -> None:
+        self.held(module, name)
+
+    def keep(self, module: nn.Module, name: str, own: bool = False) -> Any:
+        why = self.why_not_own(module) if own else None
+        if why:
+            raise NotImplementedError(
+                f"The {name} of this {type(module).__name__} is shared by several modules and {why}, so a merge cannot"
+                " give this module one of its own. Merge into a model that is not sharded."
+            )
+        return self.held(module, name) if own else self.part(self.held(module, name)).clone()
+
+    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> Any:
+        self.check_write(module, name)
+        before = self.keep(module, name, own)
+        if own:
+            setattr(module, name, nn.Parameter(before.detach().clone(), before.requires_grad))
+        self.put(self.held(module, name), value)
+        return before
+
+    def restore(self, module: nn.Module, name: str, before: Any) -> None:
+        if isinstance(before, nn.Parameter):
+            setattr(module, name, before)
+        else:
+            self.part(self.held(module, name)).copy_(before)
+
+    def original(self, module: nn.Module, name: str, before: Any) -> Tensor:
+        if isinstance(before, nn.Parameter):
+            return self.whole(before.detach())
+        return self.join(self.held(module, name), before)
+
+    def nbytes(self, before: Any) -> int:
+        return super().nbytes(self.part(before) if isinstance(before, nn.Parameter) else before)
+
+
+#: filled by `peft.core.storage`; the first that holds a tensor is asked
+KINDS: list[Shared] = []
+
+
+def kind_of(tensor: Any) -> Shared | None:
+    """How a tensor is shared out; None if it is not."""
+    return next((kind for kind in KINDS if kind.holds(tensor)), None)
+
+
+def shape_of(tensor: Any) -> torch.Size:
+    """The shape of a tensor when it is whole."""
+    kind = kind_of(tensor)
+    return tensor.shape if kind is None else kind.shape(tensor)
+
+
+def shaped(tensor: Tensor) -> Tensor:
+    """A tensor of the whole's shape; of one that is shared out, one without values."""
+    kind = kind_of(tensor)
+    return tensor if kind is None else torch.empty(kind.shape(tensor), dtype=tensor.dtype, device="meta")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor without its share-out: gathered from all processes that share it, which all call this."""
+    kind = kind_of(tensor)
+    return tensor if kind is None else kind.whole(tensor)
+
+
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Copies a whole value into a tensor that may be shared out; without gradient."""
+    kind = kind_of(tensor)
+    if kind is None:
+        tensor.copy_(value)
+    else:
+        kind.put(tensor, value)
+
+
+def with_gradient(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A parameter and its gradient after a backward pass, each shared out as a DTensor or whole."""
+    kind = kind_of(parameter)
+    if kind is None:
+        return parameter, parameter.grad
+    gradient = kind.gradient(parameter)
+    return (parameter if isinstance(gradient, type(parameter)) else kind.whole(parameter)), gradient
+
+
+@contextmanager
+def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While it lasts, the tensors in these modules are whole; gradients go to the parts of all processes."""
+    modules = list(modules)
+    with ExitStack() as stack:
+        for kind in KINDS:
+            stack.enter_context(kind.gathered(modules))
+        yield
+
+
+def whole_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module with whole tensors of its own, without what stands around the original's forward pass."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(kind.whole(parameter).detach().clone(), parameter.requires_grad)
+        for parameter in module.parameters()
+        if (kind := kind_of(parameter)) is not None and kind.apart
+    }
+    return _copied(module, memo) if memo else copy.deepcopy(module)
+
+
+#: what those who share a model out leave on its modules
+_AROUND = ("forward", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_is_hooked", "ds_id")
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    kinds = type(module).__mro__
+    plain: Any = kinds[2] if len(kinds) > 2 and kinds[1].__name__ == "FSDPModule" else kinds[0]
+    made = plain.__new__(plain)
+    nn.Module.__init__(made)
+    left = (*made.__dict__, *_AROUND)
+    made.__dict__.update(copy.deepcopy({k: v for k, v in module.__dict__.items() if k not in left}, memo))
+    made.training = module.training
+    for name, child in module._modules.items():
+        made._modules[name] = None if child is None else _copied(child, memo)
+    for held in ("_parameters", "_buffers"):
+        getattr(made, held).update(copy.deepcopy(dict(getattr(module, held)), memo))
+    made._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+    return made
+
+
+# ---- in forward passes
+
+
+def put_in_forward(parameter: Any, value: Tensor) -> None:
+    """Gives a trained parameter another value in the middle of a forward pass, as a limit on its size does.
+
+    Raises:
+        NotImplementedError: FSDP1 has it in its flat parameter, where nobody else writes meanwhile.
+    """
+    if not isinstance(parameter, nn.Parameter) and parameter._is_view():
+        raise NotImplementedError(
+            "This method limits the size of its tensors in each forward pass, which FullyShardedDataParallel does not"
+            " allow. Use DDP, DeepSpeed or fully_shard, or train without the limit."
+        )
+    shards = sharded_of(parameter)  # else the value would be lost when `fully_shard` puts the parameter away
+    if shards is not None:
+        put(shards, value)
+    put(parameter, value)
+
+
+def run_with(module: Any, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A module's output with other tensors, by their names in it, in place of parameters."""
+    owners = [module.get_submodule(name.rpartition(".")[0]) for name in tensors]
+    names = [name.rpartition(".")[2] for name in tensors]
+    # What DeepSpeed or fully_shard has put around the module wants its own parameters.
+    if hasattr(module, "ds_id") or hasattr(module, "_get_fsdp_state"):
+        return _twin(module, tensors).forward(*args, **kwargs)
+    if any(name in vars(owner) for owner, name in zip(owners, names, strict=True)):  # as FSDP1 has it in a forward pass
+        return _twin(module, tensors)(*args, **kwargs)
+    return functional_call(module, dict(tensors), tuple(args), dict(kwargs))
+
+
+def _twin(module: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The module once more, with the same contents but for these tensors."""
+    twin = object.__new__(type(module))
+    own: dict[str, Any] = dict(module.__dict__)
+    own["_parameters"] = {name: module._parameters[name] for name in module._parameters}
+    own["_modules"] = dict(module._modules)
+    inside: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        child, _, rest = name.partition(".")
+        if rest:
+            inside.setdefault(child, {})[rest] = tensor
+        else:
+            own.pop(name, None)
+            own["_parameters"][name] = tensor
+    own["_modules"] |= {child: _twin(module._modules[child], within) for child, within in inside.items()}
+    twin.__dict__.update(own)
+    return twin
