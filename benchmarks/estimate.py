@@ -1,17 +1,37 @@
 """What `peft estimate` says beside the peak of a process that trains: `python benchmarks/estimate.py [NAME ...]`.
 
 Each row is one `peft train` of two steps in a process of its own, on a model with random weights; its peak is the
-largest resident size less what the process has after the imports.
+largest resident size less what the process has after the imports (Linux).
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
+import io
+import os
+import re
+import resource
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+
+import datasets  # noqa: F401
+import matplotlib.figure  # noqa: F401
+import rich.console  # noqa: F401
+import sklearn.metrics  # noqa: F401
+import torch
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama
+import transformers.trainer
+import trl  # noqa: F401
+
+from peft import cli
+from peft.cli import train  # noqa: F401
+from peft.cli.estimate import measure
+from peft.cli.parse import read
 
 SIZES = dict(vocab_size=16000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8)
 SIZES |= dict(max_position_embeddings=1024, bos_token_id=0, eos_token_id=0)
@@ -28,20 +48,30 @@ ROWS: dict[str, tuple[str, str, int, int]] = {
     "prefix tuning": ("llama", "--method prefix-tuning", 4, 256),
     "lora on GPT-2": ("gpt2", "--r 16", 4, 256),
 }
-CHILD = """
-import json, re, resource, sys
-import datasets, matplotlib.figure, rich.console, sklearn.metrics, torch, transformers.trainer, trl
-from peft.cli import main, train
-import peft.cli.watch, transformers.models.llama.modeling_llama, transformers.models.gpt2.modeling_gpt2
-torch.nn.Linear(256, 256)(torch.ones(256, 256)).sum().backward()
-now = int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
-assert main(sys.argv[1:]) == 0
-print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - now) * 1024))
-"""
 
 
-def _make(folder: Path) -> None:
-    import transformers
+def _in_a_process(work: Callable[[], float]) -> float:
+    """What `work` gives in a process of its own, forked from this one, which has done nothing but import."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.write(writing, str(work()).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading) as answer:
+        os.wait()
+        return float(answer.read() or "nan")
+
+
+def _resident() -> int:
+    """Bytes that this process has in memory."""
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+def _make(folder: Path) -> float:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -56,33 +86,38 @@ def _make(folder: Path) -> None:
     for name, model in made.items():
         model.save_pretrained(folder / name)
         plain.save_pretrained(folder / name)
+    return 0
 
 
-def _measure(folder: Path, row: tuple[str, str, int, int]) -> tuple[float, float]:
-    """(bytes as estimated, bytes as they were)"""
-    model, words, batch, length = row
-    line = [*words.split(), "--batch-size", str(batch)]
-    estimate = [sys.executable, "-m", "peft", "estimate", str(folder / model), *line, "--length", str(length), "--json"]
-    done = subprocess.run(estimate, check=True, capture_output=True, text=True)
-    text = folder / "text.txt"
-    text.write_text("x" * (2 * batch * length + 1))
-    train = ["train", "--model", str(folder / model), "--data", str(text), *line, "--max-length", str(length)]
-    with tempfile.TemporaryDirectory() as output:
-        train += ["--max-steps", "2", "--eval-split", "0", "--output", output, "--device", "cpu"]
-        child = subprocess.run([sys.executable, "-c", CHILD, *train], capture_output=True, text=True)
-    if child.returncode:
-        raise SystemExit(child.stderr)
-    return json.loads(done.stdout)["peak"], json.loads(child.stdout.splitlines()[-1])
+def _estimated(line: list[str], length: int) -> float:
+    options, fields, _ = read("estimate", [*line, "--length", str(length), "--device", "cpu"])
+    return measure(options, fields)[1]["peak"]
+
+
+def _trained(line: list[str], length: int, text: Path) -> float:
+    """How much memory two steps of training take at most, beside what the process has before."""
+    before = _resident()
+    few = ["--max-steps", "2", "--eval-split", "0", "--device", "cpu", "--data", str(text), "--output", f"{text}.out"]
+    with redirect_stdout(io.StringIO()):
+        if cli.main(["train", "--model", *line, "--max-length", str(length), *few]):
+            raise SystemExit("it did not train")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def main(names: list[str]) -> None:
     unknown: Any = set(names) - set(ROWS)
     if unknown:
         raise SystemExit(f"there is no {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    torch.nn.Linear(256, 256)(torch.ones(256, 256)).sum().backward()
     with tempfile.TemporaryDirectory() as folder:
-        _make(Path(folder))
-        for name in names or ROWS:
-            said, found = _measure(Path(folder), ROWS[name])
+        _in_a_process(lambda: _make(Path(folder)))
+        for number, name in enumerate(names or ROWS):
+            model, words, batch, length = ROWS[name]
+            line = [f"{folder}/{model}", *words.split(), "--batch-size", str(batch)]
+            text = Path(folder) / f"{number}.txt"
+            text.write_text("x" * (2 * batch * length + 1))
+            said = _in_a_process(lambda line=line, length=length: _estimated(line, length))
+            found = _in_a_process(lambda line=line, length=length, text=text: _trained(line, length, text))
             print(f"| {name} | {said / 1e6:,.0f} MB | {found / 1e6:,.0f} MB | {said / found - 1:+.1%} |", flush=True)
 
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
 from peft.cli import main, tiny
-from peft.cli.options import COMMANDS, Estimate
+from peft.cli.options import COMMANDS
 from peft.cli.tasks import CHATML
 from tiny_models import bert, byte_tokenizer, llama
 
+Estimate = COMMANDS["estimate"]
 PROMPT = "7 and 8 make"
 
 
@@ -195,9 +196,9 @@ def test_an_estimate_is_the_peak_of_training(made, method, checkpointing):
     from peft.cli.estimate import Live, measure
     from peft.cli.plan import configure
 
-    said = Estimate(str(made.base), method, batch_size=4, length=64, gradient_checkpointing=checkpointing)
+    said = Estimate(str(made.base), method=method, batch_size=4, length=64, gradient_checkpointing=checkpointing)
     parts, facts = measure(said, {})
-    measure(Estimate(str(made.base), "lora", batch_size=2, length=16, dtype="bfloat16"), {})
+    measure(Estimate(str(made.base), method="lora", batch_size=2, length=16, dtype="bfloat16"), {})
     assert measure(said, {}) == (parts, facts)
     config = configure(method.upper().replace("-", "_"), {}, "CAUSAL_LM", 100)
     model = get_peft_model(base_of(made.base), config).train()
@@ -412,6 +413,6 @@ def test_another_number_of_labels_is_the_head_of_the_adapter(made, tmp_path, cap
 
 
 def test_without_a_package_it_is_said_which(made, monkeypatch, capsys):
-    monkeypatch.setattr("peft.cli.find_spec", lambda name: None if name == "rich" else object())
+    monkeypatch.setattr("peft.cli.find_spec", lambda name: None if name == "pandas" else object())
     assert main(words("inspect", made.one)) == 1
-    assert "needs rich, which is not installed here: pip install 'peft[cli]'" in capsys.readouterr().err
+    assert "needs pandas, which is not installed here: pip install 'peft[cli]'" in capsys.readouterr().err

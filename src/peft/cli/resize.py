@@ -5,26 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftConfig, convert_to_lora
-from peft.checkpoint.files import write_adapter
 from peft.cli import models
-from peft.cli.merge import check_empty
-from peft.cli.options import Resize
 from peft.cli.parse import OptionError
 
 
-def run(options: Resize, *_: Any) -> int:
+def run(options: Any, *_: Any) -> None:
     if (options.rank is None) == (options.energy is None):
         raise OptionError("either --rank or --energy is needed")
     if options.rank is not None and options.rank < 1:
         raise OptionError(f"--rank has to be 1 or more, got {options.rank}")
-    check_empty(options.output)
+    models.check_empty(options.output)
     saved = PeftConfig.from_pretrained(options.adapter)
     factors = saved.peft_type == "LORA" and not getattr(saved, "use_dora", False)  # which tell the change by themselves
     model = models.load_adapted(options.adapter, model=options.model, empty=factors)
     config, tensors = found = convert_to_lora(model, options.rank or float(options.energy or 0), progressbar=True)
-    config.inference_mode = True
-    write_adapter(options.output, config.to_json_dict(), tensors)
+    models.write(options.output, config, tensors)
     ranks = [config.r, *config.rank_pattern.values()]
     print(f"LoRA of rank {' to '.join(map(str, sorted({min(ranks), max(ranks)})))}: {options.output}")
     print(models.lost(found.errors))
-    return 0

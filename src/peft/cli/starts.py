@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from peft import get_peft_model
+import peft
 
 #: batches that a start sees
 BATCHES = 16
@@ -16,20 +17,17 @@ def data_driven(base: Any, plan: Any, collator: Any, out: Any) -> Any:
     """`base` with the adapter of `plan`; a start that needs data is run on the first batches of the training set."""
     config, start = plan.config, getattr(plan.config, "init_lora_weights", None)
     if start not in ("eva", "corda", "lora_ga"):
-        return get_peft_model(base, config)
+        return peft.get_peft_model(base, config)
     rows = plan.training.select(range(min(len(plan.training), BATCHES * plan.options.batch_size)))
     batches = torch.utils.data.DataLoader(rows.to_list(), plan.options.batch_size, collate_fn=collator)
     out.print(f"The start {start!r} looks at {len(rows)} examples")
     if start == "eva":
-        from peft import initialize_lora_eva_weights
-
-        model = get_peft_model(base, config, low_cpu_mem_usage=True)
-        initialize_lora_eva_weights(model, batches)
+        model = peft.get_peft_model(base, config, low_cpu_mem_usage=True)
+        peft.initialize_lora_eva_weights(model, batches)
         return model
-    from rich.progress import track
 
     def over(learn: bool) -> None:
-        for batch in track(batches, start, console=out, transient=True):
+        for batch in tqdm(batches, start, leave=False, disable=not out.is_terminal or out.quiet):
             with torch.set_grad_enabled(learn):
                 loss = base(**{name: value.to(base.device) for name, value in batch.items()}).loss
             if learn:
@@ -40,8 +38,6 @@ def data_driven(base: Any, plan: Any, collator: Any, out: Any) -> Any:
 
         preprocess_corda(base, config, lambda: over(False))
     else:
-        from peft import LoraGAConfig, preprocess_loraga
-
-        config.lora_ga_config = config.lora_ga_config or LoraGAConfig()
-        preprocess_loraga(base, config, lambda: over(True))
-    return get_peft_model(base, config)
+        config.lora_ga_config = config.lora_ga_config or peft.LoraGAConfig()
+        peft.preprocess_loraga(base, config, lambda: over(True))
+    return peft.get_peft_model(base, config)

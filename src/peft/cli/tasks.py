@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from peft.cli.records import Message, Record
+from peft.cli.records import Message, Record, Row
 
 IGNORED = -100
 Example = dict[str, Any]
@@ -17,31 +19,34 @@ CHATML = (
 )
 
 
-@dataclass
-class Task:
+class Task(NamedTuple):
     """A task.
 
     Attributes:
-        peft: its name for `task_type`.
+        peft: its name for `task_type`, if there is one.
         auto: class of transformers that loads a model with the head for it.
-        mapping: table of transformers with the model types that have such a head.
+        processor: class of transformers that loads what makes numbers of its data.
     """
 
-    peft: str
+    peft: str | None
     auto: str
-    mapping: str
+    processor: str = "AutoTokenizer"
 
 
-_CAUSAL = Task("CAUSAL_LM", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
-_SEQUENCE = Task(
-    "SEQ_CLS", "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
-)  # fmt: skip
-_TOKENS = Task("TOKEN_CLS", "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES")
-_SEQ2SEQ = Task("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES")
+_CAUSAL = Task("CAUSAL_LM", "AutoModelForCausalLM")
+_SEQUENCE = Task("SEQ_CLS", "AutoModelForSequenceClassification")
 TASKS = {
-    "causal-lm": _CAUSAL, "chat": _CAUSAL, "preference": _CAUSAL, "seq2seq": _SEQ2SEQ,
-    "classification": _SEQUENCE, "regression": _SEQUENCE, "token-classification": _TOKENS,
-}  # fmt: skip
+    "causal-lm": _CAUSAL,
+    "chat": _CAUSAL,
+    "preference": _CAUSAL,
+    "seq2seq": Task("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+    "classification": _SEQUENCE,
+    "regression": _SEQUENCE,
+    "token-classification": Task("TOKEN_CLS", "AutoModelForTokenClassification"),
+    "image-classification": Task(None, "AutoModelForImageClassification", "AutoImageProcessor"),
+    "speech": Task(None, "AutoModelForSpeechSeq2Seq", "AutoProcessor"),
+    "ctc": Task(None, "AutoModelForCTC", "AutoProcessor"),
+}
 
 
 @dataclass
@@ -49,7 +54,8 @@ class Encoded:
     """Records as numbers.
 
     Attributes:
-        examples: `input_ids` with `labels` or `label`; the records' own fields for the task preference.
+        examples: `input_ids` with `labels` or `label`; the records' own fields for the task preference, and images and
+            audio as they are stored.
         cut: how many of them are not whole.
         dropped: how many had nothing left to learn.
         labels: names of the classes, in the order of their numbers.
@@ -66,7 +72,7 @@ class Encoder:
 
     Args:
         task: one of `TASKS`.
-        tokenizer: of the model.
+        tokenizer: of the model; the processor that has it, for speech.
         length: tokens of one example at most.
         numbered: whether examples say their `task_ids`, as methods for several tasks need.
     """
@@ -74,7 +80,7 @@ class Encoder:
     def __init__(self, task: str, tokenizer: Any, length: int, numbered: bool = False):
         self.task, self.tokenizer, self.length, self.numbered = task, tokenizer, length, numbered
         self.labels: list[str] = []
-        self.end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self.end = [end] if (end := getattr(tokenizer, "eos_token_id", None)) is not None else []
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         """The records as numbers.
@@ -87,21 +93,20 @@ class Encoder:
         if self.task == "causal-lm" and all("text" in row for _, row in records):
             return self._blocks(row["text"] for _, row in records)
         if "classification" in self.task and not self.labels:
-            self.labels = self._names(row["label"] for _, row in records)
-        encode: Callable[[Mapping[str, Any]], tuple[Example, bool]] = {
-            "chat": self._chat, "causal-lm": self._answer, "seq2seq": self._pair,
-            "token-classification": self._tokens,
+            self.labels = _names(row["label"] for _, row in records)
+        encode: Callable[[Row], tuple[Example, int]] = {
+            "chat": self._chat, "causal-lm": self._answer, "seq2seq": self._pair, "token-classification": self._tokens,
+            "image-classification": self._image, "speech": self._speech, "ctc": self._speech,
         }.get(self.task, self._sequence)  # fmt: skip
         found = Encoded([], labels=self.labels)
         for where, row in records:
             try:
-                example, cut = encode(row)
+                example, tokens = encode(row)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{where}: {error.args[0] if error.args else error}") from error
-            if self.numbered:
-                example["task_ids"] = row.get("task_ids", 0)
+            example |= {"task_ids": row.get("task_ids", 0)} if self.numbered else {}
             learns = "label" in example or any(label != IGNORED for label in example["labels"])
-            found.cut += cut
+            found.cut += tokens > self.length
             found.dropped += not learns
             if learns:
                 found.examples.append(example)
@@ -112,6 +117,11 @@ class Encoder:
     def _ids(self, text: str, special: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
+    def _cut(self, ids: list[int], labels: list[int]) -> tuple[Example, int]:
+        """The beginnings of both, and how long the longer one is."""
+        longest = max(len(ids), len(labels))
+        return {"input_ids": ids[: self.length], "labels": labels[: self.length]}, longest
+
     def _blocks(self, texts: Iterable[str]) -> Encoded:
         """Texts one after the other, with the end-of-text token between them, cut into blocks."""
         stream = [token for text in texts for token in self._ids(text) + self.end]
@@ -120,22 +130,19 @@ class Encoder:
         task = {"task_ids": 0} if self.numbered else {}
         return Encoded([{"input_ids": block, "labels": block, **task} for block in blocks if len(block) > 1])
 
-    def _answer(self, row: Mapping[str, Any]) -> tuple[Example, bool]:
+    def _answer(self, row: Row) -> tuple[Example, int]:
         """The answer alone is learnt; where both are too long, the prompt loses its beginning first."""
         prompt, answer = self._ids(row["prompt"], special=True), self._ids(row["completion"]) + self.end
         if prompt[-1:] == self.end:
             prompt = prompt[:-1]
-        cut = len(answer) > self.length - 1
-        answer = answer[: self.length - 1]
+        tokens, answer = 1 + len(answer), answer[: self.length - 1]
         prompt = prompt[-(self.length - len(answer)) :]
-        return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}, cut
+        return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}, tokens
 
-    def _pair(self, row: Mapping[str, Any]) -> tuple[Example, bool]:
-        prompt, answer = self._ids(row["prompt"], special=True), self._ids(row["completion"]) + self.end
-        cut = max(len(prompt), len(answer)) > self.length
-        return {"input_ids": prompt[: self.length], "labels": answer[: self.length]}, cut
+    def _pair(self, row: Row) -> tuple[Example, int]:
+        return self._cut(self._ids(row["prompt"], special=True), self._ids(row["completion"]) + self.end)
 
-    def _chat(self, row: Mapping[str, Any]) -> tuple[Example, bool]:
+    def _chat(self, row: Row) -> tuple[Example, int]:
         """The conversation in the tokenizer's template; what the assistant says is learnt, with the end of its turn."""
         messages: list[Message] = row["messages"]
         ids: list[int] = []
@@ -151,7 +158,7 @@ class Encoder:
                 raise ValueError("the chat template changes earlier turns of a conversation; split it into single ones")
             labels += [IGNORED] * (len(asked) - len(labels)) + said[len(asked) :]
             ids = said
-        return {"input_ids": ids[: self.length], "labels": labels[: self.length]}, len(ids) > self.length
+        return self._cut(ids, labels)
 
     def _template(self, messages: Sequence[Message], prompt: bool) -> list[int]:
         try:
@@ -160,47 +167,63 @@ class Encoder:
             raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
         return self._ids(text)
 
-    def _names(self, labels: Iterable[Any]) -> list[str]:
-        flat = (entry for label in labels for entry in (label if isinstance(label, list) else [label]))
-        names = set(map(str, flat))
-        return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-
     def _number(self, label: Any) -> int:
         if str(label) not in self.labels:
             raise ValueError(f"label {label!r} is not one of {', '.join(self.labels)}")
         return self.labels.index(str(label))
 
-    def _sequence(self, row: Mapping[str, Any]) -> tuple[Example, bool]:
+    def _sequence(self, row: Row) -> tuple[Example, int]:
         ids = self._ids(row["text"], special=True)
         try:
             label = float(row["label"]) if self.task == "regression" else self._number(row["label"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"field 'label': {error}") from error
-        return {"input_ids": ids[: self.length], "label": label}, len(ids) > self.length
+        return {"input_ids": ids[: self.length], "label": label}, len(ids)
 
-    def _tokens(self, row: Mapping[str, Any]) -> tuple[Example, bool]:
+    def _tokens(self, row: Row) -> tuple[Example, int]:
         """The first piece of each word has its label, the others are not learnt."""
         encoded = self.tokenizer(row["tokens"], is_split_into_words=True, verbose=False)
-        labels, before = [], None
-        for word in encoded.word_ids():
-            labels.append(IGNORED if word is None or word == before else self._number(row["label"][word]))
-            before = word
-        ids = encoded["input_ids"]
-        return {"input_ids": ids[: self.length], "labels": labels[: self.length]}, len(ids) > self.length
+        words = encoded.word_ids()
+        firsts = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
+        labels = [self._number(row["label"][w]) if first else IGNORED for w, first in zip(words, firsts, strict=True)]
+        return self._cut(encoded["input_ids"], labels)
+
+    def _image(self, row: Row) -> tuple[Example, int]:
+        return {"image": _stored(row["image"]), "label": self._number(row["label"])}, 0
+
+    def _speech(self, row: Row) -> tuple[Example, int]:
+        ids = self.tokenizer.tokenizer(row["text"])["input_ids"]
+        return {"audio": _stored(row["audio"]), "labels": ids[: self.length]}, len(ids)
+
+
+def _names(labels: Iterable[Any]) -> list[str]:
+    """The classes in their order: by number, then by name."""
+    names = {str(entry) for label in labels for entry in (label if isinstance(label, list) else [label])}
+    return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+
+
+def _stored(value: Any) -> dict[str, Any]:
+    """An image or audio as `datasets` has it, its file checked to be there."""
+    value = {"path": value, "bytes": None} if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        raise ValueError(f"images and audio are paths of files, or what `datasets` stores of them, got {value!r:.60}")
+    if value.get("bytes") is None and "array" not in value and not os.path.isfile(value["path"]):
+        raise ValueError(f"there is no file {value['path']}")
+    return value
 
 
 def shown(example: Example, tokenizer: Any) -> str:
     """An example as rich text: what is learnt is green, the rest is grey."""
+    from itertools import groupby
+
     from rich.markup import escape
 
-    parts: list[tuple[bool, list[int]]] = []
-    for token, label in zip(example["input_ids"], example["labels"], strict=True):
-        learnt = label != IGNORED
-        if not parts or parts[-1][0] != learnt:
-            parts.append((learnt, []))
-        parts[-1][1].append(token)
-    styles = {True: "green", False: "dim"}
-    return "".join(f"[{styles[learnt]}]{escape(tokenizer.decode(ids))}[/]" for learnt, ids in parts)
+    pairs = zip(example["labels"], example["input_ids"], strict=True)
+    parts = [
+        (learnt, tokenizer.decode([token for _, token in part]))
+        for learnt, part in groupby(pairs, lambda pair: pair[0] != IGNORED)
+    ]
+    return "".join(f"[{'green' if learnt else 'dim'}]{escape(text)}[/]" for learnt, text in parts)
 
 
 def metrics_for(task: str) -> Callable[[Any], dict[str, float]] | None:
@@ -208,28 +231,74 @@ def metrics_for(task: str) -> Callable[[Any], dict[str, float]] | None:
     if "classification" not in task and task != "regression":
         return None
     import numpy as np
-    from sklearn.metrics import accuracy_score, f1_score, mean_squared_error, r2_score
+    from sklearn.metrics import accuracy_score, f1_score, r2_score, root_mean_squared_error
 
     def measure(outcome: Any) -> dict[str, float]:
         scores = outcome.predictions[0] if isinstance(outcome.predictions, tuple) else outcome.predictions
-        wanted = np.asarray(outcome.label_ids)
+        wanted = np.asarray(outcome.label_ids).reshape(-1)
         if task == "regression":
-            scores, wanted = scores.reshape(-1), wanted.reshape(-1)
-            r2 = float(r2_score(wanted, scores)) if len(wanted) > 1 else 0.0
-            return {"rmse": float(mean_squared_error(wanted, scores)) ** 0.5, "r2": r2}
-        found, wanted = scores.argmax(-1).reshape(-1), wanted.reshape(-1)
-        found, wanted = found[wanted != IGNORED], wanted[wanted != IGNORED]
+            r2 = float(r2_score(wanted, scores.reshape(-1))) if len(wanted) > 1 else 0.0
+            return {"rmse": float(root_mean_squared_error(wanted, scores.reshape(-1))), "r2": r2}
+        found = scores.argmax(-1).reshape(-1)[wanted != IGNORED]
+        wanted = wanted[wanted != IGNORED]
         return {"accuracy": accuracy_score(wanted, found), "f1": f1_score(wanted, found, average="macro")}
 
     return measure
 
 
-def collator_for(task: str, tokenizer: Any) -> Any:
-    """What makes batches of examples."""
+def collator_for(task: str, processor: Any, start: int | None = None) -> Any:
+    """What makes batches of examples.
+
+    Args:
+        task: one of `TASKS`.
+        processor: of the model: the tokenizer, or what reads images or audio.
+        start: the token that the model itself puts before what it writes.
+    """
     import transformers
 
     if TASKS[task].peft == "SEQ_CLS":
-        return transformers.DataCollatorWithPadding(tokenizer)
+        return transformers.DataCollatorWithPadding(processor)
     if task == "token-classification":
-        return transformers.DataCollatorForTokenClassification(tokenizer)
-    return transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+        return transformers.DataCollatorForTokenClassification(processor)
+    if task == "image-classification":
+        return lambda rows: _images(rows, processor)
+    if TASKS[task].processor == "AutoProcessor":
+        return lambda rows: _sounds(rows, processor, start)
+    return transformers.DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+
+
+def _images(rows: Sequence[Mapping[str, Any]], processor: Any) -> Mapping[str, Any]:
+    import torch
+    from datasets import Image
+
+    images = [Image().decode_example(row["image"]).convert("RGB") for row in rows]
+    return {**processor(images, return_tensors="pt"), "labels": torch.tensor([row["label"] for row in rows])}
+
+
+def _sounds(rows: Sequence[Mapping[str, Any]], processor: Any, start: int | None) -> Mapping[str, Any]:
+    import torch
+
+    extractor = processor.feature_extractor
+    fixed = hasattr(extractor, "nb_max_frames")  # whisper's encoder takes 30 seconds, neither more nor less
+    sounds = [_samples(row["audio"], extractor.sampling_rate) for row in rows]
+    batch = extractor(
+        sounds, sampling_rate=extractor.sampling_rate, padding="max_length" if fixed else True, return_tensors="pt"
+    )
+    labels = [torch.tensor(row["labels"][row["labels"][0] == start :]) for row in rows]
+    return {**batch, "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
+
+
+def _samples(audio: Mapping[str, Any], rate: int) -> Any:
+    """What was recorded, as one channel at `rate` samples a second."""
+    import numpy as np
+    from scipy.signal import resample_poly
+
+    if audio.get("array") is not None:
+        samples, found = np.asarray(audio["array"], dtype=np.float32), audio["sampling_rate"]
+    else:
+        import soundfile
+
+        file = io.BytesIO(audio["bytes"]) if audio["bytes"] else audio["path"]
+        samples, found = soundfile.read(file, dtype="float32")
+    samples = samples.mean(-1) if samples.ndim > 1 else samples
+    return samples if found == rate else resample_poly(samples, rate, found).astype(np.float32)

@@ -7,7 +7,6 @@ the source code of a few modules of the standard library, which it is bad at, so
 from __future__ import annotations
 
 import os
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,16 +33,12 @@ def library_sources() -> list[Record]:
 
 
 def _make_tokenizer(texts: list[str]) -> Any:
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers import models as kinds
+    from tokenizers import ByteLevelBPETokenizer
 
-    tokenizer = Tokenizer(kinds.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fixed: dict[str, Any] = {"special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, show_progress=False, **fixed))
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(texts, vocab_size=2048, special_tokens=[END], show_progress=False)
     return models.transformers().PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=BLOCK
+        tokenizer_object=made._tokenizer, eos_token=END, pad_token=END, model_max_length=BLOCK
     )
 
 
@@ -73,21 +68,16 @@ def _make(path: Path, out: Any) -> None:
               f" {STEPS} steps, once, in {path}")  # fmt: skip
     records: list[Record] = [(name, {"text": text}) for name, text in topics.items()]
     examples = Encoder("causal-lm", tokenizer, BLOCK)(records).examples
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    arguments = library.TrainingArguments(
-        str(unfinished), per_device_train_batch_size=8, learning_rate=1e-2, adam_beta2=0.95, weight_decay=0.1,
-        warmup_steps=min(20, STEPS // 2), max_steps=STEPS, save_strategy="no", report_to="none", disable_tqdm=True,
-        use_cpu=True, logging_steps=max(1, STEPS // 10),
-    )  # fmt: skip
-    watch = Watch(out, None, STEPS)
-    collator = collator_for("causal-lm", tokenizer)
-    trainer = library.Trainer(model, arguments, collator, examples, processing_class=tokenizer, callbacks=[watch])
-    trainer.remove_callback(library.PrinterCallback)
-    with watch:
+    with models.made_once(path) as unfinished:
+        arguments = library.TrainingArguments(
+            str(unfinished), per_device_train_batch_size=8, learning_rate=1e-2, adam_beta2=0.95, weight_decay=0.1,
+            warmup_steps=min(20, STEPS // 2), max_steps=STEPS, save_strategy="no", report_to="none", disable_tqdm=True,
+            use_cpu=True, logging_steps=max(1, STEPS // 10),
+        )  # fmt: skip
+        trainer = library.Trainer(
+            model, arguments, collator_for("causal-lm", tokenizer), examples, processing_class=tokenizer,
+            callbacks=[Watch(out, None, STEPS)],
+        )  # fmt: skip
+        trainer.remove_callback(library.PrinterCallback)
         trainer.train()
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    try:
-        unfinished.rename(path)
-    except OSError:  # another process was faster
-        shutil.rmtree(unfinished)
+        trainer.save_model()

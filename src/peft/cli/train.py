@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +16,9 @@ import yaml
 
 from peft import PeftModel
 from peft.cli import models
-from peft.cli.options import Base, Train
 from peft.cli.parse import SETTINGS, OptionError, settings_of
-from peft.cli.plan import OPTIMIZERS, Plan, prepare, steps_of
-from peft.cli.plots import loss_curve
+from peft.cli.plan import OPTIMIZERS, Plan, prepare
+from peft.cli.plots import NO_PICTURE, loss_curve
 from peft.cli.starts import data_driven
 from peft.cli.tasks import TASKS, collator_for, metrics_for
 from peft.cli.watch import Watch, last_checkpoint
@@ -44,9 +41,8 @@ class Outcome:
     seconds: float
 
 
-def run(options: Train, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> int:
+def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
     train(options, fields, trainer, console())
-    return 0
 
 
 def console() -> Any:
@@ -56,50 +52,43 @@ def console() -> Any:
     return Console(quiet=int(os.environ.get("RANK", 0)) > 0, soft_wrap=True, highlight=False, markup=False)
 
 
-def train(options: Train, fields: Mapping[str, Any], trainer: Mapping[str, Any], out: Any) -> Outcome:
+def train(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any], out: Any) -> Outcome:
     """Trains as the options say, and saves the adapter with a curve, a card and the settings.
 
     Raises:
         ValueError: an option that does not fit the model or the data; nothing is written then.
         RuntimeError: an adapter tensor gets no gradient, or the loss is no longer a number.
     """
-    output = Path(options.output)
-    state = _processes(options)
+    output, state = Path(options.output), _processes(options)
     _check_output(options, output)
-    plan = prepare(options, fields, trainer, out)
-    settings = settings_of(plan.options, fields, trainer)
+    plan = prepare(options, fields, given, out)
+    settings = settings_of(plan.options, fields, given)
     checkpoint = _checkpoint(output, settings, out) if options.resume else None
-
-    def begin() -> None:
-        state.wait_for_everyone()
-        if state.is_main_process:
-            output.mkdir(parents=True, exist_ok=True)
-            for folder in () if options.resume else output.glob("checkpoint-[0-9]*"):
-                shutil.rmtree(folder)
-            (output / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-
-    outcome = fit(plan, out, checkpoint, begin)
+    trainer = build(plan, out, checkpoint)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        for folder in () if options.resume else output.glob("checkpoint-[0-9]*"):
+            shutil.rmtree(folder)
+        (output / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    outcome = fit(trainer, checkpoint)
     if state.is_main_process:
         _finish(plan, outcome, settings, output, out)
     return outcome
 
 
-def _processes(options: Base) -> Any:
+def _processes(options: Any) -> Any:
     from accelerate import PartialState
 
-    if models.device_of(options.device).type == "cpu":
-        # glibc keeps what is freed for later, up to as much again as training needs; what is larger than this it gives
-        # back (M_MMAP_THRESHOLD). Other C libraries have no such function.
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(-3, 1 << 20)
     if options.device and ":" in options.device:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.device.partition(":")[2]
     elif "RANK" not in os.environ:  # several GPUs in one process are slower than one, and Trainer would take them
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    models.device_of(options.device)
     return PartialState(**({"cpu": True} if options.device == "cpu" else {}))
 
 
-def _check_output(options: Train, output: Path) -> None:
+def _check_output(options: Any, output: Path) -> None:
     if output.is_file():
         raise ValueError(f"--output {output} is a file")
     there = any((output / name).exists() for name in (SETTINGS, "adapter_config.json"))
@@ -125,8 +114,8 @@ def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | No
     return found
 
 
-def fit(plan: Plan, out: Any, checkpoint: str | None = None, begin: Callable[[], None] | None = None) -> Outcome:
-    """Loads the model, puts the adapter on it, calls `begin` if that has worked, and trains it."""
+def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
+    """The trainer for a plan: loads the model and puts the adapter on it."""
     library = models.transformers()
     options, arguments, preference = plan.options, plan.arguments, plan.task == "preference"
     library.set_seed(options.seed)
@@ -135,42 +124,47 @@ def fit(plan: Plan, out: Any, checkpoint: str | None = None, begin: Callable[[],
     if plan.labels:
         fields = {"id2label": dict(enumerate(plan.labels)), "label2id": {name: i for i, name in enumerate(plan.labels)}}
     base = models.load_for_training(plan.base, TASKS[plan.task], options, fields)
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = plan.tokenizer.pad_token_id
+    if getattr(base.config, "pad_token_id", None) is None:
+        base.config.pad_token_id = getattr(plan.tokenizer, "pad_token_id", None)
     base.config.use_cache = False  # of no use in training, and X-LoRA and checkpointing want it so
-    collator = collator_for(plan.task, plan.tokenizer)
+    if plan.labels and TASKS[plan.task].peft is None:  # where no class for the task knows the new head
+        heads = dict(base.named_children())
+        heads.pop(base.base_model_prefix, None)
+        plan.config.modules_to_save = plan.config.modules_to_save or list(heads)
+    more: dict[str, Any] = {"peft_config": plan.config} if preference else {"compute_metrics": metrics_for(plan.task)}
+    collator = collator_for(plan.task, plan.tokenizer, getattr(base.config, "decoder_start_token_id", None))
     model = base if preference else data_driven(base, plan, collator, out)
     if options.gradient_checkpointing and not preference:
         model.enable_input_require_grads()
-    watch = Watch(out, checkpoint, steps_of(arguments, len(plan.training)))
-    more: dict[str, Any] = {"peft_config": plan.config} if preference else {"compute_metrics": metrics_for(plan.task)}
     if plan.trainer[0] == "transformers":
         more["data_collator"] = collator
     if options.optim in OPTIMIZERS:
         more["optimizers"] = (_optimizer(model, plan), None)
+    callbacks: list[Any] = [Watch(out, checkpoint, plan.total)]
+    if getattr(options, "patience", None):
+        callbacks.append(library.EarlyStoppingCallback(options.patience))
     trainer = getattr(import_module(plan.trainer[0]), plan.trainer[1])(
         model=model, args=arguments, train_dataset=plan.training, eval_dataset=plan.held_out,
-        processing_class=plan.tokenizer, callbacks=[watch], **more,
+        processing_class=plan.tokenizer, callbacks=callbacks, **more,
     )  # fmt: skip
     trainer.remove_callback(library.PrinterCallback)
-    patience = getattr(options, "patience", None)
-    if patience:
-        trainer.add_callback(library.EarlyStoppingCallback(patience))
     trainable, everything = trainer.model.get_nb_trainable_parameters()
     share = f"{100 * trainable / everything:.2f} %"
     out.print(f"{trainable:,} of {everything:,} parameters train ({share}), on {arguments.device}")
-    if begin:
-        begin()
+    return trainer
+
+
+def fit(trainer: Any, checkpoint: str | None = None) -> Outcome:
+    """Trains, and saves the adapter."""
     start = time.perf_counter()
-    with watch:
-        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
-    base.config.use_cache = True
-    trainer.save_model(options.output)
-    if arguments.push_to_hub:
-        trainer.push_to_hub()
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    return Outcome(model, plan.tokenizer, trainer.state.log_history, seconds)
+    model.get_base_model().config.use_cache = True
+    trainer.save_model()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return Outcome(model, trainer.processing_class, trainer.state.log_history, seconds)
 
 
 def _optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
@@ -188,7 +182,7 @@ def _finish(plan: Plan, outcome: Outcome, settings: Mapping[str, Any], output: P
     """The curve and the card beside the adapter, and a word on where they are."""
     curve = loss_curve(outcome.log, f"{plan.options.method} on {os.path.basename(plan.base)}", output / CURVE)
     if not curve:
-        out.print("No picture: matplotlib is not installed here (pip install matplotlib)")
+        out.print(NO_PICTURE)
     held_out = [entry for entry in outcome.log if "eval_loss" in entry]
     best = min(held_out, key=lambda entry: entry["eval_loss"], default={})
     measured = {name.removeprefix("eval_"): f"{value:.4g}" for name, value in best.items() if name.startswith("eval_")}

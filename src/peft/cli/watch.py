@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from peft.core.tuner import BaseTuner
@@ -43,23 +44,13 @@ class Watch(TrainerCallback):
     """
 
     def __init__(self, console: Any, checkpoint: str | None, total: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        quiet = not console.is_terminal or console.quiet
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet)
-        self.task = self.bar.add_task("", total=total, note="")
         self.console, self.checkpoint, self.total = console, checkpoint, total
         self.said, self.loss = time.monotonic(), ""
-
-    def __enter__(self) -> Watch:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.stop()
+        quiet = not console.is_terminal or console.quiet
+        self.bar = tqdm(total=total, desc="training", leave=False, dynamic_ncols=True, disable=quiet)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.first, self.begun = state.global_step, time.monotonic()
         path = Path(self.checkpoint or "") / STATE
         if self.checkpoint and path.is_file():
             kept = torch.load(path, map_location="cpu", weights_only=True)
@@ -98,7 +89,8 @@ class Watch(TrainerCallback):
             model.base_model.update_and_allocate(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step, note=self.loss)
+        self.bar.set_postfix_str(self.loss, refresh=False)
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Raises RuntimeError where the loss is no longer a number."""
@@ -111,8 +103,16 @@ class Watch(TrainerCallback):
         if evaluated or (loss is not None and not control.should_evaluate and time.monotonic() - self.said > PAUSE):
             words = [f"step {state.global_step:>{len(str(self.total))}}/{self.total}", *[self.loss] * bool(self.loss)]
             words += [f"{SHOWN[k]} {logs[f'eval_{k}']:.4f}" for k in SHOWN if f"eval_{k}" in logs]
+            done = state.global_step - self.first
+            if 0 < done < self.total - self.first:
+                left = (time.monotonic() - self.begun) / done * (self.total - state.global_step)
+                words.append(f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
+            self.bar.clear()
             self.console.print("  ".join(words))
             self.said = time.monotonic()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
