@@ -82,14 +82,11 @@ _BACKENDS = _at(
     " is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available"
     " is_te_pytorch_available is_torchao_available is_xpu_available",
 )
-_MODELS = {
-    **_at(
-        "peft.tasks",
-        "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering"
-        " PeftModelForSeq2SeqLM"
-        " PeftModelForSequenceClassification PeftModelForTokenClassification",
-    ),
-}
+_MODELS = _at(
+    "peft.tasks",
+    "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM"
+    " PeftModelForSequenceClassification PeftModelForTokenClassification",
+)
 
 #: old path -> name there -> where it lives now
 OLD_PATHS: dict[str, dict[str, str]] = {
@@ -171,7 +168,7 @@ OLD_PATHS: dict[str, dict[str, str]] = {
     "peft.tuners.lora.tp_layer": _at("peft.tuners.lora.parallel", "LoraParallelLinear"),
     "peft.utils": {
         **_at("peft.lora_tools.loftq", "replace_lora_weights_loftq"),
-        **{**_OTHER, **_STATE, **_TYPES, **_ERRORS, **_WARNING},
+        **_OTHER, **_STATE, **_TYPES, **_ERRORS, **_WARNING,
     },
     "peft.utils.constants": {**_CONSTANTS, **_UNUSED, **_at("peft.legacy", "DUMMY_MODEL_CONFIG")},
     "peft.utils.error": _ERRORS,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peft.adapted import AdaptedModel, check_trainable, value_of
 from peft.checkpoint import (
     get_peft_model_state_dict,
     model_card,
@@ -21,14 +22,11 @@ from peft.checkpoint.source import Source, warn_of_unknown
 from peft.checkpoint.state import IncompatibleKeys, vocabulary_changed
 from peft.config import PeftConfig, saved_form
 from peft.core.part import check_adapter_name, known
-from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing
 from peft.core.walk import parts_of
 from peft.errors import listed, warn
 from peft.folder import check_folder, replace_files
 from peft.hub import CARD_NAME, push
-from peft.registry import method_of
-from peft.tuners.prompts.base import PromptHost
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,30 +43,8 @@ _MAY_DIFFER = {
 _STARTS = {"init_lora_weights", "init_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
 
 
-class SavedAdapters(PromptHost):
+class SavedAdapters(AdaptedModel):
     """What `PeftModel` does with files."""
-
-    if TYPE_CHECKING:  # what it has of `PeftModel`
-        base_model: Any
-        peft_type: Any
-
-        @property
-        def _tuner(self) -> BaseTuner | None: ...
-
-        def get_base_model(self) -> nn.Module: ...
-
-        def add_adapter(
-            self,
-            adapter_name: str,
-            peft_config: PeftConfig,
-            low_cpu_mem_usage: bool = ...,
-            autocast_adapter_dtype: bool = ...,
-        ) -> None: ...
-
-        def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None: ...
-
-        @classmethod
-        def _class_for(cls, task_type: str | None) -> Any: ...
 
     def save_pretrained(
         self,
@@ -367,18 +343,3 @@ class SavedAdapters(PromptHost):
             if keys:
                 warn(f"Adapter {adapter_name!r}: {source.name} {what} {listed(keys)}.")
         return result
-
-
-def check_trainable(config: PeftConfig) -> None:
-    """Raises ValueError where a prompt is to be trained further whose file does not hold what is trained."""
-    encoder: Any = method_of(config.peft_type or "").model_class
-    if config.is_prompt_learning and not encoder.is_whole_in_files(config):
-        raise ValueError(
-            "A prompt learning adapter that is loaded cannot be trainable; what made it is not saved. Prompts of keys"
-            " and values can, those of CARTRIDGE and of PREFIX_TUNING without a projection."
-        )
-
-
-def value_of(member: Any) -> Any:
-    """The value of an enum's member; other things as they are."""
-    return getattr(member, "value", member)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -51,7 +51,8 @@ class Part(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        names = dict.fromkeys((*cls.slots, *(name for name, value in vars(cls).items() if isinstance(value, Slot))))
+        declared = (vars(kind).items() for kind in reversed(cls.__mro__))
+        names = dict.fromkeys(name for items in declared for name, value in items if isinstance(value, Slot))
         found = {name: getattr(cls, name) for name in names}
         cls.slots = {name: slot for name, slot in found.items() if isinstance(slot, Slot)}
         cls.adapter_layer_names = tuple(name for name, slot in cls.slots.items() if not slot.shared)
@@ -306,7 +307,7 @@ def as_names(names: str | Iterable[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def check_adapter_name(name: str, there: Iterable[str] = ()) -> None:
+def check_adapter_name(name: str, there: Collection[str] = ()) -> None:
     """Raises ValueError where a string cannot name a new adapter, beside those that are there."""
     if not isinstance(name, str) or not name or "." in name or name == BASE:
         raise ValueError(f"{name!r} cannot name an adapter: a name is a string without dots, and not {BASE!r}.")
@@ -314,13 +315,13 @@ def check_adapter_name(name: str, there: Iterable[str] = ()) -> None:
         raise ValueError(f"An adapter {name!r} exists already; delete it first, or choose another name.")
 
 
-def known(names: str | Iterable[str], there: Iterable[str], asked: str = "Adapter") -> list[str]:
+def known(names: str | Iterable[str], there: Collection[str], asked: str = "Adapter") -> list[str]:
     """One name or several, as a list; `asked` says in a message what they were for.
 
     Raises:
         ValueError: some adapter is none of those that are there.
     """
-    names, there = as_names(names), list(there)
+    names = as_names(names)
     missing = [name for name in names if name not in there]
     if missing:
         raise ValueError(

@@ -172,11 +172,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Adds the rows of another adapter."""
         self.token_adapter.add_adapter(adapter_name, None, token_indices=token_indices)
 
-    def has(self, name: str) -> bool:
-        return self.token_adapter.has(name)
-
-    def adapter_names(self) -> list[str]:
-        return self.token_adapter.adapter_names()
+    def containers(self) -> list[Any]:
+        return self.token_adapter.containers()
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return list(self.token_adapter.adapter_parameters(name))

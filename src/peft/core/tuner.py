@@ -148,9 +148,6 @@ class BaseTuner(Injector):
         """Bytes kept to undo the present merge."""
         return sum(layer.merge_memory() for layer in self.layers())
 
-    def _check_merge(self, adapter_names: Sequence[str] | None) -> None:
-        unloading.check_merge(self, adapter_names)
-
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
@@ -177,6 +174,7 @@ class BaseTuner(Injector):
                 layer.unmerge()
         return self._unload_and_optionally_merge(merge=False)
 
+    _check_merge = unloading.check_merge
     _unload_and_optionally_merge = unloading.unload
 
     # ---- being the model

@@ -22,7 +22,7 @@ from peft import patterns
 from peft.config import LayerConfig, PeftConfig
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
-from peft.core.targets import ALL_LINEAR, check_target_module_exists, ends_with, get_pattern_key, model_modules
+from peft.core.targets import ALL_LINEAR, base_of, check_target_module_exists, ends_with, get_pattern_key, model_modules
 from peft.registry import METHODS, PeftType, method_of
 
 
@@ -132,8 +132,7 @@ def _expert_stacks(model: nn.Module, conversions: Iterable[Any] | None = None) -
 
 
 def _own_parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter | None]]:
-    base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
-    return base._parameters.items()
+    return base_of(module)._parameters.items()
 
 
 def convert_peft_config_for_transformers(

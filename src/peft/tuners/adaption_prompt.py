@@ -262,15 +262,9 @@ class AdaptionPromptModel(BaseTuner):
         if self.active_adapters:
             self.set_adapter(self.active_adapters, self.peft_config[self.active_adapters[0]].inference_mode)
 
-    def enable_adapter_layers(self) -> None:
-        self._switch(disabled=False)
-
-    def disable_adapter_layers(self) -> None:
-        self._switch(disabled=True)
-
-    def _switch(self, disabled: bool) -> None:
+    def _switch(self, on: bool) -> None:
         for _, attention in self.attentions():
-            attention.disabled = disabled
+            attention.disabled = not on
 
     @property
     def disabled(self) -> bool:

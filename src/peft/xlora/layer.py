@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft.core.base_op import EmbeddingOp
 from peft.core.call import fact
 from peft.core.change import Beside, Change
 from peft.core.routing import Route
@@ -51,8 +52,7 @@ class XLoraLayer(LoraLayer):
             low.append((self.low(name, x) * (share * self.scaling[name])).to(dtype))
             up.append(self.factors(name)[1].to(dtype))
         change = F.linear(torch.cat(low, -1), torch.cat(up, 1))
-        scale = getattr(self.get_base_layer(), "embed_scale", None)  # embeddings that multiply what they look up
-        return change if scale is None else change * torch.as_tensor(scale).to(change)
+        return EmbeddingOp.scaled(self.get_base_layer(), change)
 
     def check_merge(self, name: str) -> None:
         raise NotImplementedError("X-LoRA weighs its experts anew for each token, so they cannot be merged.")

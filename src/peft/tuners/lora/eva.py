@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.functional import cosine_similarity
 
-from peft.core.layer import AdapterLayer
+from peft.core.targets import base_of
 from peft.core.walk import live_key, put_back
 from peft.errors import warn
 from peft.ops.pca import IncrementalPca
@@ -210,7 +210,7 @@ class _Search:
         self._budget = sum(ranks.values())
         self.most = {}
         for name, layer in layers.items():
-            width = getattr(layer.get_base_layer() if isinstance(layer, AdapterLayer) else layer, "in_features", 2**31)
+            width = getattr(base_of(layer), "in_features", 2**31)
             self.most[name] = min(round(ranks[name] * setting.rho), width)
         self._handles = {name: layers[name].register_forward_pre_hook(inputs) for name, inputs in watched.items()}
 

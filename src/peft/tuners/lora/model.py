@@ -16,6 +16,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.part import as_names
 from peft.core.plan import Plan
+from peft.core.targets import base_of
 from peft.core.tuner import BaseTuner
 from peft.errors import warn
 from peft.ops.merging import SignMethod
@@ -85,7 +86,7 @@ class LoraMethod(Method):
         return {"r": rank_of(config, key), "lora_alpha": alpha_of(config, key), "key": key}
 
     def make_layer(self, config: LoraConfig, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
-        base = target.get_base_layer() if isinstance(target, AdapterLayer) else target
+        base = base_of(target)
         op = base_op(base, parameter_name)
         if op is None:
             raise ValueError(f"{key!r} is a {type(base).__name__}, which LoRA does not know.")

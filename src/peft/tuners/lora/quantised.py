@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from peft.core.base_op import LinearOp, base_op
-from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
+from peft.core.targets import base_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.kinds import Linear
 from peft.tuners.lora.layer import alpha_of, rank_of
@@ -74,13 +74,12 @@ BY_BACKEND: dict[str | None, type[Linear]] = {
 
 def linear_class(module: Any) -> type[Linear]:
     """The class of LoRA layer for a linear module, or for an adapter layer on one."""
-    base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
-    return BY_BACKEND[storage_of(base, "weight").backend]
+    return BY_BACKEND[storage_of(base_of(module), "weight").backend]
 
 
 def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> Linear | None:
     """A LoRA layer with an adapter on a quantised linear layer; None for modules that are something else."""
-    base: Any = target.get_base_layer() if isinstance(target, AdapterLayer) else target
+    base = base_of(target)
     if not isinstance(base_op(base), LinearOp):
         return None
     made = linear_class(base)
