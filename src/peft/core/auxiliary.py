@@ -43,10 +43,6 @@ class AuxiliaryTrainingWrapper(Part):
         """An adapter's tensors, as files name them, out of this module's `state_dict`."""
         return {key: state_dict[live] for key, live in self.key_map(adapter_name).items() if live in state_dict}
 
-    @property
-    def merged_adapters(self) -> list[str]:
-        return []
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None) if kwargs else None
         route = current_route() if names is None else Route(names)
@@ -123,11 +119,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return [parameter for parameter in super().adapter_parameters(name) if parameter.is_floating_point()]
-
-    @property
-    def weight(self) -> Any:
-        """The weight of the module that runs, as models with tied embeddings ask for it."""
-        return self.current_module().weight
 
     def key_map(self, name: str) -> dict[str, str]:
         if not self.has(name):

@@ -58,10 +58,6 @@ class TrainedBiases(Part):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         super().set_adapter([name for name in as_names(adapter_names) if self.has(name)], inference_mode)
 
-    @property
-    def merged_adapters(self) -> list[str]:
-        return []
-
     def refresh(self) -> None:
         self._put(None if self._disable_adapters or not self._active else self._active[0])
 

@@ -251,6 +251,11 @@ class Part(nn.Module):
         """Whether the module acts as it would without adapters."""
         return self._disable_adapters
 
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters that are part of a base weight at present."""
+        return []
+
     def check_active(self, names: Sequence[str]) -> None:
         """Raises ValueError where these adapters cannot be active here together."""
 
