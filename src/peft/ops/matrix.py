@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft.ops.internals import kept_product
 from peft.ops.lora import needs_plain
 
 M = TypeVar("M", bound="Matrix")
@@ -157,14 +158,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seen: Tensor, weight: Any, bias: Any, matrix: Matrix, *tensors: Tensor) -> Tensor:
         total = matrix.of(tensors).total(weight, x.dtype)
-        # What is seen comes from outside, where it has a history for second derivatives.
-        ctx.save_for_backward(seen, weight, total if matrix.kept else None, *tensors)
+        # What is seen comes from outside, where it has a history for second derivatives. A product is kept as its
+        # factors, which autograd keeps anyway.
+        ctx.save_for_backward(*(kept_product(seen) or (seen, None)), weight, total if matrix.kept else None, *tensors)
         ctx.matrix = matrix
         return F.linear(x, total, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        seen, weight, total, *tensors = ctx.saved_tensors
+        seen, factor, weight, total, *tensors = ctx.saved_tensors
+        seen = seen if factor is None else seen * factor
         wants_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         twice = torch.is_grad_enabled()
         tensors = tensors if twice else _leaves(tensors, wanted)

@@ -79,7 +79,7 @@ class HiraLayer(AdapterLayer):
 
     def fit(self, name: str, path: str, find: Callable[[str], Tensor | None]) -> None:
         # In files of huggingface/peft, modules that `rank_pattern` names have the rank r as all others.
-        rank, found = self.records[name].config.r, find("hira_A")
+        rank, found = self.configs[name].r, find("hira_A")
         found = find("hira_embedding_A") if found is None else found
         if found is None or len(found) != rank or self.r[name] == rank:
             return
