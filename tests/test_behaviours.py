@@ -461,3 +461,13 @@ def test_the_bias_beside_an_adapted_parameter_is_trained():
     config = LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"], bias="lora_only")
     model = get_peft_model(net(), config)
     assert sum(parameter.requires_grad for parameter in model.parameters()) == 3
+
+
+def test_an_odd_number_of_reflections_starts_at_random_and_loads(tmp_path):
+    with pytest.warns(PeftWarning, match="starts at random"):
+        model = get_peft_model(net(), HRAConfig(r=3, target_modules=["0"]))
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 4)
+    with warnings_as_errors():
+        loaded = PeftModel.from_pretrained(net(), tmp_path)
+    assert torch.equal(loaded(x), model(x)) and not torch.allclose(model(x), net()(x))

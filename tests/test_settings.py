@@ -107,7 +107,6 @@ def test_types_that_stand_for_each_other():
 @over(
     "config, settings, words",
     [
-        (peft.HRAConfig, dict(r=3), "even"),
         (peft.BOFTConfig, dict(boft_block_size=5), "does not fit"),
         (peft.BOFTConfig, dict(boft_block_size=0, boft_block_num=3), "does not fit"),
         (peft.VBLoRAConfig, dict(vector_length=7), "vector_length"),

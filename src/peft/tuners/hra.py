@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import OnInput
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
+from peft.errors import warn
 from peft.ops.householder import reflect, reflection_factors
 from peft.registry import PeftType
 
@@ -25,7 +25,7 @@ class HRAConfig(LayerConfig, peft_type=PeftType.HRA):
     W' = W (I - 2 u1 u1^T) ... (I - 2 ur ur^T), with u1 ... ur the normalised columns of `hra_u` [in, r].
 
     Args:
-        r: number of reflections; even, so that the adapter starts without effect.
+        r: number of reflections; if it is odd, they start at random.
         apply_GS: make the reflections orthogonal to each other (Gram-Schmidt).
         init_weights: start with pairs of equal reflections, which cancel; False starts at random.
     """
@@ -36,6 +36,11 @@ class HRAConfig(LayerConfig, peft_type=PeftType.HRA):
 
     positive_fields = ("r",)
     beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights and self.r % 2 and not self.inference_mode:
+            warn(f"HRA starts without effect only with an even number of reflections; r={self.r} starts at random.")
 
 
 class HRALayer(AdapterLayer):
@@ -64,15 +69,6 @@ class HRALayer(AdapterLayer):
             lambda weight: reflect(weight, u, orthogonal=orthogonal),
             thin=lambda: reflection_factors(u, orthogonal),
         )
-
-    @classmethod
-    def check(cls, config: HRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if config.init_weights and config.r % 2:
-            raise ValueError(
-                f"HRA starts without effect only with an even number of reflections, got r={config.r}; choose"
-                " an even r, or"
-                " init_weights=False for a random start."
-            )
 
 
 class HRAModel(BaseTuner):
