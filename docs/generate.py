@@ -407,12 +407,12 @@ def page_name(method: str) -> str:
 def distributed_page() -> str:
     """The page with its table anew, of what `make test-distributed` has recorded; the rest is written by hand."""
     record: dict[str, dict[str, str]] = json.loads(RECORD.read_text(encoding="utf-8"))
-    methods = list(dict.fromkeys(method for found in record.values() for method in found))
+    methods = sorted({method for found in record.values() for method in found})
     notes: dict[str, int] = {}
     lines = ["| method | " + " | ".join(record) + " |", "|---|" + "---|" * len(record)]
     for method in methods:
-        cells_ = [found.get(method, "not tried") for found in record.values()]
-        row = ["yes" if cell == "yes" else _note(_why(cell), notes) for cell in cells_]
+        cells_ = [found.get(method, "") for found in record.values()]  # empty: not tried
+        row = [cell if cell in ("", "yes") else _note(_why(cell), notes) for cell in cells_]
         lines.append(f"| {method} | " + " | ".join(row) + " |")
     lines += ["", *(f"{number}. {note}" for note, number in notes.items()), ""]
     page = DISTRIBUTED.read_text(encoding="utf-8")

@@ -223,6 +223,7 @@ def observe(method: str, sharding: Sharding) -> dict[str, str]:
     found: dict[str, str] = {}
     expected = alone(method, sharding)
     model, runs = shared_out(method, sharding, expected)
+    optimizer = sharding.optimizer(runs)  # before the first pass, after which fully_shard leaves the root together
     with torch.no_grad(), promise(found, "loss"):
         assert_close("loss", mean(loss_of(sharding, runs, method)), expected.loss)
     with promise(found, "files"):
@@ -231,7 +232,7 @@ def observe(method: str, sharding: Sharding) -> dict[str, str]:
         with promise(found, "merging"):
             check_merging(method, sharding, model, runs)
     with promise(found, "training"):
-        check_training(method, sharding, model, runs, expected)
+        check_training(method, sharding, model, runs, optimizer, expected)
     return found
 
 
@@ -278,10 +279,11 @@ def allocate(model: PeftModel, step: int) -> None:
         model.base_model.update_and_allocate(step)
 
 
-def check_training(method: str, sharding: Sharding, model: PeftModel, runs: Any, expected: Alone) -> None:
+def check_training(
+    method: str, sharding: Sharding, model: PeftModel, runs: Any, optimizer: Any, expected: Alone
+) -> None:
     """The gradients of the first step, and the losses of some."""
     losses: list[float] = []
-    optimizer = sharding.optimizer(runs)
     for step in range(STEPS):
         sharding.zero_grad(runs, optimizer)
         loss = loss_of(sharding, runs, method)
