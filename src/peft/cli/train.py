@@ -87,8 +87,8 @@ def _processes(options: Any) -> Any:
     elif "RANK" not in os.environ:  # several GPUs in one process are slower than one, and Trainer would take them
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if models.device_of(options.device).type == "cpu":
-        # glibc keeps what is freed; what is larger than this it gives back (M_MMAP_THRESHOLD): the row with checkpointing
-        # in benchmarks/estimate.py takes 1.15 GB then, in place of 2.04. Other C libraries have no such function.
+        # glibc keeps what is freed; what is larger than this it gives back (M_MMAP_THRESHOLD): the row with
+        # checkpointing in benchmarks/estimate.py takes 1.15 GB then, in place of 2.04. Not in all C libraries.
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(-3, 1 << 20)
     return PartialState(**({"cpu": True} if options.device == "cpu" else {}))
