@@ -11,7 +11,7 @@ ZERO := $(VENV)/.deepspeed
 SITE := $(VENV)/.site
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: help setup test test-distributed test-versions lint style types architecture demo docs bench fuzz laws atlas clean
+.PHONY: help setup test test-distributed test-versions lint style types architecture demo docs bench parity fuzz laws atlas clean
 
 help:
 	@echo "make test    everything in tests/, on all cores"
@@ -23,6 +23,7 @@ help:
 	@echo "make fuzz    20,000 damaged and hostile files, in processes with limits of time and memory (Linux)"
 	@echo "make laws    10,000 random sequences of operations, after each step of which laws have to hold (hours; LAWS=500: fewer)"
 	@echo "make bench   speed and memory against the reference"
+	@echo "make parity  every method trained with the reference too: docs/parity.md (a quarter of an hour)"
 	@echo "make atlas   which method learns what: docs/atlas.md (a day; goes on where it was stopped; ATLAS=--quick: less)"
 	@echo "make setup   .venv with the pinned packages, for work on the library"
 	@echo "make clean   remove .venv and what was built"
@@ -93,6 +94,10 @@ docs: $(SITE)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# What is in build/parity.json is not done again.
+parity: $(READY)
+	$(BIN)/python benchmarks/parity.py
 
 # One thread, so that it can run beside other work. What is in benchmarks/data is not done again.
 atlas: $(DEMO)
