@@ -55,7 +55,8 @@ def tie_configuration(config: Any, model: nn.Module) -> tuple[list[str], list[st
         warn("ensure_weight_tying has no effect: the model ties no weights.")
         return [], []
     saved = config.modules_to_save or ()
-    if any(saved_as(key, saved) for key in tied):
+    # The usual names mean the embeddings of models that call them otherwise too (GPT-2's wte).
+    if any(saved_as(key, saved) for key in tied) or any(name.endswith(("embed_tokens", "lm_head")) for name in saved):
         config.modules_to_save = sorted({*saved, tied[0]})
         return [], [key for key in tied if not saved_as(key, saved)]
     named = copy.copy(config)
