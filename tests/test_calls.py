@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ import peft
 from peft import LoraConfig, get_peft_model
 from peft.core.call import current
 from tiny_models import llama as tiny_llama
+from tiny_models import tokens
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -195,3 +197,57 @@ def test_the_base_model_and_mixed_batches_from_several_threads():
     assert not wrong
     assert torch.equal(model(x), expected)
     assert torch.equal(model(x, adapter_names=["__base__"] * 4), base)
+
+
+@pytest.mark.parametrize("kind", ["layers", "prompt"])
+def test_whoever_enters_and_leaves_in_whatever_order_the_adapters_act_afterwards(kind):
+    if kind == "layers":
+        model, x = three_loras().eval(), torch.randn(4, 8)
+    else:
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        model, x = get_peft_model(tiny_llama(), config).eval(), tokens()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+
+        def work() -> None:
+            for _ in range(150 if kind == "layers" else 20):
+                with model.disable_adapter(), torch.no_grad():
+                    model(x)
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained != []
+    assert model.prompt_active if kind == "prompt" else not model.base_model.disabled
+
+
+CHANGES = {
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "set": lambda model: model.set_adapter("b"),
+    "deleted": lambda model: model.delete_adapter("a"),
+    "merged": lambda model: model.merge_adapter(["b"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pass_that_has_begun_does_not_see_what_another_thread_changes(change):
+    model, x = three_loras().eval(), torch.randn(4, 8)
+    expected, done = model(x), threading.Event()
+    thread = threading.Thread(target=lambda: (CHANGES[change](model), done.set()))
+
+    def in_the_middle(module: nn.Module, args: object) -> None:
+        if not done.is_set() and not thread.is_alive():
+            thread.start()
+            done.wait(0.3)
+
+    handle = model.base_model.model.v_proj.register_forward_pre_hook(in_the_middle)
+    assert torch.equal(model(x), expected)
+    handle.remove()
+    thread.join()
+    assert done.is_set() and not torch.equal(model(x), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 import sys
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import peft
-from peft import LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.core.walk import base_parameters
 from tiny_models import gpt2, llama
 from tiny_models import tokens as token_ids
@@ -192,6 +193,43 @@ def test_an_interrupt_at_any_line_loses_no_base_weight(operation):
         assert same(model, before), f"lost at line {n}"
         torch.testing.assert_close(model(x), expected)
         n += chosen.randint(5, 40)
+    assert n > 20
+
+
+def state_of(model):
+    return (
+        list(model.peft_config),
+        model.active_adapters,
+        sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        sorted(model.state_dict()),
+    )
+
+
+@pytest.mark.parametrize("operation", ["set", "delete"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, modules_to_save=["lm_head"]),
+        AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=2),
+    ],
+    ids=["soft prompt", "adaption prompt"],
+)
+def test_an_interrupt_leaves_prompts_as_before_or_as_after(config, operation):
+    call = {"set": lambda m: m.set_adapter("b"), "delete": lambda m: m.delete_adapter("a")}[operation]
+    start = get_peft_model(llama(), copy.deepcopy(config), "a")
+    start.add_adapter("b", copy.deepcopy(config))
+    randomise(start)
+    assert not any(name.endswith(".b") or ".b." in name for name in state_of(start)[2]), "trained before it is active"
+    with torch.no_grad():
+        after, ids = copy.deepcopy(start), token_ids()
+        call(after)
+        outcomes = [(state_of(model), model(ids).logits) for model in (start, after)]
+        for n in range(1, 2000, 7):
+            model = copy.deepcopy(start)
+            if not _interrupted(lambda model=model: call(model), n):
+                break
+            found = state_of(model), model(ids).logits
+            assert any(found[0] == state and torch.equal(found[1], out) for state, out in outcomes), f"line {n}"
     assert n > 20
 
 

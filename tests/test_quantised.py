@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peft
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from quantised_layers import FURTHER, QUANTISED, READ_ONLY, held_bytes, torchao
 from tiny_models import fill_adapter, llama, saved_base, tokens
 
@@ -329,24 +329,34 @@ def test_a_frozen_adapter_beside_trained_biases_of_a_quantised_layer():
     assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def test_training_goes_on_after_an_evaluation():
+@pytest.mark.parametrize("trains_in_eval", [False, True])
+@pytest.mark.parametrize("how", ["wrapped", "injected", "prompt"])
+def test_training_goes_on_after_an_evaluation(how, trains_in_eval):
     """bitsandbytes packs weights for processors with bf16 instructions in evaluation: no gradient goes through that."""
     bnb = pytest.importorskip("bitsandbytes")
 
-    def layer() -> nn.Module:
-        made = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
-        made.load_state_dict(nn.Linear(64, 64).state_dict())
+    def packed(layer: nn.Linear) -> nn.Module:
+        made = bnb.nn.Linear4bit(*layer.weight.shape[::-1], bias=layer.bias is not None, compute_dtype=torch.float32)
+        made.load_state_dict(layer.state_dict())
         return made.to("cpu").requires_grad_(False)
 
-    model = get_peft_model(nn.Sequential(*(layer() for _ in range(3))), LoraConfig(target_modules=["0", "2"]))
-    fill_adapter(model)
+    base = llama(hidden_size=64, intermediate_size=64)
+    for name, module in list(base.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            base.model.set_submodule(name, packed(module))
+    if how == "prompt":
+        model = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    else:  # layers between the adapted ones are packed too
+        config = LoraConfig(target_modules=["q_proj"])
+        model = get_peft_model(base, config) if how == "wrapped" else inject_adapter_in_model(config, base)
+        fill_adapter(model)
     gradients = []
     for _ in range(2):
-        model.train().zero_grad()
-        model(X).sum().backward()
+        model.train(not trains_in_eval).zero_grad()
+        model(tokens()).logits.square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
         with torch.no_grad():
-            model.eval()(X)
+            model.eval()(tokens())
     assert all(gradient.any() for gradient in gradients[0])
     for first, second in zip(*gradients, strict=True):
         assert (second - first).norm() < 0.05 * first.norm()  # packing rounds scales

@@ -70,7 +70,6 @@ class PeftMixedModel(PeftModel):
         self._check_new_adapter_config(peft_config, is_trainable=False)
         warn_of_name(adapter_name, peft_config)
         self._peft_config = None
-        self._active_prompt = None
         self.base_model = MixedModel(model, {}, adapter_name)
         self.base_model.inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from peft.config import PeftConfig, check_is_config
 from peft.core.auxiliary import save_modules, unsave_modules
 from peft.core.method import Method
-from peft.core.part import check_adapter_name, known
-from peft.core.storage.gradients import unpack
+from peft.core.part import Part, check_adapter_name, known
 from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
+from peft.core.whole import alone, whole
 from peft.errors import warn
 from peft.integrations.training import let_gradients_through_inputs
 from peft.integrations.transformers import convert_peft_config_for_transformers
@@ -26,8 +25,6 @@ from peft.registry import method_of
 from peft.saved import SavedAdapters
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from peft.delegated import Delegated
 else:
     Delegated = object  # `__getattr__` finds its names; a type checker that saw that would let every misspelling pass
@@ -35,9 +32,8 @@ else:
 #: task type -> the class for it; filled by `peft.tasks`
 TASK_CLASSES: dict[str, type[PeftModel]] = {}
 
-#: tuner -> how many are inside of `disable_adapter()`, and whether it was disabled before the first came
-_DISABLED: WeakKeyDictionary[BaseTuner, tuple[int, bool]] = WeakKeyDictionary()
-_LOCK = RLock()
+#: tuner, or model with soft prompts -> how many are inside of `disable_adapter()`, and whether it was disabled before
+_DISABLED: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
 
 
 def check_base_model(model: Any) -> None:
@@ -86,6 +82,9 @@ class PeftModel(SavedAdapters, Delegated):
         ValueError, TypeError, NotImplementedError: the configuration does not fit; the model is as before.
     """
 
+    #: which soft prompt is active
+    _active: Sequence[str] = ()
+
     def __init__(
         self,
         model: nn.Module,
@@ -99,7 +98,6 @@ class PeftModel(SavedAdapters, Delegated):
         check_is_config(peft_config)
         check_base_model(model)
         self.peft_type = peft_config.peft_type
-        self._active_prompt: str | None = None
         if peft_config.is_prompt_learning:
             self._peft_config: dict[str, Any] | None = {}
             self.base_model = model
@@ -160,13 +158,13 @@ class PeftModel(SavedAdapters, Delegated):
     def _add_prompt(self, name: str, config: PeftConfig) -> None:
         warn_of_name(name, config)
         trained = [(parameter, parameter.requires_grad) for parameter in self.base_model.parameters()]
-        active = self._active_prompt
+        active = self._active
 
         def take_back() -> None:
             self.peft_config.pop(name, None)
             self._delete_prompt_encoder(name)
             unsave_modules(self.base_model, name)
-            self._active_prompt = active
+            self._active = active
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
 
@@ -175,7 +173,7 @@ class PeftModel(SavedAdapters, Delegated):
             self._setup_prompt_encoder(name)
             keys = modules_named(self.base_model, getattr(config, "modules_to_save", None) or ())
             save_modules(self.base_model, keys, name)
-            if self._active_prompt is None:
+            if not self._active:
                 self.set_adapter(name, config.inference_mode)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -190,12 +188,13 @@ class PeftModel(SavedAdapters, Delegated):
         names = known(adapter_name, self.peft_config)
         if len(names) != 1:
             raise ValueError(f"One soft prompt at a time can be active, not {len(names)} ({', '.join(names)}).")
-        name = names[0]
-        self._active_prompt = name
-        for other, encoder in self.prompt_encoder.items():
-            encoder.requires_grad_(other == name and not inference_mode and not self.peft_config[other].inference_mode)
-        for _, part in parts_of(self.base_model):
-            part.set_adapter(name, inference_mode)
+        frozen = inference_mode or self.peft_config[names[0]].inference_mode
+        with self._whole(names) as parts:
+            for other, encoder in self.prompt_encoder.items():
+                encoder.requires_grad_(other == names[0] and not frozen)
+            for part in parts:
+                part.set_adapter(names, frozen)
+            self._active = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Makes adapters trainable or not, active or not.
@@ -217,57 +216,61 @@ class PeftModel(SavedAdapters, Delegated):
             self._tuner.delete_adapter(adapter_name)
             return
         known(adapter_name, self.peft_config)
-        del self.peft_config[adapter_name]
-        self._delete_prompt_encoder(adapter_name)
-        for _, part in parts_of(self.base_model):
-            part.delete_adapter(adapter_name)
-        if self._active_prompt == adapter_name:
-            self._active_prompt = None
-            if self.peft_config:
-                self.set_adapter(next(iter(self.peft_config)))
+        with self._whole() as parts:
+            del self.peft_config[adapter_name]
+            self._delete_prompt_encoder(adapter_name)
+            for part in parts:
+                part.delete_adapter(adapter_name)
+            if adapter_name in self._active:
+                self._active = ()
+                if self.peft_config:
+                    self.set_adapter(next(iter(self.peft_config)))
+
+    @contextmanager
+    def _whole(self, names: Sequence[str] | None = None) -> Iterator[list[Part]]:
+        """Stands around a change of the state of soft prompts and of the parts beside them: all of it, or none."""
+        parts = [part for _, part in parts_of(self.base_model)]
+        with whole(self, parts, names, [self.prompt_encoder]):
+            yield parts
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While it lasts, the model acts as its base model, in all threads. May be nested; then all is as before."""
-        tuner = self._tuner
-        if tuner is None:
-            parts = [part for _, part in parts_of(self.base_model) if not part.disable_adapters]
-            for part in parts:
-                part.enable_adapters(False)
-            try:
-                with self._without_prompt():
-                    yield
-            finally:
-                for part in parts:
-                    part.enable_adapters(True)
-            return
-        was_disabled = tuner.disabled
-        if len({part.disable_adapters for _, part in tuner.parts()}) > 1:
-            warn(
-                "Adapters are switched off on some modules and on on others: afterwards they are "
-                + ("off" if was_disabled else "on")
-                + " on all of them."
-            )
-        with _LOCK:
-            tuner.disable_adapter_layers()
-            inside, was_disabled = _DISABLED.get(tuner, (0, was_disabled))
-            _DISABLED[tuner] = inside + 1, was_disabled
+        holder: nn.Module = self if self._tuner is None else self._tuner
+        parts = [part for _, part in parts_of(self.get_base_model())]
+        with alone(holder):
+            was_disabled = self._prompt_disabled if self._tuner is None else self._tuner.disabled
+            if len({part.disable_adapters for part in parts}) > 1:
+                warn(
+                    "Adapters are switched off on some modules and on on others: afterwards they are "
+                    + ("off" if was_disabled else "on")
+                    + " on all of them."
+                )
+            self._switch(False)
+            inside, was_disabled = _DISABLED.get(holder, (0, was_disabled))
+            _DISABLED[holder] = inside + 1, was_disabled
         try:
             yield
         finally:
-            with _LOCK:
-                inside, was_disabled = _DISABLED.pop(tuner)
+            with alone(holder):
+                inside, was_disabled = _DISABLED.pop(holder)
                 if inside > 1:
-                    _DISABLED[tuner] = inside - 1, was_disabled
+                    _DISABLED[holder] = inside - 1, was_disabled
                 elif not was_disabled:
-                    tuner.enable_adapter_layers()
+                    self._switch(True)
+
+    def _switch(self, on: bool) -> None:
+        if self._tuner is None:
+            with self._whole(()) as parts:
+                for part in parts:
+                    part.enable_adapters(on)
+                self._prompt_disabled = not on
+        elif on:
+            self._tuner.enable_adapter_layers()
+        else:
+            self._tuner.disable_adapter_layers()
 
     # ---- being the model
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            unpack(self.get_base_model())
-        return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass with the active adapters.

@@ -287,6 +287,8 @@ class SavedAdapters(AdaptedModel):
             self.eval()
         elif self._tuner is not None:
             self._tuner.set_requires_grad(adapter_name)
+        else:
+            self.prompt_encoder[adapter_name].requires_grad_(True)
         return result
 
     def _check_replaceable(self, adapter_name: str, new: PeftConfig) -> None:

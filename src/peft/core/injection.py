@@ -21,7 +21,7 @@ from peft.core.part import check_adapter_name, trained_in
 from peft.core.places import put_everywhere, take_away_everywhere, unite_embeddings
 from peft.core.plan import Plan, make_plan
 from peft.core.routing import without_samples
-from peft.core.storage.gradients import blocking
+from peft.core.storage.gradients import blocking, keep_open
 from peft.core.storage.sharded import agree, average_gradients, reshard
 from peft.core.targets import (
     base_of,
@@ -94,6 +94,7 @@ class Injector(Adapters):
                     undo.callback(layer.restore_base, changed)
             for part in self.layers() if self._stays else ():
                 part.leave_shared()
+            keep_open(model)
             _warn_of_lost_gradients(model, config)
             method.added(adapter_name)
             hand_over(undo)

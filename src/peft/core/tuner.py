@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from peft.core.injection import Injector
 from peft.core.method import Method
 from peft.core.routing import BASE, Route
 from peft.core.watch import watch_anew
-from peft.core.whole import whole
+from peft.core.whole import alone, passing, whole
 from peft.errors import warn
 
 
@@ -68,7 +68,7 @@ class BaseTuner(Injector):
         parts = [part for _, part in self.parts()]
         for part in parts:
             part.check_active(names)
-        with whole(self, names):
+        with whole(self, parts, names):
             for part in parts:
                 part.set_adapter(names, inference_mode)
             self._active = names
@@ -89,8 +89,9 @@ class BaseTuner(Injector):
         self._switch(False)
 
     def _switch(self, on: bool) -> None:
-        with whole(self, ()):
-            for _, part in self.parts():
+        parts = [part for _, part in self.parts()]
+        with whole(self, parts, ()):
+            for part in parts:
                 part.enable_adapters(on)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -100,7 +101,8 @@ class BaseTuner(Injector):
             ValueError: there is no such adapter.
         """
         self.check_names(adapter_name)
-        with whole(self, deleting=True):
+        shared = [container for method in self.methods() for container in method.shared.values()]
+        with whole(self, [part for _, part in self.parts()], None, shared):
             unloading.delete(self, adapter_name)
         self.__dict__.pop("_watches", None)  # another of this name may come
 
@@ -132,11 +134,12 @@ class BaseTuner(Injector):
                 "The adapters are disabled, and merged all the same: until they are unmerged, the model does not act as"
                 " its base model."
             )
-        unloading.merge_all(self, adapter_names, safe_merge)
+        with alone(self):
+            unloading.merge_all(self, adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Gives the base weights back as they were before merging, bit for bit."""
-        with whole(self, ()):
+        with whole(self, [part for _, part in self.parts()], ()):
             unloading.unmerge_all(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -186,7 +189,7 @@ class BaseTuner(Injector):
             yield from ((slot, layer._modules[slot]) for slot in layer._left if not layer.slots[slot].shared)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with calling():
+        with calling(), nullcontext() if torch.compiler.is_compiling() else passing(self):
             return self._forward(self.methods(), args, kwargs)
 
     def _forward(self, methods: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -203,7 +206,7 @@ class BaseTuner(Injector):
     @contextmanager
     def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
         """Stands around a generation, which is many forward passes."""
-        with ExitStack() as stack:
+        with passing(self), ExitStack() as stack:
             for method in self.methods():
                 stack.enter_context(method.around_generate(args, kwargs))
             yield

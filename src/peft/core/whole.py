@@ -1,51 +1,103 @@
-"""A change of state goes through all parts of a model, or through none: an error on the way takes it back."""
+"""A change of state goes through all parts of a model, or through none: an error on the way takes it back, and no pass
+that another thread has begun sees some parts before and some after it.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 from peft.core import merge as merging
 from peft.core.layer import AdapterLayer
-from peft.core.method import Adapters
 from peft.core.part import Part
 
 _STATE = ("_active", "_trained", "_disable_adapters", "_trained_before_disable")
 
 
-@contextmanager
-def whole(tuner: Adapters, names: Sequence[str] | None = None, deleting: bool = False) -> Iterator[None]:
-    """Gives all parts back the state they had if it ends by an error, an interrupt too.
+class _Pass:
+    """A pass that is under way in this thread."""
 
-    Args:
-        tuner: what holds them.
-        names: adapters that become active, so that these or those before may become trainable or cease to be; none if
-            empty, any if None.
-        deleting: whether one is deleted.
-    """
-    shared = [container for method in tuner.methods() for container in method.shared.values()] if deleting else []
-    back = [_held(container) for container in [*shared, tuner.peft_config]]
-    back += [_state_of(part, names, deleting) for _, part in tuner.parts()]
-    active = tuner.active_adapters
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+
+class _Passes:
+    """Those of one model. What ends without a word, by an interrupt, is not waited for."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.running: WeakSet[_Pass] = WeakSet()
+
+
+_PASSES: WeakKeyDictionary[nn.Module, _Passes] = WeakKeyDictionary()
+
+
+@contextmanager
+def passing(holder: nn.Module) -> Iterator[None]:
+    """While it lasts, no other thread changes the state of this tuner's model."""
+    passes, own = _PASSES.setdefault(holder, _Passes()), _Pass()
+    with passes.changed:
+        passes.running.add(own)
     try:
         yield
-    except BaseException:
-        for take_back in back:
-            take_back()
-        tuner._active = active
-        raise
+    finally:
+        with passes.changed:
+            passes.running.discard(own)
+            passes.changed.notify_all()
 
 
-def _state_of(part: Part, names: Sequence[str] | None, deleting: bool) -> Callable[[], None]:
+@contextmanager
+def alone(holder: nn.Module) -> Iterator[None]:
+    """Waits for the passes of other threads to end; while it lasts, none begins. In a pass it does not wait."""
+    passes, me = _PASSES.setdefault(holder, _Passes()), threading.get_ident()
+    with passes.changed:
+        while passes.running and all(other.thread != me for other in passes.running):
+            passes.changed.wait(0.1)
+        yield
+
+
+@contextmanager
+def whole(
+    holder: Any, parts: Iterable[Part], names: Sequence[str] | None = None, held: Sequence[Any] = ()
+) -> Iterator[None]:
+    """Gives all parts back the state they had if it ends by an error, an interrupt too; see `alone`.
+
+    Args:
+        holder: the tuner, or the model with soft prompts: what knows the configurations and which adapters are active.
+        parts: the parts of its model.
+        names: adapters that become active, so that these or those before may become trainable or cease to be; none if
+            empty; None where one is deleted.
+        held: what has tensors of the adapters by name beside the parts: modules and dictionaries.
+    """
+    with alone(holder):
+        back = [_held(container) for container in (*held, holder.peft_config)]
+        back += [_state_of(part, names) for part in parts]
+        modules = [container for container in held if isinstance(container, nn.Module)]
+        grads = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+        active = getattr(holder, "_active", ())
+        try:
+            yield
+        except BaseException:
+            for take_back in back:
+                take_back()
+            for parameter, requires_grad in grads:
+                parameter.requires_grad_(requires_grad)
+            holder._active = active
+            raise
+
+
+def _state_of(part: Part, names: Sequence[str] | None) -> Callable[[], None]:
     """What gives a part the state back that it has now."""
     state = {key: copy.copy(getattr(part, key)) for key in _STATE}
     touched = part.adapter_names() if names is None else {*names, *part._active, *part._trained} if names else ()
     grads = [(p, p.requires_grad) for name in touched for p in part.adapter_parameters(name)]
-    containers = (*part.containers(), part.configs, *part.settings.values()) if deleting else ()
+    containers = (*part.containers(), part.configs, *part.settings.values()) if names is None else ()
     held = [_held(container) for container in containers]
     ledger = part.ledger if isinstance(part, AdapterLayer) else None
     entries, paused = (ledger.entries, ledger.paused) if ledger else ([], [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from peft.core.tensor_parallel import check_heads
 from peft.core.tuner import BaseTuner
 from peft.core.undo import undone_on_error
 from peft.core.walk import get_submodules, put_back
+from peft.core.whole import whole
 from peft.registry import PeftType
 
 #: model type -> name of its attention modules
@@ -241,11 +243,12 @@ class AdaptionPromptModel(BaseTuner):
         names = self.check_names(adapter_name)
         if len(names) != 1:
             raise ValueError(f"Only one adaption prompt can be active at a time, got {', '.join(names) or 'none'}.")
-        self._active = names
-        for _, attention in self.attentions():
-            attention.select(names[0])
-        for name in self.peft_config:
-            self.set_requires_grad(name, name == names[0] and not inference_mode)
+        with self._whole():
+            self._active = names
+            for _, attention in self.attentions():
+                attention.select(names[0])
+            for name in self.peft_config:
+                self.set_requires_grad(name, name == names[0] and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in self.check_names(adapter_names):
@@ -254,17 +257,23 @@ class AdaptionPromptModel(BaseTuner):
                     parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        for _, attention in self.attentions():
-            attention.select(None)
-            if attention.has(adapter_name):
-                del attention.kept[adapter_name]
-        if self.active_adapters:
-            self.set_adapter(self.active_adapters, self.peft_config[self.active_adapters[0]].inference_mode)
+        with self._whole():
+            super().delete_adapter(adapter_name)
+            for _, attention in self.attentions():
+                attention.select(None)
+                if attention.has(adapter_name):
+                    del attention.kept[adapter_name]
+            if self.active_adapters:
+                self.set_adapter(self.active_adapters, self.peft_config[self.active_adapters[0]].inference_mode)
 
     def _switch(self, on: bool) -> None:
-        for _, attention in self.attentions():
-            attention.disabled = not on
+        with self._whole():
+            for _, attention in self.attentions():
+                attention.disabled = not on
+
+    def _whole(self) -> AbstractContextManager[None]:
+        places = [place for _, attention in self.attentions() for place in (attention, attention.kept)]
+        return whole(self, (), None, [*places, *(attention.__dict__ for _, attention in self.attentions())])
 
     @property
     def disabled(self) -> bool:

@@ -24,9 +24,16 @@ def let_gradients_through(modules: Iterable[tuple[str, nn.Module]]) -> None:
             module.register_forward_hook(_pass_on)
 
 
-def unpack(model: nn.Module) -> None:
-    """Takes back what passes in evaluation have made of quantised weights that gradients are wanted through next."""
+def keep_open(model: nn.Module) -> None:
+    """Sees to it that quantised weights which evaluation has packed are unpacked where a gradient is to go through."""
     for module in model.modules():
+        kind = _kind_of(module)
+        if kind is not None and kind.may_pack(module) and _unpack not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_unpack)
+
+
+def _unpack(module: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.is_grad_enabled() and args and args[0].requires_grad:
         kind = _kind_of(module)
         if kind is not None:
             kind.unpack(module)

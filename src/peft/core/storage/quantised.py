@@ -37,8 +37,12 @@ class Quantised(Storage):
         """The attributes that hold a weight: the first is its tensor, the others belong to it."""
         return (name,)
 
+    def may_pack(self, module: Any) -> bool:
+        """Whether evaluation may make another form of the weight, which gradients do not go through."""
+        return False
+
     def unpack(self, module: Any) -> None:
-        """Makes the weight one that gradients go through again, where evaluation has made another form of it."""
+        """Makes the weight again what it was before that."""
 
     def pack(self, module: Any, name: str, value: Tensor) -> tuple[Any, ...]:
         """`value` in the storage's form, on the weight's device: what goes into each of `parts`."""
@@ -166,9 +170,12 @@ class Bnb4bit(Quantised):
             data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
         return data, state
 
+    def may_pack(self, module: Any) -> bool:
+        return bool(getattr(module, "support_avx512bf16_for_cpu", False))
+
     def unpack(self, module: Any) -> None:
         weight = module.weight
-        if getattr(weight, "quant_state", None) is not None:
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
             weight.data, weight.quant_state = self._unpacked(module, "weight")
 
     def read(self, module: Any, name: str) -> Tensor:

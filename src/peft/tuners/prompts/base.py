@@ -14,6 +14,7 @@ from peft.core import tensor_parallel
 from peft.core.call import cached_tokens
 from peft.core.model_config import MODEL_CONFIG_NAMES, embeddings_of, read_model_config
 from peft.core.storage import onloaded, place_of
+from peft.core.storage.gradients import keep_open
 from peft.core.storage.sharded import agree, average_gradients, call_whole
 from peft.core.storage.shared import gathered, put, shape_of
 from peft.registry import TaskType, method_of
@@ -271,8 +272,9 @@ class PromptHost(nn.Module):
             raise
         if "prompt_encoder" not in self._modules:
             self.base_model.requires_grad_(False)
+            keep_open(self.base_model)
             self.prompt_encoder = nn.ModuleDict()
-        self.prompt_encoder[adapter_name] = encoder.requires_grad_(not config.inference_mode)
+        self.prompt_encoder[adapter_name] = encoder.requires_grad_(False)  # until it is active
         agree((*encoder.parameters(), *encoder.buffers()), self.base_model)
         average_gradients(self)
 
@@ -280,15 +282,6 @@ class PromptHost(nn.Module):
         """Forgets an adapter's prompt, where it has one."""
         if adapter_name in (self._modules.get("prompt_encoder") or {}):  # type: ignore[operator]
             del self.prompt_encoder[adapter_name]
-
-    @contextmanager
-    def _without_prompt(self) -> Iterator[None]:
-        """For a while, forward passes go without the soft prompt."""
-        before, self._prompt_disabled = self._prompt_disabled, True
-        try:
-            yield
-        finally:
-            self._prompt_disabled = before
 
     # ---- access
 
