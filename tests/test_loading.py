@@ -15,7 +15,9 @@ import tiny_models
 from damaged_files import base_for, seeds
 from peft import LoraConfig, PeftModel, get_peft_config, get_peft_model, get_peft_model_state_dict
 from peft.checkpoint import set_peft_model_state_dict
-from peft.errors import PeftWarning
+from peft.errors import AdapterFileError, PeftWarning
+from test_conformance import LAYER_METHODS, SUPPORTED, build, inputs_of
+from test_conformance import adapted as adapted_by
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 X = torch.ones(2, 16)
@@ -246,3 +248,28 @@ def test_the_configuration_is_written_as_it_was_read(tmp_path):
     (tmp_path / "a" / CONFIG).write_text(json.dumps({**content, "megatron_core": "megatron.core"}))
     PeftModel.from_pretrained(tiny_models.MLP(), tmp_path / "a").save_pretrained(tmp_path / "b")
     assert json.loads((tmp_path / "b" / CONFIG).read_text()) == {**content, "megatron_core": "megatron.core"}
+
+
+@pytest.mark.parametrize("method", [method for method in LAYER_METHODS if (method, "Linear") in SUPPORTED])
+def test_a_file_that_lacks_a_tensor_loads_with_a_warning_or_is_refused(method, tmp_path):
+    """What the file lacks has the values of a fresh adapter; what it has is taken."""
+    adapted_by(method, "Linear").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = load_file(path)
+    for missing in whole:
+        rest = {key: value for key, value in whole.items() if key != missing}
+        save_file(rest or {"other": torch.ones(1)}, path)
+        base = build("Linear")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                model = PeftModel.from_pretrained(base, tmp_path)
+            except AdapterFileError:
+                continue  # no tensor accounts for a setting any more
+        last = missing.rpartition(".")[2]
+        there = any(key.endswith(last) for key in rest)  # what layers share may be there twice
+        assert there or any(last in str(one.message) for one in said), missing
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        assert model(inputs_of(model)).isfinite().all()
+        now = get_peft_model_state_dict(model)
+        assert all(torch.equal(now[key], value) for key, value in rest.items())

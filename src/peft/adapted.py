@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,7 +21,7 @@ class AdaptedModel(PromptHost):
     base_model: Any
     peft_type: Any
     _peft_config: dict[str, Any] | None
-    _active_prompt: str | None
+    _active: Sequence[str]
 
     @classmethod
     def _class_for(cls, task_type: str | None) -> Any:
@@ -55,7 +56,7 @@ class AdaptedModel(PromptHost):
         """Names of the active adapters."""
         if self._tuner is not None:
             return self._tuner.active_adapters
-        return [self._active_prompt] if self._active_prompt is not None else []
+        return list(self._active)
 
     @property
     def active_adapter(self) -> Any:

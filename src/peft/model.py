@@ -14,7 +14,6 @@ from peft.core.auxiliary import save_modules, unsave_modules
 from peft.core.method import Method
 from peft.core.part import Part, check_adapter_name, known
 from peft.core.targets import modules_named
-from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
 from peft.core.whole import alone, whole

@@ -158,22 +158,27 @@ class AdapterLayer(AdaptedModule):
     def lacks(self, name: str) -> bool:
         """Whether tensors of an adapter have no memory yet."""
         fixed = any(tensor.is_meta for _, tensor in self._fixed(name))
-        return fixed or any(parameter.is_meta for parameter in self.adapter_parameters(name))
+        return fixed or any(tensor.is_meta for tensor in self._made(name))
+
+    def _made(self, name: str) -> list[Tensor]:
+        """The parameters of an adapter, and the buffers of modules that it has here."""
+        own: Any = [self._modules[slot] for slot in self.adapter_layer_names if not self.slots[slot].shared]
+        modules = (entries[name] for entries in own if name in entries and isinstance(entries[name], nn.Module))
+        return [*self.adapter_parameters(name), *(buffer for module in modules for buffer in module.buffers())]
 
     def fill_in(self, name: str, config: Any, settings: Mapping[str, Any]) -> None:
         """Gives those tensors of an adapter that have no memory the values of a fresh adapter."""
-        fixed = self._fixed(name)
+        fixed, before = self._fixed(name), self._made(name)
         if any(tensor.is_meta for _, tensor in fixed):
             self._draw(name, config)
-            for (slot, old), (_, new) in zip(fixed, self._fixed(name), strict=True):
-                self._put_fixed(slot, name, old, new.to(self.place()[0], old.dtype) if old.is_meta else old)
-        before = list(self.adapter_parameters(name))
-        if any(parameter.is_meta for parameter in before):
+        if self.lacks(name):  # so for what `create` makes
             self.create(name, config, **settings)
             self.move(name, *place_of(self.get_base_layer()))
-            for parameter, new in zip(before, self.adapter_parameters(name), strict=True):
-                new.data = new.data.to(parameter.dtype) if parameter.is_meta else parameter.data
-                new.requires_grad_(parameter.requires_grad)
+            for old, new in zip(before, self._made(name), strict=True):
+                new.data = new.data.to(old.dtype) if old.is_meta else old.data
+                new.requires_grad_(old.requires_grad)
+        for (slot, old), (_, new) in zip(fixed, self._fixed(name), strict=True):
+            self._put_fixed(slot, name, old, new.to(self.place()[0], old.dtype) if old.is_meta else old)
 
     def _draw(self, name: str, config: Any) -> None:
         """Makes the fixed tensors; all with values, unless a file has all those that would be without."""

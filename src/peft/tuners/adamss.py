@@ -162,7 +162,8 @@ class AdamssLayer(AdapterLayer):
         found: list[tuple[torch.Size, torch.Size]] = []
         while (a := find(f"adamss_A.{len(found)}")) is not None and (b := find(f"adamss_B.{len(found)}")) is not None:
             found.append((a.shape, b.shape))
-        if not found or found == [(a.shape, b.shape) for a, b in self.pairs(name)]:
+        lacks_one = any(find(f"adamss_{slot}.{len(found)}") is not None for slot in "AB")  # said for every method
+        if not found or lacks_one or found == [(a.shape, b.shape) for a, b in self.pairs(name)]:
             return
         if find("adamss_rows") is None:
             raise RuntimeError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
@@ -21,6 +21,14 @@ from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import add_rotated, cayley, cayley_neumann, drop_blocks, skew_symmetric
 from peft.registry import PeftType
+
+
+def _is_older(version: Any, than: str) -> bool:
+    """Whether a file's version comes before another; so does what is none."""
+    try:
+        return Version(str(version or "0").partition("@")[0]) < Version(than)
+    except InvalidVersion:
+        return True
 
 
 @dataclass
@@ -73,8 +81,7 @@ class OFTConfig(LayerConfig, peft_type=PeftType.OFT):
                 "This OFT adapter is of a form that huggingface/peft had before version 0.14 (its configuration has no"
                 " oft_block_size); this version cannot read it. Load it with peft 0.13, or train it again."
             )
-        written_by = (kwargs.get("peft_version") or "0").partition("@")[0]
-        if kwargs.get("use_cayley_neumann") and Version(written_by) < Version("0.18.0"):
+        if kwargs.get("use_cayley_neumann") and _is_older(kwargs.get("peft_version"), "0.18.0"):
             warn(
                 f"This OFT adapter was written by peft {kwargs.get('peft_version') or 'before 0.18'}; the"
                 " Neumann series was"
