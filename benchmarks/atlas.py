@@ -33,7 +33,7 @@ BUDGETS: dict[str, tuple[Any, Any, Any]] = {
     "full": (planted.Budget(), claims.Budget(), real.Budget()),
     "quick": (
         planted.Budget(60),
-        claims.Budget(60, 5, (7e-4, 2e-3, 5e-3, 1.2e-2, 3e-2)),
+        claims.Budget(60, 5, (7e-4, 2e-3, 3.5e-3, 5e-3, 8e-3, 1.2e-2, 1.8e-2, 3e-2)),
         real.Budget(20, 8, 48, 24, "bf16"),
     ),
     "smoke": (planted.Budget(2, 3, (1e-3, 1e-2)), claims.Budget(2, 3, (1e-3, 1e-2)), real.Budget(2, 2, 2, 2)),
@@ -107,6 +107,7 @@ settings are the defaults, but FourierFT and C³A start at zero, and DeLoRA's bo
   coefficients, at random places.
 - Methods that draw places or bases at random (SHiRA, FourierFT, WaveFT, FRoD, RandLoRA, Uni-LoRA) do not know those of
   the teacher.
+- OSF may only change the weakest singular directions, four of 64 here; PVeRA is trained with its noise.
 - What a layer alone cannot show is left out: {", ".join(map(name_of, planted.OTHERS))}; and soft prompts.
 - Not run yet: {", ".join(map(name_of, missing)) or "nothing"}.
 
