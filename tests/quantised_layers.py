@@ -31,6 +31,8 @@ def bnb_4bit(linear: nn.Linear, kind: str = "nf4", double: bool = True) -> nn.Mo
 def torchao(linear: nn.Linear, config: str = "Int8WeightOnlyConfig", **settings: Any) -> nn.Module:
     quantization = pytest.importorskip("torchao.quantization")
     holder = nn.Sequential(copy.deepcopy(linear))
+    if "weight_dtype" in settings:
+        settings["weight_dtype"] = getattr(torch, settings["weight_dtype"])  # not in older versions of torch
     quantization.quantize_(holder, getattr(quantization, config)(**settings))
     return holder[0]
 
@@ -53,7 +55,7 @@ QUANTISED: dict[str, Callable[[nn.Linear], nn.Module]] = {
 #: the others that run on a CPU
 FURTHER: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "bnb 4bit fp4": lambda linear: bnb_4bit(linear, "fp4", double=False),
-    "torchao int4": lambda linear: torchao(linear, "IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "torchao int4": lambda linear: torchao(linear, "IntxWeightOnlyConfig", weight_dtype="int4"),
     "torchao int8 groups": lambda linear: torchao(linear, "Int8WeightOnlyConfig", granularity=_groups(4)),
     "torchao float8": lambda linear: torchao(linear, "Float8WeightOnlyConfig"),
     "hqq 3 bits": lambda linear: hqq(linear, 3),
@@ -109,6 +111,7 @@ def aqlm(linear: nn.Linear) -> nn.Module:
 
 def eetq(linear: nn.Linear) -> nn.Module:
     """transformers' layer, whose kernel there is for CUDA only: with the same product on a CPU."""
+    pytest.importorskip("transformers", minversion="5.0", reason="the layer is in the package eetq before")
     module = pytest.importorskip("transformers.integrations.eetq")
     product = lambda x, weight, scales: x @ (weight.to(x.dtype) * scales.to(x.dtype))
     module.eetq_kernels_hub = SimpleNamespace(w8_a16_gemm=product)

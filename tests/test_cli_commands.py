@@ -196,6 +196,8 @@ def test_an_estimate_is_the_peak_of_training(made, method, checkpointing):
     from peft.cli.estimate import Live, measure
     from peft.cli.plan import configure
 
+    if method == "prefix-tuning" and torch.__version__ < "2.6":
+        pytest.skip("with an older torch, transformers 4.57 takes no past without an attention mask, adapted or not")
     said = Estimate(str(made.base), method=method, batch_size=4, length=64, gradient_checkpointing=checkpointing)
     parts, facts = measure(said, {})
     measure(Estimate(str(made.base), method="lora", batch_size=2, length=16, dtype="bfloat16"), {})
@@ -242,10 +244,11 @@ def test_extract_names_its_base_by_an_absolute_path(made, tmp_path, monkeypatch)
 
 def test_env_names_versions(capsys):
     assert main(["env"]) == 0
-    assert f"torch            {torch.__version__}" in capsys.readouterr().out
+    assert f"torch            {torch.__version__.partition('+')[0]}" in capsys.readouterr().out
 
 
 def test_the_demo_runs_and_proves_the_merge(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("trl")
     monkeypatch.setenv("PEFT_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tiny, "STEPS", 2)
     monkeypatch.setattr("peft.cli.demo.find_spec", lambda name: None)

@@ -60,7 +60,8 @@ def save_whisper(folder: Path) -> None:
 
 
 def save_wav2vec2(folder: Path) -> None:
-    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, mask_time_prob=0.0)
+    small = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, mask_time_prob=0.0)
+    small |= dict(layerdrop=0.5)  # in most steps a layer is left out
     small |= dict(conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2, vocab_size=32)
     small |= dict(num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, ctc_zero_infinity=True)
     torch.manual_seed(0)

@@ -153,9 +153,11 @@ def base_parameters(model):
 def test_every_row_of_the_table_resolves(path):
     module = importlib.import_module(path)
     for name, home in compat.OLD_PATHS[path].items():
+        place, _, attribute = home.partition(":")
+        attribute, _, key = attribute.partition("[")
+        find = pytest.importorskip if place.startswith("transformers.") else importlib.import_module
+        found = getattr(find(place), attribute)
         value = getattr(module, name)
-        attribute, _, key = home.partition(":")[2].partition("[")
-        found = getattr(importlib.import_module(home.partition(":")[0]), attribute)
         assert value is (found[key.removesuffix("]")] if key else found)
     assert set(compat.OLD_PATHS[path]) <= set(dir(module))
 

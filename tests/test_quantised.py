@@ -341,9 +341,10 @@ def test_training_goes_on_after_an_evaluation(how, trains_in_eval):
         return made.to("cpu").requires_grad_(False)
 
     base = llama(hidden_size=64, intermediate_size=64)
-    for name, module in list(base.model.named_modules()):
-        if isinstance(module, nn.Linear):
-            base.model.set_submodule(name, packed(module))
+    for parent in list(base.model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Linear):
+                setattr(parent, name, packed(module))
     if how == "prompt":
         model = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     else:  # layers between the adapted ones are packed too

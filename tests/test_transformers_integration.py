@@ -6,11 +6,16 @@ import logging
 
 import pytest
 import torch
+import transformers
 
 import tiny_models as tiny
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 QV = dict(r=4, target_modules=["q_proj", "v_proj"])
+not_5_0 = pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."),
+    reason="transformers 5.0 leaves loaded adapters trainable, and modules_to_save out (with huggingface/peft too)",
+)
 
 
 def output(model):
@@ -108,6 +113,7 @@ def test_a_model_with_an_adapter_saves_the_adapter_which_both_sides_load(tmp_pat
     assert torch.equal(output(other), expected)
 
 
+@not_5_0
 def test_load_adapter_reads_what_this_package_saved(saved, caplog):
     _, folder, expected = saved
     model = tiny.llama()
@@ -200,6 +206,7 @@ def test_the_trainer_trains_a_model_with_an_adapter(tmp_path):
     assert torch.equal(output(PeftModel.from_pretrained(tiny.llama(), last)), output(model.eval()))
 
 
+@not_5_0
 def test_modules_to_save_and_single_tokens_through_transformers(tmp_path):
     model = tiny.saved_base(tiny.llama(), tmp_path / "base")
     model.add_adapter(LoraConfig(**QV, modules_to_save=["lm_head"], trainable_token_indices=[4, 9]))

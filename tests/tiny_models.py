@@ -115,8 +115,9 @@ def byte_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    special = dict(pad_token="<pad>", eos_token="</s>", bos_token="<s>", padding_side="left")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>", padding_side="left"
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **special
     )
 
 

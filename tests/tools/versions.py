@@ -14,13 +14,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "scikit-learn")
-#: the lower bounds of pyproject.toml, the first of transformers' present series, and whatever is newest
+TOOLS = (
+    "pytest", "pytest-xdist", "hypothesis", "scikit-learn", "bitsandbytes", "hqq",
+    "rich", "matplotlib", "jsonargparse", "docstring_parser", "soundfile", "argcomplete", "gguf",
+)  # fmt: skip
+#: the lower bounds of pyproject.toml, the first of transformers' present series, and whatever is newest. Two packages
+#: are not there for the oldest: torchao 0.18 needs torch 2.6, and trl 1.16 needs accelerate 1.10; their tests are
+#: skipped.
 VERSIONS = {
-    "oldest": ("torch==2.4.*", "transformers==4.57.*", "accelerate==1.3.*", "numpy==1.26.*", "safetensors==0.4.5"),
-    "transformers5": ("torch", "transformers==5.0.*", "accelerate"),
-    "newest": ("torch", "transformers", "accelerate", "trl", "datasets"),
-}
+    "oldest": (
+        "torch==2.4.*", "transformers==4.57.*", "accelerate==1.3.*", "numpy==1.26.*", "safetensors==0.4.5",
+        "datasets==4.0.*", "pandas==2.0.*", "pyarrow<18",  # later ones need numpy 2
+    ),
+    "transformers5": ("torch", "transformers==5.0.*", "accelerate", "trl==1.16.*", "datasets", "pandas", "torchao"),
+    "newest": ("torch", "transformers", "accelerate", "trl", "datasets", "pandas", "torchao"),
+}  # fmt: skip
 
 
 def python_of(name: str) -> Path:

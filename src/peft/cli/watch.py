@@ -70,6 +70,8 @@ class Watch(TrainerCallback):
         methods = tuner.methods() if isinstance(tuner, BaseTuner) else []
         idle = tuple(f".{slot}." for method in methods for slot in method.idle_slots)
         dead = [name for name, grad in trains.items() if grad is None and not any(slot in name for slot in idle)]
+        if any(value for name, value in vars(model.config).items() if name.endswith("layerdrop")):
+            dead = []  # layers are left out at random, one step without a gradient says nothing
         nothing = not any(grad.any() for grad in trains.values() if grad is not None)
         if nothing and getattr(model.get_base_model(), "is_quantized", False):
             # some of their kernels have no backward on some devices

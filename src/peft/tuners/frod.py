@@ -39,7 +39,8 @@ class FrodConfig(LayerConfig, peft_type=PeftType.FROD):
 
     Args:
         projection_prng_key: seed of the places.
-        save_projection: store V and the places in the checkpoint; without, they are made again from weights and seed.
+        save_projection: store V and the places in the checkpoint; without, they are made again from weights and seed,
+            which gives the same with the same torch on a like processor alone.
         frod_dropout: probability of dropout on the adapter's input.
         fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_weights: start S at zero, without effect; False starts it, and l, at random.

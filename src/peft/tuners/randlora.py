@@ -32,7 +32,8 @@ class RandLoraConfig(LayerConfig, peft_type=PeftType.RANDLORA):
     Args:
         r: rank of a basis; the smaller it is, the more is trained.
         projection_prng_key: seed of the bases.
-        save_projection: store them in the checkpoint; without, they are made again from the seed.
+        save_projection: store them in the checkpoint; without, they are made again from the seed, which means other
+            values in versions of torch that draw bfloat16 otherwise (2.4 and 2.13 differ).
         sparse: bases of 0, 1 and -1, a third of them not 0.
         very_sparse: one in sqrt(min(in, out)) not 0.
         randlora_dropout: probability of dropout on the adapter's input.
