@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     DebertaV2Config,
     DebertaV2Model,
@@ -329,6 +330,14 @@ def test_a_model_in_order_is_silent():
         for _ in range(5):
             model(tokens()).logits.sum().backward()
     assert "_watch" not in model.base_model.__dict__
+
+
+def test_a_model_in_order_is_silent_when_all_of_it_is_checkpointed():
+    model = get_peft_model(Parts(), LoraConfig(target_modules=["called"])).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            checkpoint(model, torch.randn(2, 8), use_reentrant=False).sum().backward()
 
 
 def test_a_start_that_was_not_made_is_named():

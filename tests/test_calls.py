@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
 
@@ -233,6 +235,57 @@ CHANGES = {
     "deleted": lambda model: model.delete_adapter("a"),
     "merged": lambda model: model.merge_adapter(["b"]),
 }
+
+
+def test_a_soft_prompt_stays_the_same_until_the_pass_has_ended():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, inputs = get_peft_model(tiny_llama(), config, "a").eval(), {"input_ids": tokens()}
+    expected, done = model(**inputs).logits, threading.Event()
+    thread = threading.Thread(target=lambda: (model.delete_adapter("a"), done.set()))
+
+    def in_the_middle(module: nn.Module, args: object) -> None:
+        if not done.is_set() and not thread.is_alive():
+            thread.start()
+            done.wait(0.3)
+
+    handle = model.get_base_model().model.norm.register_forward_pre_hook(in_the_middle)
+    assert torch.equal(model(**inputs).logits, expected)
+    handle.remove()
+    thread.join()
+    assert done.is_set() and "a" not in model.peft_config
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_in_the_middle_of_a_pass_does_not_wait_for_it():
+    model, inside, over = three_loras().eval(), threading.Event(), threading.Event()
+    handle = model.base_model.model.v_proj.register_forward_pre_hook(lambda *_: inside.set() or not over.wait() or None)
+    thread = threading.Thread(target=lambda: model(torch.randn(4, 8)))
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends it where it would wait for ever
+        model.set_adapter("b")
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    over.set()
+    thread.join()
+    handle.remove()
+    assert status == 0
+
+
+def test_whoever_waits_long_for_a_pass_is_told_so(monkeypatch):
+    monkeypatch.setattr(peft.core.whole, "_PATIENCE", 0.0)
+    model, inside, over = three_loras().eval(), threading.Event(), threading.Event()
+    model.base_model.model.v_proj.register_forward_pre_hook(lambda *_: inside.set() or not over.wait() or None)
+    thread = threading.Thread(target=lambda: model(torch.randn(4, 8)))
+    thread.start()
+    inside.wait()
+    monkeypatch.setattr(peft.core.whole, "warn", lambda message: (said.append(message), over.set()))
+    said: list[str] = []
+    model.set_adapter("b")
+    thread.join()
+    assert len(said) == 1 and "not ended" in said[0]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -257,6 +257,30 @@ def test_autocast_on_cpu_agrees_within_the_rounding_of_bfloat16():
     assert all(gradient.dtype == torch.float32 for gradient in fused[2].values())
 
 
+class Strided(nn.Linear):
+    """A linear layer whose output does not lie row by row in memory."""
+
+    def forward(self, x):
+        return super().forward(x).transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", [nn.Linear, Strided])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64), (2, 64), (2, 3, 64), (0, 64)])
+def test_few_vectors_get_what_many_get_in_whatever_dtypes_and_strides(shape, kind, autocast):
+    torch.manual_seed(0)
+    layer = kind(64, 48, dtype=torch.bfloat16 if autocast else torch.float32)
+    layer.bias.data = layer.bias.data.float()
+    config = peft.LoraConfig(target_modules=["0"], r=8, init_lora_weights=False)
+    model, x = peft.get_peft_model(nn.Sequential(layer), config).eval(), torch.randn(shape, dtype=layer.weight.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model(x).detach()
+        with torch.no_grad():
+            found = model(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, **({"rtol": 0.05, "atol": 0.05} if autocast else {}))
+
+
 def test_autocast_leaves_float64_alone():
     layer = nn.Sequential(nn.Linear(8, 8, dtype=torch.float64))
     model = peft.get_peft_model(layer, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import peft
 import tiny_models as tiny
@@ -136,6 +137,16 @@ def test_attributes_and_the_base_model_are_reached_through_the_wrapper(model):
     assert model.get_input_embeddings().weight.shape == (tiny.VOCABULARY, 32)
     with pytest.raises(AttributeError, match="no_such_thing"):
         model.no_such_thing  # noqa: B018
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_what_is_traced_with_one_batch_runs_with_others(rows, tracked):
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    with torch.set_grad_enabled(tracked):
+        traced = torch.jit.trace(model.eval(), (torch.randn(rows, 8),))
+    for other in (torch.randn(1, 8), torch.randn(3, 8), torch.randn(40, 8)):
+        torch.testing.assert_close(traced(other), model(other))
 
 
 def test_counting_parameters(model, capsys):

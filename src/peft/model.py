@@ -16,7 +16,7 @@ from peft.core.part import Part, check_adapter_name, known
 from peft.core.targets import modules_named
 from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
-from peft.core.whole import alone, whole
+from peft.core.whole import alone, passing, whole
 from peft.errors import warn
 from peft.integrations.training import let_gradients_through_inputs
 from peft.integrations.transformers import convert_peft_config_for_transformers
@@ -285,6 +285,10 @@ class PeftModel(SavedAdapters, Delegated):
         with self.routed(args, kwargs), nullcontext() if tuner is None else tuner.around_generate(args, kwargs):
             base: Any = self.get_base_model()
             return base.generate(*args, **kwargs)
+
+    def _passing(self) -> AbstractContextManager[None]:
+        """Stands around a pass, or a generation, with a soft prompt; a tuner does so itself."""
+        return nullcontext() if self._tuner is not None else passing(self)
 
     def routed(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Takes `adapter_names` out of `kwargs`; while it lasts, each sample gets the adapter named at its place.

@@ -98,13 +98,14 @@ class TaskModel(PeftModel):
         if args and (self.prompt_active or self._base_takes(self.arguments[0])):
             given = _signature(self.arguments).bind(self, *args, **kwargs).arguments
             args, kwargs = (), {name: given[name] for name in self.arguments if name in given} | given.get("kwargs", {})
-        if not self.prompt_active:
-            return super().forward(*args, **kwargs)
-        with self.routed((), kwargs):
-            inputs = self._prompted(kwargs)
-            with self._prompt.around(self.base_model, inputs):
-                output = self._run(inputs, kwargs.get("input_ids"))
-            return self._prompt.finish(output, inputs.get("labels"), kwargs)
+        with self._passing():
+            if not self.prompt_active:
+                return super().forward(*args, **kwargs)
+            with self.routed((), kwargs):
+                inputs = self._prompted(kwargs)
+                with self._prompt.around(self.base_model, inputs):
+                    output = self._run(inputs, kwargs.get("input_ids"))
+                return self._prompt.finish(output, inputs.get("labels"), kwargs)
 
     def _base_takes(self, name: str) -> bool:
         """Whether the base model's forward pass has an argument of this name."""
@@ -183,10 +184,11 @@ class GeneratingModel(TaskModel):
             kwargs: whatever the base model takes; `adapter_names` for a mixed batch; `task_ids` for methods that
                 tell tasks apart.
         """
-        if not self.prompt_active:
-            return super().generate(*args, **kwargs)
-        with self.routed(args, kwargs):
-            return self._generate_with_prompt(*args, **kwargs)
+        with self._passing():
+            if not self.prompt_active:
+                return super().generate(*args, **kwargs)
+            with self.routed(args, kwargs):
+                return self._generate_with_prompt(*args, **kwargs)
 
     def _generate_with_prompt(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         if kwargs.pop("position_ids", None) is not None:

@@ -36,11 +36,12 @@ class Call:
 
 
 class _State(threading.local):
-    call: Call | None = None
-    #: the backward pass that it was set in, -1 for none
-    within = -1
-    #: what was under way before the calls that have begun
-    outer: tuple[tuple[Call | None, int], ...] = ()
+    def __init__(self) -> None:  # in each thread; with defaults of the class, a compiled graph would fail its own guard
+        self.call: Call | None = None
+        #: the backward pass that it was set in, -1 for none
+        self.within = -1
+        #: what was under way before the calls that have begun
+        self.outer: tuple[tuple[Call | None, int], ...] = ()
 
 
 _STATE = _State()

@@ -127,7 +127,7 @@ def _frozen_linear(layer: AdaptedModule, x: Tensor) -> tuple[Tensor, Tensor | No
     if is_watched(base):
         return None
     dtype, weight = compute_dtype(x), layer.op.matrix(held)
-    if weight.dtype == dtype:
+    if weight.dtype == dtype and (bias is None or bias.dtype == dtype):
         return weight, bias
     if dtype == x.dtype:  # no autocast: the base itself says what it thinks of the mixture
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -189,7 +189,7 @@ class BaseTuner(Injector):
             yield from ((slot, layer._modules[slot]) for slot in layer._left if not layer.slots[slot].shared)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with calling(), nullcontext() if torch.compiler.is_compiling() else passing(self):
+        with calling(), passing(self):
             return self._forward(self.methods(), args, kwargs)
 
     def _forward(self, methods: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from peft.core.method import Adapters
 from peft.core.part import Part
 from peft.core.tokens import TrainableTokensLayer
 from peft.errors import listed, warn
-from peft.ops.internals import is_transformed
+from peft.ops.internals import backward_pass, is_transformed
 
 #: training passes after which a layer that none of them has called is named: some blocks are left out at random
 _TRIES = 3
@@ -37,6 +37,8 @@ class Watch:
     def run(self, tuner: Adapters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output."""
         if torch.compiler.is_compiling() or is_transformed() or current_route() is not None or tuner.disabled:
+            return tuner.model(*args, **kwargs)
+        if backward_pass() != -1:  # checkpointing runs the model once more; its gradients are still to come
             return tuner.model(*args, **kwargs)
         trains = tuner.training and torch.is_grad_enabled()
         if self._is_done_with_calls and not (trains and (self._reached is None or self._went_back)):

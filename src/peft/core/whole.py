@@ -5,17 +5,21 @@ that another thread has begun sees some parts before and some after it.
 from __future__ import annotations
 
 import copy
+import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import nn
 
 from peft.core import merge as merging
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
+from peft.errors import warn
 
 _STATE = ("_active", "_trained", "_disable_adapters", "_trained_before_disable")
 
@@ -36,11 +40,19 @@ class _Passes:
 
 
 _PASSES: WeakKeyDictionary[nn.Module, _Passes] = WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):  # a forked process has none of the other threads, which would never end there
+    os.register_at_fork(after_in_child=_PASSES.clear)
+#: seconds after which a thread that waits for the passes of others says so
+_PATIENCE = 10.0
+
+
+def passing(holder: nn.Module) -> AbstractContextManager[None]:
+    """While it lasts, no other thread changes the state of the adapters that this object holds; see `whole`."""
+    return nullcontext() if torch.compiler.is_compiling() else _passing(holder)
 
 
 @contextmanager
-def passing(holder: nn.Module) -> Iterator[None]:
-    """While it lasts, no other thread changes the state of this tuner's model."""
+def _passing(holder: nn.Module) -> Iterator[None]:
     passes, own = _PASSES.setdefault(holder, _Passes()), _Pass()
     with passes.changed:
         passes.running.add(own)
@@ -56,9 +68,17 @@ def passing(holder: nn.Module) -> Iterator[None]:
 def alone(holder: nn.Module) -> Iterator[None]:
     """Waits for the passes of other threads to end; while it lasts, none begins. In a pass it does not wait."""
     passes, me = _PASSES.setdefault(holder, _Passes()), threading.get_ident()
+    said = time.monotonic() + _PATIENCE
     with passes.changed:
         while passes.running and all(other.thread != me for other in passes.running):
             passes.changed.wait(0.1)
+            if time.monotonic() > said:
+                said = float("inf")
+                warn(
+                    "The state of the adapters changes when the passes that other threads have begun are over; one has"
+                    " not ended yet. It never will if it waits for this thread, as a generation does whose reader"
+                    " changes adapters before all is read."
+                )
         yield
 
 

@@ -20,8 +20,9 @@ any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which an autograd function would have to serve."""
-    return getattr(forward_ad, "_current_level", -1) >= 0 or _peek_interpreter() is not None
+    """Whether torch.func or forward-mode differentiation is at work, which an autograd function would have to serve, or
+    `torch.jit.trace`, which takes whatever a shape decides as decided for all shapes."""
+    return getattr(forward_ad, "_current_level", -1) >= 0 or _peek_interpreter() is not None or torch.jit.is_tracing()
 
 
 def is_fake(tensor: object) -> bool:

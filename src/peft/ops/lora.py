@@ -106,7 +106,8 @@ def lora_linear(
     if needs_plain(x, a, b, weight if result is None else result):
         return lora_linear_plain(x, weight, bias, result, a.to(x.dtype), b.to(x.dtype), scaling, p)
     if p == 0 and not torch.is_grad_enabled() and 0 < x.numel() < a.numel() and not x.is_cuda:
-        return _few(x, weight, bias, result if result is None or overwrite else result.clone(), a, b, scaling)
+        own = result if result is None or overwrite else result.clone(memory_format=torch.contiguous_format)
+        return _few(x, weight, bias, own, a, b, scaling)
     learns = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
     if torch.is_grad_enabled():
         # Writing into a view would tell autograd of the whole that it shows.

@@ -296,19 +296,20 @@ class RankAllocator:
 class AdaLoraMethod(Method):
     """The schedule of ranks of the adapter that is trained, and the penalty that keeps A and B near to orthonormal.
 
-    A forward pass adds the penalty to the loss of the model's output. In a mixed model there is neither.
+    A forward pass adds the penalty to the loss of the model's output. Where a mixed model trains several adapters of
+    the method, there is neither.
     """
 
     trainable_adapter_name: str | None = None
     rankallocator: RankAllocator
 
-    @property
-    def has_schedule(self) -> bool:
-        return isinstance(self.tuner, AdaLoraModel)
+    def _others(self, adapter_name: str) -> list[str]:
+        """The further adapters that are trained."""
+        return [name for name, other in self.configs.items() if name != adapter_name and not other.inference_mode]
 
     def check_config(self, adapter_name: str, config: AdaLoraConfig) -> None:
-        others = [name for name, other in self.configs.items() if name != adapter_name and not other.inference_mode]
-        if others and not config.inference_mode and self.has_schedule:
+        others = self._others(adapter_name)
+        if others and not config.inference_mode and isinstance(self.tuner, AdaLoraModel):
             raise ValueError(
                 f"AdaLoraModel supports only 1 trainable adapter, and {others[0]!r} is one already; set"
                 " inference_mode=True for all others."
@@ -316,7 +317,9 @@ class AdaLoraMethod(Method):
 
     def added(self, adapter_name: str) -> None:
         config = self.configs[adapter_name]
-        if self.has_schedule and not config.inference_mode and adapter_name != self.trainable_adapter_name:
+        if not config.inference_mode and self._others(adapter_name):
+            self.trainable_adapter_name = None
+        elif not config.inference_mode and adapter_name != self.trainable_adapter_name:
             self.trainable_adapter_name = adapter_name
             self.rankallocator = RankAllocator(self.model, config, adapter_name)
 
@@ -343,7 +346,10 @@ class AdaLoraMethod(Method):
         """
         name = self.trainable_adapter_name
         if name not in self.configs:
-            raise ValueError("update_and_allocate() needs a trainable adapter; all are in inference mode.")
+            raise ValueError(
+                "update_and_allocate() needs a trainable adapter, and no second one: either all are in inference mode,"
+                " or this mixed model trains several."
+            )
         config = self.configs[name]
         last = config.total_step - config.tfinal
         if global_step > last:

@@ -299,8 +299,11 @@ class PromptHost(nn.Module):
 
     @property
     def word_embeddings(self) -> nn.Module:
-        """The base model's word embeddings."""
-        return find_word_embeddings(self.base_model)
+        """The base model's word embeddings; there is no such attribute where they cannot be told."""
+        try:
+            return find_word_embeddings(self.base_model)
+        except ValueError as error:  # a model's attributes are looked at one by one, by `torch.jit.trace` for one
+            raise AttributeError(str(error)) from error
 
     def _prompted_embeddings(self, encoder: VirtualTokens | type[VirtualTokens], side: str = "") -> nn.Module:
         """The word embeddings that a prompt stands beside; the model where it has none, and the prompt needs none."""
