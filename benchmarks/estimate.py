@@ -1,7 +1,8 @@
 """What `peft estimate` says beside the peak of a process that trains: `python benchmarks/estimate.py [NAME ...]`.
 
 Each row is one `peft train` of two steps in a process of its own, on a model with random weights; its peak is the
-largest resident size less what the process has after the imports (Linux).
+largest resident size less what the process has after it has trained a tiny model: the libraries' pages come into
+memory as they are used, and a forked process begins with none of them (Linux).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import resource
 import sys
 import tempfile
 import traceback
@@ -35,6 +35,7 @@ from peft.cli.parse import read
 
 SIZES = dict(vocab_size=16000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8)
 SIZES |= dict(max_position_embeddings=1024, bos_token_id=0, eos_token_id=0)
+TINY = dict(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 #: name -> (model, options of both commands, batch size, length)
 ROWS: dict[str, tuple[str, str, int, int]] = {
     "lora, all linear": ("llama", "--r 16 --target-modules all-linear", 4, 256),
@@ -66,9 +67,9 @@ def _in_a_process(work: Callable[[], float]) -> float:
         return float(answer.read() or "nan")
 
 
-def _resident() -> int:
-    """Bytes that this process has in memory."""
-    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+def _memory(what: str) -> int:
+    """Bytes that this process has in memory (VmRSS), or had at most (VmHWM)."""
+    return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
 def _make(folder: Path) -> float:
@@ -82,6 +83,7 @@ def _make(folder: Path) -> float:
     made = {
         "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)),
         "gpt2": transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES)),
+        "tiny": transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | TINY)),
     }
     for name, model in made.items():
         model.save_pretrained(folder / name)
@@ -94,20 +96,28 @@ def _estimated(line: list[str], length: int) -> float:
     return measure(options, fields)[1]["peak"]
 
 
+def _train(line: list[str], length: int, text: Path) -> None:
+    few = ["--max-steps", "2", "--eval-split", "0", "--device", "cpu", "--data", str(text), "--overwrite"]
+    few += ["--output", f"{text}.out", "--max-length", str(length)]
+    with redirect_stdout(io.StringIO()):
+        if cli.main(["train", "--model", *line, *few]):
+            raise SystemExit("it did not train")
+
+
 def _trained(line: list[str], length: int, text: Path) -> float:
     """How much memory two steps of training take at most, beside what the process has before."""
-    before = _resident()
-    few = ["--max-steps", "2", "--eval-split", "0", "--device", "cpu", "--data", str(text), "--output", f"{text}.out"]
-    with redirect_stdout(io.StringIO()):
-        if cli.main(["train", "--model", *line, "--max-length", str(length), *few]):
-            raise SystemExit("it did not train")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    _train([str(text.parent / "tiny"), "--batch-size", "2"], 32, text)
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    _train(line, length, text)
+    return _memory("VmHWM") - before
 
 
 def main(names: list[str]) -> None:
     unknown: Any = set(names) - set(ROWS)
     if unknown:
         raise SystemExit(f"there is no {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    torch.set_num_threads(1)  # a forked process would wait for threads of OpenMP that it does not have
     torch.nn.Linear(256, 256)(torch.ones(256, 256)).sum().backward()
     with tempfile.TemporaryDirectory() as folder:
         _in_a_process(lambda: _make(Path(folder)))
