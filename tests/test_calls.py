@@ -155,9 +155,11 @@ def test_alora_acts_in_a_mixed_model():
     assert not torch.allclose(base[0], outputs[1][0], atol=1e-3) and torch.allclose(base[1], outputs[1][1], atol=1e-6)
 
 
+SCHEDULE = dict(total_step=20, tinit=1, tfinal=1, deltaT=1, target_r=1)
+
+
 def test_adalora_in_a_mixed_model_has_its_penalty_and_its_schedule():
-    config = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=20, tinit=1, tfinal=1, deltaT=1, target_r=1)
-    model = get_peft_model(tiny_llama(), config, "ada", mixed=True)
+    model = get_peft_model(tiny_llama(), peft.AdaLoraConfig(target_modules=["q_proj"], **SCHEDULE), "ada", mixed=True)
     model.add_adapter("hra", peft.HRAConfig(target_modules=["v_proj"]))
     ids = torch.arange(8)[None]
     loss = model(input_ids=ids, labels=ids).loss
@@ -166,6 +168,12 @@ def test_adalora_in_a_mixed_model_has_its_penalty_and_its_schedule():
     loss.backward()
     model.base_model.update_and_allocate(5)
     assert any(False in kept for kept in model.peft_config["ada"].rank_pattern.values())
+    model.add_adapter("other", peft.AdaLoraConfig(target_modules=["k_proj"], **SCHEDULE))
+    model.set_adapter(["ada", "other"])
+    both = model(input_ids=ids, labels=ids).loss
+    both.backward()
+    model.base_model.update_and_allocate(5)
+    assert both > loss + 1e-3 and any(False in kept for kept in model.peft_config["other"].rank_pattern.values())
 
 
 def test_the_base_model_and_mixed_batches_from_several_threads():

@@ -54,7 +54,7 @@ class Failure:
 
 def fails(call: Callable[[], object], n: int, error: type[BaseException]) -> bool:
     """Runs a call with a failure at its n-th line; whether it came to that."""
-    before = sys.gettrace()
+    before, grad = sys.gettrace(), torch.is_grad_enabled()
     sys.settrace(Failure(n, error))
     try:
         call()
@@ -64,6 +64,7 @@ def fails(call: Callable[[], object], n: int, error: type[BaseException]) -> boo
         return True
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(grad)  # Python may be on the way out of no_grad(), past its last line
     return False
 
 

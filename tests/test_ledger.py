@@ -157,6 +157,7 @@ class Interrupt:
 
 
 def _interrupted(call, n: int) -> bool:
+    grad = torch.is_grad_enabled()
     sys.settrace(Interrupt(n))
     try:
         call()
@@ -164,6 +165,7 @@ def _interrupted(call, n: int) -> bool:
         return True
     finally:
         sys.settrace(None)
+        torch.set_grad_enabled(grad)  # Python may be on the way out of no_grad(), past its last line
     return False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -294,21 +295,33 @@ class RankAllocator:
 
 
 class AdaLoraMethod(Method):
-    """The schedule of ranks of the adapter that is trained, and the penalty that keeps A and B near to orthonormal.
+    """The schedules of ranks of the adapters that are trained, and the penalty that keeps A and B near to orthonormal.
 
-    A forward pass adds the penalty to the loss of the model's output. Where a mixed model trains several adapters of
-    the method, there is neither.
+    A forward pass adds the penalty to the loss of the model's output.
     """
 
-    trainable_adapter_name: str | None = None
-    rankallocator: RankAllocator
+    @cached_property
+    def allocators(self) -> dict[str, RankAllocator]:
+        """What shares out the ranks of each adapter that is trained: of one, but in a mixed model."""
+        return {}
 
-    def _others(self, adapter_name: str) -> list[str]:
-        """The further adapters that are trained."""
-        return [name for name, other in self.configs.items() if name != adapter_name and not other.inference_mode]
+    @property
+    def trainable_adapter_name(self) -> str | None:
+        """The adapter that was added last to be trained."""
+        return next(reversed(self.allocators), None)
+
+    @property
+    def rankallocator(self) -> RankAllocator:
+        """What shares out the ranks of that adapter."""
+        return self.allocators[str(self.trainable_adapter_name)]
+
+    def _scheduled(self) -> list[str]:
+        """The adapters that have a schedule; of several, those that are active."""
+        names = [name for name in self.allocators if name in self.configs]
+        return names if len(names) < 2 else [name for name in names if name in self.tuner.active_adapters]
 
     def check_config(self, adapter_name: str, config: AdaLoraConfig) -> None:
-        others = self._others(adapter_name)
+        others = [name for name, other in self.configs.items() if name != adapter_name and not other.inference_mode]
         if others and not config.inference_mode and isinstance(self.tuner, AdaLoraModel):
             raise ValueError(
                 f"AdaLoraModel supports only 1 trainable adapter, and {others[0]!r} is one already; set"
@@ -317,22 +330,20 @@ class AdaLoraMethod(Method):
 
     def added(self, adapter_name: str) -> None:
         config = self.configs[adapter_name]
-        if not config.inference_mode and self._others(adapter_name):
-            self.trainable_adapter_name = None
-        elif not config.inference_mode and adapter_name != self.trainable_adapter_name:
-            self.trainable_adapter_name = adapter_name
-            self.rankallocator = RankAllocator(self.model, config, adapter_name)
+        if not config.inference_mode and adapter_name != self.trainable_adapter_name:
+            if isinstance(self.tuner, AdaLoraModel):
+                self.allocators.clear()
+            self.allocators[adapter_name] = RankAllocator(self.model, config, adapter_name)
 
     def after_forward(self, output: Any) -> Any:
-        name, loss = self.trainable_adapter_name, getattr(output, "loss", None)
-        if isinstance(loss, Tensor) and name in self.configs and not self.tuner.disabled:
-            weight = self.configs[name].orth_reg_weight
+        loss = getattr(output, "loss", None)
+        for name in () if self.tuner.disabled or not isinstance(loss, Tensor) else self._scheduled():
             layers = [layer for layer in self.tuner.layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
             bring_together(self.tuner, (p for layer in layers for p in layer.held([name])))
             factors = read_in_units(
-                self.tuner, layers, lambda layer: [whole(layer.lora_A[name]), whole(layer.lora_B[name]).T]
+                self.tuner, layers, lambda layer, name=name: [whole(layer.lora_A[name]), whole(layer.lora_B[name]).T]
             )
-            output.loss = loss + weight * orthogonality_gap(factors).to(loss.device)
+            output.loss = output.loss + self.configs[name].orth_reg_weight * orthogonality_gap(factors).to(loss.device)
         return output
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -344,23 +355,21 @@ class AdaLoraMethod(Method):
         Raises:
             ValueError: no adapter is trained, or there are no gradients.
         """
-        name = self.trainable_adapter_name
-        if name not in self.configs:
-            raise ValueError(
-                "update_and_allocate() needs a trainable adapter, and no second one: either all are in inference mode,"
-                " or this mixed model trains several."
-            )
-        config = self.configs[name]
-        last = config.total_step - config.tfinal
-        if global_step > last:
-            # The optimiser moves the dropped ranks too, so they are set to zero again.
-            self.rankallocator.mask_using_rank_pattern(self.model, config.rank_pattern or {})
-            return
-        _, pattern = self.rankallocator.update_and_allocate(self.model, global_step, force_mask=global_step == last)
-        if pattern is not None:
-            config.rank_pattern, config._allocated = pattern, global_step == last
-        if global_step == last:
-            self.rankallocator.reset_ipt()
+        names = self._scheduled()
+        if not names:
+            raise ValueError("update_and_allocate() needs a trainable adapter; all are in inference mode.")
+        for name in names:
+            config, allocator = self.configs[name], self.allocators[name]
+            last = config.total_step - config.tfinal
+            if global_step > last:
+                # The optimiser moves the dropped ranks too, so they are set to zero again.
+                allocator.mask_using_rank_pattern(self.model, config.rank_pattern or {})
+                continue
+            _, pattern = allocator.update_and_allocate(self.model, global_step, force_mask=global_step == last)
+            if pattern is not None:
+                config.rank_pattern, config._allocated = pattern, global_step == last
+            if global_step == last:
+                allocator.reset_ipt()
 
     @classmethod
     def write_tensors(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
