@@ -64,8 +64,9 @@ class Part(nn.Module):
         # Straight into __dict__, here and in what derives from it: a large model has tens of thousands of parts, and
         # assigning to a module is slow.
         self.__dict__.update(
-            configs={}, settings={}, _active=[], _trained=set(), _disable_adapters=False, _trained_before_disable=[]
-        )
+            configs={}, settings={name: {} for name in self.other_param_names}, _active=[], _trained=set(),
+            _disable_adapters=False, _trained_before_disable=[],
+        )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
         """What a part lacks is what its module has, for modules around it: weights as adapted, sizes, methods.

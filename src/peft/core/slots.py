@@ -130,7 +130,7 @@ class Setting(Generic[T]):
     @overload
     def __get__(self, layer: Any, owner: type) -> dict[str, T]: ...
     def __get__(self, layer: Any, owner: type) -> Any:
-        return self if layer is None else layer.settings.setdefault(self.name, {})
+        return self if layer is None else layer.settings[self.name]
 
     def __set__(self, layer: Any, values: Any) -> None:
         """Replaces the setting of all adapters, as code that is used to dictionaries may do."""

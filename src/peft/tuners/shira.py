@@ -81,7 +81,8 @@ class ShiraLayer(AdapterLayer):
         if self.waits_for_file:
             return torch.empty(2, count, dtype=torch.int32, device="meta")
         if config.mask_fn is None and config.mask_type == "random":
-            return in_row_order(draw_places(self.out_features, self.in_features, count, config.random_seed))[1]
+            drawn = in_row_order(draw_places(self.out_features, self.in_features, count, config.random_seed))[1]
+            return drawn.clone()  # which a file may overwrite
         if config.mask_fn is None:
             return torch.full((2, count), -1, dtype=torch.int32)
         with onloaded(self.get_base_layer()):
