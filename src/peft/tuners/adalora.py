@@ -337,14 +337,20 @@ class AdaLoraMethod(Method):
 
     def after_forward(self, output: Any) -> Any:
         loss = getattr(output, "loss", None)
-        for name in () if self.tuner.disabled or not isinstance(loss, Tensor) else self._scheduled():
-            layers = [layer for layer in self.tuner.layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
-            bring_together(self.tuner, (p for layer in layers for p in layer.held([name])))
-            factors = read_in_units(
-                self.tuner, layers, lambda layer, name=name: [whole(layer.lora_A[name]), whole(layer.lora_B[name]).T]
-            )
-            output.loss = output.loss + self.configs[name].orth_reg_weight * orthogonality_gap(factors).to(loss.device)
+        if isinstance(loss, Tensor) and not self.tuner.disabled:
+            for name in self._scheduled():
+                loss = loss + self._penalty(name).to(loss.device)
+            output.loss = loss
         return output
+
+    def _penalty(self, name: str) -> Tensor:
+        """How far A and B of an adapter are from orthonormal, times its weight in the loss."""
+        layers = [layer for layer in self.tuner.layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
+        bring_together(self.tuner, (p for layer in layers for p in layer.held([name])))
+        factors = read_in_units(
+            self.tuner, layers, lambda layer: [whole(layer.lora_A[name]), whole(layer.lora_B[name]).T]
+        )
+        return self.configs[name].orth_reg_weight * orthogonality_gap(factors)
 
     def update_and_allocate(self, global_step: int) -> None:
         """Shares out the ranks; to be called in every training step, after `backward()` and before `zero_grad()`.
