@@ -188,32 +188,43 @@ def test_an_estimate_counts_what_training_has(made, capsys, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "checkpointing"),
-    [("lora", False), ("lora", True), ("vera", False), ("ia3", True), ("prefix-tuning", False)],
-)
-def test_an_estimate_is_the_peak_of_training(made, method, checkpointing):
+    ("method", "checkpointing", "dtype"),
+    [
+        ("lora", False, None), ("lora", True, None), ("vera", False, None), ("ia3", True, None),
+        ("prefix-tuning", False, None), ("lora", False, "bfloat16"),
+    ],
+)  # fmt: skip
+def test_an_estimate_is_the_peak_of_training(made, method, checkpointing, dtype):
     """The same, whatever was estimated before in the process; counted with values, where the estimate has none."""
+    from accelerate.utils import convert_outputs_to_fp32
+
     from peft.cli.estimate import Live, measure
     from peft.cli.plan import configure
 
     if method == "prefix-tuning" and torch.__version__ < "2.6":
         pytest.skip("with an older torch, transformers 4.57 takes no past without an attention mask, adapted or not")
-    said = Estimate(str(made.base), method=method, batch_size=4, length=64, gradient_checkpointing=checkpointing)
+    more = {"gradient_checkpointing": checkpointing, "dtype": dtype}
+    said = Estimate(str(made.base), method=method, batch_size=4, length=64, **more)
     parts, facts = measure(said, {})
     measure(Estimate(str(made.base), method="lora", batch_size=2, length=16, dtype="bfloat16"), {})
     assert measure(said, {}) == (parts, facts)
     config = configure(method.upper().replace("-", "_"), {}, "CAUSAL_LM", 100)
-    model = get_peft_model(base_of(made.base), config).train()
+    base = base_of(made.base).to(getattr(torch, dtype or "float32"))
+    base.config.use_cache = False
+    model = forward = get_peft_model(base, config).train()
+    if dtype:
+        forward = convert_outputs_to_fp32(torch.autocast("cpu", getattr(torch, dtype))(model))
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
-    ids = torch.zeros(4, 64, dtype=torch.long)
-    live = Live(zeros=torch.cuda.is_available())
+    ids, mask = torch.zeros(4, 64, dtype=torch.long), torch.ones(4, 64, dtype=torch.long)
+    mask[0, -1] = 0  # texts of different lengths
+    live = Live()
     live.note(*model.parameters(), *model.buffers())
     with live:
         for _ in range(2):
-            model(input_ids=ids, labels=ids).loss.backward()
+            forward(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     assert facts["peak"] == pytest.approx(live.peak, rel=0.1)

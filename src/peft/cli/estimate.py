@@ -64,6 +64,7 @@ def measure(options: Any, fields: Mapping[str, Any]) -> tuple[Sizes, Sizes]:
     with torch.device("meta"):
         base = getattr(models.transformers(), task.auto).from_config(config, dtype=dtype)
         everything = sum(p.numel() for p in base.parameters())
+        base.config.use_cache = False  # as in training
         head = base.get_output_embeddings()
         inner = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not head)
         model = get_peft_model(base, configured)
@@ -83,16 +84,11 @@ def measure(options: Any, fields: Mapping[str, Any]) -> tuple[Sizes, Sizes]:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, and how many there were at most at one time.
+    """Counts the bytes of the storages that are alive, and how many there were at most at one time."""
 
-    Args:
-        zeros: count the gradient of the loss by the scores, of which a CPU never writes more than an entry a token:
-            pages of zeros that are not written take no memory there.
-    """
-
-    def __init__(self, zeros: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.zeros, self.now, self.peak = zeros, 0, 0
+        self.now = self.peak = 0
         self.seen: Any = weakref.WeakKeyDictionary()
 
     def note(self, *values: Any) -> None:
@@ -109,14 +105,17 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if self.zeros or func is not torch.ops.aten.nll_loss_backward.default:
-            self.note(*tree_leaves(found))
+        self.note(*tree_leaves(found))
         return found
 
 
 def _trained(model: Any, options: Any, length: int) -> tuple[int, int]:
     """(bytes that are there between two steps of training, bytes at the peak)"""
-    live = Live(zeros=options.memory is not None or torch.cuda.is_available())
+    from accelerate.utils import convert_outputs_to_fp32
+
+    live, forward = Live(), model
+    if options.dtype == "bfloat16" or (options.dtype == "float16" and options.device != "cpu"):  # as Trainer does
+        forward = convert_outputs_to_fp32(torch.autocast("cpu", models.dtype_of(options.dtype))(model))
     with FakeTensorMode(allow_non_fake_inputs=True):
         made: dict[torch.Tensor, torch.Tensor] = {}  # tied ones are one
         for module in model.modules():
@@ -136,7 +135,8 @@ def _trained(model: Any, options: Any, length: int) -> tuple[int, int]:
         with live:
             for _ in range(2):  # the optimizer has its moments in the second
                 ids = torch.zeros(options.batch_size, length, dtype=torch.long)
-                model(input_ids=ids, labels=ids).loss.backward()
+                # With a mask, as padded texts have one; attention repeats keys and values of groups then.
+                forward(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
     return live.now, live.peak

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft.ops.dropout import draw_mask, mask_factors, pieces
-from peft.ops.internals import any_autocast, has_half_instructions, is_transformed, kept_product
+from peft.ops.internals import any_autocast, has_half_instructions, is_fake, is_transformed, kept_product
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -156,7 +156,7 @@ def needs_plain(*tensors: Tensor | None) -> bool:
         return True
     for tensor in tensors:  # a loop, as this runs in each layer for each token that is decoded
         kind = type(tensor)
-        if kind is not Tensor and kind is not torch.nn.Parameter and tensor is not None:
+        if kind is not Tensor and kind is not torch.nn.Parameter and tensor is not None and not is_fake(tensor):
             return True
     return False
 
