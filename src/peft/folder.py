@@ -191,15 +191,16 @@ def settle(folder: str) -> None:
                     os.replace(os.path.join(inside, entry), os.path.join(folder, entry))
         _sync(folder)
         _remove(inside)
-    if _is_folder(committed):
+    kind = _kind(committed)  # once: another process may commit its save at any moment
+    if kind == stat.S_IFDIR:
         for entry in _entries(committed):
             path = os.path.join(committed, entry)
             if not (_SAVE_NAME.fullmatch(entry) and _is_folder(path)):  # a stray, which would be in the next save's way
                 _remove(path)
         with suppress(OSError):
             os.rmdir(committed)
-    elif _kind(committed):
-        with suppress(FileNotFoundError):
+    elif kind:
+        with suppress(FileNotFoundError, IsADirectoryError):
             os.unlink(committed)
 
 

@@ -48,6 +48,8 @@ def read_pickle(path: str, device: torch.device | str = "cpu", asked: bool = Tru
         reason = str(error).partition("\n")[0]
         raise WeightsFileError(f"{path} is damaged, or holds more than tensors, which is not read: {reason}") from error
     except Exception as error:  # torch lets through whatever comes up in it
+        if not Path(path).exists():  # replaced at this moment: the caller reads again
+            raise FileNotFoundError(path) from error
         raise WeightsFileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
         raise WeightsFileError(f"{path} holds a {type(content).__name__}, not tensors by name.")
