@@ -174,6 +174,10 @@ def test_adalora_in_a_mixed_model_has_its_penalty_and_its_schedule():
     both.backward()
     model.base_model.update_and_allocate(5)
     assert both > loss + 1e-3 and any(False in kept for kept in model.peft_config["other"].rank_pattern.values())
+    model.delete_adapter("other")
+    again = peft.AdaLoraConfig(target_modules=["k_proj"], **SCHEDULE)
+    model.add_adapter("other", again)
+    assert model.base_model.rankallocator.peft_config is again, "one of the same name begins anew"
 
 
 def test_the_base_model_and_mixed_batches_from_several_threads():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 import peft
+from failures import fails
 from law_subjects import SHARE, SUBJECTS
 from peft.core.walk import parts_of
 
@@ -34,38 +34,6 @@ SEQUENCES = int(os.environ.get("LAWS") or 0)
 STEPS = 25 if SEQUENCES else 8
 NAMES = ("a", "b", "c", "d")
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
-
-
-class Failure:
-    """Raises an error at the n-th line of the library that runs."""
-
-    def __init__(self, n: int, error: type[BaseException]):
-        self.left, self.error = n, error
-
-    def __call__(self, frame, event, arg):
-        if "/peft/" not in frame.f_code.co_filename.replace("\\", "/"):
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                raise self.error("injected")
-        return self
-
-
-def fails(call: Callable[[], object], n: int, error: type[BaseException]) -> bool:
-    """Runs a call with a failure at its n-th line; whether it came to that."""
-    before, grad = sys.gettrace(), torch.is_grad_enabled()
-    sys.settrace(Failure(n, error))
-    try:
-        call()
-    except error as raised:
-        if "injected" not in str(raised):
-            raise
-        return True
-    finally:
-        sys.settrace(before)
-        torch.set_grad_enabled(grad)  # Python may be on the way out of no_grad(), past its last line
-    return False
 
 
 def layers_of(model) -> list:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 import peft
+from failures import fails
 from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.core.walk import base_parameters
 from tiny_models import gpt2, llama
@@ -140,35 +140,6 @@ def test_trained_tokens_of_tied_modules():
     assert base.lm_head.weight is base.transformer.wte.weight
 
 
-class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line of the library that runs."""
-
-    def __init__(self, n: int):
-        self.left = n
-
-    def __call__(self, frame, event, arg):
-        if "/peft/" not in frame.f_code.co_filename.replace("\\", "/"):
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self
-
-
-def _interrupted(call, n: int) -> bool:
-    grad = torch.is_grad_enabled()
-    sys.settrace(Interrupt(n))
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-        torch.set_grad_enabled(grad)  # Python may be on the way out of no_grad(), past its last line
-    return False
-
-
 @pytest.mark.parametrize("operation", ["merge", "unmerge", "disable", "enable"])
 def test_an_interrupt_at_any_line_loses_no_base_weight(operation):
     calls = {
@@ -187,7 +158,7 @@ def test_an_interrupt_at_any_line_loses_no_base_weight(operation):
             model.base_model.merge_adapter()
         if operation == "enable":
             model.base_model.disable_adapter_layers()
-        if not _interrupted(lambda model=model: calls[operation](model), n):
+        if not fails(lambda model=model: calls[operation](model), n, KeyboardInterrupt):
             break
         model.base_model.enable_adapter_layers()
         if model.base_model.merge_memory():
@@ -228,7 +199,7 @@ def test_an_interrupt_leaves_prompts_as_before_or_as_after(config, operation):
         outcomes = [(state_of(model), model(ids).logits) for model in (start, after)]
         for n in range(1, 2000, 7):
             model = copy.deepcopy(start)
-            if not _interrupted(lambda model=model: call(model), n):
+            if not fails(lambda model=model: call(model), n, KeyboardInterrupt):
                 break
             found = state_of(model), model(ids).logits
             assert any(found[0] == state and torch.equal(found[1], out) for state, out in outcomes), f"line {n}"

@@ -329,8 +329,8 @@ class AdaLoraMethod(Method):
             )
 
     def added(self, adapter_name: str) -> None:
-        config = self.configs[adapter_name]
-        if not config.inference_mode and adapter_name != self.trainable_adapter_name:
+        config, known = self.configs[adapter_name], self.allocators.get(adapter_name)
+        if not config.inference_mode and (known is None or known.peft_config is not config):
             if isinstance(self.tuner, AdaLoraModel):
                 self.allocators.clear()
             self.allocators[adapter_name] = RankAllocator(self.model, config, adapter_name)
