@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar
@@ -13,11 +13,12 @@ from peft.registry import PeftType, TaskType, method_of
 from peft.values import check_value, dataclass_in, field_types, is_of, shown
 from peft.version import __version__
 
-
-def _check_task_type(task_type: str | None) -> None:
-    known = [task.value for task in TaskType]
-    if task_type is not None and task_type not in known:
-        raise ValueError(f"Invalid task type: {task_type!r}. Use one of {', '.join(known)}, or None.")
+#: which numbers the fields of a list may have, and what is said of others
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "positive_fields": (lambda value: value > 0, "be positive"),
+    "nonnegative_fields": (lambda value: value >= 0, "not be negative"),
+    "fraction_fields": (lambda value: 0 <= value < 1, "be at least 0 and less than 1"),
+}
 
 
 def plain(value: Any) -> Any:
@@ -100,43 +101,32 @@ class ConfigFields:
         kinds = field_types(own_class)
         for field in fields(self):
             value, kind = getattr(self, field.name), kinds.get(field.name, Any)
-            if value is None and not is_of(None, kind) and not _is_scalar(kind):
+            if value is None and not any(is_of(one, kind) for one in (None, 0, 0.5, False, "")):
                 continue  # an empty list or mapping, as older files say it
             check_value(field.name, value, kind, own_class.__name__)
             if "dropout" in field.name and isinstance(value, (int, float)) and not 0 <= value <= 1:
                 raise ValueError(f"{field.name} is a probability: at least 0 and at most 1; got {value}.")
             if field.name == "modules_to_save" and "" in (value or ()):
                 raise ValueError(f"{field.name} has an empty name in it: {shown(value)}.")
-        for name in self._all_of("positive_fields"):
-            demand = "positive" if is_of(0.5, kinds.get(name, Any)) else "a positive integer"
-            for value, where in self._values_of(name):
-                if value is not None and not value > 0:
-                    raise ValueError(f"{name} must be {demand}, got {value}{where}.")
-        for name in self._all_of("nonnegative_fields"):
-            for value, where in self._values_of(name):
-                if value is not None and not value >= 0:
-                    raise ValueError(f"{name} must not be negative, got {value}{where}.")
-        for name in self._all_of("fraction_fields"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, got {value}.")
-        _check_task_type(self.task_type)
+        for attribute, (holds, demand) in _RANGES.items():
+            for name in (name for base in own_class.__mro__ for name in base.__dict__.get(attribute, ())):
+                for value, where in self._values_of(name):
+                    if value is not None and not holds(value):
+                        whole = attribute == "positive_fields" and not is_of(0.5, kinds.get(name, Any))
+                        demand = "be a positive integer" if whole else demand
+                        raise ValueError(f"{name} must {demand}, got {value}{where}.")
+        known = [task.value for task in TaskType]
+        if self.task_type is not None and self.task_type not in known:
+            raise ValueError(f"Invalid task type: {self.task_type!r}. Use one of {', '.join(known)}, or None.")
         if self.peft_version is None:
             self.peft_version = __version__
 
-    @classmethod
-    def _all_of(cls, attribute: str) -> list[str]:
-        return [name for base in cls.__mro__ for name in base.__dict__.get(attribute, ())]
-
     def _values_of(self, name: str) -> list[tuple[Any, str]]:
         """A field's value, and those of single modules, each with where it stands."""
-        patterns = [pattern for pattern, varied in self.pattern_fields.items() if varied == name]
-        single = [
-            (value, f" for {key!r} in {pattern}")
-            for pattern in patterns
-            for key, value in (getattr(self, pattern) or {}).items()
-        ]
-        return [(getattr(self, name), ""), *single]
+        found = [(getattr(self, name), "")]
+        for pattern in (pattern for pattern, varied in self.pattern_fields.items() if varied == name):
+            found += [(value, f" for {key!r} in {pattern}") for key, value in (getattr(self, pattern) or {}).items()]
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that a file has, by name; sub-configurations as dictionaries."""
@@ -144,9 +134,9 @@ class ConfigFields:
 
     def _written(self) -> set[str]:
         """Names of the fields that a file has."""
-        plain = {f.name for f in fields(self)} - self.runtime_fields
         beyond = self.beyond_reference | {"left_out"}
-        return {name for name in plain if name not in beyond or not self._is_default(name)}
+        names = {f.name for f in fields(self)} - self.runtime_fields
+        return {name for name in names if name not in beyond or not self._is_default(name)}
 
     def _is_default(self, name: str) -> bool:
         f = self.__dataclass_fields__[name]
@@ -204,8 +194,3 @@ class ConfigFields:
     def is_adaption_prompt(self) -> bool:
         """Whether the method is adaption prompt (Llama-Adapter)."""
         return False
-
-
-def _is_scalar(kind: Any) -> bool:
-    """Whether a field of this type holds one number, text or switch."""
-    return any(is_of(value, kind) for value in (0, 0.5, False, ""))
