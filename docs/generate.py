@@ -33,6 +33,7 @@ import test_conformance as cells  # noqa: E402
 from peft.config import LayerConfig, PeftConfig, PromptLearningConfig  # noqa: E402
 from peft.integrations.serving import ENGINES, FEATURES, REMEDIES  # noqa: E402
 from peft.registry import METHODS  # noqa: E402
+from peft.values import field_types  # noqa: E402
 
 TEXTS: dict[str, dict[str, Any]] = yaml.safe_load((DOCS / "methods.yaml").read_text(encoding="utf-8"))
 DISTRIBUTED, RECORD = DOCS / "distributed.md", DOCS.parent / "tests" / "data" / "distributed.json"
@@ -264,7 +265,7 @@ def about(config_class: type) -> str:
 
 
 def field_table(config_class: Any, leave_out: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
-    kinds = typing.get_type_hints(config_class)
+    kinds = field_types(config_class)
     texts: dict[str, str] = {}
     for base in reversed(config_class.__mro__):
         if "__doc__" in base.__dict__ and base is not object:

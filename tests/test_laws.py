@@ -121,9 +121,6 @@ class Laws(RuleBasedStateMachine):
         for _, part in parts_of(self.model.get_base_model()):
             if part.has(name):
                 found.update(part.trainable_parameters(name))
-        if self.subject == "ADAPTION_PROMPT":
-            for _, attention in self.model.base_model.attentions():
-                found.update(attention.tensors(name).values())
         for path in self.case.beside:
             held = self.model.get_submodule(path)
             held = held[name] if name in held._modules else held

@@ -136,8 +136,6 @@ def test_several_adapters_copies_and_pickles(name):
     torch.manual_seed(8)
     model.add_adapter("other", CONFIGS[name](task_type="CAUSAL_LM"))
     fill_adapter(model, "other", seed=5, scale=0.6)
-    if name == "adaption prompt":  # its active tensors carry no name, so those of `other` were filled, and wait
-        assert all("kept" in key for key, _ in model.named_parameters() if "other" in key)
     assert torch.equal(model(**inputs).logits, expected)
     model.set_adapter("other")
     other = model(**inputs).logits

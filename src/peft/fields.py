@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar
@@ -10,15 +10,14 @@ from typing import Any, ClassVar
 from peft.errors import warn
 from peft.html import table
 from peft.registry import PeftType, TaskType, method_of
-from peft.values import check_value, dataclass_in, field_types, is_of, shown
+from peft.values import check_value, dataclass_in, enum_in, field_types, is_of, ranges, shown
 from peft.version import __version__
 
-#: which numbers the fields of a list may have, and what is said of others
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "positive_fields": (lambda value: value > 0, "be positive"),
-    "nonnegative_fields": (lambda value: value >= 0, "not be negative"),
-    "fraction_fields": (lambda value: 0 <= value < 1, "be at least 0 and less than 1"),
-}
+
+def _check_task_type(task_type: str | None) -> None:
+    known = [task.value for task in TaskType]
+    if task_type is not None and task_type not in known:
+        raise ValueError(f"Invalid task type: {task_type!r}. Use one of {', '.join(known)}, or None.")
 
 
 def plain(value: Any) -> Any:
@@ -34,21 +33,39 @@ def plain(value: Any) -> Any:
     return value
 
 
-def as_subconfig(name: str, value: Any, kind: type) -> Any:
-    """`value` as an instance of the sub-configuration class `kind`: itself, or built from a mapping (as JSON has it).
+@dataclass
+class Settings:
+    """Base of the settings that are a field of a configuration; checked when they are made, as its other fields are.
+
+    Raises:
+        TypeError, ValueError: a value is of another type, or out of range.
+    """
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        for name, of in field_types(kind).items():
+            check_value(name, getattr(self, name), of, kind.__name__)
+        for name, limits in ranges(kind).items():
+            limits.check(name, getattr(self, name))
+
+
+def as_settings(name: str, value: Any, kind: type) -> Any:
+    """`value` as an instance of the class of settings `kind`: itself, or built from a mapping (as JSON has it).
 
     Raises TypeError where it is neither, or a field is unknown or of another type.
     """
     if value is None or isinstance(value, kind):
         return value
-    if isinstance(value, Mapping):
-        kinds = field_types(kind)
-        for field, entry in value.items():
-            if field not in kinds:
-                raise TypeError(f"{name} has no field {shown(field)}; a {kind.__name__} has {', '.join(kinds)}.")
-            check_value(f"{name}.{field}", entry, kinds[field], kind.__name__)
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a {kind.__name__} or a mapping of its fields, got {type(value).__name__}.")
+    known = field_types(kind)
+    for field in value:
+        if field not in known:
+            raise TypeError(f"{name} has no field {shown(field)}; a {kind.__name__} has {', '.join(known)}.")
+    try:
         return kind(**value)
-    raise TypeError(f"{name} must be a {kind.__name__} or a mapping of its fields, got {type(value).__name__}.")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 @dataclass
@@ -70,17 +87,11 @@ class ConfigFields:
     #: the method of the class, which says it as `class HRAConfig(LayerConfig, peft_type=PeftType.HRA)`
     _method: ClassVar[PeftType | None] = None
     #: fields that huggingface/peft's files do not have; written only where they differ from their default
-    beyond_reference: ClassVar[frozenset[str]] = frozenset()
+    beyond_reference: ClassVar[Collection[str]] = ()
     #: whether the base weights of embeddings that an adapter targets are stored along with it
     stores_embeddings: ClassVar[bool] = True
     #: fields that only matter in this process; never written
-    runtime_fields: ClassVar[frozenset[str]] = frozenset()
-    #: fields whose numbers are more than zero (those of the classes below count too); None is allowed
-    positive_fields: ClassVar[tuple[str, ...]] = ()
-    #: fields whose numbers are zero or more
-    nonnegative_fields: ClassVar[tuple[str, ...]] = ()
-    #: fields whose numbers are fractions: zero or more, less than one
-    fraction_fields: ClassVar[tuple[str, ...]] = ()
+    runtime_fields: ClassVar[Collection[str]] = ()
     #: fields that map names of modules (or regular expressions for their ends) to values of their own -> the field that
     #: these are values of; names that match no module are warned of
     pattern_fields: ClassVar[Mapping[str, str]] = {}
@@ -101,32 +112,35 @@ class ConfigFields:
         kinds = field_types(own_class)
         for field in fields(self):
             value, kind = getattr(self, field.name), kinds.get(field.name, Any)
-            if value is None and not any(is_of(one, kind) for one in (None, 0, 0.5, False, "")):
+            if value is None and not is_of(None, kind) and not _is_scalar(kind):
                 continue  # an empty list or mapping, as older files say it
             check_value(field.name, value, kind, own_class.__name__)
+            known = enum_in(kind) if field.name not in ("task_type", "peft_type") else None
+            if known is not None and isinstance(value, str):
+                if value not in [*known]:
+                    names = ", ".join(member.value for member in known)
+                    raise ValueError(f"{field.name}={value!r} is not known; use one of {names}.")
+                setattr(self, field.name, known(value))
             if "dropout" in field.name and isinstance(value, (int, float)) and not 0 <= value <= 1:
                 raise ValueError(f"{field.name} is a probability: at least 0 and at most 1; got {value}.")
             if field.name == "modules_to_save" and "" in (value or ()):
                 raise ValueError(f"{field.name} has an empty name in it: {shown(value)}.")
-        for attribute, (holds, demand) in _RANGES.items():
-            for name in (name for base in own_class.__mro__ for name in base.__dict__.get(attribute, ())):
-                for value, where in self._values_of(name):
-                    if value is not None and not holds(value):
-                        whole = attribute == "positive_fields" and not is_of(0.5, kinds.get(name, Any))
-                        demand = "be a positive integer" if whole else demand
-                        raise ValueError(f"{name} must {demand}, got {value}{where}.")
-        known = [task.value for task in TaskType]
-        if self.task_type is not None and self.task_type not in known:
-            raise ValueError(f"Invalid task type: {self.task_type!r}. Use one of {', '.join(known)}, or None.")
+        for name, limits in ranges(own_class).items():
+            for value, where in self._values_of(name):
+                limits.check(name, value, where)
+        _check_task_type(self.task_type)
         if self.peft_version is None:
             self.peft_version = __version__
 
     def _values_of(self, name: str) -> list[tuple[Any, str]]:
         """A field's value, and those of single modules, each with where it stands."""
-        found = [(getattr(self, name), "")]
-        for pattern in (pattern for pattern, varied in self.pattern_fields.items() if varied == name):
-            found += [(value, f" for {key!r} in {pattern}") for key, value in (getattr(self, pattern) or {}).items()]
-        return found
+        patterns = [pattern for pattern, varied in self.pattern_fields.items() if varied == name]
+        single = [
+            (value, f" for {key!r} in {pattern}")
+            for pattern in patterns
+            for key, value in (getattr(self, pattern) or {}).items()
+        ]
+        return [(getattr(self, name), ""), *single]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that a file has, by name; sub-configurations as dictionaries."""
@@ -134,9 +148,9 @@ class ConfigFields:
 
     def _written(self) -> set[str]:
         """Names of the fields that a file has."""
-        beyond = self.beyond_reference | {"left_out"}
-        names = {f.name for f in fields(self)} - self.runtime_fields
-        return {name for name in names if name not in beyond or not self._is_default(name)}
+        plain = {f.name for f in fields(self)}.difference(self.runtime_fields)
+        beyond = {*self.beyond_reference, "left_out"}
+        return {name for name in plain if name not in beyond or not self._is_default(name)}
 
     def _is_default(self, name: str) -> bool:
         f = self.__dataclass_fields__[name]
@@ -194,3 +208,8 @@ class ConfigFields:
     def is_adaption_prompt(self) -> bool:
         """Whether the method is adaption prompt (Llama-Adapter)."""
         return False
+
+
+def _is_scalar(kind: Any) -> bool:
+    """Whether a field of this type holds one number, text or switch."""
+    return any(is_of(value, kind) for value in (0, 0.5, False, ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,6 @@ from torch.nn.functional import pad
 
 from peft.config import PeftConfig
 from peft.core.call import cached_tokens
-from peft.core.undo import undone_on_error
 from peft.errors import warn
 from peft.model import TASK_CLASSES, PeftModel
 from peft.tuners.prompts.base import lengthen, replaced
@@ -69,19 +68,18 @@ class TaskModel(PeftModel):
     @contextmanager
     def _heads_saved(self, config: Any) -> Iterator[None]:
         """Adds the task's heads to the modules that `config` saves; not so if adding the adapter then fails."""
-        if not hasattr(config, "modules_to_save"):
+        before = getattr(config, "modules_to_save", None)
+        if self.heads and hasattr(config, "modules_to_save"):
+            config.modules_to_save = [*(before or ()), *(head for head in self.heads if head not in (before or ()))]
+        try:
             yield
-            return
-        before = config.modules_to_save
-        with undone_on_error(lambda: setattr(config, "modules_to_save", before)):
-            if self.heads:
-                config.modules_to_save = list(dict.fromkeys([*(before or ()), *self.heads]))
-            yield
+        except BaseException:
+            if hasattr(config, "modules_to_save"):
+                config.modules_to_save = before
+            raise
 
-    def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if task is not None:
-            TASK_CLASSES[task] = cls
         if inspect.unwrap(cls.forward) is TaskModel.forward:
             cls.forward = _with_arguments(TaskModel.forward, cls.arguments)  # type: ignore[method-assign]
 
@@ -97,8 +95,7 @@ class TaskModel(PeftModel):
         Raises:
             TypeError: an argument is given twice, or there are too many.
         """
-        base = self.get_base_model()
-        if args and (self.prompt_active or self.arguments[0] in inspect.signature(base.forward).parameters):
+        if args and (self.prompt_active or self._base_takes(self.arguments[0])):
             given = _signature(self.arguments).bind(self, *args, **kwargs).arguments
             args, kwargs = (), {name: given[name] for name in self.arguments if name in given} | given.get("kwargs", {})
         with self._passing():
@@ -110,6 +107,10 @@ class TaskModel(PeftModel):
                     output = self._run(inputs, kwargs.get("input_ids"))
                 return self._prompt.finish(output, inputs.get("labels"), kwargs)
 
+    def _base_takes(self, name: str) -> bool:
+        """Whether the base model's forward pass has an argument of this name."""
+        return name in inspect.signature(self.get_base_model().forward).parameters
+
     def _prompted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.with_prompt(inputs, self.labels_by_token, self.labelled_positions)
 
@@ -118,7 +119,7 @@ class TaskModel(PeftModel):
         return self.base_model(**inputs)
 
 
-class PeftModelForSequenceClassification(TaskModel, task="SEQ_CLS"):
+class PeftModelForSequenceClassification(TaskModel):
     """A classifier of whole texts; `classifier` or `score` is trained with the adapter."""
 
     heads = ("classifier", "score")
@@ -144,14 +145,14 @@ class PeftModelForSequenceClassification(TaskModel, task="SEQ_CLS"):
             hook.remove()
 
 
-class PeftModelForTokenClassification(TaskModel, task="TOKEN_CLS"):
+class PeftModelForTokenClassification(TaskModel):
     """A classifier of tokens; `classifier` or `score` is trained with the adapter. Labels go by token."""
 
     heads = ("classifier", "score")
     labels_by_token = ("labels",)
 
 
-class PeftModelForQuestionAnswering(TaskModel, task="QUESTION_ANS"):
+class PeftModelForQuestionAnswering(TaskModel):
     """Finds an answer in a text; `qa_outputs` is trained with the adapter.
 
     With a soft prompt of n virtual tokens, logit n + i belongs to token i; `start_positions` and `end_positions` count
@@ -166,7 +167,7 @@ class PeftModelForQuestionAnswering(TaskModel, task="QUESTION_ANS"):
     labelled_positions = ("start_positions", "end_positions")
 
 
-class PeftModelForFeatureExtraction(TaskModel, task="FEATURE_EXTRACTION"):
+class PeftModelForFeatureExtraction(TaskModel):
     """A model whose hidden states are the result."""
 
     arguments = ("input_ids", "attention_mask", "inputs_embeds", *_COMMON)
@@ -219,11 +220,10 @@ class GeneratingModel(TaskModel):
         def make_longer_cache(*args: Any, **kwargs: Any) -> Any:
             return make_cache(*args[:4], args[4] + tokens, *args[5:], **kwargs)
 
-        room = replaced(self.base_model, "_prepare_cache_for_generation", make_longer_cache)
-        with (
-            replaced(self.base_model, "prepare_inputs_for_generation", prepare_step),
-            nullcontext() if make_cache is None else room,
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(replaced(self.base_model, "prepare_inputs_for_generation", prepare_step))
+            if make_cache is not None:
+                stack.enter_context(replaced(self.base_model, "_prepare_cache_for_generation", make_longer_cache))
             yield
 
     def _prepare_step(
@@ -266,13 +266,13 @@ class GeneratingModel(TaskModel):
         return inputs
 
 
-class PeftModelForCausalLM(GeneratingModel, task="CAUSAL_LM"):
+class PeftModelForCausalLM(GeneratingModel):
     """A language model that continues texts. Labels go by token."""
 
     labels_by_token = ("labels",)
 
 
-class PeftModelForSeq2SeqLM(GeneratingModel, task="SEQ_2_SEQ_LM"):
+class PeftModelForSeq2SeqLM(GeneratingModel):
     """An encoder-decoder that turns texts into texts. A soft prompt goes before the encoder's input."""
 
     arguments = (
@@ -311,4 +311,13 @@ class PeftModelForSeq2SeqLM(GeneratingModel, task="SEQ_2_SEQ_LM"):
         return self.base_model.generate(None, *args[1:], **kwargs)
 
 
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING = TASK_CLASSES
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+TASK_CLASSES.update(MODEL_TYPE_TO_PEFT_MODEL_MAPPING)

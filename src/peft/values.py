@@ -5,24 +5,62 @@ from __future__ import annotations
 import os
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, reduce
 from numbers import Integral, Real
-from typing import Any
+from operator import or_
+from typing import Annotated, Any
 
 #: integers are less than this, as those of tensors are; other numbers are no larger than a float32
 _INTEGERS, _LARGEST = 2**63, 3.4e38
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the number in a field has to be: `must` in words, `holds` as a test."""
+
+    must: str
+    holds: Callable[[Any], bool]
+
+    def check(self, name: str, value: Any, where: str = "") -> None:
+        """Raises ValueError where the value of field `name` is a number outside."""
+        if value is not None and not self.holds(value):
+            raise ValueError(f"{name} {self.must}, got {value}{where}.")
+
+
+#: types of fields with numbers in a range; numbers by module (see `pattern_fields`) have to be in that of the field too
+PositiveInt = Annotated[int, Range("must be a positive integer", lambda number: number > 0)]
+PositiveFloat = Annotated[float, Range("must be positive", lambda number: number > 0)]
+NonNegativeInt = Annotated[int, Range("must not be negative", lambda number: number >= 0)]
+NonNegativeFloat = Annotated[float, Range("must not be negative", lambda number: number >= 0)]
+Fraction = Annotated[float, Range("must be at least 0 and less than 1", lambda number: 0 <= number < 1)]
+Share = Annotated[float, Range("must be between 0 and 1", lambda number: 0 <= number <= 1)]
+
+
+@cache
+def ranges(config_class: type) -> dict[str, Range]:
+    """The ranges of a configuration's fields, of those that have one."""
+    kinds = typing.get_type_hints(config_class, include_extras=True) if field_types(config_class) else {}
+    members = ((name, member) for name, kind in kinds.items() for member in (kind, *typing.get_args(kind)))
+    return {name: extra for name, member in members for extra in typing.get_args(member) if isinstance(extra, Range)}
 
 
 @cache
 def field_types(config_class: type) -> dict[str, Any]:
     """The types of a configuration's fields; what a class from elsewhere names and does not import may be anything."""
     try:
-        return typing.get_type_hints(config_class)
+        return {name: _as_written(kind) for name, kind in typing.get_type_hints(config_class).items()}
     except (NameError, TypeError):
         return {}
+
+
+def _as_written(kind: Any) -> Any:
+    """A union of classes as `int | None`, which Python makes another of where one of them has a range."""
+    members = typing.get_args(kind)
+    is_plain = typing.get_origin(kind) is typing.Union and all(isinstance(member, type) for member in members)
+    return reduce(or_, members) if is_plain else kind
 
 
 def is_of(value: Any, kind: Any) -> bool:
@@ -82,8 +120,12 @@ def check_value(name: str, value: Any, kind: Any, owner: str) -> None:
         raise TypeError(
             f"{name} of {owner} must be {spelled(kind)}, got {shown(value)} ({type(value).__name__})."
         )
-    literals = [member for member in (kind, *typing.get_args(kind)) if typing.get_origin(member) is typing.Literal]
-    named = [choice for member in literals for choice in typing.get_args(member)]
+    named = [
+        choice
+        for member in (kind, *typing.get_args(kind))
+        if typing.get_origin(member) is typing.Literal
+        for choice in typing.get_args(member)
+    ]
     if named and isinstance(value, str) and value not in named:
         raise ValueError(f"{name} of {owner} must be one of {', '.join(map(repr, named))}, got {shown(value)}.")
     for leaf in leaves(value):
@@ -116,6 +158,12 @@ def leaves(value: Any) -> Iterator[Any]:
             waiting += entry
         else:
             yield entry
+
+
+def enum_in(kind: Any) -> Any:
+    """The enumeration whose members a field of this type has, by their values too; None if there is none."""
+    members = (kind, *typing.get_args(kind))
+    return next((member for member in members if isinstance(member, type) and issubclass(member, Enum)), None)
 
 
 def dataclass_in(kind: Any) -> type | None:

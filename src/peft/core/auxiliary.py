@@ -71,12 +71,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         tied_module: a module to share the copy's weight with (tied embeddings).
     """
 
-    modules_to_save = ModuleSlot()
+    modules_to_save = ModuleSlot[Any]()
 
     def __init__(self, module_to_save: nn.Module, adapter_name: str, tied_module: nn.Module | None = None):
         super().__init__()
         self.original_module = module_to_save
-        self.modules_to_save = nn.ModuleDict()
+        self.modules_to_save = nn.ModuleDict()  # type: ignore[assignment]
         module_to_save.requires_grad_(False)
         self.update(adapter_name, tied_module)
 

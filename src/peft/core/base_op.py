@@ -30,6 +30,7 @@ class BaseOp:
         multiplies: whether the product of an input with another matrix can be had by itself (`low_rank`, `product`).
         scales_input, scales_output: whether the features of its input and output lie along one dimension.
         batch_dim: the dimension of the input that counts samples.
+        projections: how many of the same size lie one above the other in it.
         rounds: how often it counts all of them, one after the other; None where samples are mingled.
     """
 
@@ -41,6 +42,7 @@ class BaseOp:
     scales_input = False
     scales_output = False
     batch_dim = 0
+    projections = 1
     rounds: int | None = 1
     own_forward = False  # whether its forward is more than its kind, so that only its weight can be changed
 
@@ -261,6 +263,7 @@ class AttentionOp(BaseOp):
     kind = "MultiheadAttention"
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
+    projections = 3
 
     def __init__(self, module: nn.MultiheadAttention):
         super().__init__(module)

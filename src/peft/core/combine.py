@@ -60,6 +60,8 @@ def check_combination(
         used = min(len(adapters), len(weights))
         warn(f"{len(adapters)} adapters and {len(weights)} weights were given; only the first {used} of both are used.")
     names = list(adapters)[: len(weights)]
+    if any(method.configs[name].target_parameters for name in names):
+        raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
     _owners(method, names)
     return names, [float(weight) for weight in weights][: len(names)]
 

@@ -41,8 +41,10 @@ class AdapterLayer(AdaptedModule):
     kinds: ClassVar[frozenset[str]] = frozenset(
         ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "Parameter")
     )
-    #: what the adapter layer is called in status, beside its kind: its file if None; "" where the class says it all
-    label: ClassVar[str | None] = None
+    #: why adapters cannot become part of the weight, for methods of which that holds
+    cannot_merge: ClassVar[str] = ""
+    #: what status calls the layer, with the file and the name of its class, and the kind of base module
+    label: ClassVar[str] = "{file}.{kind}"
     #: the setting that is a `Dropout`
     dropout_field: ClassVar[str | None] = None
 
@@ -89,6 +91,8 @@ class AdapterLayer(AdaptedModule):
 
     def check_merge(self, name: str) -> None:
         """Raises NotImplementedError or ValueError where the adapter cannot become part of the weight."""
+        if self.cannot_merge:
+            raise NotImplementedError(self.cannot_merge)
 
     @classmethod
     def check(cls, config: Any, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -343,8 +347,8 @@ class AdapterLayer(AdaptedModule):
     @property
     def type_name(self) -> str:
         """What status calls this kind of layer."""
-        label = type(self).__module__.rpartition(".")[2] if self.label is None else self.label
-        return f"{label}.{self.op.kind}" if label else type(self).__name__
+        file, name = type(self).__module__.rpartition(".")[2], type(self).__name__
+        return self.label.format(file=file, name=name, kind=self.op.kind)
 
     def __repr__(self) -> str:
         return super().__repr__().replace(type(self).__name__, self.type_name, 1)

@@ -43,6 +43,7 @@ class Method:
     unwraps_saved: ClassVar[bool] = True
     #: slots whose tensors have nothing to do in some layers, and get no gradient there
     idle_slots: ClassVar[tuple[str, ...]] = ()
+    _hooks: tuple[Any, ...] = ()
 
     def __init__(self, tuner: Adapters, layer_class: type[AdapterLayer], prefix: str):
         self.tuner, self.layer_class, self.prefix = tuner, layer_class, prefix
@@ -204,6 +205,18 @@ class Method:
             if adapter_name in container:
                 del container[adapter_name]
 
+    def watch_calls(self, wanted: bool, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        """While it is wanted, two hooks stand around the base model, whoever calls it; both get its keywords too."""
+        if wanted and not self._hooks:
+            self._hooks = (
+                self.model.register_forward_pre_hook(before, with_kwargs=True),
+                self.model.register_forward_hook(after, with_kwargs=True, always_call=True),
+            )
+        elif not wanted:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = ()
+
     # ---- layer by layer
 
     def layer_settings(self, config: Any, key: str) -> dict[str, Any]:
@@ -314,6 +327,8 @@ class Method:
 class Adapters(nn.Module):
     """A model and the adapters on it: which there are, where, and what their methods say.
 
+    The model class of a method names what belongs to it: `class HRAModel(BaseTuner, layer=HRALayer, prefix="hra_")`.
+
     Args:
         model: the base model.
     """
@@ -329,8 +344,16 @@ class Adapters(nn.Module):
     #: whether layers share tensors, which the tuner holds
     uses_shared_state: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls,
+        layer: type[AdapterLayer] | None = None,
+        method: type[Method] | None = None,
+        prefix: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init_subclass__(**kwargs)
+        cls.layer_class, cls.method_class = layer or cls.layer_class, method or cls.method_class
+        cls.prefix = prefix or cls.prefix
         cls.uses_shared_state = any(slot.shared for slot in cls.layer_class.slots.values())
 
     def __init__(self, model: nn.Module):

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, overload
 from torch import Tensor, nn
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 class Buffers(nn.Module):
@@ -101,10 +102,10 @@ class FixedSlot(Slot):
         return Buffers(persistent=self.stored is not False)
 
 
-class ModuleSlot(Slot):
-    """Modules with the tensors in them."""
+class ModuleSlot(Slot, Generic[M]):
+    """Modules of a kind, with the tensors in them: `router = ModuleSlot[nn.Linear]()`."""
 
-    def __get__(self, part: Any, owner: type) -> nn.ModuleDict:  # type: ignore[override]
+    def __get__(self, part: Any, owner: type) -> dict[str, M]:  # type: ignore[override]
         return super().__get__(part, owner)  # type: ignore[return-value]
 
     def container(self) -> nn.Module:

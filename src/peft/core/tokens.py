@@ -66,7 +66,7 @@ class TrainableTokensLayer(AdapterLayer):
 
     trainable_tokens_delta = Slot()
     kinds = frozenset(("Embedding", "Linear"))
-    label = ""
+    label = "{name}"
 
     token_indices = Setting[list[int]]()
 
@@ -131,10 +131,6 @@ class TrainableTokensLayer(AdapterLayer):
                 )
             seen.update(self.token_indices[name])
         return names
-
-    @property
-    def type_name(self) -> str:
-        return type(self).__name__
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,10 +12,17 @@ from peft.core.layer import AdapterLayer
 from peft.core.part import Part
 from peft.core.wrappers import unwrapped
 
+L = TypeVar("L", bound=AdapterLayer)
+
 
 def parts_of(model: nn.Module) -> list[tuple[str, Part]]:
     """All adapter layers and trained modules in a model by name, outer ones before what they wrap."""
     return [(name, module) for name, module in live_modules(model) if isinstance(module, Part)]
+
+
+def layers_of(model: nn.Module, kind: type[L], adapter_name: str) -> dict[str, L]:
+    """The layers of a kind that have an adapter, by name."""
+    return {path: part for path, part in parts_of(model) if isinstance(part, kind) and part.has(adapter_name)}
 
 
 def live_modules(model: nn.Module, copies: bool = True) -> Iterator[tuple[str, nn.Module]]:
@@ -46,7 +53,7 @@ def live_modules(model: nn.Module, copies: bool = True) -> Iterator[tuple[str, n
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters of the base model by name; those that several modules hold come several times."""
     for path, module in live_modules(model, copies=False):
-        for name, parameter in module._parameters.items():
+        for name, parameter in module._parameters.items() if not isinstance(module, Part) else ():
             if parameter is not None:
                 yield f"{path}.{name}", parameter
 

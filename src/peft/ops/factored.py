@@ -106,6 +106,26 @@ class _StandIn(torch.autograd.Function):
         )
 
 
+#: what a stand-in says about itself
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda")
+_METADATA: frozenset[Any] = frozenset(getattr(Tensor, name).__get__ for name in _PROPERTIES) | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point,
+}  # fmt: skip
+#: function -> what it does with a stand-in, for those that need no sum
+_WAYS: dict[Any, Callable[..., Any]] = {}
+
+
+def _way(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What these functions do with a stand-in; `NotImplemented` where that takes the sum."""
+
+    def note(way: Callable[..., Any]) -> Callable[..., Any]:
+        _WAYS.update(dict.fromkeys(functions, way))
+        return way
+
+    return note
+
+
+@_way(F.linear)
 def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (W + L R)^T + bias for one matrix."""
     if not isinstance(weight, FactoredWeight) or isinstance(input, FactoredWeight) or weight.dim() != 2:
@@ -121,6 +141,7 @@ def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
     return lora_linear(input.to(dtype), base_of_product, bias, result, right, left, 1.0, p, overwrite=True)
 
 
+@_way(torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
 def _matmul(func: Any, first: Tensor, second: Tensor, *rest: Any, **settings: Any) -> Tensor:
     """x (W + L R), or (W + L R) x, for one matrix or a stack."""
     if rest or settings or (isinstance(first, FactoredWeight) and isinstance(second, FactoredWeight)):
@@ -143,6 +164,7 @@ def _matmul(func: Any, first: Tensor, second: Tensor, *rest: Any, **settings: An
     return result + torch.matmul(low_first, low_second)
 
 
+@_way(getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))  # of later versions
 def _grouped_mm(func: Any, x: Tensor, weight: Tensor, offs: Tensor | None = None, **settings: Any) -> Tensor:
     """The product of each group of rows of x with the matrix of that group."""
     if not isinstance(weight, FactoredWeight) or isinstance(x, FactoredWeight) or weight.dim() != 3 or x.dim() != 2:
@@ -168,6 +190,7 @@ def warn_of_no_dropout() -> None:
     )
 
 
+@_way(Tensor.__getitem__)
 def _select(func: Any, weight: Any, index: Any) -> Tensor:
     """Matrices of a stack: one, or several."""
     if not isinstance(weight, FactoredWeight) or weight.dim() != 3:
@@ -188,6 +211,7 @@ def _transposed(weight: FactoredWeight) -> FactoredWeight:
     return FactoredWeight.of(base.mT, right.mT, left.mT, weight.dropout)
 
 
+@_way(torch.transpose, Tensor.transpose, torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 def _transpose(func: Any, weight: Any, *dims: int) -> Tensor:
     """Each matrix transposed."""
     count = weight.dim()
@@ -196,37 +220,10 @@ def _transpose(func: Any, weight: Any, *dims: int) -> Tensor:
     return _transposed(weight) if dims or count == 2 or func == Tensor.mT.__get__ else NotImplemented  # type: ignore[attr-defined]
 
 
+@_way(Tensor.to, Tensor.contiguous, Tensor.float, Tensor.half, Tensor.bfloat16)
 def _by_part(func: Any, weight: Any, *args: Any, **settings: Any) -> Tensor:
     """Another dtype, device or layout."""
     if not isinstance(weight, FactoredWeight):
         return NotImplemented
     base, left, right = (func(part, *args, **settings) for part in weight.parts)
     return FactoredWeight.of(base, left, right, weight.dropout)
-
-
-#: what a stand-in says about itself
-_METADATA: frozenset[Any] = frozenset(
-    [
-        getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda")
-    ]
-    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point]
-)
-#: functions that need no sum
-_WAYS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    **dict.fromkeys(
-        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__), _matmul
-    ),
-    **dict.fromkeys(
-        [getattr(at, name) for at, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(at, name)],
-        _grouped_mm,
-    ),
-    Tensor.__getitem__: _select,
-    **dict.fromkeys(
-        [torch.transpose, Tensor.transpose, torch.t, Tensor.t]
-        + [getattr(Tensor, name).__get__ for name in ("T", "mT")],
-        _transpose,
-    ),
-    **dict.fromkeys((Tensor.to, Tensor.contiguous, Tensor.float, Tensor.half, Tensor.bfloat16), _by_part),
-}

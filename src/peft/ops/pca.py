@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peft.ops.principal import seeded
+
 
 class IncrementalPca:
     """The first principal components of all rows seen so far (Ross et al. 2008, doi:10.1007/s11263-007-0075-7).
@@ -41,8 +43,7 @@ class IncrementalPca:
         if self.components is not None:
             drift = shift * (self._seen * len(rows) / total) ** 0.5
             centred = torch.cat((self.singular_values[:, None] * self.components, centred, drift[None]))
-        with torch.random.fork_rng([centred.device] if centred.is_cuda else []):
-            torch.manual_seed(42)
+        with seeded(centred.device, 42):
             _, values, components = torch.svd_lowrank(centred, q=min(2 * self.count, *centred.shape), niter=4)
         self.components, self.singular_values = components.T[: self.count], values[: self.count]
         self.shares = self.singular_values.square() / self._scatter.sum().clamp(min=torch.finfo(rows.dtype).tiny)

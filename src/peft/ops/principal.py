@@ -29,7 +29,7 @@ def principal_factors(
     if iterations is None:
         left, values, right = torch.linalg.svd(work, full_matrices=False)
     else:
-        with _seeded(work.device, seed):
+        with seeded(work.device, seed):
             left, values, columns = torch.svd_lowrank(work, q=rank, niter=iterations)
         right = columns.T
     values = values[:rank] / scale
@@ -61,7 +61,7 @@ def randomised_svd(matrix: Tensor, rank: int, iterations: int) -> tuple[Tensor, 
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """While it lasts, random numbers on one device begin at `seed`; then they go on as if nothing had been."""
     if device.type == "cpu":
         with torch.random.fork_rng([]):

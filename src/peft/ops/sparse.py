@@ -25,6 +25,15 @@ def draw_places(rows: int, columns: int, count: int, seed: int | None) -> Tensor
         return torch.stack((places // columns, places % columns))
 
 
+def check_frequencies(count: int, key: str, rows: int, columns: int) -> None:
+    """Raises ValueError where the weight of a module has fewer entries than trained coefficients (`n_frequency`)."""
+    if count > rows * columns:
+        raise ValueError(
+            f"n_frequency={count} is more than the entries of the weight of {key!r} ({rows} x {columns} ="
+            f" {rows * columns}); choose less, for this module alone in n_frequency_pattern."
+        )
+
+
 def flat_index(positions: Tensor, columns: int) -> Tensor:
     """Positions [2, n] of a matrix as an index into its entries, row by row."""
     return remember(positions, ("flat", columns), lambda: positions[0].long() * columns + positions[1].long())
@@ -95,11 +104,6 @@ def sampled_product(a: Tensor, b: Tensor, positions: Tensor) -> Tensor:
     dtype = torch.promote_types(a.dtype, torch.float32)
     entries = _csr(positions, a.new_zeros(count, dtype=dtype), (a.shape[0], b.shape[1]))
     return torch.sparse.sampled_addmm(entries, a.to(dtype).contiguous(), b.to(dtype), beta=0).values()
-
-
-def sparse_product(positions: Tensor, values: Tensor, shape: tuple[int, int], b: Tensor) -> Tensor:
-    """S b for a sparse S of `shape` with `values` at `positions`, which are in the order of rows; no gradients."""
-    return _csr(positions, values, shape) @ b
 
 
 def _csr(positions: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

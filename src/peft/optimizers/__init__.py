@@ -8,8 +8,5 @@ from peft.optimizers.loraplus import create_loraplus_optimizer
 from peft.optimizers.riemannian import create_riemannian_optimizer
 
 __all__ = [
-    "LoraFAOptimizer",
-    "create_lorafa_optimizer",
-    "create_loraplus_optimizer",
-    "create_riemannian_optimizer",
-]
+    "LoraFAOptimizer", "create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer",
+]  # fmt: skip

@@ -27,14 +27,9 @@ class LoraFAOptimizer(Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        pairs: Sequence[Pair],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-    ):
+        self, params: Iterable[Any], pairs: Sequence[Pair], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6, weight_decay: float = 0.0,
+    ):  # fmt: skip
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.pairs = list(pairs)
 
@@ -50,28 +45,20 @@ class LoraFAOptimizer(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     gradient = _of_b(pairs[parameter]) if parameter in pairs else parameter.grad
-                    self._update(parameter, gradient, **group)
+                    self._update(parameter, gradient, group)
         return loss
 
-    def _update(
-        self,
-        parameter: Tensor,
-        gradient: Tensor,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        **_: Any,
-    ) -> None:
-        state = self.state[parameter]
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, lr, betas = self.state[parameter], group["lr"], group["betas"]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
         state["step"] += 1
         state["exp_avg"].lerp_(gradient, 1 - betas[0])
         state["exp_avg_sq"].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
         bias = [1 - beta ** state["step"] for beta in betas]
-        parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(eps), value=-lr * bias[1] ** 0.5 / bias[0])
-        parameter.mul_(1 - lr * weight_decay)
+        spread = state["exp_avg_sq"].sqrt().add_(group["eps"])
+        parameter.addcdiv_(state["exp_avg"], spread, value=-lr * bias[1] ** 0.5 / bias[0])
+        parameter.mul_(1 - lr * group["weight_decay"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "pairs": self.pairs}
@@ -88,12 +75,7 @@ def _of_b(pair: Pair) -> Tensor:
 
 
 def create_lorafa_optimizer(
-    model: nn.Module,
-    r: int,
-    lora_alpha: int,
-    lr: float,
-    weight_decay: float = 0.0,
-    use_rslora: bool | None = None,
+    model: nn.Module, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
 ) -> LoraFAOptimizer:
     """An optimizer that trains B alone: less memory, for the inputs of the layers need not be kept (arXiv:2308.03303).
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp, ConvOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
@@ -19,10 +19,11 @@ from peft.core.slots import ModuleSlot, Setting, Slot
 from peft.core.storage.flat import bring_together, read_in_units
 from peft.core.storage.shared import put, whole, with_gradient
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of
+from peft.core.walk import layers_of
 from peft.errors import warn
 from peft.ops.rank_budget import budget_at, kept_ranks, orthogonality_gap, track_sensitivity, triplet_scores
 from peft.registry import PeftType
+from peft.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 _SLOTS = ("lora_A", "lora_B", "lora_E")
 #: LoRA's fields that files of AdaLoRA have too, and that mean nothing for it
@@ -34,7 +35,7 @@ _NOT_USED = (
 
 
 @dataclass
-class AdaLoraConfig(LayerConfig, peft_type=PeftType.ADALORA):
+class AdaLoraConfig(LayoutConfig, peft_type=PeftType.ADALORA):
     """Adaptive budget allocation (arXiv:2303.10512): W' = W + lora_alpha / init_r * B (E * A).
 
     A [r, in] and B [out, r] are kept near to orthonormal by a penalty in the loss; E [r, 1] takes the part of singular
@@ -53,7 +54,6 @@ class AdaLoraConfig(LayerConfig, peft_type=PeftType.ADALORA):
         rank_pattern: the ranks that were kept: name of an E -> a truth value for each rank.
         lora_alpha: numerator of the scale.
         lora_dropout: probability of dropout on the adapter's input.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_lora_weights: start E at zero, without effect; False starts all at random.
         trainable_token_indices: rows of the embedding to train as well.
         ensure_weight_tying: keep what is trained of tied modules the same.
@@ -61,19 +61,18 @@ class AdaLoraConfig(LayerConfig, peft_type=PeftType.ADALORA):
     The other fields are LoRA's and without effect; setting one warns.
     """
 
-    target_r: int = 8
-    init_r: int = 12
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
+    target_r: NonNegativeInt = 8
+    init_r: PositiveInt = 12
+    tinit: NonNegativeInt = 0
+    tfinal: NonNegativeInt = 0
+    deltaT: PositiveInt = 1
+    beta1: Fraction = 0.85
+    beta2: Fraction = 0.85
+    orth_reg_weight: NonNegativeFloat = 0.5
     total_step: int | None = None
     rank_pattern: dict[str, list[bool]] | None = None
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
+    lora_alpha: NonNegativeFloat = 8
+    lora_dropout: Fraction = 0.0
     init_lora_weights: bool | str = True
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
@@ -99,10 +98,7 @@ class AdaLoraConfig(LayerConfig, peft_type=PeftType.ADALORA):
     arrow_config: Any = None
     kasa_config: Any = None
 
-    positive_fields = ("init_r", "deltaT")
-    nonnegative_fields = ("target_r", "tinit", "tfinal", "orth_reg_weight", "lora_alpha")
-    fraction_fields = ("beta1", "beta2", "lora_dropout")
-    runtime_fields: ClassVar[frozenset[str]] = frozenset(("runtime_config",))
+    runtime_fields = ("runtime_config",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,8 +113,7 @@ class AdaLoraConfig(LayerConfig, peft_type=PeftType.ADALORA):
                 f" total_step={self.total_step} for it."
             )
         self.alpha_pattern = self.alpha_pattern or {}
-        plain: dict[str, Any] = {f.name: {} if f.name == "alpha_pattern" else f.default for f in fields(self)}
-        idle = [name for name in _NOT_USED if getattr(self, name) != plain[name]]
+        idle = [name for name in _NOT_USED if not self._is_default(name)]
         if idle:
             hint = " (the rank is set by init_r and target_r)" if "r" in idle else ""
             warn(f"AdaLoRA makes no use of {', '.join(idle)}{hint}.")
@@ -139,7 +134,7 @@ class AdaLoraLayer(AdapterLayer):
     lora_A = Slot()
     lora_B = Slot()
     lora_E = Slot()
-    lora_dropout = ModuleSlot(trained=False, stored=False)
+    lora_dropout = ModuleSlot[nn.Module](trained=False, stored=False)
     ranknum = Slot(trained=False, stored=False)
 
     r = Setting[int]()
@@ -197,16 +192,9 @@ class RankAllocator:
     def __init__(self, model: nn.Module, peft_config: AdaLoraConfig, adapter_name: str):
         self.peft_config, self.adapter_name = peft_config, adapter_name
         self.reset_ipt()
-        layers = self._layers(model).values()
+        layers = layers_of(model, AdaLoraLayer, adapter_name).values()
         self.init_bgt = sum(layer.r[adapter_name] for layer in layers)
         self.target_bgt = peft_config.target_r * len(layers)
-
-    def _layers(self, model: nn.Module) -> dict[str, AdaLoraLayer]:
-        return {
-            path: layer
-            for path, layer in parts_of(model)
-            if isinstance(layer, AdaLoraLayer) and layer.has(self.adapter_name)
-        }
 
     def set_total_step(self, total_step: int) -> None:
         """Sets the number of training steps."""
@@ -230,9 +218,10 @@ class RankAllocator:
         Raises:
             ValueError: there are none.
         """
+        name = self.adapter_name
         tensors = {
-            f"{path}.{slot}.{self.adapter_name}": with_gradient(getattr(layer, slot)[self.adapter_name])
-            for path, layer in self._layers(model).items()
+            f"{path}.{slot}.{name}": with_gradient(getattr(layer, slot)[name])
+            for path, layer in layers_of(model, AdaLoraLayer, name).items()
             for slot in _SLOTS
         }
         if any(tensor.dim() != 2 for tensor, _ in tensors.values()):
@@ -243,33 +232,25 @@ class RankAllocator:
             )
         if all(gradient is None for _, gradient in tensors.values()):
             raise ValueError(
-                f"Adapter {self.adapter_name!r} has no gradients: update_and_allocate() has to come after backward()"
+                f"Adapter {name!r} has no gradients: update_and_allocate() has to come after backward()"
                 " and before zero_grad(), with DeepSpeed before step()."
             )
         with torch.no_grad():
-            for name, (tensor, gradient) in tensors.items():
-                mean = self.exp_avg_ipt.setdefault(name, torch.zeros_like(tensor))
-                spread = self.exp_avg_unc.setdefault(name, torch.zeros_like(tensor))
+            for key, (tensor, gradient) in tensors.items():
+                mean = self.exp_avg_ipt.setdefault(key, torch.zeros_like(tensor))
+                spread = self.exp_avg_unc.setdefault(key, torch.zeros_like(tensor))
                 if gradient is not None:
                     track_sensitivity(mean, spread, tensor, gradient, self.peft_config.beta1, self.peft_config.beta2)
 
-    def _element_score(self, name: str) -> Tensor:
-        return whole(self.exp_avg_ipt[name] * self.exp_avg_unc[name])
-
-    def _combine_ipt(self, ipt_E: Tensor, ipt_AB: Tensor) -> Tensor:
-        return ipt_E.flatten() + ipt_AB.sum(1)
-
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
         """Sets E to zero at all but the `budget` most important ranks; returns which are kept, by name of the E."""
-        layers, scores = self._layers(model), []
+        name, scores = self.adapter_name, []
+        layers = layers_of(model, AdaLoraLayer, name)
         for path in layers:
-            scores.append(
-                triplet_scores(*(self._element_score(f"{path}.{slot}.{self.adapter_name}") for slot in _SLOTS))
-            )
+            keys = (f"{path}.{slot}.{name}" for slot in _SLOTS)
+            scores.append(triplet_scores(*(whole(self.exp_avg_ipt[key] * self.exp_avg_unc[key]) for key in keys)))
         masks = kept_ranks(scores, budget)
-        pattern = {
-            f"{path}.lora_E.{self.adapter_name}": mask.tolist() for path, mask in zip(layers, masks, strict=True)
-        }
+        pattern = {f"{path}.lora_E.{name}": mask.tolist() for path, mask in zip(layers, masks, strict=True)}
         self.mask_using_rank_pattern(model, pattern)
         return pattern
 
@@ -285,9 +266,8 @@ class RankAllocator:
     def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: Mapping[str, Iterable[bool]]) -> None:
         """Sets E to zero at the ranks that are not kept."""
         with torch.no_grad():
-            for path, layer in self._layers(model).items():
-                e = layer.lora_E[self.adapter_name]
-                name = f"{path}.lora_E"
+            for path, layer in layers_of(model, AdaLoraLayer, self.adapter_name).items():
+                e, name = layer.lora_E[self.adapter_name], f"{path}.lora_E"
                 kept = rank_pattern.get(f"{name}.{self.adapter_name}", rank_pattern.get(name))
                 if kept is not None:
                     lost = ~torch.tensor(list(kept), dtype=torch.bool, device=e.device)[:, None]
@@ -386,7 +366,8 @@ class AdaLoraMethod(Method):
         end = f".{adapter_name}"
         config.rank_pattern = {name.removesuffix(end): kept for name, kept in config.rank_pattern.items()}
         for name, kept in config.rank_pattern.items():
-            key = _key_in(tensors, name)
+            # Models that adapters were put into directly have no `base_model.model` in their names.
+            key = next((key for key in (name, f"base_model.model.{name}") if key in tensors), None)
             if key is None or not tensors[key].ndim or len(tensors[key]) != len(kept):
                 continue  # read from a file that has left them out already
             index = torch.tensor(kept, dtype=torch.bool, device=tensors[key].device)
@@ -396,14 +377,5 @@ class AdaLoraMethod(Method):
         return tensors
 
 
-class AdaLoraModel(BaseTuner):
+class AdaLoraModel(BaseTuner, layer=AdaLoraLayer, method=AdaLoraMethod, prefix="lora_"):
     """A model with AdaLoRA adapters, one of which may be trained."""
-
-    prefix = "lora_"
-    layer_class = AdaLoraLayer
-    method_class = AdaLoraMethod
-
-
-def _key_in(tensors: Mapping[str, Tensor], name: str) -> str | None:
-    """What a tensor is called in a file: models that adapters were put into directly have no `base_model.model`."""
-    return next((key for key in (name, f"base_model.model.{name}") if key in tensors), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import FixedSlot, ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
+from peft.core.walk import layers_of
 from peft.ops.subspaces import (
     above,
     cluster_basis,
@@ -27,6 +28,7 @@ from peft.ops.subspaces import (
     track_importance,
 )
 from peft.registry import PeftType
+from peft.values import NonNegativeFloat, PositiveInt
 
 
 @dataclass
@@ -60,9 +62,9 @@ class AdamssConfig(LayerConfig, peft_type=PeftType.ADAMSS):
             when the adapter is loaded. Other libraries cannot read such a file.
     """
 
-    r: int = 100
-    num_subspaces: int = 5
-    subspace_rank: int = 1
+    r: PositiveInt = 100
+    num_subspaces: PositiveInt = 5
+    subspace_rank: PositiveInt = 1
     init_weights: Literal["orthogonal"] | bool | None = "orthogonal"
     use_asa: bool = False
     asa_target_subspaces: int = 50
@@ -73,15 +75,11 @@ class AdamssConfig(LayerConfig, peft_type=PeftType.ADAMSS):
     asa_uncertainty_beta: float = 0.85
     asa_schedule_exponent: float = 3.0
     use_dynamic_rank: bool = False
-    svd_threshold: float = 0.1
+    svd_threshold: NonNegativeFloat = 0.1
     random_seed: int = 0
     save_clusters: bool = False
 
-    positive_fields = ("r", "num_subspaces", "subspace_rank")
-    nonnegative_fields = ("svd_threshold",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("target_parameters", "exclude_modules", "bias", "save_clusters")
-    )
+    beyond_reference = ("target_parameters", "exclude_modules", "bias", "save_clusters")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,8 +105,8 @@ class AdamssLayer(AdapterLayer):
     after the other.
     """
 
-    adamss_A = ModuleSlot()
-    adamss_B = ModuleSlot()
+    adamss_A = ModuleSlot[nn.ParameterList]()
+    adamss_B = ModuleSlot[nn.ParameterList]()
     adamss_newB = FixedSlot()
     adamss_rows = FixedSlot(stored="save_clusters")
 
@@ -132,14 +130,13 @@ class AdamssLayer(AdapterLayer):
 
     def with_bias(self) -> Tensor:
         """The base weight with the bias as its last column: [out, in + 1]."""
-        weight, bias = self.op.matrix(self.original_weight()).detach(), self.original_bias()
+        weight, bias = self.original_matrix(), self.original_bias()
         if bias is not None:
             weight = torch.cat((weight, bias.detach()[:, None].to(weight)), 1)
         return weight.float()
 
     def change(self, name: str) -> Iterator[Change]:
-        a: Any = self.adamss_A[name]
-        b: Any = self.adamss_B[name]
+        a, b = self.adamss_A[name], self.adamss_B[name]
         rights, columns = self.adamss_newB[name].to(a[0].dtype), self.in_features
         down, up = torch.cat(list(a)), spread_rows(list(b), self.adamss_rows[name])
         yield LowRank(down @ rights[:, :columns], up)
@@ -154,9 +151,7 @@ class AdamssLayer(AdapterLayer):
 
     def pairs(self, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """A_i and B_i of each subspace."""
-        a: Any = self.adamss_A[name]
-        b: Any = self.adamss_B[name]
-        return list(zip(a, b, strict=True))
+        return list(zip(self.adamss_A[name], self.adamss_B[name], strict=True))
 
     def fit(self, name: str, path: str, find: Callable[[str], Tensor | None]) -> None:
         found: list[tuple[torch.Size, torch.Size]] = []
@@ -172,7 +167,7 @@ class AdamssLayer(AdapterLayer):
                 " save_clusters=True if it is meant for others."
             )
         for own, container in enumerate((self.adamss_A, self.adamss_B)):
-            old: Any = container[name]
+            old = container[name]
             lists = nn.ParameterList([old[0].data.new_empty(shapes[own]) for shapes in found])
             container[name] = lists.requires_grad_(old[0].requires_grad)
 
@@ -183,9 +178,8 @@ class AdamssLayer(AdapterLayer):
         for parameter in self.trainable_parameters(name):
             if parameter.grad is not None:
                 means = kept.setdefault(parameter, (torch.zeros_like(parameter), torch.zeros_like(parameter)))
-                track_importance(
-                    *means, parameter, parameter.grad, config.asa_importance_beta, config.asa_uncertainty_beta
-                )
+                betas = config.asa_importance_beta, config.asa_uncertainty_beta
+                track_importance(*means, parameter, parameter.grad, *betas)
 
     def scores(self, name: str) -> dict[int, Tensor]:
         """The importance of those subspaces that have had gradients."""
@@ -241,16 +235,13 @@ class AdamssMethod(Method):
             config = self.configs.get(name)
             if config is None or not config.use_asa or not config.init_warmup <= global_step <= config.final_warmup:
                 continue
-            layers = [layer for layer in self.tuner.layers() if isinstance(layer, AdamssLayer) and layer.has(name)]
+            layers = list(layers_of(self.model, AdamssLayer, name).values())
             for layer in layers:
                 layer.track(name, config)
             if global_step % config.mask_interval == 0:
                 total = sum(len(layer.pairs(name)) for layer in layers)
-                ends = config.init_warmup, config.final_warmup
-                budget = subspaces_at(
-                    global_step, *ends, total, config.asa_target_subspaces, config.asa_schedule_exponent
-                )
-                _drop_least(layers, name, budget)
+                schedule = config.init_warmup, config.final_warmup, total, config.asa_target_subspaces
+                _drop_least(layers, name, subspaces_at(global_step, *schedule, config.asa_schedule_exponent))
 
 
 def _drop_least(layers: list[AdamssLayer], name: str, budget: int) -> None:
@@ -265,9 +256,5 @@ def _drop_least(layers: list[AdamssLayer], name: str, budget: int) -> None:
         layer.adamss_importance[name] = {}
 
 
-class AdamssModel(BaseTuner):
+class AdamssModel(BaseTuner, layer=AdamssLayer, method=AdamssMethod, prefix="adamss_"):
     """A model with changes of clusters of rows."""
-
-    prefix = "adamss_"
-    layer_class = AdamssLayer
-    method_class = AdamssMethod

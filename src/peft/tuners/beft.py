@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -29,9 +28,7 @@ class BeftConfig(LayerConfig, peft_type=PeftType.BEFT):
 
     init_weights: bool = True
 
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
-    )
+    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
 
 
 class BeftLayer(AdapterLayer):
@@ -55,8 +52,5 @@ class BeftLayer(AdapterLayer):
             )
 
 
-class BeftModel(BaseTuner):
+class BeftModel(BaseTuner, layer=BeftLayer, prefix="beft_"):
     """A model with trained vectors added to the outputs of its modules."""
-
-    prefix = "beft_"
-    layer_class = BeftLayer

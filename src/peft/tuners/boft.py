@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp, ConvOp
 from peft.core.change import OnInput, ScaleOutput
 from peft.core.layer import AdapterLayer
@@ -20,10 +19,11 @@ from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import add_rotated, butterfly, cayley, drop_blocks
 from peft.registry import PeftType
+from peft.values import Fraction, PositiveInt
 
 
 @dataclass
-class BOFTConfig(LayerConfig, peft_type=PeftType.BOFT):
+class BOFTConfig(LayoutConfig, peft_type=PeftType.BOFT):
     """Orthogonal finetuning by butterfly factors (arXiv:2311.06243): W' = diag(s) W M^T.
 
     M is a product of m factors, each block-diagonal up to a permutation, with blocks (I - Q) (I + Q)^-1 of the
@@ -38,21 +38,17 @@ class BOFTConfig(LayerConfig, peft_type=PeftType.BOFT):
         boft_all_factors: use as many factors as `boft_n_butterfly_factor` says. huggingface/peft does so only where it
             could build a CUDA kernel of its own, and takes one factor elsewhere; False is like the latter.
         boft_dropout: share of the blocks of one factor that are left out at random in training.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_weights: start without effect; False starts at random.
     """
 
     boft_block_size: int = 4
     boft_block_num: int = 0
-    boft_n_butterfly_factor: int = 1
+    boft_n_butterfly_factor: PositiveInt = 1
     boft_all_factors: bool = False
-    boft_dropout: float = 0.0
-    fan_in_fan_out: bool = False
+    boft_dropout: Fraction = 0.0
     init_weights: bool = True
 
-    positive_fields = ("boft_n_butterfly_factor",)
-    fraction_fields = ("boft_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "boft_all_factors"))
+    beyond_reference = ("target_parameters", "boft_all_factors")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,15 +88,11 @@ class BOFTLayer(AdapterLayer):
     def rotation(self, name: str, dtype: torch.dtype) -> Tensor:
         """The blocks of M minus the identity."""
         blocks = self.boft_R[name]
-        if self.training and self.boft_dropout[name]:
-            return butterfly(self._drop(name, _rotations(blocks))).to(dtype)
-        return remember(blocks, dtype, lambda: butterfly(_rotations(blocks)).to(dtype))
-
-    def _drop(self, name: str, change: Tensor) -> Tensor:
-        chosen = int(torch.randint(change.shape[0], (1,)))
-        factors = list(change)
+        if not (self.training and self.boft_dropout[name]):
+            return remember(blocks, dtype, lambda: butterfly(_rotations(blocks)).to(dtype))
+        factors, chosen = list(_rotations(blocks)), int(torch.randint(len(blocks), (1,)))
         factors[chosen] = drop_blocks(factors[chosen], self.boft_dropout[name])
-        return torch.stack(factors)
+        return butterfly(torch.stack(factors)).to(dtype)
 
     def change(self, name: str) -> tuple[OnInput, ScaleOutput]:
         rotate = OnInput(
@@ -152,9 +144,5 @@ class BOFTMethod(Method):
             )
 
 
-class BOFTModel(BaseTuner):
+class BOFTModel(BaseTuner, layer=BOFTLayer, method=BOFTMethod, prefix="boft_"):
     """A model with butterfly orthogonal finetuning adapters."""
-
-    prefix = "boft_"
-    layer_class = BOFTLayer
-    method_class = BOFTMethod

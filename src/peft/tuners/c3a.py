@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,11 +18,12 @@ from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.circulant import BlockCirculant
 from peft.registry import PeftType
+from peft.values import PositiveInt
 
 #: `init_weights` by name -> how the kernel is drawn
 STARTS: dict[str, Any] = {
     "xavier_uniform": nn.init.xavier_uniform_,
-    "kaiming_uniform": lambda kernel: nn.init.kaiming_uniform_(kernel, a=5**0.5),
+    "kaiming_uniform": partial(nn.init.kaiming_uniform_, a=5**0.5),
     "gaussian": nn.init.normal_,
 }
 
@@ -40,12 +42,11 @@ class C3AConfig(LayerConfig, peft_type=PeftType.C3A):
             zero, without effect, False as `"xavier_uniform"`.
     """
 
-    block_size: int = 256
+    block_size: PositiveInt = 256
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
 
-    positive_fields = ("block_size",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+    beyond_reference = ("target_parameters", "exclude_modules")
     pattern_fields: ClassVar[dict[str, str]] = {"block_size_pattern": "block_size"}
 
 
@@ -73,8 +74,7 @@ class C3ALayer(AdapterLayer):
     def check(cls, config: C3AConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         b = pattern_value(config.block_size_pattern or {}, key, config.block_size)
         # The projections of attention, and experts, have blocks of their own.
-        rows = op.out_features // 3 if op.kind == "MultiheadAttention" else op.out_features
-        rows = getattr(op, "expert_out_features", rows)
+        rows = getattr(op, "expert_out_features", op.out_features // op.projections)
         if rows % b or op.in_features % b:
             raise ValueError(
                 f"The block size must be a factor of both sides of a weight; {b} is none for {key!r}, which is"
@@ -82,8 +82,5 @@ class C3ALayer(AdapterLayer):
             )
 
 
-class C3AModel(BaseTuner):
+class C3AModel(BaseTuner, layer=C3ALayer, prefix="c3a_"):
     """A model with circular convolution adapters."""
-
-    prefix = "c3a_"
-    layer_class = C3ALayer

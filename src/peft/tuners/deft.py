@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Dropout, Setting, Slot
@@ -17,10 +17,11 @@ from peft.ops.matrix import product_with
 from peft.ops.memo import remember
 from peft.ops.orthogonal import orthonormal_basis
 from peft.registry import PeftType
+from peft.values import Fraction, NonNegativeFloat, PositiveInt
 
 
 @dataclass
-class DeftConfig(LayerConfig, peft_type=PeftType.DEFT):
+class DeftConfig(LayoutConfig, peft_type=PeftType.DEFT):
     """Decompositional fine-tuning (arXiv:2509.22793): a part of the weight is taken out and learned anew.
 
     W' = W - Q P'^T W + s Q R, with `deft_P` [out, r] and `deft_R` [r, in]. Q is P and P' is relu(P), or both are an
@@ -32,25 +33,20 @@ class DeftConfig(LayerConfig, peft_type=PeftType.DEFT):
         init_scale: factor of the spread that a random R starts with.
         alpha: s is alpha / r; None makes it 1.
         para: only take out: there is no R.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         deft_dropout: probability of dropout on the input of R.
         init_weights: True starts R as what is taken out, so that the adapter has no effect (with `para` it has one from
             the start); False starts it at random.
     """
 
-    r: int = 8
+    r: PositiveInt = 8
     decomposition_method: Literal["relu", "qr"] = "relu"
-    init_scale: float = 1.0
-    alpha: int | None = None
+    init_scale: NonNegativeFloat = 1.0
+    alpha: PositiveInt | None = None
     para: bool = False
-    fan_in_fan_out: bool = False
-    deft_dropout: float = 0.0
+    deft_dropout: Fraction = 0.0
     init_weights: bool = True
 
-    positive_fields = ("r", "alpha")
-    nonnegative_fields = ("init_scale",)
-    fraction_fields = ("deft_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+    beyond_reference = ("target_parameters",)
 
 
 class DeftLayer(AdapterLayer):
@@ -99,8 +95,5 @@ class DeftLayer(AdapterLayer):
         return LowRank(scale * self.deft_R[name] - self.taken_out(name), q)
 
 
-class DeftModel(BaseTuner):
+class DeftModel(BaseTuner, layer=DeftLayer, prefix="deft_"):
     """A model with parts of its weights exchanged."""
-
-    prefix = "deft_"
-    layer_class = DeftLayer

@@ -13,7 +13,9 @@ from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
+from peft.ops.starts import started
 from peft.registry import PeftType
+from peft.values import Fraction, NonNegativeFloat, PositiveInt
 
 #: least norm of a row of A or a column of B that is divided by
 LEAST_NORM = 1e-4
@@ -36,17 +38,14 @@ class DeloraConfig(LayerConfig, peft_type=PeftType.DELORA):
         lambda_pattern: the same for delora_lambda.
     """
 
-    r: int = 8
-    delora_lambda: float = 15
-    module_dropout: float = 0.0
+    r: PositiveInt = 8
+    delora_lambda: NonNegativeFloat = 15
+    module_dropout: Fraction = 0.0
     init_weights: bool = True
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
 
-    positive_fields = ("r",)
-    nonnegative_fields = ("delora_lambda",)
-    fraction_fields = ("module_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+    beyond_reference = ("target_parameters",)
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
 
 
@@ -64,15 +63,12 @@ class DeloraLayer(AdapterLayer):
     def create(self, name: str, config: DeloraConfig, r: int = 0, delora_lambda: float | None = None) -> None:
         r = self.r[name] = r or config.r
         start = config.delora_lambda if delora_lambda is None else delora_lambda
-        a, b = torch.empty(r, self.in_features), torch.zeros(self.out_features, r)
-        nn.init.kaiming_uniform_(a, a=5**0.5)
-        if not config.init_weights:
-            nn.init.kaiming_uniform_(b, a=5**0.5)
-        self.delora_A[name], self.delora_B[name] = nn.Parameter(a), nn.Parameter(b)
+        self.delora_A[name] = started(r, self.in_features)
+        self.delora_B[name] = started(self.out_features, r, zero=config.init_weights)
         self.delora_lambda[name] = nn.Parameter(torch.full((1,), float(start)))
 
     def draw(self, name: str, config: DeloraConfig) -> None:
-        matrix = self.op.matrix(self.original_weight().detach())
+        matrix = self.original_matrix()
         self.delora_w_norm[name] = torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float32)
 
     def change(self, name: str) -> LowRank:
@@ -84,8 +80,5 @@ class DeloraLayer(AdapterLayer):
         return LowRank(down, b, dropout=self.dropout_of(name))
 
 
-class DeloraModel(BaseTuner):
+class DeloraModel(BaseTuner, layer=DeloraLayer, prefix="delora_"):
     """A model with DeLoRA adapters."""
-
-    prefix = "delora_"
-    layer_class = DeloraLayer

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
@@ -16,11 +16,13 @@ from peft.core.slots import FixedSlot, Setting, Slot
 from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.fourier import Spectrum, draw_frequencies
+from peft.ops.sparse import check_frequencies
 from peft.registry import PeftType
+from peft.values import PositiveInt
 
 
 @dataclass
-class FourierFTConfig(LayerConfig, peft_type=PeftType.FOURIERFT):
+class FourierFTConfig(LayoutConfig, peft_type=PeftType.FOURIERFT):
     """Fourier transform fine-tuning (arXiv:2405.03003): W' = W + scaling * real(ifft2(F)).
 
     F [out, in] is zero but for the trained `fourierft_spectrum` [n_frequency], at random places that the seed gives.
@@ -29,20 +31,17 @@ class FourierFTConfig(LayerConfig, peft_type=PeftType.FOURIERFT):
         n_frequency: trained entries of each module's spectrum, at most in * out.
         scaling: factor on the change.
         random_loc_seed: seed of the places.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         n_frequency_pattern: n_frequency of single modules: name or regular expression for its end -> number.
         init_weights: start at zero, without effect; False starts at random.
     """
 
-    n_frequency: int = 1000
+    n_frequency: PositiveInt = 1000
     scaling: float = 150.0
     random_loc_seed: int | None = 777
-    fan_in_fan_out: bool = False
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
     init_weights: bool = False
 
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
-    positive_fields = ("n_frequency",)
+    beyond_reference = ("target_parameters",)
     pattern_fields: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
 
 
@@ -74,17 +73,8 @@ class FourierFTLayer(AdapterLayer):
     @classmethod
     def check(cls, config: FourierFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         count = pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)
-        # Attention's output projection, which gets as many, is a third of its input projection.
-        rows = op.out_features // 3 if op.kind == "MultiheadAttention" else op.out_features
-        if count > rows * op.in_features:
-            raise ValueError(
-                f"n_frequency={count} is more than the entries of the weight of {key!r} ({rows} x {op.in_features} ="
-                f" {rows * op.in_features}); choose less, for this module alone in n_frequency_pattern."
-            )
+        check_frequencies(count, key, op.out_features // op.projections, op.in_features)
 
 
-class FourierFTModel(BaseTuner):
+class FourierFTModel(BaseTuner, layer=FourierFTLayer, prefix="fourierft_"):
     """A model with Fourier transform adapters."""
-
-    prefix = "fourierft_"
-    layer_class = FourierFTLayer

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
@@ -20,12 +20,13 @@ from peft.core.tuner import BaseTuner
 from peft.ops.singular import Framed, common_basis, coordinates
 from peft.ops.sparse import Entries, off_diagonal_positions
 from peft.registry import PeftType
+from peft.values import Fraction, NonNegativeFloat
 
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 
 
 @dataclass
-class FrodConfig(LayerConfig, peft_type=PeftType.FROD):
+class FrodConfig(LayoutConfig, peft_type=PeftType.FROD):
     """FRoD: W' = U (S + diag(l)) V^T, a change of full rank with few values.
 
     Layers of a kind, those whose names end alike, share a basis V [in, in], which comes from all their weights (where
@@ -42,7 +43,6 @@ class FrodConfig(LayerConfig, peft_type=PeftType.FROD):
         save_projection: store V and the places in the checkpoint; without, they are made again from weights and seed,
             which gives the same with the same torch on a like processor alone.
         frod_dropout: probability of dropout on the adapter's input.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_weights: start S at zero, without effect; False starts it, and l, at random.
         sparse_rate: how many entries of S are trained, as a share of all: between 0 and 1; at least one is, unless the
             share is 0.
@@ -57,17 +57,14 @@ class FrodConfig(LayerConfig, peft_type=PeftType.FROD):
 
     projection_prng_key: int = 0
     save_projection: bool = True
-    frod_dropout: float = 0.0
-    fan_in_fan_out: bool = False
+    frod_dropout: Fraction = 0.0
     init_weights: bool = True
     sparse_rate: float = 0.01
-    regularization_alpha: float = 0.001
+    regularization_alpha: NonNegativeFloat = 0.001
     progressbar: bool = True
     runtime_offload_base_weight: bool = False
 
-    nonnegative_fields = ("regularization_alpha",)
-    fraction_fields = ("frod_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+    beyond_reference = ("target_parameters", "exclude_modules")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,9 +187,5 @@ def basis_size(op: BaseOp) -> int:
     return op.out_features if op.kind == "Embedding" else op.in_features
 
 
-class FrodModel(BaseTuner):
+class FrodModel(BaseTuner, layer=FrodLayer, method=FrodMethod, prefix="frod_"):
     """A model with FRoD adapters; `frod_V` holds the bases, one for each kind of an adapter's layers."""
-
-    prefix = "frod_"
-    layer_class = FrodLayer
-    method_class = FrodMethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,11 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of
+from peft.core.walk import layers_of
 from peft.ops.matrix import Made, product_with
+from peft.ops.starts import uniform
 from peft.registry import PeftType
+from peft.values import PositiveInt
 
 #: slot of each part -> the setting that says what form it has
 _PARTS = {
@@ -43,16 +45,13 @@ class GloraConfig(LayerConfig, peft_type=PeftType.GLORA):
         init_weights: start without effect; False starts all at random.
     """
 
-    r: int = 8
+    r: PositiveInt = 8
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
     config_C: Literal["lora", "vector", "none"] = "lora"
     config_D_E: Literal["vector", "constant", "none"] = "constant"
     init_weights: bool = True
 
-    positive_fields = ("r",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
-    )
+    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,27 +62,25 @@ class GloraConfig(LayerConfig, peft_type=PeftType.GLORA):
 class GloraLayer(AdapterLayer):
     """A module whose weight and bias are scaled and shifted."""
 
-    glora_A = ModuleSlot()
-    glora_B = ModuleSlot()
-    glora_C = ModuleSlot()
-    glora_D = ModuleSlot()
-    glora_E = ModuleSlot()
+    glora_A = ModuleSlot[nn.ParameterDict]()
+    glora_B = ModuleSlot[nn.ParameterDict]()
+    glora_C = ModuleSlot[nn.ParameterDict]()
+    glora_D = ModuleSlot[nn.ParameterDict]()
+    glora_E = ModuleSlot[nn.ParameterDict]()
 
     glora_r = Setting[int]("r")
 
     def create(self, name: str, config: GloraConfig) -> None:
         for slot, shape in self.shapes().items():
-            form = getattr(config, _PARTS[slot])
-            if self.get_base_bias() is None and slot not in ("glora_A", "glora_B"):
-                form = "none"
+            without = self.get_base_bias() is None and slot not in ("glora_A", "glora_B")
+            form = "none" if without else getattr(config, _PARTS[slot])
             part = _start(form, shape, config.r, config.init_weights)
             getattr(self, slot)[name] = nn.ParameterDict({key: nn.Parameter(value) for key, value in part.items()})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """What each part is added to, or multiplied with."""
         matrix, vector = (self.out_features, self.in_features), (self.out_features,)
-        column = (self.in_features, 1)
-        return dict(zip(_PARTS, (matrix, matrix, column, vector, vector), strict=True))
+        return dict(zip(_PARTS, (matrix, matrix, (self.in_features, 1), vector, vector), strict=True))
 
     def part(self, slot: str, name: str) -> tuple[Tensor, ...]:
         """The tensors of a part: X, or Xd and Xu; none where it is left out."""
@@ -92,7 +89,7 @@ class GloraLayer(AdapterLayer):
     def change(self, name: str) -> Iterator[Change]:
         a, b, c, d, e = (self.part(slot, name) for slot in _PARTS)
         if a:
-            yield Add(Made(self.weight_change, (*a, *b), self.column_changes, self.changed_weight))
+            yield Add(Made(self.weight_change, (*a, *b), self.column_changes))
         shift: Tensor | None = None
         if d and (bias := self.original_bias()) is not None:
             shift = bias.detach() * d[0] + e[0]
@@ -107,12 +104,6 @@ class GloraLayer(AdapterLayer):
         a, b = _halves(tensors)
         return self.original_matrix().to(tensors[0]) * _whole(a) + _whole(b)
 
-    def changed_weight(self, weight: Tensor, *tensors: Tensor) -> Tensor:
-        """The same added to a weight."""
-        a, b = _halves(tensors)
-        scaled = torch.addcmul(weight, self.original_matrix().to(weight), _whole(a))
-        return scaled + b[0] if len(b) == 1 else torch.addmm(scaled, *b)
-
     def column_changes(self, index: Tensor, *tensors: Tensor) -> Tensor:
         """The columns of W * A + B at `index` [...]: [..., out]."""
         a, b = (_columns(part, index) for part in _halves(tensors))
@@ -124,9 +115,8 @@ def _start(form: str, shape: tuple[int, ...], r: int, init_weights: bool) -> dic
     if form == "none":
         return {}
     if form == "lora":
-        up = nn.init.kaiming_uniform_(torch.empty(r, shape[1]), a=5**0.5)
-        down = torch.zeros(shape[0], r)
-        return {"Xd": down if init_weights else nn.init.kaiming_uniform_(down, a=5**0.5), "Xu": up}
+        up = uniform(r, shape[1])
+        return {"Xd": torch.zeros(shape[0], r) if init_weights else uniform(shape[0], r), "Xu": up}
     if form == "constant":
         return {"X": torch.zeros(1) if init_weights else 0.02 * torch.randn(1)}
     vector = torch.zeros(shape[0], *[1] * (len(shape) - 1))
@@ -154,13 +144,13 @@ class GloraMethod(Method):
 
     @classmethod
     def write_tensors(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        written = dict(tensors)
-        for path, layer in parts_of(model):
-            if isinstance(layer, GloraLayer) and layer.has(adapter_name):
-                for slot, shape in layer.shapes().items():
-                    if not layer.part(slot, adapter_name):
-                        written[f"{path}.{slot}.zeros"] = torch.zeros(shape, dtype=layer.dtype_of(adapter_name))
-        return written
+        zeros = {
+            f"{path}.{slot}.zeros": torch.zeros(shape, dtype=layer.dtype_of(adapter_name))
+            for path, layer in layers_of(model, GloraLayer, adapter_name).items()
+            for slot, shape in layer.shapes().items()
+            if not layer.part(slot, adapter_name)
+        }
+        return {**tensors, **zeros}
 
     @classmethod
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -168,9 +158,5 @@ class GloraMethod(Method):
         return {key: value for key, value in tensors.items() if not key.endswith(endings)}
 
 
-class GloraModel(BaseTuner):
+class GloraModel(BaseTuner, layer=GloraLayer, method=GloraMethod, prefix="glora_"):
     """A model with generalised low-rank adapters."""
-
-    prefix = "glora_"
-    layer_class = GloraLayer
-    method_class = GloraMethod

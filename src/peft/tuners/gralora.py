@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Change, LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Dropout, ModuleSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
+from peft.ops.starts import uniform
 from peft.registry import PeftType
+from peft.values import Fraction, NonNegativeInt, PositiveInt
 
 
 @dataclass
-class GraloraConfig(LayerConfig, peft_type=PeftType.GRALORA):
+class GraloraConfig(LayoutConfig, peft_type=PeftType.GRALORA):
     """Granular low-rank adaptation (arXiv:2505.20355): W' = W + alpha / (r + hybrid_r) (M + B A).
 
     M is cut into gralora_k x gralora_k blocks, each of rank r / gralora_k with factors of its own: `gralora_A`
@@ -32,22 +33,17 @@ class GraloraConfig(LayerConfig, peft_type=PeftType.GRALORA):
         alpha: numerator of the scale.
         gralora_dropout: probability of dropout on the adapter's input.
         gralora_k: blocks along each side of the weight, which it divides.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_weights: start with factors of zero on the side of the output, without effect; False starts at random.
     """
 
-    r: int = 32
-    hybrid_r: int = 0
-    alpha: int = 64
-    gralora_dropout: float = 0.0
-    gralora_k: int = 2
-    fan_in_fan_out: bool = False
+    r: PositiveInt = 32
+    hybrid_r: NonNegativeInt = 0
+    alpha: NonNegativeInt = 64
+    gralora_dropout: Fraction = 0.0
+    gralora_k: PositiveInt = 2
     init_weights: bool = True
 
-    positive_fields = ("r", "gralora_k")
-    nonnegative_fields = ("hybrid_r", "alpha")
-    fraction_fields = ("gralora_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+    beyond_reference = ("target_parameters", "exclude_modules")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,8 +56,8 @@ class GraloraLayer(AdapterLayer):
 
     gralora_A = Slot()
     gralora_B = Slot()
-    gralora_A_general = ModuleSlot()
-    gralora_B_general = ModuleSlot()
+    gralora_A_general = ModuleSlot[nn.Linear]()
+    gralora_B_general = ModuleSlot[nn.Linear]()
 
     r = Setting[int]()
     hybrid_r = Setting[int]()
@@ -71,11 +67,10 @@ class GraloraLayer(AdapterLayer):
     def create(self, name: str, config: GraloraConfig) -> None:
         self.scaling[name] = config.alpha / (config.r + config.hybrid_r)
         k, random = config.gralora_k, not config.init_weights
-        downs, ups = [], []
+        downs, ups, rows = [], [], self.out_features // k
         for _ in range(k):
-            downs.append(_uniform(config.r, self.in_features // k).T)
-            shape = self.out_features // k, config.r
-            ups.append((_uniform(*shape) if random else torch.zeros(shape)).T)
+            downs.append(uniform(config.r, self.in_features // k).T)
+            ups.append((uniform(rows, config.r) if random else torch.zeros(rows, config.r)).T)
         self.gralora_A[name], self.gralora_B[name] = nn.Parameter(torch.stack(downs)), nn.Parameter(torch.stack(ups))
         if config.hybrid_r:
             down = nn.Linear(self.in_features, config.hybrid_r, bias=False)
@@ -88,9 +83,7 @@ class GraloraLayer(AdapterLayer):
         scale, p = self.scaling[name], self.dropout_of(name)
         yield LowRank(*granular_factors(self.gralora_A[name], self.gralora_B[name]), scale, p)
         if self.hybrid_r[name]:
-            down: Any = self.gralora_A_general[name]
-            up: Any = self.gralora_B_general[name]
-            yield LowRank(down.weight, up.weight, scale, p)
+            yield LowRank(self.gralora_A_general[name].weight, self.gralora_B_general[name].weight, scale, p)
 
     @classmethod
     def check(cls, config: GraloraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -117,13 +110,5 @@ def granular_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.block_diag(*a.mT), spread.permute(0, 4, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
-def _uniform(out_features: int, in_features: int) -> Tensor:
-    """What `nn.Linear` starts with: [out, in]."""
-    return nn.init.kaiming_uniform_(torch.empty(out_features, in_features), a=5**0.5)
-
-
-class GraloraModel(BaseTuner):
+class GraloraModel(BaseTuner, layer=GraloraLayer, prefix="gralora_"):
     """A model with GraLoRA adapters."""
-
-    prefix = "gralora_"
-    layer_class = GraloraLayer

@@ -10,18 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp, ConvOp, kernel_numel
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Made
+from peft.ops.starts import uniform
 from peft.registry import PeftType
+from peft.values import Fraction, PositiveInt
 
 
 @dataclass
-class HiraConfig(LayerConfig, peft_type=PeftType.HIRA):
+class HiraConfig(LayoutConfig, peft_type=PeftType.HIRA):
     """Hadamard high-rank adaptation (openreview.net/forum?id=TwJrTz9cRS): W' = W + W * (B A), elementwise.
 
     A is `hira_A` [r, in] and B is `hira_B` [out, r], for convolutions [r, in, *kernel] and [out, r, 1, ...]; for
@@ -30,22 +32,18 @@ class HiraConfig(LayerConfig, peft_type=PeftType.HIRA):
     Args:
         r: rank of the factor B A; the change W * (B A) has a higher one.
         hira_dropout: probability of dropout on the adapter's input; embeddings have none.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_weights: True starts A at random and B at zero, without effect, `"gaussian"` with a normal A; embeddings
             have A at zero. False or None starts both at random.
         rank_pattern: ranks of single modules: name or regular expression for its end -> rank.
     """
 
-    r: int = 32
-    hira_dropout: float = 0.0
-    fan_in_fan_out: bool = False
+    r: PositiveInt = 32
+    hira_dropout: Fraction = 0.0
     init_weights: bool | Literal["gaussian"] | None = True
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
 
-    positive_fields = ("r",)
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
-    fraction_fields = ("hira_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
+    beyond_reference = ("target_parameters", "bias")
 
 
 class HiraLayer(AdapterLayer):
@@ -72,7 +70,7 @@ class HiraLayer(AdapterLayer):
             if config.init_weights == "gaussian":
                 nn.init.normal_(a, std=1 / r)
             else:
-                nn.init.kaiming_uniform_(a, a=5**0.5)
+                a = uniform(*a.shape)
             nn.init.zeros_(b)
         slots = (self.hira_embedding_A, self.hira_embedding_B) if embedding else (self.hira_A, self.hira_B)
         slots[0][name], slots[1][name] = nn.Parameter(a), nn.Parameter(b)
@@ -98,10 +96,7 @@ class HiraLayer(AdapterLayer):
         def rows(index: Tensor, a: Tensor, b: Tensor) -> Tensor:
             return F.embedding(index, self.original_matrix().T).to(b) * F.linear(F.embedding(index, a.T), b)
 
-        def onto(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            return torch.addcmul(weight, self.original_matrix().to(b), b @ a)
-
-        matrix = Made(lambda a, b: self.original_matrix().to(b) * (b @ a), (a, b), rows, onto)
+        matrix = Made(lambda a, b: self.original_matrix().to(b) * (b @ a), (a, b), rows)
         dropout = self.hira_dropout[name] if self.training and self.op.kind != "Embedding" else 0.0
         return Add(matrix, dropout=dropout)
 
@@ -111,8 +106,5 @@ class HiraLayer(AdapterLayer):
             raise ValueError(f"hira_dropout needs layers with an input of their own; {key!r} is a {op.kind}.")
 
 
-class HiraModel(BaseTuner):
+class HiraModel(BaseTuner, layer=HiraLayer, prefix="hira_"):
     """A model with Hadamard high-rank adapters."""
-
-    prefix = "hira_"
-    layer_class = HiraLayer

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import nn
 
 from peft.config import LayerConfig
@@ -15,7 +13,9 @@ from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.errors import warn
 from peft.ops.householder import reflect, reflection_factors
+from peft.ops.starts import uniform
 from peft.registry import PeftType
+from peft.values import PositiveInt
 
 
 @dataclass
@@ -30,12 +30,11 @@ class HRAConfig(LayerConfig, peft_type=PeftType.HRA):
         init_weights: start with pairs of equal reflections, which cancel; False starts at random.
     """
 
-    r: int = 8
+    r: PositiveInt = 8
     apply_GS: bool = False
     init_weights: bool = True
 
-    positive_fields = ("r",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+    beyond_reference = ("target_parameters",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,14 +51,9 @@ class HRALayer(AdapterLayer):
     hra_apply_GS = Setting[bool]("apply_GS")
 
     def create(self, name: str, config: HRAConfig) -> None:
-        u = torch.empty(self.in_features, config.r)
-        if config.init_weights and config.r % 2 == 0:
-            half = torch.empty(self.in_features, config.r // 2)
-            nn.init.kaiming_uniform_(half, a=5**0.5)
-            u = half.repeat_interleave(2, dim=1)
-        else:
-            nn.init.kaiming_uniform_(u, a=5**0.5)
-        self.hra_u[name] = nn.Parameter(u)
+        pairs = config.init_weights and config.r % 2 == 0
+        u = uniform(self.in_features, config.r // 2 if pairs else config.r)
+        self.hra_u[name] = nn.Parameter(u.repeat_interleave(2, dim=1) if pairs else u)
 
     def change(self, name: str) -> OnInput:
         u, orthogonal = self.hra_u[name], self.hra_apply_GS[name]
@@ -71,8 +65,5 @@ class HRALayer(AdapterLayer):
         )
 
 
-class HRAModel(BaseTuner):
+class HRAModel(BaseTuner, layer=HRALayer, prefix="hra_"):
     """A model with Householder reflection adapters."""
-
-    prefix = "hra_"
-    layer_class = HRALayer

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import ConvOp
 from peft.core.change import ScaleInput, ScaleOutput
 from peft.core.combine import (
@@ -31,7 +31,7 @@ from peft.target_tables import FEEDFORWARD_TARGETS
 
 
 @dataclass
-class IA3Config(LayerConfig, peft_type=PeftType.IA3):
+class IA3Config(LayoutConfig, peft_type=PeftType.IA3):
     """Infused adapter by inhibiting and amplifying inner activations (arXiv:2205.05638).
 
     The output of a module is multiplied by the vector `ia3_l` [out, 1]; for feed-forward modules its input is, and the
@@ -39,17 +39,13 @@ class IA3Config(LayerConfig, peft_type=PeftType.IA3):
 
     Args:
         feedforward_modules: those of `target_modules` whose input is scaled.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_ia3_weights: start at one, without effect; False starts at random.
     """
 
     feedforward_modules: list[str] | set[str] | str | None = None
-    fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
 
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
-    )
+    beyond_reference = ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +61,7 @@ class IA3Layer(AdapterLayer):
     """A module whose output or input is scaled."""
 
     ia3_l = Slot()
-    label = ""
+    label = "{kind}"
 
     def __init__(self, base_layer: nn.Module, parameter_name: str | None = None, is_feedforward: bool = False):
         super().__init__(base_layer, parameter_name)
@@ -83,10 +79,6 @@ class IA3Layer(AdapterLayer):
     def change(self, name: str) -> ScaleInput | ScaleOutput:
         scale = self.ia3_l[name].flatten()
         return ScaleInput(scale) if self.is_feedforward else ScaleOutput(scale)
-
-    @property
-    def type_name(self) -> str:
-        return self.op.kind
 
 
 class IA3Method(Method):
@@ -122,8 +114,6 @@ class IA3Method(Method):
         """
         adapters, weights = check_combination(self, adapters, weights, adapter_name)
         configs = [self.configs[name] for name in adapters]
-        if any(config.target_parameters for config in configs):
-            raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
         layers: dict[Any, str] = layers_with(self, adapters)
         config = combined_config(self, adapters, layers)
         feedforward = [key for layer, key in layers.items() if layer.is_feedforward]
@@ -138,9 +128,5 @@ class IA3Method(Method):
         add_combined(self, adapter_name, adapters, config, tensors)
 
 
-class IA3Model(BaseTuner):
+class IA3Model(BaseTuner, layer=IA3Layer, method=IA3Method, prefix="ia3_"):
     """A model with (IA)^3 vectors."""
-
-    prefix = "ia3_"
-    layer_class = IA3Layer
-    method_class = IA3Method

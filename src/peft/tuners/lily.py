@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from peft.core.slots import ModuleSlot, Setting
 from peft.core.targets import matching_entry
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
+from peft.values import PositiveInt
 
 
 @dataclass
@@ -40,14 +41,13 @@ class LilyConfig(LayerConfig, peft_type=PeftType.LILY):
         ValueError: a number that is not positive, or `num_B` less than 2.
     """
 
-    r: int = 32
-    stride_A: int = 1
+    r: PositiveInt = 32
+    stride_A: PositiveInt = 1
     num_B: int = 2
     scaling: float = 1.0
     init_weights: bool = True
 
-    positive_fields = ("r", "stride_A")
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
+    beyond_reference = ("target_parameters", "bias")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,11 +61,12 @@ class LilyLayer(AdapterLayer):
     `lily_A` and `lily_B` hold modules, the very same in the layers that share them, for files have them once a layer.
     """
 
-    lily_A = ModuleSlot(several=True)
-    lily_B = ModuleSlot(several=True)
-    lily_router = ModuleSlot()
+    lily_A = ModuleSlot[nn.Linear](several=True)
+    lily_B = ModuleSlot[nn.Linear](several=True)
+    lily_router = ModuleSlot[nn.Linear]()
     # What is added depends on the whole batch, so only what acts on the activations can be adapted.
-    kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
+    kinds = frozenset(("Linear", "Conv1D"))
+    cannot_merge = "A Lily adapter changes the weight differently for each batch, so it cannot be merged into it."
 
     #: the factors of the adapter that have been made, by slot and group; the same for all its layers
     lily_made = Setting[dict[tuple[str, str], nn.Linear]]()
@@ -90,22 +91,16 @@ class LilyLayer(AdapterLayer):
         return made[key]
 
     def change(self, name: str) -> Beside:
-        return Beside(lambda x: self.mixture(name, x), "what Lily adds depends on the whole batch")
+        return Beside(lambda x: self.mixture(name, x), self.cannot_merge)
 
     def mixture(self, name: str, x: Tensor) -> Tensor:
         """What adapter `name` adds to the output, for inputs [..., in]: [..., out]."""
-        factors: list[Any] = [self.lily_A[name], self.lily_B[name], self.lily_router[name]]
-        a, b, router = (factor.weight for factor in factors)
+        a, b, router = (held[name].weight for held in (self.lily_A, self.lily_B, self.lily_router))
         low = F.linear(x.to(a.dtype), a)
         shares = F.linear(low, router).softmax(-1).flatten(0, -2)
         shares = shares.sum(0) / max(len(shares), 1)
         mixed = (shares.to(b.dtype) @ b.view(len(shares), -1)).view(len(a), -1)
         return low @ mixed.to(low.dtype) * self.scaling[name]
-
-    def check_merge(self, name: str) -> None:
-        raise NotImplementedError(
-            "A Lily adapter changes the weight differently for each batch, so it cannot be merged into it."
-        )
 
 
 class LilyMethod(Method):
@@ -124,9 +119,5 @@ class LilyMethod(Method):
         return settings
 
 
-class LilyModel(BaseTuner):
+class LilyModel(BaseTuner, layer=LilyLayer, method=LilyMethod, prefix="lily_"):
     """A model with Lily adapters."""
-
-    prefix = "lily_"
-    layer_class = LilyLayer
-    method_class = LilyMethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from torch import nn
 
@@ -28,9 +27,7 @@ class LNTuningConfig(LayerConfig, peft_type=PeftType.LN_TUNING):
     There one adapter at a time can be active, and of several that are merged the last one's statistics count.
     """
 
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
-    )
+    beyond_reference = ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
 
 
 class LNTuningLayer(AdapterLayer):
@@ -39,16 +36,13 @@ class LNTuningLayer(AdapterLayer):
     It works on every kind of module that has one weight, but is meant for normalisation.
     """
 
-    ln_tuning_layers = ModuleSlot()
+    ln_tuning_layers = ModuleSlot[nn.ParameterDict]()
     kinds = AdapterLayer.kinds | {"LayerNorm"}
-    label = ""
+    label = "ln_tuning.{name}"
 
     def create(self, name: str, config: LNTuningConfig) -> None:
-        copies = {self.op.weight_name: self.get_base_weight()}
-        bias = self.get_base_bias()
-        if bias is not None and self.op.bias_name is not None:
-            copies[self.op.bias_name] = bias
-        held = nn.ParameterDict({key: value.detach().clone() for key, value in copies.items()})
+        copies = {self.op.weight_name: self.get_base_weight(), self.op.bias_name: self.get_base_bias()}
+        held = nn.ParameterDict({key: value.detach().clone() for key, value in copies.items() if value is not None})
         for key in self.statistics():
             held.register_buffer(key, self._original(key).detach().clone())
         self.ln_tuning_layers[name] = held
@@ -68,17 +62,13 @@ class LNTuningLayer(AdapterLayer):
             )
 
     def change(self, name: str) -> Iterator[Change]:
-        copies: Any = self.ln_tuning_layers[name]
+        copies = self.ln_tuning_layers[name]
         weight, bias = self.original_weight().detach(), self.original_bias()
         yield Add(Dense(self.op.matrix(copies[self.op.weight_name] - weight)))
         if bias is not None:
             yield Bias(copies[self.op.bias_name] - bias.detach())
         if copies._buffers:
-            yield Statistics(dict(copies._buffers))
-
-    @property
-    def type_name(self) -> str:
-        return f"ln_tuning.{type(self).__name__}"
+            yield Statistics(dict(copies.named_buffers()))
 
 
 class LNTuningMethod(Method):
@@ -87,9 +77,5 @@ class LNTuningMethod(Method):
     unwraps_saved = False
 
 
-class LNTuningModel(BaseTuner):
+class LNTuningModel(BaseTuner, layer=LNTuningLayer, method=LNTuningMethod, prefix="ln_tuning_"):
     """A model with trained copies of its normalisation layers."""
-
-    prefix = "ln_tuning_"
-    layer_class = LNTuningLayer
-    method_class = LNTuningMethod

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
@@ -18,7 +17,9 @@ from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.errors import warn
 from peft.ops.shards import Tiled, transform_shards
+from peft.ops.starts import started
 from peft.registry import PeftType
+from peft.values import Fraction, PositiveInt
 
 
 @dataclass
@@ -34,14 +35,12 @@ class MissConfig(LayerConfig, peft_type=PeftType.MISS):
             `miss_dropout` has no effect.
     """
 
-    r: int = 64
-    miss_dropout: float = 0.0
-    mini_r: int = 1
+    r: PositiveInt = 64
+    miss_dropout: Fraction = 0.0
+    mini_r: PositiveInt = 1
     init_weights: bool | Literal["bat", "mini"] = True
 
-    positive_fields = ("r", "mini_r")
-    fraction_fields = ("miss_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+    beyond_reference = ("target_parameters",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +57,7 @@ class MissLayer(AdapterLayer):
     """A module with a block that all shards of its weight share: `miss_block`."""
 
     miss_block = Slot()
+    label = "miss.Miss{kind}"
 
     miss_r = Setting[int]("r")
     miss_mini_r = Setting[int]("mini_r")
@@ -66,10 +66,8 @@ class MissLayer(AdapterLayer):
 
     def create(self, name: str, config: MissConfig) -> None:
         shapes = {"bat": (self.out_features // config.r, config.r, config.r), "mini": (config.r, config.mini_r)}
-        block = torch.zeros(shapes.get(str(config.init_weights), (config.r, self.out_features)))
-        self.miss_block[name] = nn.Parameter(
-            block if config.init_weights else nn.init.kaiming_uniform_(block, a=5**0.5)
-        )
+        shape = shapes.get(str(config.init_weights), (config.r, self.out_features))
+        self.miss_block[name] = started(*shape, zero=config.init_weights)
 
     def change(self, name: str) -> Change:
         block = self.miss_block[name]
@@ -88,10 +86,6 @@ class MissLayer(AdapterLayer):
         if config.init_weights == "mini" and op.out_features % config.mini_r:
             raise ValueError(f"mini_r={config.mini_r} must divide the outputs of {size}.")
 
-    @property
-    def type_name(self) -> str:
-        return f"miss.Miss{self.op.kind}"
-
 
 class MissMethod(Method):
     """What files of older versions are read as."""
@@ -101,9 +95,5 @@ class MissMethod(Method):
         return {key.replace(".bone_block", ".miss_block"): value for key, value in tensors.items()}
 
 
-class MissModel(BaseTuner):
+class MissModel(BaseTuner, layer=MissLayer, method=MissMethod, prefix="miss_"):
     """A model with matrix shard sharing adapters."""
-
-    prefix = "miss_"
-    layer_class = MissLayer
-    method_class = MissMethod

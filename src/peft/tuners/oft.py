@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.change import OnInput, OnOutput
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -21,6 +21,7 @@ from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import add_rotated, cayley, cayley_neumann, drop_blocks, skew_symmetric
 from peft.registry import PeftType
+from peft.values import Fraction, PositiveFloat, PositiveInt
 
 
 def _is_older(version: Any, than: str) -> bool:
@@ -32,7 +33,7 @@ def _is_older(version: Any, than: str) -> bool:
 
 
 @dataclass
-class OFTConfig(LayerConfig, peft_type=PeftType.OFT):
+class OFTConfig(LayoutConfig, peft_type=PeftType.OFT):
     """Orthogonal finetuning (arXiv:2306.07280; in this form arXiv:2506.19847).
 
     W' = W R^T with a block-diagonal rotation R: the module's input is rotated, block by block. Each block is made of a
@@ -44,7 +45,6 @@ class OFTConfig(LayerConfig, peft_type=PeftType.OFT):
         oft_block_size: size of a block. Where it (or r) does not divide the width of a module, the nearest number that
             does is taken, with a warning.
         module_dropout: share of the blocks that are left out at random in training.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         coft: keep all Q of a module together within the distance `eps` of zero.
         eps: that distance.
         block_share: the same rotation for all blocks.
@@ -55,18 +55,15 @@ class OFTConfig(LayerConfig, peft_type=PeftType.OFT):
 
     r: int = 0
     oft_block_size: int = 32
-    module_dropout: float = 0.0
-    fan_in_fan_out: bool = False
+    module_dropout: Fraction = 0.0
     init_weights: bool = True
     coft: bool = False
-    eps: float = 6e-5
+    eps: PositiveFloat = 6e-5
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = 5
+    num_cayley_neumann_terms: PositiveInt = 5
 
-    positive_fields = ("eps", "num_cayley_neumann_terms")
-    fraction_fields = ("module_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+    beyond_reference = ("target_parameters",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,9 +80,9 @@ class OFTConfig(LayerConfig, peft_type=PeftType.OFT):
             )
         if kwargs.get("use_cayley_neumann") and _is_older(kwargs.get("peft_version"), "0.18.0"):
             warn(
-                f"This OFT adapter was written by peft {kwargs.get('peft_version') or 'before 0.18'}; the"
-                " Neumann series was"
-                " changed in 0.18, so its effect is not the same here. Train it again, or use it with peft 0.17."
+                f"This OFT adapter was written by peft {kwargs.get('peft_version') or 'before 0.18'}; the Neumann"
+                " series was changed in 0.18, so its effect is not the same here. Train it again, or use it with peft"
+                " 0.17."
             )
         return super().check_kwargs(**kwargs)
 
@@ -106,7 +103,7 @@ class OFTRotation(nn.Module):
         """Its blocks minus the identity, [blocks, b, b]."""
         if self.radius is not None and self.weight.requires_grad:
             with torch.no_grad():
-                put_in_forward(self.weight, self.weight * self.shrinkage(self.weight, self.radius))
+                put_in_forward(self.weight, self.weight * self.shrinkage(self.weight))
         change = remember(self.weight, dtype, lambda: self.compute().to(dtype))
         return drop_blocks(change, self.dropout) if training and self.dropout else change
 
@@ -114,15 +111,14 @@ class OFTRotation(nn.Module):
         """The change, in float32 at least."""
         weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
         if self.radius is not None:
-            weight = weight * self.shrinkage(weight.detach(), self.radius)
+            weight = weight * self.shrinkage(weight.detach())
         with torch.autocast(weight.device.type, enabled=False):
             skew = skew_symmetric(weight, self.size)
             return cayley(skew) if self.terms is None else cayley_neumann(skew, self.terms)
 
-    @staticmethod
-    def shrinkage(weight: Tensor, radius: float) -> Tensor:
+    def shrinkage(self, weight: Tensor) -> Tensor:
         """What brings each Q to where it may be: radius / sqrt(blocks) from zero at most (Frobenius)."""
-        share = radius / weight.shape[0] ** 0.5 / (weight.norm(dim=1, keepdim=True) * 2**0.5)
+        share = (self.radius or 0.0) / weight.shape[0] ** 0.5 / (weight.norm(dim=1, keepdim=True) * 2**0.5)
         # With a little room, so that what has been shortened is not shortened again for its rounding.
         return torch.where(share < 1 - 1e-6, share, 1.0)
 
@@ -130,35 +126,33 @@ class OFTRotation(nn.Module):
 class OFTLayer(AdapterLayer):
     """A module whose input is rotated in blocks; of an embedding, its output."""
 
-    oft_R = ModuleSlot()
-    oft_embedding_R = ModuleSlot()
+    oft_R = ModuleSlot[OFTRotation]()
+    oft_embedding_R = ModuleSlot[OFTRotation]()
 
     r = Setting[int]()
     oft_block_size = Setting[int]()
 
     @property
-    def rotates_output(self) -> bool:
-        """Whether the output is rotated rather than the input."""
-        return self.op.kind == "Embedding"
+    def rotations(self) -> dict[str, OFTRotation]:
+        """Those of the adapters: of inputs, or of the outputs of an embedding."""
+        return self.oft_embedding_R if self.op.kind == "Embedding" else self.oft_R
 
     def create(self, name: str, config: OFTConfig) -> None:
-        width = self.out_features if self.rotates_output else self.in_features
-        size = (
-            _fitting("oft_block_size", config.oft_block_size, width)
-            if config.r == 0
-            else width // _fitting("r", config.r, width)
-        )
+        width = self.out_features if self.op.kind == "Embedding" else self.in_features
+        if config.r:
+            size = width // _fitting("r", config.r, width)
+        else:
+            size = _fitting("oft_block_size", config.oft_block_size, width)
         self.r[name], self.oft_block_size[name] = width // size, size
-        slot = self.oft_embedding_R if self.rotates_output else self.oft_R
-        slot[name] = OFTRotation(width, size, config)
+        self.rotations[name] = OFTRotation(width, size, config)
 
     def change(self, name: str) -> OnInput | OnOutput:
-        rotation: Any = (self.oft_embedding_R if self.rotates_output else self.oft_R)[name]
+        rotation = self.rotations[name]
 
         def rotate(x: Tensor) -> Tensor:
             return add_rotated(x, rotation.change(x.dtype, self.training))
 
-        if self.rotates_output:
+        if self.op.kind == "Embedding":
             return OnOutput(rotate)
         return OnInput(rotate, lambda weight: add_rotated(weight, rotation.change(weight.dtype, self.training).mT))
 
@@ -179,16 +173,11 @@ class OFTMethod(Method):
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if any(".oft_r." in key for key in tensors):
             raise ValueError(
-                "This is an OFT checkpoint of huggingface/peft before version 0.16 (it has tensors called"
-                " oft_r), which this"
-                " version cannot read. Load it with peft 0.15.2, or train the adapter again."
+                "This is an OFT checkpoint of huggingface/peft before version 0.16 (it has tensors called oft_r), which"
+                " this version cannot read. Load it with peft 0.15.2, or train the adapter again."
             )
         return tensors
 
 
-class OFTModel(BaseTuner):
+class OFTModel(BaseTuner, layer=OFTLayer, method=OFTMethod, prefix="oft_"):
     """A model with orthogonal finetuning adapters."""
-
-    prefix = "oft_"
-    layer_class = OFTLayer
-    method_class = OFTMethod

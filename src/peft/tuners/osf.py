@@ -19,6 +19,7 @@ from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Dense
 from peft.ops.singular import keeping_off
 from peft.registry import PeftType
+from peft.values import PositiveFloat
 
 _FIXED = ("osf_U_high", "osf_V_high", "osf_start")
 
@@ -42,16 +43,13 @@ class OSFConfig(LayerConfig, peft_type=PeftType.OSF):
         ValueError: no directions would stay.
     """
 
-    effective_rank: int | float | None = None
+    effective_rank: int | PositiveFloat | None = None
     rank_pattern: dict[str, int | float] | None = None
     init_weights: bool | None = True
     target_svd_config: dict[str, int] | None = None
 
-    positive_fields = ("effective_rank",)
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "effective_rank"}
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
-    )
+    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
 
 
 def kept_directions(wanted: float | None, op: BaseOp) -> int:
@@ -65,7 +63,7 @@ def kept_directions(wanted: float | None, op: BaseOp) -> int:
 class OSFLayer(AdapterLayer):
     """A module whose weight is trained where its singular values are small."""
 
-    osf_svd_params = ModuleSlot()
+    osf_svd_params = ModuleSlot[nn.ParameterDict]()
     osf_U_high = FixedSlot(stored=False)
     osf_V_high = FixedSlot(stored=False)
     #: U_low S_low V_low as they are without the adapter
@@ -98,10 +96,10 @@ class OSFLayer(AdapterLayer):
         return low
 
     def change(self, name: str) -> Add:
-        parts: Any = self.osf_svd_params[name]
+        parts = self.osf_svd_params[name]
         left = keeping_off(parts["U_low"], self.osf_U_high[name])
         right = keeping_off(parts["V_low"].T, self.osf_V_high[name].T).T
-        return Add(Dense(torch.addmm(self.osf_start[name].to(left.dtype), left * parts["S_low"], right, beta=-1)))
+        return Add(Dense((left * parts["S_low"]) @ right - self.osf_start[name].to(left.dtype)))
 
     @classmethod
     def check(cls, config: OSFConfig, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -125,9 +123,5 @@ class OSFMethod(Method):
             config.target_modules = ALL_LINEAR
 
 
-class OSFModel(BaseTuner):
+class OSFModel(BaseTuner, layer=OSFLayer, method=OSFMethod, prefix="osf_"):
     """A model with OSF adapters."""
-
-    prefix = "osf_"
-    layer_class = OSFLayer
-    method_class = OSFMethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from peft.core.slots import ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import product_with
 from peft.registry import PeftType
+from peft.values import NonNegativeInt, PositiveInt
 
 
 @dataclass
@@ -36,24 +37,22 @@ class PeanutConfig(LayerConfig, peft_type=PeftType.PEANUT):
         init_weights: start B at zero, without effect; False starts it at random as well.
     """
 
-    r: int = 32
-    depth: int = 0
+    r: PositiveInt = 32
+    depth: NonNegativeInt = 0
     act_fn: str = "relu"
     scaling: float = 1.0
     init_weights: bool = True
 
-    positive_fields = ("r",)
-    nonnegative_fields = ("depth",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
+    beyond_reference = ("target_parameters", "bias")
 
 
 class PeanutLayer(AdapterLayer):
     """A module with a change that a network makes of its weight."""
 
-    peanut_A = ModuleSlot()
-    peanut_B = ModuleSlot()
-    peanut_encoders = ModuleSlot()
-    peanut_decoders = ModuleSlot()
+    peanut_A = ModuleSlot[nn.Linear]()
+    peanut_B = ModuleSlot[nn.Linear]()
+    peanut_encoders = ModuleSlot[nn.ModuleList]()
+    peanut_decoders = ModuleSlot[nn.ModuleList]()
 
     scaling = Setting[float]()
     act_fn = Setting[str]()
@@ -92,9 +91,8 @@ class PeanutLayer(AdapterLayer):
 
     def change(self, name: str) -> LowRank:
         a, encoders, decoders = self.weights(name)
-        b: Any = self.peanut_B[name]
         h = self.remembered(lambda: self.hidden(name), a, *encoders, *decoders)
-        return LowRank(h, b.weight, self.scaling[name])
+        return LowRank(h, self.peanut_B[name].weight, self.scaling[name])
 
     @classmethod
     def check(cls, config: PeanutConfig, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -118,8 +116,5 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
     return activation
 
 
-class PeanutModel(BaseTuner):
+class PeanutModel(BaseTuner, layer=PeanutLayer, prefix="peanut_"):
     """A model with changes that networks make of its weights."""
-
-    prefix = "peanut_"
-    layer_class = PeanutLayer

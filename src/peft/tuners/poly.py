@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from peft.core.method import Method
 from peft.core.routing import Route, check_task_ids
 from peft.core.slots import ModuleSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
+from peft.ops.starts import uniform
 from peft.registry import PeftType
+from peft.values import PositiveInt
 
 
 @dataclass
@@ -41,22 +43,14 @@ class PolyConfig(LayerConfig, peft_type=PeftType.POLY):
         ValueError: numbers that are not positive, or another router.
     """
 
-    r: int = 8
+    r: PositiveInt = 8
     init_weights: bool = True
-    poly_type: str = "poly"
-    n_tasks: int = 1
-    n_skills: int = 4
-    n_splits: int = 1
+    poly_type: Literal["poly"] = "poly"
+    n_tasks: PositiveInt = 1
+    n_skills: PositiveInt = 4
+    n_splits: PositiveInt = 1
 
-    positive_fields = ("r", "n_tasks", "n_skills", "n_splits")
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.poly_type != "poly":
-            raise ValueError(f"poly_type={self.poly_type!r} is not known; use 'poly'.")
+    beyond_reference = ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
 
 
 class PolyRouter(nn.Module):
@@ -86,11 +80,12 @@ class PolyLayer(AdapterLayer):
     in the shares that `poly_router` gives.
     """
 
-    poly_router = ModuleSlot()
+    poly_router = ModuleSlot[PolyRouter]()
     poly_lora_A = Slot()
     poly_lora_B = Slot()
     # Each sample has a weight of its own, so only what acts on the activations can be adapted.
-    kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
+    kinds = frozenset(("Linear", "Conv1D"))
+    cannot_merge = "A Poly adapter changes the weight differently for each task and cannot be merged."
 
     r = Setting[int]()
 
@@ -101,12 +96,12 @@ class PolyLayer(AdapterLayer):
         for factor in (a,) if config.init_weights else (a, b):
             for skill in factor.transpose(0, 1):
                 for part in skill:  # [in, out], the transposed weight of a linear layer
-                    part.copy_(nn.init.kaiming_uniform_(torch.empty(part.T.shape), a=5**0.5).T)
+                    part.copy_(uniform(*part.T.shape).T)
         self.poly_lora_A[name], self.poly_lora_B[name] = nn.Parameter(a), nn.Parameter(b)
         self.poly_router[name] = PolyRouter(config).train(self.training)
 
     def change(self, name: str) -> Beside:
-        return Beside(lambda x: self.mixture(name, x), "each task has a change of its own")
+        return Beside(lambda x: self.mixture(name, x), self.cannot_merge)
 
     def mixture(self, name: str, x: Tensor) -> Tensor:
         """What the skills add to the outputs of each sample: [rows, ..., out]."""
@@ -119,9 +114,6 @@ class PolyLayer(AdapterLayer):
         b = torch.einsum("bqs,qsro->bqro", shares, b).transpose(1, 2).flatten(2)  # [rows, r, out]
         flat = x.to(a.dtype).flatten(1, -2) if x.dim() > 2 else x.to(a.dtype)[:, None]
         return (flat @ a @ (b / self.r[name])).view(*x.shape[:-1], -1)
-
-    def check_merge(self, name: str) -> None:
-        raise NotImplementedError("A Poly adapter changes the weight differently for each task and cannot be merged.")
 
     def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("adapter_names (a mixed batch) cannot be used with Poly; task_ids says what each sample gets.")
@@ -140,9 +132,5 @@ class PolyMethod(Method):
         return calling(task_ids=kwargs.pop("task_ids", None))
 
 
-class PolyModel(BaseTuner):
+class PolyModel(BaseTuner, layer=PolyLayer, method=PolyMethod, prefix="poly_"):
     """A model with Poly adapters."""
-
-    prefix = "poly_"
-    layer_class = PolyLayer
-    method_class = PolyMethod

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
@@ -19,10 +19,11 @@ from peft.ops.memo import remember
 from peft.ops.orthogonal import cayley, cayley_neumann, skew_symmetric
 from peft.ops.principal import principal_factors, scaled_change
 from peft.registry import PeftType
+from peft.values import Fraction, NonNegativeInt, PositiveInt
 
 
 @dataclass
-class PsoftConfig(LayerConfig, peft_type=PeftType.PSOFT):
+class PsoftConfig(LayoutConfig, peft_type=PeftType.PSOFT):
     """Orthogonal fine-tuning in the principal subspace (arXiv:2505.11235): W' = W + s B (diag(b) R diag(a) - I) A.
 
     s B A is the part of W with the r largest singular values, and s = psoft_alpha / r. A [r, in] and B [out, r] are
@@ -33,7 +34,6 @@ class PsoftConfig(LayerConfig, peft_type=PeftType.PSOFT):
         r: width of the subspace; at most the shorter side of the weight.
         psoft_alpha: numerator of the scale.
         psoft_dropout: probability of dropout on the adapter's input.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         ab_svd_init: `"psoft_init"` gives the singular values to B, so that A has orthonormal rows; `"pissa_init"`
             shares them evenly.
         psoft_svd: `"full"`, or `"lowrank"` for an approximation that is faster for large weights.
@@ -48,26 +48,22 @@ class PsoftConfig(LayerConfig, peft_type=PeftType.PSOFT):
         init_weights: start without effect; False starts R at random.
     """
 
-    r: int = 32
-    psoft_alpha: int = 32
-    psoft_dropout: float = 0.0
-    fan_in_fan_out: bool = False
+    r: PositiveInt = 32
+    psoft_alpha: PositiveInt = 32
+    psoft_dropout: Fraction = 0.0
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
     psoft_svd: Literal["full", "lowrank"] = "full"
-    psoft_svd_lowrank_niter: int = 10
+    psoft_svd_lowrank_niter: NonNegativeInt = 10
     random_seed: int = 0
     psoft_orth: bool = True
     psoft_mag_b: bool = True
     psoft_mag_a: bool = True
     use_cayley_neumann: bool = False
-    num_cayley_neumann_terms: int = 5
+    num_cayley_neumann_terms: PositiveInt = 5
     cayley_neumann_eps: float | None = None
     init_weights: bool = True
 
-    positive_fields = ("r", "psoft_alpha", "num_cayley_neumann_terms")
-    nonnegative_fields = ("psoft_svd_lowrank_niter",)
-    fraction_fields = ("psoft_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
+    beyond_reference = ("target_parameters", "bias")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +111,7 @@ class PsoftRotation(nn.Module):
 class PsoftLayer(AdapterLayer):
     """A module with the principal part of its weight rotated."""
 
-    psoft_R = ModuleSlot()
+    psoft_R = ModuleSlot[PsoftRotation]()
     psoft_A = FixedSlot(stored=False)
     psoft_B = FixedSlot(stored=False)
 
@@ -127,19 +123,16 @@ class PsoftLayer(AdapterLayer):
         self.psoft_R[name] = PsoftRotation(config)
 
     def draw(self, name: str, config: PsoftConfig) -> None:
-        weight = self.original_matrix()
-        if weight.is_meta:
-            a = torch.empty(config.r, self.in_features, device="meta")
-            b = torch.empty(self.out_features, config.r, device="meta")
-        else:
-            iterations = config.psoft_svd_lowrank_niter if config.psoft_svd == "lowrank" else None
-            even = config.ab_svd_init == "pissa_init"
-            a, b = principal_factors(weight, config.r, self.scaling[name], even, iterations, config.random_seed)
-        self.psoft_A[name], self.psoft_B[name] = a, b
+        weight, even = self.original_matrix(), config.ab_svd_init == "pissa_init"
+        approximate = config.psoft_svd == "lowrank" and not weight.is_meta
+        iterations = config.psoft_svd_lowrank_niter if approximate else None
+        self.psoft_A[name], self.psoft_B[name] = principal_factors(
+            weight, config.r, self.scaling[name], even, iterations, config.random_seed
+        )
 
     def change(self, name: str) -> LowRank:
-        rotation: Any = self.psoft_R[name]
-        b, vectors = self.psoft_B[name], list(rotation.parameters())[1:]
+        rotation, b = self.psoft_R[name], self.psoft_B[name]
+        vectors = list(rotation.parameters())[1:]
 
         def rotated() -> Tensor:
             change = rotation.change()
@@ -147,8 +140,7 @@ class PsoftLayer(AdapterLayer):
 
         # On the side of the outputs: a training step then keeps x A^T, and x is not needed.
         up = remember(rotation.weight, "up", rotated, b, *vectors)
-        p = self.dropout_of(name)
-        return LowRank(self.psoft_A[name].to(up.dtype), up, self.scaling[name], p)
+        return LowRank(self.psoft_A[name].to(up.dtype), up, self.scaling[name], self.dropout_of(name))
 
     @classmethod
     def check(cls, config: PsoftConfig, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -159,8 +151,5 @@ class PsoftLayer(AdapterLayer):
             )
 
 
-class PsoftModel(BaseTuner):
+class PsoftModel(BaseTuner, layer=PsoftLayer, prefix="psoft_"):
     """A model with the principal parts of its weights rotated."""
-
-    prefix = "psoft_"
-    layer_class = PsoftLayer

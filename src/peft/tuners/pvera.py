@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
@@ -18,10 +17,11 @@ from peft.core.plan import Plan
 from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
+from peft.values import Fraction, PositiveInt
 
 
 @dataclass
-class PveraConfig(LayerConfig, peft_type=PeftType.PVERA):
+class PveraConfig(LayoutConfig, peft_type=PeftType.PVERA):
     """Probabilistic VeRA (arXiv:2512.07703): y = W x + b * (B z), for z drawn from a normal distribution.
 
     Its means and the logarithms of its variances are the two halves of d * (A x). A [2 r, in] and B [out, r] are
@@ -34,25 +34,21 @@ class PveraConfig(LayerConfig, peft_type=PeftType.PVERA):
         save_projection: store them in the checkpoint; without, they are made again from the seed.
         pvera_dropout: probability of dropout on the adapter's input.
         d_initial: start value of d.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_weights: start b at zero, without effect; False starts it at one, and d at random.
         sample_at_inference: draw z in evaluation too.
         generator_seed: seed of what each layer draws; None draws from torch's own generator.
     """
 
-    r: int = 256
+    r: PositiveInt = 256
     projection_prng_key: int = 0
     save_projection: bool = True
-    pvera_dropout: float = 0.0
+    pvera_dropout: Fraction = 0.0
     d_initial: float = 0.1
-    fan_in_fan_out: bool = False
     init_weights: bool = True
     sample_at_inference: bool = False
     generator_seed: int | None = None
 
-    positive_fields = ("r",)
-    fraction_fields = ("pvera_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+    beyond_reference = ("target_parameters", "exclude_modules")
 
 
 class PveraLayer(AdapterLayer):
@@ -116,9 +112,5 @@ class PveraMethod(Method):
         }
 
 
-class PveraModel(BaseTuner):
+class PveraModel(BaseTuner, layer=PveraLayer, method=PveraMethod, prefix="pvera_lambda_"):
     """A model with PVeRA adapters; `pvera_A` and `pvera_B` hold the projections that an adapter's layers share."""
-
-    prefix = "pvera_lambda_"
-    layer_class = PveraLayer
-    method_class = PveraMethod

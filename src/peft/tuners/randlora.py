@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -18,10 +17,11 @@ from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.random_bases import draw_bases, scaled_bases
 from peft.registry import PeftType
+from peft.values import Fraction, NonNegativeFloat, PositiveInt
 
 
 @dataclass
-class RandLoraConfig(LayerConfig, peft_type=PeftType.RANDLORA):
+class RandLoraConfig(LayoutConfig, peft_type=PeftType.RANDLORA):
     """RandLoRA (arXiv:2502.00987): W' = W + randlora_alpha / r * M N, a matrix of full rank.
 
     With n = ceil(min(in, out) / r): M [max(in, out), n r] are the random bases B, N [n r, min(in, out)] is the random
@@ -37,25 +37,20 @@ class RandLoraConfig(LayerConfig, peft_type=PeftType.RANDLORA):
         sparse: bases of 0, 1 and -1, a third of them not 0.
         very_sparse: one in sqrt(min(in, out)) not 0.
         randlora_dropout: probability of dropout on the adapter's input.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         randlora_alpha: numerator of the scale.
         init_weights: start lambda at zero, without effect; False starts it at random.
     """
 
-    r: int = 32
+    r: PositiveInt = 32
     projection_prng_key: int = 0
     save_projection: bool = True
     sparse: bool = False
     very_sparse: bool = False
-    randlora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    randlora_alpha: float = 640
+    randlora_dropout: Fraction = 0.0
+    randlora_alpha: NonNegativeFloat = 640
     init_weights: bool = True
 
-    positive_fields = ("r",)
-    nonnegative_fields = ("randlora_alpha",)
-    fraction_fields = ("randlora_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+    beyond_reference = ("target_parameters", "exclude_modules")
 
 
 class RandLoraLayer(AdapterLayer):
@@ -105,9 +100,5 @@ class RandLoraMethod(Method):
         return {"randlora_A": a, "randlora_B": b}
 
 
-class RandLoraModel(BaseTuner):
+class RandLoraModel(BaseTuner, layer=RandLoraLayer, method=RandLoraMethod, prefix="randlora_"):
     """A model with RandLoRA adapters; `randlora_A` and `randlora_B` hold the bases that an adapter's layers share."""
-
-    prefix = "randlora_"
-    layer_class = RandLoraLayer
-    method_class = RandLoraMethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.rotations import rotate_pairs
 from peft.registry import PeftType
+from peft.values import PositiveInt
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
 #: variant -> angles (and as many scales) for each pair of outputs
@@ -39,13 +40,10 @@ class RoadConfig(LayerConfig, peft_type=PeftType.ROAD):
     """
 
     variant: RoadVariant = "road_1"
-    group_size: int = 64
+    group_size: PositiveInt = 64
     init_weights: bool = True
 
-    positive_fields = ("group_size",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
-    )
+    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,14 +82,10 @@ class RoadLayer(AdapterLayer):
     @classmethod
     def check(cls, config: RoadConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         # The projections of attention, and experts, are rotated each by itself.
-        rows = op.out_features // 3 if op.kind == "MultiheadAttention" else op.out_features
-        rows = getattr(op, "expert_out_features", rows)
+        rows = getattr(op, "expert_out_features", op.out_features // op.projections)
         if rows % config.group_size:
             raise ValueError(f"group_size={config.group_size} does not divide the {rows} outputs of {key!r}.")
 
 
-class RoadModel(BaseTuner):
+class RoadModel(BaseTuner, layer=RoadLayer, prefix="road_"):
     """A model with rotations of the outputs of its modules."""
-
-    prefix = "road_"
-    layer_class = RoadLayer

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
-from peft.core.layer import AdapterLayer
-from peft.core.slots import FixedSlot, Setting, Slot
+from peft.core.scale import ScaledLayer
+from peft.core.slots import FixedSlot, Slot
 from peft.core.storage import onloaded
 from peft.core.tuner import BaseTuner
 from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.sparse import Entries, draw_places, in_row_order
 from peft.registry import PeftType
+from peft.values import PositiveInt
 
 #: takes a base module and r; gives ones and zeros in the shape of the module's weight
 MaskFunction = Callable[..., Tensor]
 
 
 @dataclass
-class ShiraConfig(LayerConfig, peft_type=PeftType.SHIRA):
+class ShiraConfig(LayoutConfig, peft_type=PeftType.SHIRA):
     """Sparse high rank adaptation (arXiv:2406.13175): W' = W + S, with r (in + out) entries of S trained.
 
     Where these are is stored with the adapter. A function of one's own chooses them if it is set as `config.mask_fn`
@@ -37,20 +37,15 @@ class ShiraConfig(LayerConfig, peft_type=PeftType.SHIRA):
         r: an adapter has as many values as one of LoRA of this rank.
         mask_type: `"random"`, or any other name for a mask function of one's own.
         random_seed: seed of the random choice.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_weights: start with zeros, without effect; False starts at random.
     """
 
-    r: int = 32
+    r: PositiveInt = 32
     mask_type: str = "random"
     random_seed: int | None = None
-    fan_in_fan_out: bool = False
     init_weights: bool = True
 
-    positive_fields = ("r",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
-    )
+    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,14 +54,11 @@ class ShiraConfig(LayerConfig, peft_type=PeftType.SHIRA):
             warn(f"mask_type={self.mask_type!r} is not known here; set config.mask_fn to a function of your own.")
 
 
-class ShiraLayer(AdapterLayer):
+class ShiraLayer(ScaledLayer):
     """A module with single entries of its weight changed: by `shira_weight` [n] at `shira_indices` [2, n]."""
 
     shira_weight = Slot()
     shira_indices = FixedSlot()
-
-    r = Setting[int]()
-    scaling = Setting[float]()
 
     def create(self, name: str, config: ShiraConfig) -> None:
         count = config.r * (self.in_features + self.out_features)
@@ -113,11 +105,6 @@ class ShiraLayer(AdapterLayer):
                 f" weight [{self.out_features}, {self.in_features}]."
             )
 
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets what the change of an adapter is multiplied with."""
-        if self.has(adapter):
-            self.scaling[adapter] = scale
-
     @classmethod
     def check(cls, config: ShiraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         count, total = config.r * (op.in_features + op.out_features), op.in_features * op.out_features
@@ -134,8 +121,5 @@ def _checked(positions: Tensor, name: str) -> Tensor:
     return positions
 
 
-class ShiraModel(BaseTuner):
+class ShiraModel(BaseTuner, layer=ShiraLayer, prefix="shira_"):
     """A model with sparse high rank adapters."""
-
-    prefix = "shira_"
-    layer_class = ShiraLayer

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,6 +17,7 @@ from peft.core.tuner import BaseTuner
 from peft.ops.memo import remember
 from peft.ops.sparse import Entries
 from peft.registry import PeftType
+from peft.values import Fraction, PositiveInt
 
 
 @dataclass
@@ -38,19 +37,15 @@ class SupertuningConfig(LayerConfig, peft_type=PeftType.SUPERTUNING):
             has to be the same then, bit for bit.
     """
 
-    sparsity: float = 0.99
+    sparsity: Fraction = 0.99
     select_top: bool = True
-    r: int | None = None
+    r: PositiveInt | None = None
     lora_alpha: float | None = None
-    lora_dropout: float = 0.0
+    lora_dropout: Fraction = 0.0
     init_weights: bool = True
     save_precomputed_indices: bool = True
 
-    positive_fields = ("r",)
-    fraction_fields = ("sparsity", "lora_dropout")
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
-    )
+    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,29 +60,26 @@ class SupertuningLayer(AdapterLayer):
 
     supertuning_values = Slot()
     supertuning_indices = FixedSlot(stored="save_precomputed_indices")
-    supertuning_lora_A = ModuleSlot()
-    supertuning_lora_B = ModuleSlot()
+    supertuning_lora_A = ModuleSlot[nn.Linear]()
+    supertuning_lora_B = ModuleSlot[nn.Linear]()
 
     supertuning_scaling = Setting[float]()
-    supertuning_lora_dropout = Setting[float]()
+    supertuning_lora_dropout = Setting[float]("lora_dropout")
 
     def create(self, name: str, config: SupertuningConfig) -> None:
         count = values_of(self.op, config)
         self.supertuning_values[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
         if config.r is None or config.lora_alpha is None:
             return
-        self.supertuning_scaling[name], self.supertuning_lora_dropout[name] = (
-            config.lora_alpha / config.r, config.lora_dropout,
-        )  # fmt: skip
-        down, up = (
-            nn.Linear(self.in_features, config.r, bias=False), nn.Linear(config.r, self.out_features, bias=False),
-        )  # fmt: skip
-        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-        nn.init.zeros_(up.weight) if config.init_weights else nn.init.kaiming_uniform_(up.weight, a=math.sqrt(5))
+        self.supertuning_scaling[name] = config.lora_alpha / config.r
+        down = nn.Linear(self.in_features, config.r, bias=False)
+        up = nn.Linear(config.r, self.out_features, bias=False)
+        down.reset_parameters()  # drawn twice, as by huggingface/peft, for the same start from the same seed
+        nn.init.zeros_(up.weight) if config.init_weights else up.reset_parameters()
         self.supertuning_lora_A[name], self.supertuning_lora_B[name] = down, up
 
     def draw(self, name: str, config: SupertuningConfig) -> None:
-        sizes = self.op.matrix(self.original_weight()).detach().abs().flatten()
+        sizes = self.original_matrix().abs().flatten()
         found = sizes.topk(values_of(self.op, config), largest=config.select_top).indices
         self.supertuning_indices[name] = found.to(torch.int32 if sizes.numel() < 2**31 else torch.int64)
 
@@ -96,10 +88,9 @@ class SupertuningLayer(AdapterLayer):
         rows = remember(places, ("rows", columns), lambda: torch.stack((places // columns, places % columns)))
         yield Add(Entries.at(rows, self.supertuning_values[name], (self.out_features, columns)))
         if name in self.supertuning_lora_A:
-            down: Any = self.supertuning_lora_A[name]
-            up: Any = self.supertuning_lora_B[name]
+            down, up = self.supertuning_lora_A[name].weight, self.supertuning_lora_B[name].weight
             p = self.supertuning_lora_dropout[name] if self.training else 0.0
-            yield LowRank(down.weight, up.weight, self.supertuning_scaling[name], dropout=p)
+            yield LowRank(down, up, self.supertuning_scaling[name], dropout=p)
 
     @classmethod
     def check(cls, config: SupertuningConfig, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -117,8 +108,5 @@ def values_of(op: BaseOp, config: SupertuningConfig) -> int:
     return int(op.out_features * op.in_features * (1 - config.sparsity))
 
 
-class SupertuningModel(BaseTuner):
+class SupertuningModel(BaseTuner, layer=SupertuningLayer, prefix="supertuning_"):
     """A model with super-tuning adapters."""
-
-    prefix = "supertuning_"
-    layer_class = SupertuningLayer

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -17,10 +17,11 @@ from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.principal import principal_factors
 from peft.registry import PeftType
+from peft.values import Fraction, NonNegativeFloat, PositiveInt, Share
 
 
 @dataclass
-class TinyLoraConfig(LayerConfig, peft_type=PeftType.TINYLORA):
+class TinyLoraConfig(LayoutConfig, peft_type=PeftType.TINYLORA):
     """TinyLoRA (arXiv:2602.04118): W' = W + B R A, where R = v_1 P_1 + ... + v_u P_u is a matrix [r, r].
 
     B [out, r] and A [r, in] are the part of W with the r largest singular values, shared evenly between them; the P
@@ -35,7 +36,6 @@ class TinyLoraConfig(LayerConfig, peft_type=PeftType.TINYLORA):
         save_projection: store P in the checkpoint; without, it is made again from the seed.
         init_v_bound: bound of the uniform start.
         tinylora_dropout: probability of dropout on the adapter's input.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_weights: start v at zero, without effect; "uniform" or False starts it between -init_v_bound and
             init_v_bound.
 
@@ -43,27 +43,16 @@ class TinyLoraConfig(LayerConfig, peft_type=PeftType.TINYLORA):
         ValueError: `weight_tying` is not between 0 and 1, or the start is unknown.
     """
 
-    r: int = 2
-    u: int = 64
-    weight_tying: float = 0.0
+    r: PositiveInt = 2
+    u: PositiveInt = 64
+    weight_tying: Share = 0.0
     projection_seed: int = 42
     save_projection: bool = True
-    init_v_bound: float = 0.02
-    tinylora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    init_weights: bool | str = True
+    init_v_bound: NonNegativeFloat = 0.02
+    tinylora_dropout: Fraction = 0.0
+    init_weights: bool | Literal["uniform"] = True
 
-    positive_fields = ("r", "u")
-    nonnegative_fields = ("init_v_bound",)
-    fraction_fields = ("tinylora_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.weight_tying <= 1:
-            raise ValueError(f"weight_tying must be between 0 (none) and 1 (all), got {self.weight_tying}.")
-        if self.init_weights not in (True, False, "uniform"):
-            raise ValueError(f"init_weights={self.init_weights!r} is not known; use True (zeros) or 'uniform'.")
+    beyond_reference = ("target_parameters", "exclude_modules")
 
 
 class TinyLoraLayer(AdapterLayer):
@@ -113,9 +102,5 @@ class TinyLoraMethod(Method):
         return {"tinylora_v": {group: torch.empty(config.u).uniform_(-bound, bound) for group in groups}}
 
 
-class TinyLoraModel(BaseTuner):
+class TinyLoraModel(BaseTuner, layer=TinyLoraLayer, method=TinyLoraMethod, prefix="tinylora_"):
     """A model with TinyLoRA adapters; `tinylora_v` holds the vectors, one for each group of an adapter's layers."""
-
-    prefix = "tinylora_"
-    layer_class = TinyLoraLayer
-    method_class = TinyLoraMethod

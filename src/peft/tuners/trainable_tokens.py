@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -32,11 +32,11 @@ class TrainableTokensConfig(LayerConfig, peft_type=PeftType.TRAINABLE_TOKENS):
     token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
 
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(
-        ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "modules_to_save", "bias")
-    )
+    beyond_reference = (
+        "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "modules_to_save", "bias",
+    )  # fmt: skip
 
-    stores_embeddings: ClassVar[bool] = False
+    stores_embeddings = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,9 +73,7 @@ class TrainableTokensMethod(Method):
             layer.tie_to(to)
 
 
-class TrainableTokensModel(BaseTuner):
+class TrainableTokensModel(
+    BaseTuner, layer=TrainableTokensLayer, method=TrainableTokensMethod, prefix="trainable_tokens_"
+):
     """A model with trained tokens."""
-
-    prefix = "trainable_tokens_"
-    layer_class = TrainableTokensLayer
-    method_class = TrainableTokensMethod

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -18,10 +18,11 @@ from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.shared_vector import assign_entries, take_entries
 from peft.registry import PeftType
+from peft.values import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass
-class UniLoraConfig(LayerConfig, peft_type=PeftType.UNILORA):
+class UniLoraConfig(LayoutConfig, peft_type=PeftType.UNILORA):
     """Uni-LoRA (arXiv:2506.00799): W' = W + B A, with all entries of A [r, in] and B [out, r] taken from one vector.
 
     The vector theta [theta_d_length] is trained, and shared by all layers. Which of its entries an entry of A or B is,
@@ -33,26 +34,21 @@ class UniLoraConfig(LayerConfig, peft_type=PeftType.UNILORA):
         proj_seed: seed of the choice of entries.
         theta_d_length: length of the vector.
         unilora_dropout: probability of dropout on the adapter's input.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_theta_d_bound: the vector starts uniformly in [-bound, bound].
         init_weights: start like that; False starts it with standard deviation 1.
         save_indices: store the choice of entries and their scales in the checkpoint; without, they are made again from
             the seed.
     """
 
-    r: int = 4
-    proj_seed: int = 42
-    theta_d_length: int = 256
-    unilora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    init_theta_d_bound: float = 0.02
+    r: PositiveInt = 4
+    proj_seed: NonNegativeInt = 42
+    theta_d_length: PositiveInt = 256
+    unilora_dropout: Fraction = 0.0
+    init_theta_d_bound: PositiveFloat = 0.02
     init_weights: bool = True
     save_indices: bool = False
 
-    positive_fields = ("r", "theta_d_length", "init_theta_d_bound")
-    nonnegative_fields = ("proj_seed",)
-    fraction_fields = ("unilora_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+    beyond_reference = ("target_parameters", "exclude_modules")
 
 
 class UniLoraLayer(AdapterLayer):
@@ -103,9 +99,5 @@ class UniLoraMethod(Method):
         assign_entries.cache_clear()
 
 
-class UniLoraModel(BaseTuner):
+class UniLoraModel(BaseTuner, layer=UniLoraLayer, method=UniLoraMethod, prefix="unilora_"):
     """A model with Uni-LoRA adapters; `unilora_theta_d` holds the vectors, one for all layers of an adapter."""
-
-    prefix = "unilora_"
-    layer_class = UniLoraLayer
-    method_class = UniLoraMethod

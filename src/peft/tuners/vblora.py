@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
+from peft.core.part import without
 from peft.core.plan import Plan
 from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of
+from peft.core.walk import layers_of
 from peft.ops.vector_bank import mix_vectors, pack_logits, unpack_logits
 from peft.registry import PeftType
+from peft.values import Fraction, NonNegativeFloat, PositiveInt
 
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 
 
 @dataclass
-class VBLoRAConfig(LayerConfig, peft_type=PeftType.VBLORA):
+class VBLoRAConfig(LayoutConfig, peft_type=PeftType.VBLORA):
     """VB-LoRA (arXiv:2405.15179): W' = W + B A, with A [r, in] and B [out, r] made of vectors from a shared bank.
 
     A row of A is in / vector_length vectors one after the other, a column of B out / vector_length; each is the sum of
@@ -40,25 +42,20 @@ class VBLoRAConfig(LayerConfig, peft_type=PeftType.VBLORA):
         save_only_topk_weights: store places and weights of the chosen vectors in place of all logits; such a file
             is for inference and cannot be trained further.
         vblora_dropout: probability of dropout on the adapter's input.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_vector_bank_bound: the bank starts uniformly in [-bound, bound].
         init_logits_std: standard deviation that the logits start with.
     """
 
-    r: int = 4
-    num_vectors: int = 256
-    vector_length: int = 256
-    topk: int = 2
+    r: PositiveInt = 4
+    num_vectors: PositiveInt = 256
+    vector_length: PositiveInt = 256
+    topk: PositiveInt = 2
     save_only_topk_weights: bool = False
-    vblora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    init_vector_bank_bound: float = 0.02
-    init_logits_std: float = 0.1
+    vblora_dropout: Fraction = 0.0
+    init_vector_bank_bound: NonNegativeFloat = 0.02
+    init_logits_std: NonNegativeFloat = 0.1
 
-    positive_fields = ("r", "num_vectors", "vector_length", "topk")
-    nonnegative_fields = ("init_vector_bank_bound", "init_logits_std")
-    fraction_fields = ("vblora_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+    beyond_reference = ("target_parameters",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,8 +93,7 @@ class VBLoRALayer(AdapterLayer):
             )
         bank, k = self.vblora_vector_bank[name], self.vblora_topk[name]
         a, b = (mix_vectors(getattr(self, slot)[name], bank, k) for slot in _LOGITS)
-        p = self.dropout_of(name)
-        return LowRank(a.flatten(1), b.transpose(1, 2).flatten(0, 1), dropout=p)
+        return LowRank(a.flatten(1), b.transpose(1, 2).flatten(0, 1), dropout=self.dropout_of(name))
 
     @classmethod
     def check(cls, config: VBLoRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -143,22 +139,20 @@ class VBLoRAMethod(Method):
             if f"{key}_topk_weights" in read:
                 places, weights = read.pop(f"{key}_topk_indices"), read.pop(f"{key}_topk_weights")
                 read[key] = unpack_logits(places, weights, config.num_vectors)
-        for _, layer in parts_of(model):
-            if isinstance(layer, VBLoRALayer) and layer.has(adapter_name):
-                layer.vblora_only_topk[adapter_name] = bool(packed)
+        for layer in layers_of(model, VBLoRALayer, adapter_name).values():
+            layer.vblora_only_topk[adapter_name] = bool(packed)
         return read
 
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
         """(numbers of VB-LoRA's own that saving an adapter writes, in units of a float32; other trained ones)."""
-        layers = [layer for layer in self.tuner.layers() if isinstance(layer, VBLoRALayer) and layer.has(adapter)]
-        logits = {f"{i}.{slot}": getattr(layer, slot)[adapter] for i, layer in enumerate(layers) for slot in _LOGITS}
-        written = self.write_tensors(self.tuner, adapter, logits).values()
+        layers = layers_of(self.model, VBLoRALayer, adapter)
+        logits = {f"{key}.{slot}": getattr(layer, slot)[adapter] for key, layer in layers.items() for slot in _LOGITS}
+        written = list(self.write_tensors(self.tuner, adapter, logits).values())
         integers = sum(t.numel() * t.element_size() for t in written if not t.is_floating_point()) // 4
-        bank: Any = self.shared["vblora_vector_bank"]
-        own = bank[adapter].numel() + integers
-        own += sum(t.numel() for t in written if t.is_floating_point())
-        others = {id(p) for layer in layers for name in layer.adapter_names() for p in layer.adapter_parameters(name)}
-        return own, sum(p.numel() for p in self.tuner.parameters() if p.requires_grad and id(p) not in others)
+        floats = [self.shared["vblora_vector_bank"][adapter], *(t for t in written if t.is_floating_point())]
+        parts = (p for layer in layers.values() for one in layer.adapter_names() for p in layer.adapter_parameters(one))
+        others = sum(p.numel() for p in without(self.tuner.parameters(), parts) if p.requires_grad)
+        return integers + sum(t.numel() for t in floats), others
 
     def print_savable_parameters(self) -> None:
         """Prints how many numbers saving the default adapter writes."""
@@ -166,9 +160,5 @@ class VBLoRAMethod(Method):
         print(f"VB-LoRA params to be saved (in float32s): {own:,d} || all params to be saved: {own + others:,d}")
 
 
-class VBLoRAModel(BaseTuner):
+class VBLoRAModel(BaseTuner, layer=VBLoRALayer, method=VBLoRAMethod, prefix="vblora_"):
     """A model with VB-LoRA adapters; `vblora_vector_bank` holds the banks, one for all layers of an adapter."""
-
-    prefix = "vblora_"
-    layer_class = VBLoRALayer
-    method_class = VBLoRAMethod

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -16,10 +15,11 @@ from peft.core.plan import Plan
 from peft.core.slots import Dropout, FixedSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
+from peft.values import Fraction, PositiveInt
 
 
 @dataclass
-class VeraConfig(LayerConfig, peft_type=PeftType.VERA):
+class VeraConfig(LayoutConfig, peft_type=PeftType.VERA):
     """Vector-based random matrix adaptation (arXiv:2310.11454): W' = W + diag(b) B diag(d) A.
 
     A [r, in] and B [out, r] are random, frozen and shared by all layers, cut to the size that each needs; the vectors
@@ -31,21 +31,17 @@ class VeraConfig(LayerConfig, peft_type=PeftType.VERA):
         save_projection: store them in the checkpoint; without, they are made again from the seed.
         vera_dropout: probability of dropout on the adapter's input.
         d_initial: start value of d.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         init_weights: start b at zero, without effect; False starts it at one, and d at random.
     """
 
-    r: int = 256
+    r: PositiveInt = 256
     projection_prng_key: int = 0
     save_projection: bool = True
-    vera_dropout: float = 0.0
+    vera_dropout: Fraction = 0.0
     d_initial: float = 0.1
-    fan_in_fan_out: bool = False
     init_weights: bool = True
 
-    positive_fields = ("r",)
-    fraction_fields = ("vera_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "exclude_modules"))
+    beyond_reference = ("target_parameters", "exclude_modules")
 
 
 class VeraLayer(AdapterLayer):
@@ -68,8 +64,7 @@ class VeraLayer(AdapterLayer):
     def change(self, name: str) -> LowRank:
         b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
         down, up = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
-        p = self.dropout_of(name)
-        return LowRank(down.to(b), up.to(b), dropout=p, middle=d, factors=b)
+        return LowRank(down.to(b), up.to(b), dropout=self.dropout_of(name), middle=d, factors=b)
 
 
 class VeraMethod(Method):
@@ -85,9 +80,5 @@ class VeraMethod(Method):
         return {"vera_A": a, "vera_B": b}
 
 
-class VeraModel(BaseTuner):
+class VeraModel(BaseTuner, layer=VeraLayer, method=VeraMethod, prefix="vera_lambda_"):
     """A model with VeRA adapters; `vera_A` and `vera_B` hold the projections that an adapter's layers share."""
-
-    prefix = "vera_lambda_"
-    layer_class = VeraLayer
-    method_class = VeraMethod

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
@@ -18,13 +18,14 @@ from peft.core.slots import FixedSlot, Setting, Slot
 from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Matrix
-from peft.ops.sparse import Entries, draw_places
+from peft.ops.sparse import Entries, check_frequencies, draw_places
 from peft.ops.wavelets import FAMILIES, Wavelets, filters
 from peft.registry import PeftType
+from peft.values import PositiveInt
 
 
 @dataclass
-class WaveFTConfig(LayerConfig, peft_type=PeftType.WAVEFT):
+class WaveFTConfig(LayoutConfig, peft_type=PeftType.WAVEFT):
     """Wavelet fine-tuning (arXiv:2505.12532): W' = W + scaling * P S Q^T, one level of an inverse wavelet transform.
 
     S is zero but for the trained `waveft_spectrum` [n_frequency], at random places that the seed gives.
@@ -35,24 +36,21 @@ class WaveFTConfig(LayerConfig, peft_type=PeftType.WAVEFT):
         wavelet_family: the wavelets: db1 (Haar) to db10, sym2 to sym10, coif1 to coif5.
         use_idwt: transform; False adds the sparse matrix itself.
         random_loc_seed: seed of the places.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         n_frequency_pattern: n_frequency of single modules: name or regular expression for its end -> number.
         proportional_parameters: share out n_frequency times the number of modules by the size of their weights.
         init_weights: start at zero, without effect; False starts at small random values.
     """
 
-    n_frequency: int = 2592
+    n_frequency: PositiveInt = 2592
     scaling: float = 25.0
     wavelet_family: str = "db1"
     use_idwt: bool = True
     random_loc_seed: int = 777
-    fan_in_fan_out: bool = False
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
     proportional_parameters: bool = False
     init_weights: bool = True
 
-    positive_fields = ("n_frequency",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters",))
+    beyond_reference = ("target_parameters",)
     pattern_fields: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
 
     def __post_init__(self) -> None:
@@ -99,18 +97,8 @@ class WaveFTLayer(AdapterLayer):
     @classmethod
     def check(cls, config: WaveFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         if not config.proportional_parameters:
-            check_count(pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency), key, op)
-
-
-def check_count(count: int, key: str, op: BaseOp) -> None:
-    """Raises ValueError where a weight has fewer entries than coefficients."""
-    # Attention's output projection, which gets as many, is a third of its input projection.
-    rows = op.out_features // 3 if op.kind == "MultiheadAttention" else op.out_features
-    if count > rows * op.in_features:
-        raise ValueError(
-            f"n_frequency={count} is more than the entries of the weight of {key!r} ({rows} x {op.in_features} ="
-            f" {rows * op.in_features}); choose less, for this module alone in n_frequency_pattern."
-        )
+            count = pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)
+            check_frequencies(count, key, op.out_features // op.projections, op.in_features)
 
 
 class WaveFTMethod(Method):
@@ -124,7 +112,8 @@ class WaveFTMethod(Method):
         budget = config.n_frequency * len(sizes) / sum(sizes.values())
         counts = {name: max(1, round(size * budget)) for name, size in sizes.items()}
         for target in plan.targets:
-            check_count(counts[target.name], target.name, target.op)
+            op = target.op
+            check_frequencies(counts[target.name], target.name, op.out_features // op.projections, op.in_features)
         config.__dict__["_n_frequency"] = counts
 
     def layer_settings(self, config: WaveFTConfig, key: str) -> dict[str, Any]:
@@ -133,9 +122,5 @@ class WaveFTMethod(Method):
         return super().layer_settings(config, key)
 
 
-class WaveFTModel(BaseTuner):
+class WaveFTModel(BaseTuner, layer=WaveFTLayer, method=WaveFTMethod, prefix="waveft_"):
     """A model with wavelet adapters."""
-
-    prefix = "waveft_"
-    layer_class = WaveFTLayer
-    method_class = WaveFTMethod

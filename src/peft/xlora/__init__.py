@@ -6,10 +6,5 @@ from peft.xlora.layer import XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
 from peft.xlora.model import XLoraModel
 
 __all__ = [
-    "XLoraClassifier",
-    "XLoraConfig",
-    "XLoraEmbeddingLayer",
-    "XLoraLayer",
-    "XLoraLinearLayer",
-    "XLoraModel",
-]
+    "XLoraClassifier", "XLoraConfig", "XLoraEmbeddingLayer", "XLoraLayer", "XLoraLinearLayer", "XLoraModel",
+]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.errors import warn
 from peft.registry import PeftType
+from peft.values import Fraction, PositiveFloat, PositiveInt
 
 
 @dataclass
@@ -41,22 +42,19 @@ class XLoraConfig(PeftConfig, peft_type=PeftType.XLORA):
         ValueError: a number that is out of range.
     """
 
-    hidden_size: int | None = None
+    hidden_size: PositiveInt | None = None
     adapters: dict[str, str] = field(default_factory=dict)
     enable_softmax: bool = True
     enable_softmax_topk: bool = False
     layerwise_scalings: bool = False
-    xlora_depth: int = 1
-    xlora_size: int = 2048
-    xlora_dropout_p: float = 0.2
+    xlora_depth: PositiveInt = 1
+    xlora_size: PositiveInt = 2048
+    xlora_dropout_p: Fraction = 0.2
     use_trainable_adapters: bool = False
-    softmax_temperature: float = 1.0
-    top_k_lora: int | None = None
+    softmax_temperature: PositiveFloat = 1.0
+    top_k_lora: PositiveInt | None = None
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
-
-    positive_fields = ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora", "softmax_temperature")
-    fraction_fields = ("xlora_dropout_p",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ class XLoraLayer(LoraLayer):
     """A module with LoRA experts, of which each token takes what the mixture says."""
 
     # Other kinds see no tokens, or have one weight for all of them.
-    kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D", "Embedding"))
+    kinds = frozenset(("Linear", "Conv1D", "Embedding"))
+    cannot_merge = "X-LoRA weighs its experts anew for each token, so they cannot be merged."
 
     #: set by the model
     mixture: Mixture
@@ -38,7 +39,7 @@ class XLoraLayer(LoraLayer):
     def changes(self, names: Sequence[str]) -> list[Change]:
         if fact(WEIGHTS) is None:
             return super().changes(names)
-        return [Beside(lambda x: self.mixed(names, x), "the experts are weighed anew for each token")]
+        return [Beside(lambda x: self.mixed(names, x), self.cannot_merge)]
 
     def mixed(self, names: Sequence[str], x: Tensor) -> Tensor:
         """What the experts add for each token, in its shares: [..., out]."""
@@ -53,9 +54,6 @@ class XLoraLayer(LoraLayer):
             up.append(self.factors(name)[1].to(dtype))
         change = F.linear(torch.cat(low, -1), torch.cat(up, 1))
         return EmbeddingOp.scaled(self.get_base_layer(), change)
-
-    def check_merge(self, name: str) -> None:
-        raise NotImplementedError("X-LoRA weighs its experts anew for each token, so they cannot be merged.")
 
     def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(NO_ROUTES)

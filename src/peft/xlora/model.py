@@ -65,10 +65,7 @@ class XLoraMethod(LoraMethod):
             raise ValueError(f"hidden_size={config.hidden_size}, but that of the model is {found or 'not known'}.")
         if not config.adapters:
             raise ValueError("XLoraConfig.adapters is empty: give a name and a saved LoRA for each expert.")
-        if config.top_k_lora is not None and config.top_k_lora > len(config.adapters):
-            raise ValueError(
-                f"top_k_lora={config.top_k_lora} is more than there are adapters ({len(config.adapters)})."
-            )
+        config.check_top_k()
         for name in config.adapters:
             check_adapter_name(name)
             if "/" in name or "\\" in name:
@@ -121,12 +118,8 @@ class XLoraMethod(LoraMethod):
             yield
             return
         # `generate` calls the model many times, so what comes before a pass is a hook.
-        hook = self.model.register_forward_pre_hook(self._weigh, with_kwargs=True)
-        try:
-            with calling():
-                yield
-        finally:
-            hook.remove()
+        with self.model.register_forward_pre_hook(self._weigh, with_kwargs=True), calling():
+            yield
 
     @contextmanager
     def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -158,16 +151,13 @@ class XLoraMethod(LoraMethod):
         call.facts[WEIGHTS] = scalings * config.global_scaling_weight
 
 
-class XLoraModel(LoraModel):
+class XLoraModel(LoraModel, layer=XLoraLayer, method=XLoraMethod, prefix="xlora_"):
     """A model with a mixture of LoRA adapters (arXiv:2402.07148).
 
     `internal_xlora_classifier` weighs the experts, which are LoRA adapters with configurations in `peft_config` under
     their own names.
     """
 
-    prefix = "xlora_"
-    layer_class = XLoraLayer
-    method_class = XLoraMethod
     holder = "lora_model.model"
 
     internal_xlora_classifier: XLoraClassifier
@@ -191,17 +181,12 @@ class XLoraModel(LoraModel):
         return self.peft_config[self.xlora_name or ""]
 
     def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-        config: Any = None,
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, *args: Any, **kwargs: Any
     ) -> None:
         """Adds an expert, or the mixture when all experts are there."""
+        config = kwargs.get("config")
         if not isinstance(config, XLoraConfig):
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, config)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, *args, **kwargs)
             return
         layers = list(self.layers())
         device, dtype = layers[0].place()

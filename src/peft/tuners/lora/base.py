@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.change import LowRank
-from peft.core.layer import AdapterLayer
 from peft.core.run import is_watched
+from peft.core.scale import ScaledLayer
 from peft.core.slots import ModuleSlot, Setting
 from peft.core.storage.flat import weight_of
 from peft.core.wrappers import unwrapped
@@ -55,21 +56,23 @@ def _call(factor: Any, x: Tensor) -> Tensor:
     return factor(x.to(factor.weight.dtype))
 
 
-class FactorLayer(AdapterLayer):
+class FactorLayer(ScaledLayer):
     """A module with two factors by adapter, A [r, in] and B [out, r], whose scaled product is added to its weight."""
 
-    lora_A: Any = ModuleSlot()  # nn.ModuleDict of nn.Linear (or of what stands for one)
-    lora_B: Any = ModuleSlot()
-    lora_dropout = ModuleSlot(trained=False, stored=False)
+    lora_A: Any = ModuleSlot[Any]()  # nn.ModuleDict of nn.Linear (or of what stands for one)
+    lora_B: Any = ModuleSlot[Any]()
+    lora_dropout = ModuleSlot[nn.Module](trained=False, stored=False)
     unit_slots = frozenset(("lora_A", "lora_B", "lora_magnitude_vector"))
 
-    r = Setting[int]()
     lora_alpha = Setting[float]()
-    scaling = Setting[float]()
     use_rslora = Setting[bool]()
     use_dora = Setting[bool]()
     lora_bias = Setting[bool]()
     lora_residual = Setting[Residual]()
+
+    def initial_scaling(self, name: str) -> float:
+        r = self.r[name]
+        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
 
     def start_weight(self, name: str) -> Tensor:
         """The base weight [out, in] as it will be when adapter `name` is there."""

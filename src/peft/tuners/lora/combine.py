@@ -76,11 +76,10 @@ def add_weighted_adapter(
 ) -> None:
     """See [`LoraModel.add_weighted_adapter`]."""
     adapters, weights = check_combination(method, adapters, weights, adapter_name)
-    if any(method.configs[name].target_parameters for name in adapters):
-        raise ValueError("Adapters with target_parameters (on an nn.Parameter) cannot be combined.")
     layers: dict[Any, str] = layers_with(method, adapters)
     _check_factors(adapters, layers, how)
-    largest = max(rank for name in adapters for rank in _ranks(method.configs[name]))
+    configs = [method.configs[name] for name in adapters]
+    largest = max(rank for config in configs for rank in (config.r, *(config.rank_pattern or {}).values()))
     if "dare" in how.name:
         _skip_start_values(adapters, layers, how.svd_rank if how.on_product and how.svd_rank else largest)
     tensors, ranks = {}, {}
@@ -112,10 +111,6 @@ def _check_factors(adapters: Sequence[str], layers: Mapping[Any, str], how: Comb
                 f"combination_type {how.name!r} needs adapters of the same r, but on {key!r} they have {listed}. Use"
                 " 'cat' or one of the svd types."
             )
-
-
-def _ranks(config: Any) -> list[int]:
-    return [config.r, *(config.rank_pattern or {}).values()]
 
 
 def _skip_start_values(adapters: Sequence[str], layers: Iterable[Any], rank: int) -> None:

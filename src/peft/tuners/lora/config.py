@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
-from peft.config import LayerConfig
+from peft.config import LayoutConfig
 from peft.errors import warn
-from peft.fields import as_subconfig
+from peft.fields import as_settings
 from peft.registry import PeftType
 from peft.tuners.lora.settings import (
     ArrowConfig,
@@ -23,30 +23,17 @@ from peft.tuners.lora.settings import (
     MontecloraConfig,
     VeloraConfig,
 )
-
-#: fields that hold settings of their own, and the class of them
-_SETTINGS = {
-    "runtime_config": LoraRuntimeConfig,
-    "eva_config": EvaConfig,
-    "corda_config": CordaConfig,
-    "lora_ga_config": LoraGAConfig,
-    "velora_config": VeloraConfig,
-    "monteclora_config": MontecloraConfig,
-    "arrow_config": ArrowConfig,
-    "use_bdlora": BdLoraConfig,
-    "kasa_config": KasaConfig,
-}
+from peft.values import dataclass_in, field_types
 
 
 @dataclass
-class LoraConfig(LayerConfig, peft_type=PeftType.LORA):
+class LoraConfig(LayoutConfig, peft_type=PeftType.LORA):
     """Low-rank adaptation (arXiv:2106.09685): W' = W + s B A, with A [r, in], B [out, r] and s = lora_alpha / r.
 
     Args:
         r: rank of the change.
         lora_alpha: numerator of the scale.
         lora_dropout: probability of dropout on the adapter's input.
-        fan_in_fan_out: whether the layers hold their weight as [in, out]; found out from the layer itself.
         use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).
         init_lora_weights: True starts A at random and B at zero, without effect; `"gaussian"` draws A from a normal
             distribution of deviation 1 / r; False starts both at random, with an effect. `"orthogonal"` makes neither
@@ -89,7 +76,6 @@ class LoraConfig(LayerConfig, peft_type=PeftType.LORA):
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -116,14 +102,17 @@ class LoraConfig(LayerConfig, peft_type=PeftType.LORA):
     ensure_weight_tying: bool = False
     init_seed: int | None = None
 
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("init_seed",))
+    beyond_reference = ("init_seed",)
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-    runtime_fields: ClassVar[frozenset[str]] = frozenset(("runtime_config",))
+    runtime_fields = ("runtime_config",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, kind in _SETTINGS.items():
-            setattr(self, name, as_subconfig(name, getattr(self, name), kind))
+        own_class: Any = type(self)
+        for name, kind in field_types(own_class).items():
+            settings = dataclass_in(kind)
+            if settings is not None and name != "loftq_config":  # which stays as it is given
+                setattr(self, name, as_settings(name, getattr(self, name), settings))
         self.runtime_config = self.runtime_config or LoraRuntimeConfig()
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()  # "OLoRA" is "olora"

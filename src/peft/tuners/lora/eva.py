@@ -27,6 +27,7 @@ from peft.tuners.lora.settings import EvaConfig
 _MOST_PASSES = 100
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
+PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -72,20 +73,22 @@ class _Inputs:
         name: the layer's name.
         prepare: makes rows of what the layer is called with.
         gather: join the rows of all processes.
+        count: how many components are looked for.
     """
 
-    def __init__(self, name: str, prepare: PrepareLayer | None, gather: bool):
+    def __init__(self, name: str, prepare: PrepareLayer | None, gather: bool, count: int):
         self.name, self.prepare, self.gather = name, prepare or _all_rows, gather
-        self.pca: IncrementalPca | None = None
+        self.pca = IncrementalPca(count)
         #: cosine of each component with what it was a batch before; empty as long as there is no such
         self.similarity = torch.empty(0)
         self.batch: Any = None
-        #: tells inputs of different layers apart that are one and the same tensor
+        #: of the first batch: tells inputs of different layers apart that are one and the same tensor
         self.stamp: Any = None
+        self.is_first = True
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         rows = self.prepare(inputs, self.batch, self.name).detach()
-        if self.pca is None:
+        if self.is_first:
             tensor = _first_tensor(inputs, self.name)
             self.stamp = tensor.data_ptr(), tensor.shape, tensor.double().square().sum().item()
             return
@@ -97,21 +100,15 @@ class _Inputs:
         if before is not None and self.pca.components is not None:
             self.similarity = cosine_similarity(self.pca.components, before).abs()  # a direction has no sign
 
-    @property
-    def found(self) -> IncrementalPca:
-        """What is known of the components."""
-        assert self.pca is not None
-        return self.pca
-
     def is_stable(self, count: int, tau: float) -> bool:
         """Whether the first components stay as they are from batch to batch."""
         return len(self.similarity) > 0 and bool((self.similarity[:count] >= tau).all())
 
     def directions(self, count: int, whiten: bool) -> Tensor:
         """The first components that were found [count, features]."""
-        assert self.found.components is not None
-        directions = self.found.components[:count]
-        return directions / self.found.singular_values[:count, None].sqrt() if whiten else directions
+        assert self.pca.components is not None
+        directions = self.pca.components[:count]
+        return directions / self.pca.singular_values[:count, None].sqrt() if whiten else directions
 
 
 def _gathered(rows: Tensor) -> Tensor:
@@ -129,9 +126,7 @@ def get_eva_state_dict(
     peft_config: LoraConfig | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
     prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: (
-        PrepareLayer | Mapping[str, PrepareLayer] | None
-    ) = prepare_layer_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: PrepareLayers = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -162,7 +157,7 @@ def get_eva_state_dict(
     if isinstance(dataloader, Sized) and len(dataloader) == 0:
         raise ValueError("The dataloader is empty.")
     config, layers = _layers(model, peft_config, adapter_name)
-    search = _Search(layers, config, _watched(layers, prepare_layer_inputs_fn, gather_distributed_inputs))
+    search = _Search(layers, config, prepare_layer_inputs_fn, gather_distributed_inputs)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def run(batch: Any) -> None:
@@ -183,36 +178,28 @@ def get_eva_state_dict(
     return search.directions(ranks)
 
 
-def _watched(
-    layers: Mapping[str, nn.Module], prepare: PrepareLayer | Mapping[str, PrepareLayer] | None, gather: bool
-) -> dict[str, _Inputs]:
-    if not isinstance(prepare, Mapping):
-        return {name: _Inputs(name, prepare, gather) for name in layers}
-    unknown = sorted(set(prepare) - set(layers))
-    if unknown:
-        raise ValueError(f"prepare_layer_inputs_fn names {', '.join(unknown)}, which are no layers of the adapter.")
-    return {name: _Inputs(name, prepare.get(name), gather) for name in layers}
-
-
 class _Search:
     """The search for the directions of all layers.
 
     Attributes:
         watched: layer -> what is seen of its inputs.
         same: layer -> the first one that has the same inputs, of which alone more is seen.
-        most: layer -> how many components are looked for.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], config: LoraConfig, watched: dict[str, _Inputs]):
+    def __init__(self, layers: Mapping[str, nn.Module], config: LoraConfig, prepare: PrepareLayers, gather: bool):
+        by_layer = prepare if isinstance(prepare, Mapping) else dict.fromkeys(layers, prepare)
+        unknown = sorted(set(by_layer) - set(layers))
+        if unknown:
+            raise ValueError(f"prepare_layer_inputs_fn names {', '.join(unknown)}, which are no layers of the adapter.")
         setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
-        self.watched, self._setting, self.same = watched, setting, {name: name for name in layers}
-        ranks = {name: rank_of(config, name) for name in layers}
-        self._budget = sum(ranks.values())
-        self.most = {}
+        self._setting, self.same = setting, {name: name for name in layers}
+        self._budget = sum(rank_of(config, name) for name in layers)
+        self.watched, self._handles = {}, {}
         for name, layer in layers.items():
             width = getattr(base_of(layer), "in_features", 2**31)
-            self.most[name] = min(round(ranks[name] * setting.rho), width)
-        self._handles = {name: layers[name].register_forward_pre_hook(inputs) for name, inputs in watched.items()}
+            count = min(round(rank_of(config, name) * setting.rho), width)
+            self.watched[name] = _Inputs(name, by_layer.get(name), gather, count)
+            self._handles[name] = layer.register_forward_pre_hook(self.watched[name])
 
     def let_go(self) -> None:
         """Watches no longer."""
@@ -224,21 +211,18 @@ class _Search:
         first: dict[Any, str] = {}
         self.same = {name: first.setdefault(inputs.stamp, name) for name, inputs in self.watched.items()}
         for name, one in self.same.items():
-            self.most[one] = max(self.most[one], self.most[name])
-        for name, one in self.same.items():
-            self.most[name] = self.most[one]
-            if name == one:
-                self.watched[name].pca = IncrementalPca(self.most[one])
-            else:
+            pca = self.watched[one].pca
+            pca.count = max(pca.count, self.watched[name].pca.count)
+            self.watched[name].is_first = False
+            if name != one:
                 self._handles[name].remove()
 
     def _share_out(self) -> dict[str, int]:
         """The budget of ranks, given to the components that explain the largest shares of their layer's variance."""
         owners, shares = [], []
         for name, one in self.same.items():
-            found = self.watched[one].found
-            owners += [name] * len(found.shares)
-            shares.append(found.shares)
+            shares.append(self.watched[one].pca.shares)
+            owners += [name] * len(shares[-1])
         order = torch.cat(shares).argsort(descending=True, stable=True)[: self._budget]
         counts = dict.fromkeys(self.same, 0)
         for index in order.tolist():
@@ -250,12 +234,13 @@ class _Search:
         for batch in islice(dataloader, 1):
             run(batch)
         self._tell_apart()
-        sources, ranks = dict.fromkeys(self.same.values()), dict(self.most)
+        sources = dict.fromkeys(self.same.values())
+        ranks = {name: self.watched[one].pca.count for name, one in self.same.items()}
         bar = _progress_bar(len(self.watched), show)
         for _ in range(_MOST_PASSES):
             for batch in dataloader:
                 run(batch)
-                if any(self.watched[name].found.components is None for name in sources):
+                if any(self.watched[name].pca.components is None for name in sources):
                     continue
                 ranks = self._share_out()
                 needed = {one: max(ranks[name] for name in self.same if self.same[name] == one) for one in sources}
@@ -265,11 +250,11 @@ class _Search:
                 if bar.n == len(self.same):
                     bar.close()
                     return ranks
-            short = [name for name in sources if self.watched[name].found.components is None]
+            short = [name for name in sources if self.watched[name].pca.components is None]
             if short:
                 raise ValueError(
-                    f"No batch has {self.most[short[0]]} positions for {short[0]!r}, as many as components are looked"
-                    " for: use larger batches, a smaller rho or a smaller rank."
+                    f"No batch has {self.watched[short[0]].pca.count} positions for {short[0]!r}, as many as components"
+                    " are looked for: use larger batches, a smaller rho or a smaller rank."
                 )
         bar.close()
         warn(f"EVA's directions still changed after {_MOST_PASSES} passes over the data.")
@@ -314,9 +299,7 @@ def initialize_lora_eva_weights(
     eva_state_dict: dict[str, Tensor] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
     prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: (
-        PrepareLayer | Mapping[str, PrepareLayer] | None
-    ) = prepare_layer_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: PrepareLayers = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -348,16 +331,9 @@ def initialize_lora_eva_weights(
         if dataloader is None:
             raise ValueError("Either dataloader or eva_state_dict is needed.")
         eva_state_dict = get_eva_state_dict(
-            model,
-            dataloader,
-            None,
-            forward_fn,
-            prepare_model_inputs_fn,
-            prepare_layer_inputs_fn,
-            adapter_name,
-            gather_distributed_inputs,
-            show_progress_bar,
-        )
+            model, dataloader, None, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name,
+            gather_distributed_inputs, show_progress_bar,
+        )  # fmt: skip
     _start(model, config, adapter_name, eva_state_dict)
 
 
@@ -369,9 +345,7 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
     setting = config.eva_config or EvaConfig()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.has(adapter_name)}
     prefix = next((name for name, module in model.named_modules() if module is tuner.model), "")
-    targets: list[str] = []
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    targets, ranks, alphas = [], {}, {}
     for name, layer in layers.items():
         key = name[len(prefix) + 1 :] if prefix else name
         rank, alpha = rank_of(config, key), alpha_of(config, key)

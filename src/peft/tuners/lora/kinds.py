@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from peft.core.change import Bias, Change, LowRank, Weight
 from peft.core.slots import Slot
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.parallel import LoraParallelLinear
 
 
 class Linear(LoraLayer):
@@ -59,14 +60,13 @@ class Embedding(LoraLayer):
 class _ConvNd(LoraLayer):
     """LoRA on convolutions: A is the same convolution with r outputs, B a 1x1 convolution in as many groups."""
 
-    conv: ClassVar[type[nn.Module]]
-
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         base = self.get_base_layer()
         # skip_init passes no string for padding_mode on to some versions' meta device, so it is set after.
         shape = dict(kernel_size=base.kernel_size, stride=base.stride, padding=base.padding, dilation=base.dilation)
-        self.lora_A[name] = self.conv(base.in_channels, r, **shape, padding_mode=base.padding_mode, bias=False)
-        self.lora_B[name] = self.conv(r, base.out_channels, 1, groups=base.groups, bias=config.lora_bias)
+        conv = getattr(nn, self.op.kind)
+        self.lora_A[name] = conv(base.in_channels, r, **shape, padding_mode=base.padding_mode, bias=False)
+        self.lora_B[name] = conv(r, base.out_channels, 1, groups=base.groups, bias=config.lora_bias)
 
     def flat_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.flatten(1), b.flatten(1)
@@ -75,28 +75,21 @@ class _ConvNd(LoraLayer):
         super().check_merge(name)
         if self.get_base_layer().groups > 1:
             raise NotImplementedError(
-                "LoRA on a convolution with groups cannot be merged: its A sees the channels of all groups,"
-                " and the base"
-                " weight has no room for such a change."
+                "LoRA on a convolution with groups cannot be merged: its A sees the channels of all groups, and the"
+                " base weight has no room for such a change."
             )
 
 
 class Conv1d(_ConvNd):
     """LoRA on `nn.Conv1d`."""
 
-    conv = nn.Conv1d
-
 
 class Conv2d(_ConvNd):
     """LoRA on `nn.Conv2d`."""
 
-    conv = nn.Conv2d
-
 
 class Conv3d(_ConvNd):
     """LoRA on `nn.Conv3d`."""
-
-    conv = nn.Conv3d
 
 
 class MultiheadAttention(LoraLayer):
@@ -110,6 +103,7 @@ class ParamWrapper(LoraLayer):
     """
 
     op: ParameterOp
+    label = "lora.{name}"
 
     def __init__(
         self,
@@ -150,12 +144,8 @@ class ParamWrapper(LoraLayer):
         """The parameter."""
         return getattr(self.get_base_layer(), self.op.weight_name)
 
-    @property
-    def type_name(self) -> str:
-        return "lora.ParamWrapper"
-
 
 LAYERS: dict[str, type[LoraLayer]] = {
     "Linear": Linear, "Conv1D": Linear, "Embedding": Embedding, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d,
-    "MultiheadAttention": MultiheadAttention, "Parameter": ParamWrapper,
+    "MultiheadAttention": MultiheadAttention, "Parameter": ParamWrapper, "ParallelLinear": LoraParallelLinear,
 }  # fmt: skip

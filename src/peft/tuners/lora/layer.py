@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft.core.base_op import BaseOp, ConvOp, ParallelLinearOp, ParameterOp
 from peft.core.change import Change
@@ -42,7 +41,7 @@ class LoraLayer(FactorLayer):
         parameter_name: the parameter to adapt, for modules that hold bare parameters.
     """
 
-    label = "lora"
+    label = "lora.{kind}"
     kinds = AdapterLayer.kinds | {ParallelLinearOp.kind}
 
     lora_variant = Setting[Variant]()
@@ -86,9 +85,7 @@ class LoraLayer(FactorLayer):
             raise ValueError(f"r must be a positive integer, got {r}.")
         self.r[name] = r
         self.lora_alpha[name] = config.lora_alpha if lora_alpha is None else lora_alpha
-        self.use_rslora[name], self.lora_bias[name] = config.use_rslora, config.lora_bias
-        self.use_dora[name] = config.use_dora
-        self.scaling[name] = self.lora_alpha[name] / (math.sqrt(r) if config.use_rslora else r)
+        self.scaling[name] = self.initial_scaling(name)
         # Past `ModuleDict.__setitem__`, here and below: the name was checked before.
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         modules: Any = self._modules
@@ -161,40 +158,15 @@ class LoraLayer(FactorLayer):
         return keys if name not in self.lora_variant else self.lora_variant[name].key_map(name, keys)
 
     def check_merge(self, name: str) -> None:
+        super().check_merge(name)
         if self.lora_bias[name] and self.get_base_bias() is None:
             raise ValueError(
                 f"Adapter {name!r} has a bias (lora_bias=True), but the {self.op.kind} has none that it could"
                 " be merged into."
             )
-        if name in self.lora_variant:
-            self.lora_variant[name].check_merge(self, name)
-
-    # ---- scale
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets the scale of an adapter to `scale` times what its configuration says."""
-        if self.has(adapter):
-            self._set_scaling(adapter, scale * self._initial_scaling(adapter))
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiplies the scale of the active adapters."""
-        for name in self.live():
-            self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the scale of the active adapters; without `scale`, sets it to what the configuration says."""
-        for name in self.live():
-            self._set_scaling(name, self._initial_scaling(name) if scale is None else self.scaling[name] / scale)
-
-    def _set_scaling(self, name: str, value: float) -> None:
-        scaling: Any = self.scaling
-        held = scaling[name]
-        # A tensor takes the new value in itself: compiled code goes on using it.
-        scaling[name] = held.fill_(value) if isinstance(held, Tensor) else value
-
-    def _initial_scaling(self, name: str) -> float:
-        r = self.r[name]
-        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+        variant = self.lora_variant.get(name)
+        if variant is not None and variant.cannot_merge:
+            raise NotImplementedError(variant.cannot_merge.format(name=name))
 
     # ---- checks
 

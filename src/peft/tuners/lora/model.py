@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.base_op import ParallelLinearOp, base_op
+from peft.core.base_op import base_op
 from peft.core.call import calling
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -26,8 +25,8 @@ from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import FACTOR_KEYS
 from peft.tuners.lora.kinds import LAYERS, Embedding, Linear
 from peft.tuners.lora.layer import LoraLayer, alpha_of, check_config, rank_of
-from peft.tuners.lora.parallel import LoraParallelLinear
 from peft.tuners.lora.quantised import linear_class
+from peft.tuners.lora.replication import replicate_layers, same_stack
 from peft.tuners.lora.starts import drawn_from, settle_seed, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.alora import Invocations
@@ -38,8 +37,6 @@ from peft.tuners.lora.variants.monteclora import Monteclora
 
 class LoraMethod(Method):
     """What LoRA says about a whole model: ranks by module, calls that are watched, losses, sums of adapters."""
-
-    _watching: tuple[Any, ...] = ()
 
     @classmethod
     def start_is_replaceable(cls, config: LoraConfig) -> bool:
@@ -59,15 +56,16 @@ class LoraMethod(Method):
                 f"aLoRA (alora_invocation_tokens) does not work on {type(self.model).__name__}, an encoder-decoder: its"
                 " layers see two sequences, and what calls for the adapter is looked for in one."
             )
-        for other, theirs in self.configs.items():
-            if other != adapter_name and bool(getattr(theirs, "kasa_config", None)) != bool(config.kasa_config):
-                one, no = (adapter_name, other) if config.kasa_config else (other, adapter_name)
+        for name, other in self.configs.items():
+            if name == adapter_name:
+                continue
+            if bool(getattr(other, "kasa_config", None)) != bool(config.kasa_config):
+                one, no = (adapter_name, name) if config.kasa_config else (name, adapter_name)
                 raise ValueError(
                     f"KaSA (kasa_config) changes the base weights, so either all adapters use it or none: {one!r} does,"
                     f" {no!r} does not."
                 )
-        for name, other in self.configs.items():
-            if config.layer_replication and name != adapter_name and not _same(config, other):
+            if config.layer_replication and not same_stack(config, other):
                 raise ValueError(
                     f"layer_replication={config.layer_replication} changes the layers that adapter {name!r} is on"
                     f" (its layer_replication is {other.layer_replication}); all adapters need the same."
@@ -90,13 +88,9 @@ class LoraMethod(Method):
         op = base_op(base, parameter_name)
         if op is None:
             raise ValueError(f"{key!r} is a {type(base).__name__}, which LoRA does not know.")
-        if isinstance(op, ParallelLinearOp):
-            made: type[LoraLayer] = LoraParallelLinear
-        else:
-            made = linear_class(base) if op.kind == "Linear" else LAYERS[op.kind]
+        made: Any = linear_class(base) if op.kind == "Linear" else LAYERS[op.kind]
         # in this order, for some replace the constructor
-        wrapper: Any = made
-        return made(target, op=op) if parameter_name is None else wrapper(target, None, parameter_name, None, op=op)
+        return made(target, op=op) if parameter_name is None else made(target, None, parameter_name, None, op=op)
 
     def add(self, layer: Any, adapter_name: str, config: LoraConfig, planned: Any, settings: dict[str, Any]) -> None:
         r, lora_alpha, key = settings["r"], settings["lora_alpha"], settings["key"]
@@ -140,28 +134,13 @@ class LoraMethod(Method):
     # ---- adapters that are called for by tokens
 
     def added(self, adapter_name: str) -> None:
-        self._watch_calls()
+        watch = Invocations(self)
+        self.watch_calls(bool(watch.tokens()), watch.before, watch.after)
 
-    def removed(self, adapter_name: str) -> None:
-        self._watch_calls()
-
-    def _watch_calls(self) -> None:
-        """Sees to it that the base model's calls are watched as long as some adapter needs that."""
-        wanted = bool(Invocations(self).tokens())
-        if wanted and not self._watching:
-            watch = Invocations(self)
-            before = self.model.register_forward_pre_hook(watch.before, with_kwargs=True)
-            self._watching = before, self.model.register_forward_hook(watch.after, always_call=True)
-        elif not wanted:
-            for handle in self._watching:
-                handle.remove()
-            self._watching = ()
-
-    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-        return self._generating(args, kwargs)
+    removed = added
 
     @contextmanager
-    def _generating(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+    def around_generate(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         watch = Invocations(self)
         facts = watch.prompt(prompt) if watch.tokens() else {}
@@ -226,7 +205,7 @@ class LoraMethod(Method):
             getattr(layer, setting)[adapter_name] = getattr(to, setting)[adapter_name]
 
     def prepare_model(self, config: LoraConfig, model: nn.Module) -> Callable[[], None] | None:
-        if not config.layer_replication or any(_same(config, other) for other in self.configs.values()):
+        if not config.layer_replication or any(same_stack(config, other) for other in self.configs.values()):
             return None  # nothing to do, or done for another adapter
         return replicate_layers(model, config.layer_replication)
 
@@ -273,70 +252,5 @@ class LoraMethod(Method):
         add_weighted_adapter(self, adapters, weights, adapter_name, how)
 
 
-class LoraModel(BaseTuner):
+class LoraModel(BaseTuner, layer=LoraLayer, method=LoraMethod, prefix="lora_"):
     """A model with LoRA adapters on its layers (arXiv:2106.09685)."""
-
-    prefix = "lora_"
-    layer_class = LoraLayer
-    method_class = LoraMethod
-
-
-def _same(config: LoraConfig, other: LoraConfig) -> bool:
-    """Whether two adapters are on the same stack of layers."""
-    ranges, others = config.layer_replication or (), getattr(other, "layer_replication", None) or ()
-    return [tuple(entry) for entry in ranges] == [tuple(entry) for entry in others]
-
-
-def replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], None]:
-    """Builds a model's stack of layers anew from ranges [start, end) of it; repeated layers share their weights.
-
-    Returns what undoes it.
-
-    Raises:
-        ValueError: the model has no such stack, or it is shorter than a range.
-    """
-    config: Any = getattr(model, "config", None)
-    count = getattr(config, "num_hidden_layers", None)
-    stacks = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and count is not None and len(child) == count
-    ]
-    if not stacks:
-        raise ValueError(f"layer_replication found no stack of layers in {type(model).__name__}.")
-    parent, name, layers = stacks[0]
-    order = [index for start, end in ranges for index in range(start, end)]
-    if not order or max(order) >= len(layers):
-        raise ValueError(
-            f"layer_replication={ranges} asks for layers that {type(model).__name__} does not have"
-            f" ({len(layers)} layers)."
-        )
-    replicated = nn.ModuleList().train(layers.training)
-    for index in order:
-        replicated.append(_sharing_copy(layers[index]) if layers[index] in list(replicated) else layers[index])
-    _number_layers(replicated)
-    setattr(parent, name, replicated)
-    config.num_hidden_layers = len(replicated)
-
-    def undo() -> None:
-        setattr(parent, name, layers)
-        _number_layers(layers)
-        config.num_hidden_layers = count
-
-    return undo
-
-
-def _sharing_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module that holds the very same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
-
-
-def _number_layers(layers: nn.ModuleList) -> None:
-    # Attention modules find their part of the cache by this number.
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            attention: Any = module
-            if hasattr(attention, "layer_idx"):
-                attention.layer_idx = index

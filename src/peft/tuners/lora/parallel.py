@@ -32,6 +32,7 @@ class LoraParallelLinear(LoraLayer):
     """
 
     op: ParallelLinearOp
+    label = "lora.{name}"
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         base = self.get_base_layer()
@@ -65,10 +66,6 @@ class LoraParallelLinear(LoraLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # decomposing a part of a matrix says nothing of the whole
-
-    @property
-    def type_name(self) -> str:
-        return f"lora.{type(self).__name__}"
 
 
 def _call(factor: Any, x: Tensor, **kwargs: Any) -> Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,15 +120,10 @@ def _covariances(
         sums[name] = total + covariance, count + 1
 
     seen = layers if hooked_model is None else targeted(hooked_model, config)
-    handles = [
-        layer.register_forward_pre_hook(lambda module, inputs, name=name: add(name, inputs))
-        for name, layer in seen.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in seen.items():
+            hooks.enter_context(layer.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs)))
         run_model()
-    finally:
-        for handle in handles:
-            handle.remove()
     missing = [name for name in layers if name not in sums]
     if missing:
         raise ValueError(f"run_model did not reach {', '.join(missing[:4])}.")
@@ -179,11 +177,7 @@ def preprocess_loraga(
 
 def _gradients(model: nn.Module, layers: dict[str, Any], train_step: Callable[[], Any]) -> dict[str, Tensor]:
     """The mean gradient of each layer's weight over the backward passes."""
-    passes = dict.fromkeys(layers, 0)
-
-    def count(name: str) -> None:
-        passes[name] += 1
-
+    passes: Counter[str] = Counter()
     state = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     training = model.training
     model.train()
@@ -191,19 +185,17 @@ def _gradients(model: nn.Module, layers: dict[str, Any], train_step: Callable[[]
         parameter.requires_grad_(False)
         parameter.grad = None
     weights: dict[str, Any] = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
-    handles = [
-        weight.register_post_accumulate_grad_hook(lambda _, name=name: count(name)) for name, weight in weights.items()
-    ]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), ExitStack() as hooks:
+            for name, weight in weights.items():
+                count = partial(passes.update, [name])
+                hooks.enter_context(weight.register_post_accumulate_grad_hook(lambda _, count=count: count()))
             train_step()
         missing = [name for name, weight in weights.items() if weight.grad is None]
         if missing:
             raise ValueError(f"train_step gave no gradient to {', '.join(missing[:4])}; it has to call backward().")
         return {name: weight.grad / passes[name] for name, weight in weights.items()}
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, requires_grad, grad in state:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad

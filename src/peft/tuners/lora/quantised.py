@@ -20,9 +20,7 @@ from peft.tuners.lora.layer import alpha_of, rank_of
 class QuantisedLinear(Linear):
     """LoRA on a linear layer whose weight is packed."""
 
-    @property
-    def type_name(self) -> str:
-        return f"lora.{type(self).__name__}"
+    label = "lora.{name}"
 
 
 class Linear8bitLt(QuantisedLinear):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
-
-def _need(ok: bool, name: str, value: Any, what: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {what}, got {value!r}.")
+from peft.fields import Settings
+from peft.values import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Share
 
 
 @dataclass
-class LoraRuntimeConfig:
+class LoraRuntimeConfig(Settings):
     """Settings that only matter in the running process; never saved.
 
     Args:
@@ -23,7 +21,7 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoftQConfig:
+class LoftQConfig(Settings):
     """Settings of the LoftQ start (arXiv:2310.08659).
 
     Args:
@@ -31,12 +29,12 @@ class LoftQConfig:
         loftq_iter: alternating steps.
     """
 
-    loftq_bits: int = 4
-    loftq_iter: int = 1
+    loftq_bits: Annotated[int, Range("must be 4 bits (NF4) or 8", lambda bits: bits in (4, 8))] = 4
+    loftq_iter: PositiveInt = 1
 
 
 @dataclass
-class EvaConfig:
+class EvaConfig(Settings):
     """Settings of the EVA start (arXiv:2410.07170).
 
     Args:
@@ -46,25 +44,18 @@ class EvaConfig:
         label_mask_value: the label that masks.
         whiten: divide the components by their singular values.
         adjust_scaling_factors: keep the size of gradients the same where ranks have changed.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
-    rho: float = 2.0
-    tau: float = 0.99
+    rho: Annotated[float, Range("must be at least 1", lambda number: number >= 1)] = 2.0
+    tau: Share = 0.99
     use_label_mask: bool = True
     label_mask_value: int = -100
     whiten: bool = False
     adjust_scaling_factors: bool = True
 
-    def __post_init__(self) -> None:
-        _need(self.rho >= 1, "rho", self.rho, "at least 1")
-        _need(0 <= self.tau <= 1, "tau", self.tau, "between 0 and 1")
-
 
 @dataclass
-class CordaConfig:
+class CordaConfig(Settings):
     """Settings of the CorDA start (arXiv:2406.05223).
 
     Args:
@@ -75,9 +66,6 @@ class CordaConfig:
         verbose: print progress.
         use_float16_for_covariance: add up covariances in half precision.
         prune_temporary_fields: forget the covariances when the decompositions are made.
-
-    Raises:
-        ValueError: an unknown method.
     """
 
     cache_file: str | None = None
@@ -87,38 +75,25 @@ class CordaConfig:
     use_float16_for_covariance: bool = False
     prune_temporary_fields: bool = True
 
-    def __post_init__(self) -> None:
-        _need(self.corda_method in ("ipm", "kpm"), "corda_method", self.corda_method, "'ipm' or 'kpm'")
-
-
-Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
-GradientScale = Literal["stable", "weight_svd", "gd_scale", "unit"]
 
 
 @dataclass
-class LoraGAConfig:
+class LoraGAConfig(Settings):
     """Settings of the LoRA-GA start (arXiv:2407.05000).
 
     Args:
         direction: which singular vectors of the gradient A and B take.
         scale: how long A and B are.
         stable_gamma: gamma of the scale `"stable"`.
-
-    Raises:
-        ValueError: an unknown direction or scale.
     """
 
-    direction: Direction = "ArB2r"
-    scale: GradientScale = "stable"
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
     stable_gamma: int = 16
-
-    def __post_init__(self) -> None:
-        for name, known in (("direction", get_args(Direction)), ("scale", get_args(GradientScale))):
-            _need(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
 
 
 @dataclass
-class VeloraConfig:
+class VeloraConfig(Settings):
     """Settings of VeLoRA (arXiv:2405.17991).
 
     Args:
@@ -126,24 +101,15 @@ class VeloraConfig:
         scale: factor on the inputs when they are rebuilt.
         init_type: where the direction that the groups are projected on comes from: the mean of each batch
             (`"batch_average"`), of the first (`"batch_average_once"`), or chance (`"random"`).
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
-    num_groups: int = 64
-    scale: float = 1.0
+    num_groups: PositiveInt = 64
+    scale: PositiveFloat = 1.0
     init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
-
-    def __post_init__(self) -> None:
-        _need(self.num_groups > 0, "num_groups", self.num_groups, "positive")
-        _need(self.scale > 0, "scale", self.scale, "positive")
-        known = ("batch_average", "batch_average_once", "random")
-        _need(self.init_type in known, "init_type", self.init_type, f"one of {', '.join(known)}")
 
 
 @dataclass
-class MontecloraConfig:
+class MontecloraConfig(Settings):
     """Settings of MonteCLoRA (arXiv:2411.04358).
 
     Args:
@@ -153,28 +119,18 @@ class MontecloraConfig:
         sample_scaler: size of the perturbation.
         kl_loss_weight: weight of the divergence from the priors in the loss.
         buffer_size: taken for compatibility: samples are drawn when they are needed, not in advance.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
-    num_samples: int = 8
+    num_samples: PositiveInt = 8
     use_entropy: bool = False
-    dirichlet_prior: float = 0.1
-    sample_scaler: float = 1e-4
-    kl_loss_weight: float = 1e-5
-    buffer_size: int = 150
-
-    def __post_init__(self) -> None:
-        _need(self.num_samples > 0, "num_samples", self.num_samples, "positive")
-        _need(self.dirichlet_prior > 0, "dirichlet_prior", self.dirichlet_prior, "positive")
-        _need(self.buffer_size > 0, "buffer_size", self.buffer_size, "positive")
-        for name in ("sample_scaler", "kl_loss_weight"):
-            _need(getattr(self, name) >= 0, name, getattr(self, name), "non-negative")
+    dirichlet_prior: PositiveFloat = 0.1
+    sample_scaler: NonNegativeFloat = 1e-4
+    kl_loss_weight: NonNegativeFloat = 1e-5
+    buffer_size: PositiveInt = 150
 
 
 @dataclass
-class ArrowConfig:
+class ArrowConfig(Settings):
     """Settings of Arrow routing over several adapters (arXiv:2405.11157).
 
     Args:
@@ -183,25 +139,18 @@ class ArrowConfig:
         use_gks: take the mean of the general adapters out of the experts first (GenKnowSub, arXiv:2505.10939).
         task_adapter_names, gks_adapter_names: the experts and the general adapters; `create_arrow_model` sets them.
         rng_seed: seed of the power iteration that finds an expert's direction.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
-    top_k: int = 3
-    router_temperature: float = 1.0
+    top_k: PositiveInt = 3
+    router_temperature: PositiveFloat = 1.0
     use_gks: bool = False
     task_adapter_names: list[str] | None = None
     gks_adapter_names: list[str] | None = None
     rng_seed: int | None = None
 
-    def __post_init__(self) -> None:
-        _need(self.top_k > 0, "top_k", self.top_k, "positive")
-        _need(self.router_temperature > 0, "router_temperature", self.router_temperature, "positive")
-
 
 @dataclass
-class BdLoraConfig:
+class BdLoraConfig(Settings):
     """Settings of BD-LoRA, block-diagonal factors that serve tensor parallelism without communication.
 
     Args:
@@ -216,11 +165,11 @@ class BdLoraConfig:
 
     target_modules_bd_a: list[str] | None = None
     target_modules_bd_b: list[str] | None = None
-    nblocks: int = 1
+    nblocks: PositiveInt = 1
     match_strict: bool = True
 
     def __post_init__(self) -> None:
-        _need(self.nblocks > 0, "nblocks", self.nblocks, "positive")
+        super().__post_init__()
         both = set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ())
         if both:
             raise ValueError(
@@ -230,20 +179,13 @@ class BdLoraConfig:
 
 
 @dataclass
-class KasaConfig:
+class KasaConfig(Settings):
     """Settings of KaSA (arXiv:2412.06071); the penalties are in `LoraModel.kasa_loss`, to be added to the loss.
 
     Args:
         beta: weight of the squares of the singular values.
         gamma: weight of the factors' distance from orthogonal ones.
-
-    Raises:
-        ValueError: a weight is negative.
     """
 
-    beta: float = 1e-4
-    gamma: float = 1e-3
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "gamma"):
-            _need(getattr(self, name) >= 0, name, getattr(self, name), "non-negative")
+    beta: NonNegativeFloat = 1e-4
+    gamma: NonNegativeFloat = 1e-3

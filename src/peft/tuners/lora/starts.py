@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from peft.core.base_op import BaseOp
 from peft.core.storage import onloaded, storage_of
 from peft.errors import warn
-from peft.fields import as_subconfig
-from peft.ops.principal import randomised_svd
+from peft.fields import as_settings
+from peft.ops.principal import randomised_svd, seeded
 from peft.ops.quantise import int8_rounded, nf4_rounded
 from peft.tuners.lora.base import FactorLayer, Residual
 from peft.tuners.lora.config import LoraConfig
@@ -120,8 +120,7 @@ def drawn_from(seed: int | None) -> Iterator[None]:
     if seed is None or (seed == torch.initial_seed() and _is_fresh()):
         yield
         return
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(torch.device("cpu"), seed):
         yield
 
 
@@ -182,16 +181,11 @@ def _lora_ga(layer: FactorLayer, name: str, config: LoraConfig) -> Residual | No
         return None
     gradient = to_compute(layer.op.matrix(base.__dict__[GRADIENT]), config)
     u, s, vh = randomised_svd(gradient, min(4 * r, *gradient.shape), 4)
-    of_a: Any
-    of_b: Any
-    if setting.direction == "random":
-        of_a = of_b = torch.randperm(min(2 * r, len(s)))[:r].to(s.device)
-    else:
-        of_a, of_b = {
-            "ArBr": (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
-            "A2rBr": (slice(r, 2 * r), slice(0, r)),
-            "ArB2r": (slice(0, r), slice(r, 2 * r)),
-        }[setting.direction]
+    of_a, of_b = {
+        "ArBr": (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
+        "A2rBr": (slice(r, 2 * r), slice(0, r)),
+        "ArB2r": (slice(0, r), slice(r, 2 * r)),
+    }.get(setting.direction) or [torch.randperm(min(2 * r, len(s)))[:r].to(s.device)] * 2
     a, b, lengths = vh[of_a], u[:, of_b] * s[of_b], s[of_b]
     if setting.scale == "stable":
         b = b * (layer.out_features**0.25 / setting.stable_gamma**0.5)
@@ -206,7 +200,7 @@ def _lora_ga(layer: FactorLayer, name: str, config: LoraConfig) -> Residual | No
 
 def _loftq(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
     """B A the nearest of rank r to what quantising W loses, by turns with quantising W - B A (arXiv:2310.08659)."""
-    setting = loftq_settings(config)
+    setting = as_settings("loftq_config", config.loftq_config, LoftQConfig)
     weight, r = base_matrix(layer, config), layer.r[name]
     quantise = nf4_rounded if setting.loftq_bits == 4 else int8_rounded
     change = torch.zeros_like(weight)
@@ -218,22 +212,6 @@ def _loftq(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
     return lambda base: quantise(base.float() - before.to(base.device)).to(base.dtype)
 
 
-def loftq_settings(config: LoraConfig) -> LoftQConfig:
-    """The settings of LoftQ.
-
-    Raises:
-        TypeError: they are neither settings nor a mapping of them.
-        ValueError: bits or steps that there are not.
-    """
-    setting = as_subconfig("loftq_config", config.loftq_config, LoftQConfig)
-    if setting.loftq_bits not in (4, 8) or setting.loftq_iter < 1:
-        raise ValueError(
-            f"LoftQ quantises to 4 bits (NF4) or 8, in one step or more; got loftq_bits={setting.loftq_bits},"
-            f" loftq_iter={setting.loftq_iter}."
-        )
-    return setting
-
-
 def _check_even(config: LoraConfig, name: str, module: nn.Module, r: int) -> None:
     if r % 2:
         raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, got r={r} for {name!r}.")
@@ -243,9 +221,8 @@ def _check_corda(config: LoraConfig, name: str, module: nn.Module, r: int) -> No
     found = module.__dict__.get(CORDA)
     if found is None:
         raise ValueError(
-            "init_lora_weights='corda' needs preprocess_corda(model, config, run_model) first, and"
-            f" {name!r} was not part of it. To load an adapter that was started so, give it the file of the"
-            " decompositions (cache_file)."
+            f"init_lora_weights='corda' needs preprocess_corda(model, config, run_model) first, and {name!r} was not"
+            " part of it. To load an adapter that was started so, give it the file of the decompositions (cache_file)."
         )
     if len(found.S_WC) != r:
         raise ValueError(f"preprocess_corda found rank {len(found.S_WC)} for {name!r}, but r={r} is asked for now.")
@@ -261,7 +238,7 @@ def _check_lora_ga(config: LoraConfig, name: str, module: nn.Module, r: int) -> 
 
 
 def _check_loftq(config: LoraConfig, name: str, module: nn.Module, r: int) -> None:
-    loftq_settings(config)
+    as_settings("loftq_config", config.loftq_config, LoftQConfig)  # which checks them
 
 
 STARTS: dict[str, Start] = {

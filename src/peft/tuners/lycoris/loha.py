@@ -12,12 +12,13 @@ from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import HadamardProduct, expand_core
 from peft.ops.matrix import Dense, Matrix
+from peft.ops.starts import started
 from peft.registry import PeftType
-from peft.tuners.lycoris.scaled import ScaledConfig, ScaledLayer, started
+from peft.tuners.lycoris.scaled import LycorisConfig, LycorisLayer
 
 
 @dataclass
-class LoHaConfig(ScaledConfig, peft_type=PeftType.LOHA):
+class LoHaConfig(LycorisConfig, peft_type=PeftType.LOHA):
     """Low-rank Hadamard product (FedPara, arXiv:2108.06098).
 
     W' = W + alpha / r (w1_a w1_b) * (w2_a w2_b), the product of the two matrices elementwise; w1_a and w2_a are
@@ -33,7 +34,7 @@ class LoHaConfig(ScaledConfig, peft_type=PeftType.LOHA):
             raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}.")
 
 
-class LoHaLayer(ScaledLayer):
+class LoHaLayer(LycorisLayer):
     """A module with Hadamard products of low-rank matrices added to its weight."""
 
     hada_w1_a = Slot()
@@ -78,8 +79,5 @@ def _expanded(own: tuple[Tensor, Tensor], a: Tensor, other: tuple[Tensor, Tensor
     return value + (through - through.detach())
 
 
-class LoHaModel(BaseTuner):
+class LoHaModel(BaseTuner, layer=LoHaLayer, prefix="hada_"):
     """A model with low-rank Hadamard product adapters."""
-
-    prefix = "hada_"
-    layer_class = LoHaLayer

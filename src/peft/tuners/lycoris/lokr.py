@@ -13,12 +13,13 @@ from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import expand_core
 from peft.ops.kronecker import Kron, factorization
+from peft.ops.starts import started
 from peft.registry import PeftType
-from peft.tuners.lycoris.scaled import ScaledConfig, ScaledLayer, started
+from peft.tuners.lycoris.scaled import LycorisConfig, LycorisLayer
 
 
 @dataclass
-class LoKrConfig(ScaledConfig, peft_type=PeftType.LOKR):
+class LoKrConfig(LycorisConfig, peft_type=PeftType.LOKR):
     """Low-rank Kronecker product (LyCORIS, arXiv:2309.14859).
 
     W' = W + alpha / r (w1 kron w2), with w1 [a, c], w2 [b, d], a b = out and c d = in. The larger factor w2, and with
@@ -46,7 +47,7 @@ class LoKrConfig(ScaledConfig, peft_type=PeftType.LOKR):
             raise ValueError(f"decompose_factor must be a positive integer or -1, got {self.decompose_factor}.")
 
 
-class LoKrLayer(ScaledLayer):
+class LoKrLayer(LycorisLayer):
     """A module with a Kronecker product added to its weight."""
 
     lokr_w1 = Slot()
@@ -92,8 +93,5 @@ class LoKrLayer(ScaledLayer):
         return Kron(self.scaling[name] * w1, w2)
 
 
-class LoKrModel(BaseTuner):
+class LoKrModel(BaseTuner, layer=LoKrLayer, prefix="lokr_"):
     """A model with low-rank Kronecker product adapters."""
-
-    prefix = "lokr_"
-    layer_class = LoKrLayer

@@ -219,10 +219,7 @@ def layers_of(cache: Any) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [batch, heads, tokens, head_dim] of each layer of a cache: of transformers, or as pairs."""
     if isinstance(cache, (tuple, list)):
         return [(layer[0], layer[1]) for layer in cache]
-    own = getattr(cache, "self_attention_cache", cache)
-    if hasattr(own, "layers"):
-        return [(layer.keys, layer.values) for layer in own.layers]
-    return list(zip(own.key_cache, own.value_cache, strict=True))  # older transformers
+    return [(layer.keys, layer.values) for layer in getattr(cache, "self_attention_cache", cache).layers]
 
 
 def _cache_shape(config: PromptLearningConfig, model: nn.Module) -> dict[str, Any]:

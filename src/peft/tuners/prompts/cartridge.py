@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft.config import PromptLearningConfig
 from peft.registry import PeftType
 from peft.tuners.prompts.cache import CachedTokens
+from peft.values import NonNegativeInt
 
 
 @dataclass
@@ -29,9 +30,7 @@ class CartridgeConfig(PromptLearningConfig, peft_type=PeftType.CARTRIDGE):
         ValueError: there are more of them than virtual tokens.
     """
 
-    num_frozen_tokens: int = 1
-
-    nonnegative_fields = ("num_frozen_tokens",)
+    num_frozen_tokens: NonNegativeInt = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

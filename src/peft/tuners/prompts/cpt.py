@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from peft.core.storage.sharded import call_whole
 from peft.core.storage.shared import put_in_forward
 from peft.registry import PeftType, TaskType
 from peft.tuners.prompts.base import IGNORED, VirtualTokens, embedding_width
+from peft.values import NonNegativeFloat
 
 #: An example has four kinds of tokens, counted on from one example to the next: 1 the words before the input, 2 the
 #: input, 3 the words before the label, 4 the label. 0 is none of them.
@@ -43,13 +44,11 @@ class CPTConfig(PromptLearningConfig, peft_type=PeftType.CPT):
     cpt_token_ids: list[int] | None = None
     cpt_mask: list[int] | None = None
     cpt_tokens_type_mask: list[int] | None = None
-    opt_weighted_loss_type: str | None = "none"
-    opt_loss_decay_factor: float = 1.0
-    opt_projection_epsilon: float = 0.1
-    opt_projection_format_epsilon: float = 0.1
+    opt_weighted_loss_type: Literal["none", "decay"] | None = "none"
+    opt_loss_decay_factor: NonNegativeFloat = 1.0
+    opt_projection_epsilon: NonNegativeFloat = 0.1
+    opt_projection_format_epsilon: NonNegativeFloat = 0.1
     tokenizer_name_or_path: str | None = None
-
-    nonnegative_fields = ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,8 +64,6 @@ class CPTConfig(PromptLearningConfig, peft_type=PeftType.CPT):
                 "cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length, at least 1; got"
                 f" {lengths[0]}, {lengths[1]} and {lengths[2]}."
             )
-        if self.opt_weighted_loss_type not in (None, "none", "decay"):
-            raise ValueError(f"opt_weighted_loss_type must be 'none' or 'decay', got {self.opt_weighted_loss_type!r}.")
         self.num_virtual_tokens = len(ids)
         self.num_transformer_submodules = 1
 

@@ -15,6 +15,7 @@ from peft.pickles import read_pickle
 from peft.registry import PeftType
 from peft.tuners.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from peft.untrusted import check_allowed
+from peft.values import NonNegativeInt, PositiveInt
 
 
 class MultitaskPromptTuningInit(str, Enum):
@@ -30,13 +31,6 @@ class MultitaskPromptTuningInit(str, Enum):
     AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
     EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
     ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
-
-
-_FROM_SOURCE = (
-    MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS,
-    MultitaskPromptTuningInit.EXACT_SOURCE_TASK,
-    MultitaskPromptTuningInit.ONLY_SOURCE_SHARED,
-)
 
 
 @dataclass
@@ -56,19 +50,14 @@ class MultitaskPromptTuningConfig(PromptTuningConfig, peft_type=PeftType.MULTITA
 
     prompt_tuning_init: MultitaskPromptTuningInit | str = MultitaskPromptTuningInit.RANDOM
     prompt_tuning_init_state_dict_path: str | None = None
-    prompt_tuning_init_task: int | None = 0
-    num_ranks: int = 1
-    num_tasks: int = 1
-
-    starts: ClassVar[type[Enum]] = MultitaskPromptTuningInit
-
-    positive_fields = ("num_ranks", "num_tasks")
-    nonnegative_fields = ("prompt_tuning_init_task",)
+    prompt_tuning_init_task: NonNegativeInt | None = 0
+    num_ranks: PositiveInt = 1
+    num_tasks: PositiveInt = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         start: Any = self.prompt_tuning_init
-        if start in _FROM_SOURCE and not self.prompt_tuning_init_state_dict_path:
+        if "SOURCE" in start and not self.prompt_tuning_init_state_dict_path:
             raise ValueError(
                 f"prompt_tuning_init={start.value!r} needs prompt_tuning_init_state_dict_path, the file"
                 " of the prompt trained on source tasks."
@@ -98,7 +87,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         self.num_tasks: int = config.num_tasks
         self.prefix_task_cols = nn.Parameter(torch.empty(config.num_tasks, tokens, config.num_ranks).normal_(std=0.02))
         self.prefix_task_rows = nn.Parameter(torch.empty(config.num_tasks, config.num_ranks, width).normal_(std=0.02))
-        if not config.inference_mode and config.prompt_tuning_init in _FROM_SOURCE:
+        if not config.inference_mode and "SOURCE" in config.prompt_tuning_init:
             self._start_from_source(config)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from peft.config import PromptLearningConfig
 from peft.errors import warn
 from peft.registry import PeftType
 from peft.tuners.prompts.base import VirtualTokens
+from peft.values import Fraction, PositiveInt
 
 
 class PromptEncoderReparameterizationType(str, Enum):
@@ -37,22 +38,13 @@ class PromptEncoderConfig(PromptLearningConfig, peft_type=PeftType.P_TUNING):
     """
 
     encoder_reparameterization_type: str | PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
-
-    positive_fields = ("encoder_hidden_size", "encoder_num_layers")
-    fraction_fields = ("encoder_dropout",)
+    encoder_hidden_size: PositiveInt | None = None
+    encoder_num_layers: PositiveInt = 2
+    encoder_dropout: Fraction = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        network: Any = self.encoder_reparameterization_type
-        known = [*PromptEncoderReparameterizationType]
-        if network not in known:
-            names = ", ".join(one.value for one in known)
-            raise ValueError(f"encoder_reparameterization_type={network!r} is not known; use one of {names}.")
-        self.encoder_reparameterization_type = network = PromptEncoderReparameterizationType(network)
-        if network == PromptEncoderReparameterizationType.MLP and self.encoder_num_layers != 2:
+        if self.encoder_reparameterization_type == "MLP" and self.encoder_num_layers != 2:
             warn("encoder_num_layers has no effect: it is for the LSTM; the network is an MLP.")
 
 
@@ -76,7 +68,7 @@ class PromptEncoder(VirtualTokens):
         if self.is_table:
             return
         width, hidden = config.token_dim, config.encoder_hidden_size
-        if config.encoder_reparameterization_type == PromptEncoderReparameterizationType.LSTM:
+        if config.encoder_reparameterization_type == "LSTM":
             layers, dropout = config.encoder_num_layers, config.encoder_dropout
             self.lstm_head = nn.LSTM(width, hidden, layers, dropout=dropout, bidirectional=True, batch_first=True)
             sizes = [2 * hidden, 2 * hidden, width]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
 from peft.registry import PeftType
 from peft.tuners.prompts.cache import CachedTokens
+from peft.values import PositiveInt
 
 
 @dataclass
@@ -27,16 +28,9 @@ class PrefixTuningConfig(PromptLearningConfig, peft_type=PeftType.PREFIX_TUNING)
         ValueError: an unknown start, or a width that is not positive.
     """
 
-    init_weights: str | None = None
-    encoder_hidden_size: int | None = None
+    init_weights: Literal["zero"] | None = None
+    encoder_hidden_size: PositiveInt | None = None
     prefix_projection: bool = False
-
-    positive_fields = ("encoder_hidden_size",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_weights not in (None, "zero"):
-            raise ValueError(f"init_weights={self.init_weights!r} is not known; use None (random) or 'zero'.")
 
 
 class PrefixEncoder(CachedTokens):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,17 +44,9 @@ class PromptTuningConfig(PromptLearningConfig, peft_type=PeftType.PROMPT_TUNING)
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict | None = None
 
-    #: the ways to start that the method knows
-    starts: ClassVar[type[Enum]] = PromptTuningInit
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = ", ".join(start.value for start in self.starts)
         start: Any = self.prompt_tuning_init
-        if start not in [*self.starts]:
-            raise ValueError(f"prompt_tuning_init={start!r} is not known; use one of {known}.")
-        start = self.starts(start)
-        self.prompt_tuning_init = start
         from_text = start == "TEXT"
         for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
             if from_text and not getattr(self, name):

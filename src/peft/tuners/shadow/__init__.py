@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from peft.core.base_op import BaseOp, BlockOp
 from peft.core.call import Call, begin, current, end, fact
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
+from peft.core.part import without
 from peft.core.plan import Plan
 from peft.core.slots import ModuleSlot, Setting
 from peft.core.storage import place_of
@@ -24,13 +25,10 @@ from peft.core.tuner import BaseTuner
 from peft.core.wrappers import state_names
 from peft.registry import PeftType, TaskType
 from peft.tuners.shadow import detached, network
+from peft.values import Fraction, NonNegativeFloat, PositiveInt
 
 #: the fact of a call that holds the state beside it
 _STATE = "shadow state"
-_CANNOT_MERGE = (
-    "SHADOW cannot be merged: what it adds depends on the input. unload() gives the base model back, unload_shadow()"
-    " the small network as a model of its own."
-)
 
 
 @dataclass
@@ -58,30 +56,24 @@ class ShadowConfig(LayerConfig, peft_type=PeftType.SHADOW):
         share_embeddings: let a mirror of the same width have the embeddings of the base, which stay frozen.
     """
 
-    r: int = 8
+    r: PositiveInt = 8
     shadow_alpha: float = 0.1
-    shadow_dropout: float = 0.2
+    shadow_dropout: Fraction = 0.2
     init_weights: bool = True
     shadow_model: str = "mirror"
-    shadow_num_hidden_layers: int | None = None
-    shadow_hidden_size: int | None = None
-    shadow_num_attention_heads: int | None = None
-    shadow_intermediate_size: int | None = None
+    shadow_num_hidden_layers: PositiveInt | None = None
+    shadow_hidden_size: PositiveInt | None = None
+    shadow_num_attention_heads: PositiveInt | None = None
+    shadow_intermediate_size: PositiveInt | None = None
     share_embeddings: bool = True
-    update_hidden_size: int | None = None
-    auxiliary_loss_weight: float = 0.05
+    update_hidden_size: PositiveInt | None = None
+    auxiliary_loss_weight: NonNegativeFloat = 0.05
 
-    positive_fields = (
-        "r", "update_hidden_size", "shadow_hidden_size", "shadow_intermediate_size", "shadow_num_hidden_layers",
-        "shadow_num_attention_heads",
-    )  # fmt: skip
-    nonnegative_fields = ("auxiliary_loss_weight",)
-    fraction_fields = ("shadow_dropout",)
-    beyond_reference: ClassVar[frozenset[str]] = frozenset(("target_parameters", "bias"))
+    beyond_reference = ("target_parameters", "bias")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = [name for name in self.positive_fields if name.startswith("shadow") and getattr(self, name) is not None]
+        sizes = [name for name in ("shadow_num_hidden_layers", *network.MIRRORED) if getattr(self, name) is not None]
         if self.shadow_model != "mirror" and sizes:
             raise ValueError(
                 f"shadow_model={self.shadow_model!r} has the sizes it was trained with; leave out {', '.join(sizes)},"
@@ -94,14 +86,19 @@ class ShadowConfig(LayerConfig, peft_type=PeftType.SHADOW):
 class ShadowLayer(AdapterLayer):
     """A decoder block whose input is corrected by the state that runs beside it."""
 
-    kinds: ClassVar[frozenset[str]] = frozenset(("Block",))
-    shadow_down = ModuleSlot()
-    shadow_up = ModuleSlot()
-    shadow_update_transform = ModuleSlot()
-    shadow_update_gate = ModuleSlot()
-    shadow_backbone = ModuleSlot(shared=True)
-    shadow_projection = ModuleSlot(shared=True)
-    shadow_head = ModuleSlot(shared=True)
+    kinds = frozenset(("Block",))
+    cannot_merge = (
+        "SHADOW cannot be merged: what it adds depends on the input. unload() gives the base model back,"
+        " unload_shadow() the small network as a model of its own."
+    )
+
+    shadow_down = ModuleSlot[nn.Linear]()
+    shadow_up = ModuleSlot[nn.Linear]()
+    shadow_update_transform = ModuleSlot[nn.Sequential]()
+    shadow_update_gate = ModuleSlot[nn.Sequential]()
+    shadow_backbone = ModuleSlot[nn.Module](shared=True)
+    shadow_projection = ModuleSlot[nn.Module](shared=True)
+    shadow_head = ModuleSlot[nn.Module](shared=True)
 
     #: what the layers share
     beside: dict[str, nn.ModuleDict]
@@ -137,15 +134,11 @@ class ShadowLayer(AdapterLayer):
         if name not in self.configs or self.configs[name].shadow_model == "mirror":
             return parameters
         backbone: Any = self.beside["shadow_backbone"][name]
-        left = {id(parameter) for parameter in backbone.get_input_embeddings().parameters()}
-        return [parameter for parameter in parameters if id(parameter) not in left]
+        return without(parameters, backbone.get_input_embeddings().parameters())
 
     def check_active(self, names: Any) -> None:
         if len(names) > 1:
             raise ValueError(f"One SHADOW adapter at a time can be active, not {len(names)} ({', '.join(names)}).")
-
-    def check_merge(self, name: str) -> None:
-        raise NotImplementedError(_CANNOT_MERGE)
 
     def key_map(self, name: str) -> dict[str, str]:
         # In files, what is in these modules stands below "default", whatever the adapter's name.
@@ -157,7 +150,7 @@ class ShadowLayer(AdapterLayer):
         beside = fact(_STATE)
         if beside is None or self._disable_adapters or not self._live:
             return self.base_layer(hidden_states, *args, **kwargs)
-        name, state = self._live[0], beside.state()
+        name, state = self._live[0], beside.now()
         if state.shape != hidden_states.shape:
             raise ValueError(
                 f"The shadow network gives states {tuple(state.shape)}, the block gets {tuple(hidden_states.shape)}:"
@@ -165,12 +158,12 @@ class ShadowLayer(AdapterLayer):
             )
         output = self.base_layer(self.corrected(name, hidden_states, state), *args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
-        beside.after(lambda: self.updated(name, hidden, state))
+        beside.now = lambda: self.updated(name, hidden, state)  # made when the next block asks, so not after the last
         return output
 
     def corrected(self, name: str, hidden: Tensor, state: Tensor) -> Tensor:
         """h + alpha U D dropout(h - s)."""
-        down: Any = self.shadow_down[name]
+        down = self.shadow_down[name]
         gap = F.dropout((hidden - state).to(down.weight.dtype), self.shadow_dropout[name], self.training)
         return hidden + (self.shadow_alpha[name] * self.shadow_up[name](down(gap))).to(hidden.dtype)
 
@@ -181,27 +174,17 @@ class ShadowLayer(AdapterLayer):
         gate = self.shadow_update_gate[name](hidden).sigmoid()
         return torch.lerp(state.to(hidden.dtype), transform(hidden), gate).to(state.dtype)
 
-    def __getattr__(self, name: str) -> Any:
-        # Models read what their blocks say of themselves (the kind of attention, say).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or "base_layer" not in self._modules:
-                raise
-            beside = self.__dict__.get("beside", {})
-            return beside[name] if name in beside else getattr(self.base_layer, name)
+    def of_module(self, name: str) -> Any:
+        beside = self.__dict__.get("beside", {})
+        return beside[name] if name in beside else super().of_module(name)
 
 
+@dataclass
 class _Beside:
-    """The state that runs beside a call: `start` [batch, length, width], and what becomes of it, block by block."""
+    """The state that runs beside a call: `start` [batch, length, width], and `now`, what the blocks have made of it."""
 
-    def __init__(self, start: Tensor):
-        self.start = start
-        self.state: Callable[[], Tensor] = lambda: start
-
-    def after(self, update: Callable[[], Tensor]) -> None:
-        """What the state is after a block; made when the next one asks, so not after the last."""
-        self.state = update
+    start: Tensor
+    now: Callable[[], Tensor]
 
 
 class ShadowMethod(Method):
@@ -210,7 +193,6 @@ class ShadowMethod(Method):
     #: what the last block makes of the state, no block reads
     idle_slots = ("shadow_update_transform", "shadow_update_gate")
 
-    _handles: tuple[Any, ...] = ()
     #: the small network's own loss in the last forward pass with labels
     last_shadow_loss: Tensor | None = None
 
@@ -260,16 +242,9 @@ class ShadowMethod(Method):
         return deepcopy(head.original_module if isinstance(head, ModulesToSaveWrapper) else head)
 
     def added(self, adapter_name: str) -> None:
-        if not self._handles:
-            before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-            after = self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
-            self._handles = before, after
+        self.watch_calls(bool(self.configs), self._before, self._after)
 
-    def removed(self, adapter_name: str) -> None:
-        if not self.configs:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = ()
+    removed = added
 
     def key_map(self, adapter_name: str, config: ShadowConfig) -> dict[str, str]:
         return {
@@ -294,7 +269,7 @@ class ShadowMethod(Method):
         given["input_ids"] = args[0] if args else given["input_ids"]
         kwargs["past_key_values"] = cache = self._cache(kwargs)
         state = self.start(active[0], given, kwargs, cache)
-        begin(Call(None, {**outer.facts, _STATE: _Beside(state)}))
+        begin(Call(None, {**outer.facts, _STATE: _Beside(state, lambda: state)}))
         return args, kwargs
 
     def network(self, part: str) -> Any:
@@ -404,9 +379,5 @@ class ShadowMethod(Method):
         return detached.DetachedShadowModel(small, projection, head, is_classification, lent)
 
 
-class ShadowModel(BaseTuner):
+class ShadowModel(BaseTuner, layer=ShadowLayer, method=ShadowMethod, prefix="shadow_"):
     """A model with small networks beside it."""
-
-    prefix = "shadow_"
-    layer_class = ShadowLayer
-    method_class = ShadowMethod

@@ -16,7 +16,7 @@ from peft.core.walk import live_modules
 from peft.hub import fetch
 
 #: a setting of the mirror -> what configurations of base models call it
-_MIRRORED = {
+MIRRORED = {
     "shadow_hidden_size": ("hidden_size", "n_embd", "d_model"),
     "shadow_intermediate_size": ("intermediate_size", "ffn_dim", "n_inner"),
     "shadow_num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
@@ -64,7 +64,7 @@ def mirror(backbone: Any, settings: Any) -> nn.Module:
     """A fresh network of the kind of `backbone`, as deep and as wide as `settings` (a `ShadowConfig`) say."""
     config, depth = deepcopy(backbone.config), settings.shadow_num_hidden_layers or 1
     _set(config, _DEPTH, depth)
-    for field, names in _MIRRORED.items():
+    for field, names in MIRRORED.items():
         if getattr(settings, field) is not None:
             _set(config, names, getattr(settings, field))
     kinds = getattr(config, "layer_types", None)

@@ -98,7 +98,7 @@ class Invocations:
         call.facts[_FOUND] = found
         begin(call)
 
-    def after(self, model: nn.Module, args: tuple, output: Any) -> None:
+    def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Ends the call, whose backward pass finds the same invocations."""
         call = current()
         end()
@@ -126,14 +126,12 @@ class Alora(Variant):
     """
 
     label = "aLoRA (alora_invocation_tokens)"
+    cannot_merge = (
+        "aLoRA adapter {name!r} cannot be merged: it acts on some tokens and not on others; a weight acts on all."
+    )
 
     def __init__(self, setting: Iterable[int], key: str = ""):
         super().__init__(tuple(setting), key)
-
-    def check_merge(self, layer: FactorLayer, name: str) -> None:
-        raise NotImplementedError(
-            f"aLoRA adapter {name!r} cannot be merged: it acts on some tokens and not on others; a weight acts on all."
-        )
 
     def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -12,6 +12,8 @@ from peft.core.change import Change
 from peft.core.slots import Slot
 from peft.tuners.lora.base import FactorLayer, Residual
 from peft.tuners.lora.config import LoraConfig
+
+T = TypeVar("T")
 
 
 class Variant:
@@ -27,14 +29,18 @@ class Variant:
     #: what the variant is called in messages
     label: ClassVar[str] = ""
     #: kinds of base module it works on
-    kinds: ClassVar[frozenset[str]] = frozenset(("Linear", "Conv1D"))
+    kinds = frozenset(("Linear", "Conv1D"))
     #: what an adapter has beside A and B
     slots: ClassVar[dict[str, Slot]] = {}
+    #: why an adapter {name} cannot become part of the weight, if that is so
+    cannot_merge: ClassVar[str] = ""
     #: whether it changes the base weight when it starts
     changes_base: ClassVar[bool] = False
 
     def __init__(self, setting: Any, key: str = ""):
         self.setting, self.key = setting, key
+        #: what it has made of the weights, and of what state of them
+        self._kept: tuple[Any, Any] | None = None
 
     @classmethod
     def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
@@ -59,8 +65,12 @@ class Variant:
         """Names of the adapter's tensors, in files and in the live module, where `keys` is how they are as a rule."""
         return keys
 
+    def keep(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` makes, once as long as the key stays the same, and until `forget`."""
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, make()
+        return self._kept[1]
+
     def forget(self) -> None:
         """Lets go of what it has kept of the weights."""
-
-    def check_merge(self, layer: FactorLayer, name: str) -> None:
-        """Raises NotImplementedError where the adapter cannot become part of the weight."""
+        self._kept = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from peft.core.storage import onloaded
 from peft.core.storage.flat import weight_of
 from peft.ops.memo import remember
 from peft.ops.norms import changed_row_norms, row_squares
-from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.base import FactorLayer
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.starts import to_compute
 from peft.tuners.lora.variants.base import Variant
@@ -45,16 +45,9 @@ class Dora(Variant):
 
     label = "DoRA (use_dora)"
     kinds = frozenset(("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"))
-    slots: ClassVar[dict[str, Slot]] = {"lora_magnitude_vector": ModuleSlot()}
+    slots: ClassVar[dict[str, Slot]] = {"lora_magnitude_vector": ModuleSlot[Magnitude]()}
 
-    def __init__(self, setting: Any, key: str = ""):
-        super().__init__(setting, key)
-        self._kept: tuple[Any, Tensor] | None = None
-
-    def forget(self) -> None:
-        self._kept = None
-
-    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
         a, _ = layer.factors(name)
         if a.is_meta:
             lengths = torch.empty(layer.out_features, device=a.device)
@@ -65,7 +58,6 @@ class Dora(Variant):
         if isinstance(layer.op, ConvOp):
             lengths = lengths.view(1, -1, *(1 for _ in layer.get_base_layer().kernel_size))
         layer.lora_magnitude_vector[name] = Magnitude(lengths)
-        return None
 
     def key_map(self, name: str, keys: dict[str, str]) -> dict[str, str]:
         live = keys.pop("lora_magnitude_vector.weight")
@@ -83,18 +75,15 @@ class Dora(Variant):
         """m_i / ||(W + s B A)_i||: [out]."""
         m = weight_of(layer.lora_magnitude_vector[name])
         a, b = layer.factors(name)
-        key = None
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            trained = m.requires_grad or a.requires_grad or b.requires_grad
-            if not trained or (_cache_trained and not layer.training):
-                stamps = [(id(t), t._version, t.data_ptr()) for t in (layer.own_weight, m, a, b)]
-                key = stamps, layer.scaling[name], layer.merged_adapters
-                if self._kept is not None and self._kept[0] == key:
-                    return self._kept[1]
-        factor = m.flatten() / self._norms(layer, name)
-        if key is not None:
-            self._kept = key, factor
-        return factor
+
+        def make() -> Tensor:
+            return m.flatten() / self._norms(layer, name)
+
+        stays = not (m.requires_grad or a.requires_grad or b.requires_grad) or (_cache_trained and not layer.training)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not stays:
+            return make()
+        stamps = [(id(t), t._version, t.data_ptr()) for t in (layer.own_weight, m, a, b)]
+        return self.keep((stamps, layer.scaling[name], layer.merged_adapters), make)
 
     @staticmethod
     @torch.no_grad()

@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Dirichlet, kl_divergence
 
 from peft.core.change import LowRank
 from peft.core.slots import ModuleSlot, Slot
-from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.base import FactorLayer
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.variants.base import Variant
 
@@ -78,9 +79,7 @@ class Perturbation(nn.Module):
         normal = n * (variances - variances.log() - 1).sum() / 2
         alpha = self.expert_weights_prior.exp()
         prior = torch.full_like(alpha, self.setting.dirichlet_prior)
-        divergence = torch.distributions.kl_divergence(
-            torch.distributions.Dirichlet(alpha), torch.distributions.Dirichlet(prior)
-        )
+        divergence = kl_divergence(Dirichlet(alpha), Dirichlet(prior))
         loss = self.setting.kl_loss_weight * (divergence + wishart + normal)
         return loss + weights.square().sum() if self.setting.use_entropy else loss
 
@@ -93,11 +92,10 @@ class Monteclora(Variant):
     """
 
     label = "MonteCLoRA (monteclora_config)"
-    slots: ClassVar[dict[str, Slot]] = {"lora_monteclora_sampler": ModuleSlot()}
+    slots: ClassVar[dict[str, Slot]] = {"lora_monteclora_sampler": ModuleSlot[Perturbation]()}
 
-    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
         layer.lora_monteclora_sampler[name] = Perturbation(layer.r[name], self.setting)
-        return None
 
     def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)

@@ -10,7 +10,7 @@ from torch import Tensor
 from peft.core.change import LowRank
 from peft.core.slots import FixedSlot, Slot
 from peft.ops.velora import compressed_linear, group_width, mean_direction, unit
-from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.base import FactorLayer
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.variants.base import Variant
 
@@ -28,12 +28,11 @@ class Velora(Variant):
         super().__init__(setting, key)
         self._found = setting.init_type == "random"
 
-    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
         width = group_width(layer.in_features, self.setting.num_groups)
         a, _ = layer.factors(name)
         direction = unit(torch.randn(width, device=a.device)) if self._found else torch.zeros(width, device=a.device)
         layer.lora_velora_embed[name] = direction.to(a.dtype)
-        return None
 
     def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)
