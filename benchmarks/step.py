@@ -101,7 +101,7 @@ def kept(model: Any, inputs: dict[str, Tensor]) -> float:
             tensor = tensor.detach().coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage  # held, so that no other takes its address
-        return saved
+        return saved.detach()  # itself, it would hold the node that holds it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**inputs).loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import wave
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,7 +147,11 @@ def test_images_in_folders_and_by_path(tmp_path, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(200 if i % 2 else 30)["bytes"])
         rows.append({"image": str(path), "label": "ab"[i % 2]})
-    for name, data in (("folder", tmp_path / "images"), ("paths", write_records(tmp_path / "rows.jsonl", rows))):
+    beside = [{**row, "image": os.path.relpath(row["image"], tmp_path)} for row in rows]
+    write_records(tmp_path / "beside.jsonl", beside)
+    write_records(tmp_path / "rows.jsonl", rows)
+    for name, data in (("folder", "images"), ("paths", "rows.jsonl"), ("beside", "beside.jsonl")):
+        data = tmp_path / data
         assert train(tmp_path / "base", data, tmp_path / name, QUERY, "--seed", 1) == 0
         labels = json.loads((tmp_path / name / "adapter_config.json").read_text())["modules_to_save"]
         assert labels == ["classifier"] and len(losses(tmp_path / name, "eval_loss")) == 3

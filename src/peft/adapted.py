@@ -1,46 +1,42 @@
-"""A base model and its named adapters: what there is."""
+"""A base model and its named adapters: what there is, and the life of an adapter on it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from peft.config import PeftConfig, check_is_config
 from peft.core import status
+from peft.core.auxiliary import save_modules, unsave_modules
+from peft.core.part import Part, check_adapter_name, known
+from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
+from peft.core.undo import all_or_nothing, undone_on_error
+from peft.core.walk import parts_of
+from peft.core.whole import whole
+from peft.errors import warn
 from peft.html import table
-from peft.registry import method_of
+from peft.integrations.transformers import convert_peft_config_for_transformers
+from peft.registry import method_of, value_of
 from peft.tuners.prompts.base import PromptHost
 
 
 class AdaptedModel(PromptHost):
-    """What can be asked of a base model with adapters; what is done with them is up to `PeftModel`."""
+    """A base model with adapters: what can be asked of it, and how they come, act and go."""
 
     base_model: Any
     peft_type: Any
     _peft_config: dict[str, Any] | None
-    _active: Sequence[str]
+    #: which soft prompt is active
+    _active: Sequence[str] = ()
 
     @classmethod
     def _class_for(cls, task_type: str | None) -> Any:
         """The class for models of a task."""
         return cls
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Adds an adapter."""
-        raise NotImplementedError
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes an adapter (or several) the active one."""
-        raise NotImplementedError
 
     @property
     def peft_config(self) -> dict[str, Any]:  # type: ignore[override]
@@ -54,9 +50,7 @@ class AdaptedModel(PromptHost):
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters."""
-        if self._tuner is not None:
-            return self._tuner.active_adapters
-        return list(self._active)
+        return list(self._active) if self._tuner is None else self._tuner.active_adapters
 
     @property
     def active_adapter(self) -> Any:
@@ -82,10 +76,8 @@ class AdaptedModel(PromptHost):
     @property
     def modules_to_save(self) -> set[str] | None:
         """Names of the modules that adapters train in full; None if there are none."""
-        names = {
-            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
-        }
-        return names or None
+        configs = self.peft_config.values()
+        return {name for config in configs for name in getattr(config, "modules_to_save", None) or ()} or None
 
     @property
     def config(self) -> Any:
@@ -113,9 +105,8 @@ class AdaptedModel(PromptHost):
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trained, of how many."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def _repr_html_(self) -> str:
         """The adapters, for notebooks."""
@@ -144,12 +135,124 @@ class AdaptedModel(PromptHost):
         check_is_config(peft_config)
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
-                f"All adapters of a PeftModel have the same PEFT type: this one has {value_of(self.peft_type)},"
-                " the new adapter"
-                f" {value_of(peft_config.peft_type)}. Use get_peft_model(..., mixed=True) to mix methods."
+                f"All adapters of a PeftModel have the same PEFT type: this one has {value_of(self.peft_type)}, the new"
+                f" adapter {value_of(peft_config.peft_type)}. Use get_peft_model(..., mixed=True) to mix methods."
             )
         if is_trainable:
             check_trainable(peft_config)
+
+    # ---- adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds an adapter of the same method, not active yet.
+
+        Raises:
+            ValueError: the name is taken, the method is another, or the configuration does not fit.
+        """
+        check_adapter_name(adapter_name, self.peft_config)
+        self._check_new_adapter_config(peft_config, is_trainable=False)
+        if peft_config.is_prompt_learning:
+            self._add_prompt(adapter_name, peft_config)
+        else:
+            convert_peft_config_for_transformers(peft_config, self.get_base_model())
+            self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def _inject(self, name: str, config: PeftConfig, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
+        """Adds an adapter with the saved ones that it is made of; all of them, or none."""
+        warn_of_name(name, config)
+        with all_or_nothing():
+            self._load_members(name, config)
+            self.base_model.inject_adapter(
+                self.get_base_model(), name, autocast_adapter_dtype, low_cpu_mem_usage, config=config
+            )
+
+    def _add_prompt(self, name: str, config: PeftConfig) -> None:
+        warn_of_name(name, config)
+        trained = [(parameter, parameter.requires_grad) for parameter in self.base_model.parameters()]
+        active = self._active
+
+        def take_back() -> None:
+            self.peft_config.pop(name, None)
+            self._delete_prompt_encoder(name)
+            unsave_modules(self.base_model, name)
+            self._active = active
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+
+        with undone_on_error(take_back):
+            self.peft_config[name] = config
+            self._setup_prompt_encoder(name)
+            keys = modules_named(self.base_model, getattr(config, "modules_to_save", None) or ())
+            save_modules(self.base_model, keys, name)
+            if not self._active:
+                self.set_adapter(name, config.inference_mode)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes an adapter (or several) the active one; trainable unless `inference_mode`, all others not.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        if self._tuner is not None:
+            self._tuner.set_adapter(adapter_name, inference_mode)
+            return
+        names = known(adapter_name, self.peft_config)
+        if len(names) != 1:
+            raise ValueError(f"One soft prompt at a time can be active, not {len(names)} ({', '.join(names)}).")
+        frozen = inference_mode or self.peft_config[names[0]].inference_mode
+        with self._whole(names) as parts:
+            for other, encoder in self.prompt_encoder.items():
+                encoder.requires_grad_(other == names[0] and not frozen)
+            for part in parts:
+                part.set_adapter(names, frozen)
+            self._active = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Makes adapters trainable or not, active or not.
+
+        Raises:
+            TypeError: the adapter is a soft prompt.
+        """
+        if self._tuner is None:
+            raise TypeError("set_requires_grad() is for adapters on layers; this model has a soft prompt.")
+        self._tuner.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter. If it was the only active one, the first that is left becomes active.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        if self._tuner is not None:
+            self._tuner.delete_adapter(adapter_name)
+            return
+        known(adapter_name, self.peft_config)
+        with self._whole() as parts:
+            del self.peft_config[adapter_name]
+            self._delete_prompt_encoder(adapter_name)
+            for part in parts:
+                part.delete_adapter(adapter_name)
+            if adapter_name in self._active:
+                self._active = ()
+                if self.peft_config:
+                    self.set_adapter(next(iter(self.peft_config)))
+
+    @contextmanager
+    def _whole(self, names: Sequence[str] | None = None) -> Iterator[list[Part]]:
+        """Stands around a change of the state of soft prompts and of the parts beside them: all of it, or none."""
+        parts = [part for _, part in parts_of(self.base_model)]
+        with whole(self, parts, names, [self.prompt_encoder]):
+            yield parts
+
+    def _load_members(self, adapter_name: str, config: PeftConfig) -> None:
+        """Loads the saved adapters that a new one is made of, if its method is of that kind."""
+        raise NotImplementedError
 
 
 def check_trainable(config: PeftConfig) -> None:
@@ -162,6 +265,11 @@ def check_trainable(config: PeftConfig) -> None:
         )
 
 
-def value_of(member: Any) -> Any:
-    """The value of an enum's member; other things as they are."""
-    return getattr(member, "value", member)
+def warn_of_name(adapter_name: str, config: PeftConfig) -> None:
+    """Warns of a name of an adapter that is part of the names of its tensors, whatever the adapter is called."""
+    prefix = method_of(config.peft_type or "").prefix
+    if adapter_name in prefix:
+        warn(
+            f"An adapter called {adapter_name!r} is easily mistaken for the beginning of its tensors' names,"
+            f" {prefix!r}; better choose another name."
+        )

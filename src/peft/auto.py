@@ -34,11 +34,14 @@ class AutoPeftModel:
     base_class: ClassVar[str | None] = None
     task_type: ClassVar[TaskType | None] = None
 
+    def __init_subclass__(cls, task_type: TaskType | None = None, base_class: str | None = None) -> None:
+        if task_type is not None:
+            cls.task_type, cls.base_class = task_type, base_class or cls.__name__.replace("Peft", "")
+
     def __init__(self, *args: Any, **kwargs: Any):
+        name = type(self).__name__
         # OSError as the auto classes of transformers have it
-        raise OSError(
-            f"{type(self).__name__} makes no objects of its own: use {type(self).__name__}.from_pretrained()."
-        )
+        raise OSError(f"{name} makes no objects of its own: use {name}.from_pretrained().")
 
     @classmethod
     def from_pretrained(
@@ -92,14 +95,9 @@ class AutoPeftModel:
         )
         _make_room_for_tokens(base_model, pretrained_model_name_or_path, where, base_arguments)
         peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[loader.task_type] if loader.task_type else PeftModel
+        source = pretrained_model_name_or_path
         return peft_class.from_pretrained(
-            base_model,
-            pretrained_model_name_or_path,
-            adapter_name=adapter_name,
-            is_trainable=is_trainable,
-            config=config,
-            **where,
-            **adapter_arguments,
+            base_model, source, adapter_name, is_trainable, config, **where, **adapter_arguments
         )
 
     @classmethod
@@ -152,61 +150,41 @@ def _make_room_for_tokens(
 ) -> None:
     """Enlarges the embeddings to hold all tokens of the tokenizer that lies with the adapter, if there is one."""
     try:
-        if (
-            not hasattr(base_model, "resize_token_embeddings")
-            or fetch(source, "tokenizer_config.json", **where) is None
-        ):
+        resizes = hasattr(base_model, "resize_token_embeddings")
+        if not resizes or fetch(source, "tokenizer_config.json", **where) is None:
             return
     except FileNotFoundError:  # offline, and it is not in the cache
         return
     from transformers import AutoTokenizer
 
-    known = ("revision", *_SHARED_HUB_ARGUMENTS)
-    hub = {key: value for key, value in where.items() if key in known}
-    subfolder = where["subfolder"] or ""
-    hub["trust_remote_code"] = base_arguments.get("trust_remote_code", False)
-    tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder, **hub)
+    hub = {key: value for key, value in where.items() if key in ("revision", *_SHARED_HUB_ARGUMENTS)}
+    trusted = base_arguments.get("trust_remote_code", False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, subfolder=where["subfolder"] or "", trust_remote_code=trusted, **hub
+    )
     if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:
         base_model.resize_token_embeddings(len(tokenizer))
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel):
+class AutoPeftModelForCausalLM(AutoPeftModel, task_type=TaskType.CAUSAL_LM):
     """Loads an adapter for continuing a text."""
 
-    base_class = "AutoModelForCausalLM"
-    task_type = TaskType.CAUSAL_LM
 
-
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task_type=TaskType.SEQ_2_SEQ_LM):
     """Loads an adapter for text to text."""
 
-    base_class = "AutoModelForSeq2SeqLM"
-    task_type = TaskType.SEQ_2_SEQ_LM
 
-
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
+class AutoPeftModelForSequenceClassification(AutoPeftModel, task_type=TaskType.SEQ_CLS):
     """Loads an adapter for classifying texts."""
 
-    base_class = "AutoModelForSequenceClassification"
-    task_type = TaskType.SEQ_CLS
 
-
-class AutoPeftModelForTokenClassification(AutoPeftModel):
+class AutoPeftModelForTokenClassification(AutoPeftModel, task_type=TaskType.TOKEN_CLS):
     """Loads an adapter for classifying tokens."""
 
-    base_class = "AutoModelForTokenClassification"
-    task_type = TaskType.TOKEN_CLS
 
-
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+class AutoPeftModelForQuestionAnswering(AutoPeftModel, task_type=TaskType.QUESTION_ANS):
     """Loads an adapter for finding answers in texts."""
 
-    base_class = "AutoModelForQuestionAnswering"
-    task_type = TaskType.QUESTION_ANS
 
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+class AutoPeftModelForFeatureExtraction(AutoPeftModel, task_type=TaskType.FEATURE_EXTRACTION, base_class="AutoModel"):
     """Loads an adapter for hidden states."""
-
-    base_class = "AutoModel"
-    task_type = TaskType.FEATURE_EXTRACTION

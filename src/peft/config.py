@@ -11,13 +11,12 @@ from dataclasses import field as define
 from pathlib import Path
 from typing import Any
 
-from peft import patterns
 from peft.errors import AdapterFileError, NoAdapterError, UnknownMethodError
 from peft.fields import ConfigFields, plain
 from peft.folder import check_folder, read_at_rest, replace_files
 from peft.hub import fetch, push, split_hub_arguments
 from peft.registry import METHODS, method_of
-from peft.untrusted import note_source, read_json, without_idle_fields
+from peft.untrusted import check_expressions, note_source, read_json, without_idle_fields
 from peft.values import PositiveInt, shown
 
 CONFIG_NAME = "adapter_config.json"
@@ -138,23 +137,20 @@ def read_config_file(source: str | os.PathLike, subfolder: str | None = None, **
     Raises:
         ValueError: there is none, or it is not a mapping with a `peft_type`.
     """
-    if os.path.isdir(source):
-        folder = os.path.join(source, subfolder or "")
-        return read_at_rest(folder, CONFIG_NAME, lambda: _read_config_file(source, subfolder, **hub))
-    return _read_config_file(source, subfolder, **hub)
-
-
-def _read_config_file(source: str | os.PathLike, subfolder: str | None, **hub: Any) -> dict[str, Any]:
     where = f"{os.fspath(source)!r}" + (f" (subfolder {subfolder!r})" if subfolder else "")
-    try:
-        path = fetch(source, CONFIG_NAME, subfolder=subfolder, **hub)
-    except Exception as error:
-        raise NoAdapterError(f"Can't find {CONFIG_NAME!r} at {where}, which is no folder here: {error}") from error
-    if path is None:
-        raise NoAdapterError(
-            f"Can't find {CONFIG_NAME!r} at {where}. A saved adapter is a folder that holds this file."
-        )
-    return PeftConfigMixin.from_json_file(path)
+
+    def read() -> dict[str, Any]:
+        try:
+            path = fetch(source, CONFIG_NAME, subfolder=subfolder, **hub)
+        except Exception as error:
+            raise NoAdapterError(f"Can't find {CONFIG_NAME!r} at {where}, which is no folder here: {error}") from error
+        if path is None:
+            raise NoAdapterError(
+                f"Can't find {CONFIG_NAME!r} at {where}. A saved adapter is a folder that holds this file."
+            )
+        return PeftConfigMixin.from_json_file(path)
+
+    return read_at_rest(os.path.join(source, subfolder or ""), CONFIG_NAME, read)
 
 
 def build_config(
@@ -239,22 +235,15 @@ class LayerConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             self.target_modules = "all-linear"
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
-            elif isinstance(value, str):
-                _check_expression(name, value)
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
         for name in self.pattern_fields:
             if getattr(self, name) is None and not self._is_default(name):
                 setattr(self, name, {})
-            for pattern in getattr(self, name) or ():
-                _check_expression(name, pattern)
         if isinstance(self.layers_to_transform, (list, tuple)) and not self.layers_to_transform:
             self.layers_to_transform = None
-        if not self.layers_pattern:
-            self.layers_pattern = None
-        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
-            _check_expression("layers_pattern", pattern)
+        self.layers_pattern = self.layers_pattern or None
+        check_expressions(self)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -275,14 +264,6 @@ class LayoutConfig(LayerConfig):
     """
 
     fan_in_fan_out: bool = False
-
-
-def _check_expression(field: str, pattern: Any) -> None:
-    """Raises ValueError where a field holds no regular expression."""
-    try:
-        patterns.check(str(pattern))
-    except patterns.PatternError as error:
-        raise ValueError(f"{field}: {error}.") from None
 
 
 @dataclass

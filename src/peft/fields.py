@@ -14,12 +14,6 @@ from peft.values import check_value, dataclass_in, enum_in, field_types, is_of, 
 from peft.version import __version__
 
 
-def _check_task_type(task_type: str | None) -> None:
-    known = [task.value for task in TaskType]
-    if task_type is not None and task_type not in known:
-        raise ValueError(f"Invalid task type: {task_type!r}. Use one of {', '.join(known)}, or None.")
-
-
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it: sets as sorted lists, enums by value, sub-configurations as mappings."""
     if isinstance(value, Enum):
@@ -112,7 +106,7 @@ class ConfigFields:
         kinds = field_types(own_class)
         for field in fields(self):
             value, kind = getattr(self, field.name), kinds.get(field.name, Any)
-            if value is None and not is_of(None, kind) and not _is_scalar(kind):
+            if value is None and not any(is_of(one, kind) for one in (None, 0, 0.5, False, "")):
                 continue  # an empty list or mapping, as older files say it
             check_value(field.name, value, kind, own_class.__name__)
             known = enum_in(kind) if field.name not in ("task_type", "peft_type") else None
@@ -128,19 +122,18 @@ class ConfigFields:
         for name, limits in ranges(own_class).items():
             for value, where in self._values_of(name):
                 limits.check(name, value, where)
-        _check_task_type(self.task_type)
+        known = [task.value for task in TaskType]
+        if self.task_type is not None and self.task_type not in known:
+            raise ValueError(f"Invalid task type: {self.task_type!r}. Use one of {', '.join(known)}, or None.")
         if self.peft_version is None:
             self.peft_version = __version__
 
     def _values_of(self, name: str) -> list[tuple[Any, str]]:
         """A field's value, and those of single modules, each with where it stands."""
-        patterns = [pattern for pattern, varied in self.pattern_fields.items() if varied == name]
-        single = [
-            (value, f" for {key!r} in {pattern}")
-            for pattern in patterns
-            for key, value in (getattr(self, pattern) or {}).items()
-        ]
-        return [(getattr(self, name), ""), *single]
+        found = [(getattr(self, name), "")]
+        for pattern in (pattern for pattern, varied in self.pattern_fields.items() if varied == name):
+            found += [(value, f" for {key!r} in {pattern}") for key, value in (getattr(self, pattern) or {}).items()]
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that a file has, by name; sub-configurations as dictionaries."""
@@ -148,9 +141,9 @@ class ConfigFields:
 
     def _written(self) -> set[str]:
         """Names of the fields that a file has."""
-        plain = {f.name for f in fields(self)}.difference(self.runtime_fields)
         beyond = {*self.beyond_reference, "left_out"}
-        return {name for name in plain if name not in beyond or not self._is_default(name)}
+        names = {f.name for f in fields(self)}.difference(self.runtime_fields)
+        return {name for name in names if name not in beyond or not self._is_default(name)}
 
     def _is_default(self, name: str) -> bool:
         f = self.__dataclass_fields__[name]
@@ -208,8 +201,3 @@ class ConfigFields:
     def is_adaption_prompt(self) -> bool:
         """Whether the method is adaption prompt (Llama-Adapter)."""
         return False
-
-
-def _is_scalar(kind: Any) -> bool:
-    """Whether a field of this type holds one number, text or switch."""
-    return any(is_of(value, kind) for value in (0, 0.5, False, ""))

@@ -144,13 +144,15 @@ def read_at_rest(folder: str | os.PathLike, name: str, read: Callable[[], T]) ->
     """What ``read`` returns, which reads several files of one set: called once more if the set is replaced meanwhile.
 
     Args:
-        folder: where the files lie.
+        folder: where the files lie; what is none, such as a repository of the hub, is read at once.
         name: one of them, by which it is seen that they are still the same.
         read: reads them, by the paths that `find` gives.
 
     Raises:
         OSError: the files were replaced again and again.
     """
+    if not os.path.isdir(folder):
+        return read()
     lost: FileNotFoundError | None = None
     for turn in range(ATTEMPTS):
         try:

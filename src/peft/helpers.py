@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, wraps
+from statistics import fmean
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -29,26 +30,21 @@ class DoraCaching:
     `with DoraCaching(): ...` keeps it for a while, `DoraCaching()()` from now on, until `DoraCaching()(enabled=False)`.
     """
 
-    #: what was entered and not left, the latest last; of the class, for it is one switch
-    _entered: ClassVar[list[AbstractContextManager[None]]] = []
-    _lasting: ClassVar[list[AbstractContextManager[None]]] = []
+    #: of the class, for it is one switch: what was entered and not left, the latest last; what is on from now on
+    _entered: ClassVar[list[ExitStack]] = []
+    _lasting: ClassVar[ExitStack] = ExitStack()
 
     def __call__(self, enabled: bool = True) -> None:
-        while self._lasting:
-            self._lasting.pop().__exit__(None, None, None)
+        self._lasting.close()
         if enabled:
-            self._enter(self._lasting)
+            self._lasting.enter_context(dora_caching())
 
     def __enter__(self) -> None:
-        self._enter(self._entered)
+        self._entered.append(ExitStack())
+        self._entered[-1].enter_context(dora_caching())
 
     def __exit__(self, *error: Any) -> None:
-        self._entered.pop().__exit__(None, None, None)
-
-    @staticmethod
-    def _enter(held: list[AbstractContextManager[None]]) -> None:
-        held.append(dora_caching())
-        held[-1].__enter__()
+        self._entered.pop().close()
 
 
 def update_forward_signature(model: Any) -> None:
@@ -97,13 +93,9 @@ def _take_over_signature(model: Any, name: str) -> None:
         return getattr(type(self), name)(self, *args, **kwargs)
 
     del call.__wrapped__
-    call.__signature__ = _with_self(inspect.signature(original))  # type: ignore[attr-defined]
+    own, signature = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), inspect.signature(original)
+    call.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
     model.__dict__[name] = MethodType(call, model)
-
-
-def _with_self(signature: inspect.Signature) -> inspect.Signature:
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    return signature.replace(parameters=[own, *signature.parameters.values()])
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike) -> bool:
@@ -204,11 +196,9 @@ class KappaTuneSelector:
         """That of each linear module, by name."""
         modules = [(key, base_of(module)) for key, module in model_modules(self.model)]
         linear = [(key, module) for key, module in modules if isinstance(module, nn.Linear)]
-        found = {}
-        for key, module in with_progress(linear, self.show_progress, "Singular values of modules"):
-            if max(module.in_features, module.out_features) <= self.max_dim_size_to_analyze:
-                found[key] = condition_number(storage_of(module, "weight").read(module, "weight"))
-        return found
+        fit = [(k, m) for k, m in linear if max(m.in_features, m.out_features) <= self.max_dim_size_to_analyze]
+        wanted = with_progress(fit, self.show_progress, "Singular values of modules")
+        return {key: condition_number(storage_of(m, "weight").read(m, "weight")) for key, m in wanted}
 
     @cached_property
     def parameter_condition_numbers(self) -> dict[str, float]:
@@ -219,12 +209,9 @@ class KappaTuneSelector:
             for name, parameter in base_of(module).named_parameters(recurse=False)
             if parameter.dim() == 3 and max(parameter.shape[1:]) <= self.max_dim_size_to_analyze
         ]
-        wanted = [(name, stack) for name, stack in stacks if name.endswith(self.moe_param_suffixes)]
-        found = {}
-        for name, stack in with_progress(wanted, self.show_progress, "Singular values of experts"):
-            numbers = [condition_number(matrix) for matrix in stack]
-            found[name] = sum(numbers) / len(numbers)
-        return found
+        fit = [(name, stack) for name, stack in stacks if name.endswith(self.moe_param_suffixes)]
+        wanted = with_progress(fit, self.show_progress, "Singular values of experts")
+        return {name: fmean(map(condition_number, stack)) for name, stack in wanted}
 
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None

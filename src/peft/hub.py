@@ -19,20 +19,9 @@ CARD_NAME = "README.md"
 
 #: keyword arguments of ``from_pretrained`` that speak to the hub rather than to the model
 HUB_ARGUMENTS = (
-    "revision",
-    "token",
-    "cache_dir",
-    "local_dir",
-    "local_files_only",
-    "force_download",
-    "repo_type",
-    "etag_timeout",
-    "endpoint",
-    "headers",
-    "user_agent",
-    "library_name",
-    "library_version",
-)
+    "revision", "token", "cache_dir", "local_dir", "local_files_only", "force_download", "repo_type", "etag_timeout",
+    "endpoint", "headers", "user_agent", "library_name", "library_version",
+)  # fmt: skip
 #: those that huggingface_hub once had
 _OBSOLETE = ("proxies", "resume_download", "local_dir_use_symlinks")
 
@@ -121,17 +110,13 @@ def push(
         stale = {other for name in files if (other := _other_format(name))}
         if stale:
             stale &= set(api.list_repo_files(repo, revision=None if create_pr else revision))
+        changes: list[Any] = [CommitOperationDelete(name) for name in sorted(stale)]
+        changes += [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
         # Not upload_folder, which may make several commits of one folder
+        where: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+        message = commit_message or "Upload adapter"
         return api.create_commit(
-            repo,
-            [
-                *(CommitOperationDelete(name) for name in sorted(stale)),
-                *(CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())),
-            ],
-            commit_message=commit_message or "Upload adapter",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
+            repo, changes, commit_message=message, commit_description=commit_description, **where
         )
 
 

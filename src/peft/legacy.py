@@ -29,8 +29,6 @@ SEQ_CLS_HEAD_NAMES = sorted(CLASSIFIER_NAMES)
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 #: keyword arguments of a forward pass that are for LoRA's variants alone; those of this library see for themselves
 VARIANT_KWARG_KEYS = ["alora_offsets"]
-#: model types whose prompts of keys and values need another form; the models of today take them as they are
-TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
 
 BufferDict = Buffers
 #: `torch.load` that reads tensors and nothing that could run
@@ -88,13 +86,10 @@ def onload_layer(layer: nn.Module) -> Iterator[None]:
 
 def get_in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
     """What a module says of the width of its input and output; both None, with a warning, where it says nothing."""
-    for names in (
-        ("in_features", "out_features"),
-        ("in_channels", "out_channels"),
-        ("num_embeddings", "embedding_dim"),
-    ):
-        if all(hasattr(module, name) for name in names):
-            return getattr(module, names[0]), getattr(module, names[1])
+    widths = {"in_features": "out_features", "in_channels": "out_channels", "num_embeddings": "embedding_dim"}
+    for ins, outs in widths.items():
+        if hasattr(module, ins) and hasattr(module, outs):
+            return getattr(module, ins), getattr(module, outs)
     op = base_op(module)
     if op is None or isinstance(op, NormOp):
         warn(f"The widths of a {type(module).__name__} are not known.")

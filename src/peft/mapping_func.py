@@ -54,14 +54,9 @@ def get_peft_model(
     peft_config.revision = revision if revision is not None else peft_config.revision
     task = peft_config.task_type
     model_class = PeftMixedModel if mixed else PeftModel if task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
+    how = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
     try:
-        return model_class(
-            model,
-            peft_config,
-            adapter_name=adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
+        return model_class(model, peft_config, adapter_name, **how)
     except BaseException:
         peft_config.__dict__.clear()
         peft_config.__dict__.update(before)

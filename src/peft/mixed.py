@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from peft.adapted import warn_of_name
 from peft.checkpoint.state import IncompatibleKeys, locations_of
 from peft.config import PeftConfig
 from peft.core.method import Method
 from peft.core.part import check_adapter_name
 from peft.core.tuner import BaseTuner
-from peft.model import PeftModel, check_base_model, warn_of_name
-from peft.registry import METHODS, method_of
+from peft.model import PeftModel, check_base_model
+from peft.registry import METHODS, method_of, value_of
 
 
 class MixedModel(BaseTuner):
@@ -27,15 +28,11 @@ class MixedModel(BaseTuner):
     prefix = "mixed_"
 
     def method(self, config: Any) -> Method:
-        name = _name_of_method(config)
+        name = value_of(config.peft_type)
         if name not in self._methods:
             made: Any = method_of(name).model_class
             self._methods[name] = made.method_class(self, made.layer_class, made.prefix)
         return self._methods[name]
-
-
-def _name_of_method(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 class PeftMixedModel(PeftModel):
@@ -79,7 +76,7 @@ class PeftMixedModel(PeftModel):
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
         if not method_of(peft_config.peft_type or "").mixed:
             raise ValueError(
-                f"{_name_of_method(peft_config)} cannot be part of a PeftMixedModel (mixed=True); these can:"
+                f"{value_of(peft_config.peft_type)} cannot be part of a PeftMixedModel (mixed=True); these can:"
                 f" {', '.join(name for name, row in METHODS.items() if row.mixed)}."
             )
 

@@ -9,14 +9,12 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from peft.adapted import warn_of_name
 from peft.config import PeftConfig, check_is_config
-from peft.core.auxiliary import save_modules, unsave_modules
 from peft.core.method import Method
-from peft.core.part import Part, check_adapter_name, known
-from peft.core.targets import modules_named
-from peft.core.undo import all_or_nothing, undone_on_error
+from peft.core.part import check_adapter_name
 from peft.core.walk import parts_of
-from peft.core.whole import alone, passing, whole
+from peft.core.whole import alone, passing
 from peft.errors import warn
 from peft.integrations.training import let_gradients_through_inputs
 from peft.integrations.transformers import convert_peft_config_for_transformers
@@ -54,16 +52,6 @@ def check_base_model(model: Any) -> None:
         )
 
 
-def warn_of_name(adapter_name: str, config: PeftConfig) -> None:
-    """Warns of a name of an adapter that is part of the names of its tensors, whatever the adapter is called."""
-    prefix = method_of(config.peft_type or "").prefix
-    if adapter_name in prefix:
-        warn(
-            f"An adapter called {adapter_name!r} is easily mistaken for the beginning of its tensors' names,"
-            f" {prefix!r}; better choose another name."
-        )
-
-
 class PeftModel(SavedAdapters, Delegated):
     """A base model with adapters, each under a name of its own.
 
@@ -80,9 +68,6 @@ class PeftModel(SavedAdapters, Delegated):
     Raises:
         ValueError, TypeError, NotImplementedError: the configuration does not fit; the model is as before.
     """
-
-    #: which soft prompt is active
-    _active: Sequence[str] = ()
 
     def __init__(
         self,
@@ -123,115 +108,6 @@ class PeftModel(SavedAdapters, Delegated):
     def _class_for(cls, task_type: str | None) -> Any:
         return TASK_CLASSES.get(task_type or "", cls) if cls is PeftModel else cls
 
-    # ---- adapters
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Adds an adapter of the same method, not active yet.
-
-        Raises:
-            ValueError: the name is taken, the method is another, or the configuration does not fit.
-        """
-        check_adapter_name(adapter_name, self.peft_config)
-        self._check_new_adapter_config(peft_config, is_trainable=False)
-        if peft_config.is_prompt_learning:
-            self._add_prompt(adapter_name, peft_config)
-        else:
-            convert_peft_config_for_transformers(peft_config, self.get_base_model())
-            self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
-
-    def _inject(self, name: str, config: PeftConfig, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
-        """Adds an adapter with the saved ones that it is made of; all of them, or none."""
-        warn_of_name(name, config)
-        with all_or_nothing():
-            self._load_members(name, config)
-            self.base_model.inject_adapter(
-                self.get_base_model(), name, autocast_adapter_dtype, low_cpu_mem_usage, config=config
-            )
-
-    def _add_prompt(self, name: str, config: PeftConfig) -> None:
-        warn_of_name(name, config)
-        trained = [(parameter, parameter.requires_grad) for parameter in self.base_model.parameters()]
-        active = self._active
-
-        def take_back() -> None:
-            self.peft_config.pop(name, None)
-            self._delete_prompt_encoder(name)
-            unsave_modules(self.base_model, name)
-            self._active = active
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
-
-        with undone_on_error(take_back):
-            self.peft_config[name] = config
-            self._setup_prompt_encoder(name)
-            keys = modules_named(self.base_model, getattr(config, "modules_to_save", None) or ())
-            save_modules(self.base_model, keys, name)
-            if not self._active:
-                self.set_adapter(name, config.inference_mode)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes an adapter (or several) the active one; trainable unless `inference_mode`, all others not.
-
-        Raises:
-            ValueError: there is no such adapter.
-        """
-        if self._tuner is not None:
-            self._tuner.set_adapter(adapter_name, inference_mode)
-            return
-        names = known(adapter_name, self.peft_config)
-        if len(names) != 1:
-            raise ValueError(f"One soft prompt at a time can be active, not {len(names)} ({', '.join(names)}).")
-        frozen = inference_mode or self.peft_config[names[0]].inference_mode
-        with self._whole(names) as parts:
-            for other, encoder in self.prompt_encoder.items():
-                encoder.requires_grad_(other == names[0] and not frozen)
-            for part in parts:
-                part.set_adapter(names, frozen)
-            self._active = names
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Makes adapters trainable or not, active or not.
-
-        Raises:
-            TypeError: the adapter is a soft prompt.
-        """
-        if self._tuner is None:
-            raise TypeError("set_requires_grad() is for adapters on layers; this model has a soft prompt.")
-        self._tuner.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter. If it was the only active one, the first that is left becomes active.
-
-        Raises:
-            ValueError: there is no such adapter.
-        """
-        if self._tuner is not None:
-            self._tuner.delete_adapter(adapter_name)
-            return
-        known(adapter_name, self.peft_config)
-        with self._whole() as parts:
-            del self.peft_config[adapter_name]
-            self._delete_prompt_encoder(adapter_name)
-            for part in parts:
-                part.delete_adapter(adapter_name)
-            if adapter_name in self._active:
-                self._active = ()
-                if self.peft_config:
-                    self.set_adapter(next(iter(self.peft_config)))
-
-    @contextmanager
-    def _whole(self, names: Sequence[str] | None = None) -> Iterator[list[Part]]:
-        """Stands around a change of the state of soft prompts and of the parts beside them: all of it, or none."""
-        parts = [part for _, part in parts_of(self.base_model)]
-        with whole(self, parts, names, [self.prompt_encoder]):
-            yield parts
-
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While it lasts, the model acts as its base model, in all threads. May be nested; then all is as before."""
@@ -240,11 +116,8 @@ class PeftModel(SavedAdapters, Delegated):
         with alone(holder):
             was_disabled = self._prompt_disabled if self._tuner is None else self._tuner.disabled
             if len({part.disable_adapters for part in parts}) > 1:
-                warn(
-                    "Adapters are switched off on some modules and on on others: afterwards they are "
-                    + ("off" if was_disabled else "on")
-                    + " on all of them."
-                )
+                after = "off" if was_disabled else "on"
+                warn(f"Adapters are switched off on some modules and on on others: afterwards they are {after} on all.")
             self._switch(False)
             inside, was_disabled = _DISABLED.get(holder, (0, was_disabled))
             _DISABLED[holder] = inside + 1, was_disabled

@@ -83,9 +83,7 @@ def _prepared(pattern: str) -> tuple[re.Pattern[str], _Machine | None]:
     try:
         tree = _parsed(pattern)
         compiled = _compiler.compile(tree)
-        if _ways(tree) <= MANY_WAYS:
-            return compiled, None
-        return compiled, _Machine(tree)
+        return compiled, None if _ways(tree) <= MANY_WAYS else _Machine(tree)
     except _TooHard:  # of somebody's own; what comes out of a file has been checked
         return compiled, None
     except RecursionError:
@@ -146,11 +144,10 @@ class _State(NamedTuple):
 class _Machine:
     """An expression as states, all of which may be followed at once."""
 
-    def __init__(self, tree: Any):
+    def __init__(self, tree: Any, items: Any = None):
         self.states: list[_State] = [_State(None, False, True, [])]  # the end
-        self._flags = tree.state.flags
         self._tree = tree
-        self.start = self._add(tree, 0)
+        self.start = self._add(tree if items is None else items, 0)
 
     def _state(self, test: Any, to: list[int], takes: bool = False, wanted: bool = True) -> int:
         if len(self.states) > _STATES:
@@ -162,7 +159,9 @@ class _Machine:
         """The state from which `items` lead to the state `to`."""
         for kind, value in reversed(list(items)):
             if kind in _ONE or kind is _constants.AT:
-                to = self._state(self._single((kind, value)), [to], takes=kind in _ONE)
+                single = _parser.SubPattern(self._tree.state, [(kind, value)])
+                test = _compiler.compile(single, self._tree.state.flags)
+                to = self._state(test, [to], takes=kind in _ONE)
             elif kind in _REPEATS:
                 least, most, inner = value
                 to = self._repeat(least, most, inner, to)
@@ -189,9 +188,6 @@ class _Machine:
             to = self._add(inner, to)
         return to
 
-    def _single(self, item: Any) -> re.Pattern[str]:
-        return _compiler.compile(_parser.SubPattern(self._tree.state, [item]), self._flags)
-
     def fullmatch(self, text: str) -> bool:
         return len(text) in self._ends(text, 0)
 
@@ -204,14 +200,12 @@ class _Machine:
                 ends.append(position)
             if position == len(text):
                 break
-            character = text[position]
             tests: dict[int, bool] = {}
             following: set[int] = set()
-            for number in current:
-                state = self.states[number]
+            for state in (self.states[number] for number in current):
                 if state.takes:
                     if id(state.test) not in tests:
-                        tests[id(state.test)] = state.test.match(character) is not None
+                        tests[id(state.test)] = state.test.match(text[position]) is not None
                     if tests[id(state.test)]:
                         following.update(state.to)
             current, position = following, position + 1
@@ -224,22 +218,14 @@ class _Machine:
             state = self.states[waiting.pop()]
             if state.takes:
                 continue
-            if state.test is not None and (state.test.match(text, position) is not None) != state.wanted:
-                continue
-            for number in state.to:
-                if number not in found:
-                    found.add(number)
-                    waiting.append(number)
+            if state.test is None or (state.test.match(text, position) is not None) == state.wanted:
+                waiting += set(state.to) - found
+                found.update(state.to)
         return found
 
 
 class _Ahead(_Machine):
     """What has to follow, or must not."""
-
-    def __init__(self, tree: Any, items: Any):
-        self.states = [_State(None, False, True, [])]
-        self._flags, self._tree = tree.state.flags, tree
-        self.start = self._add(items, 0)
 
     def match(self, text: str, position: int) -> bool | None:
         return True if self._ends(text, position) else None

@@ -6,19 +6,14 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from peft.checkpoint import load_peft_weights
-from peft.config import CONFIG_NAME, PeftConfig, dump_config
+from peft.checkpoint import load_peft_weights, write_adapter
+from peft.config import PeftConfig
 from peft.core.call import cached_tokens
-from peft.folder import replace_files
-from peft.hub import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.registry import PeftType
 from peft.tuners.prompts.cache import CachedTokens, layers_of
 
@@ -191,15 +186,6 @@ def compose_cartridge_adapters(
                     f"Cartridges for different models cannot be composed: {name} is {getattr(configs[0], name)} in"
                     f" {paths[0]!r} and {getattr(config, name)} in {path!r}."
                 )
-    tables = [load_peft_weights(path, device="cpu")["prompt_embeddings"] for path in paths]
-    composed = {"prompt_embeddings": torch.cat(tables)}
-    config = replace(configs[0], num_virtual_tokens=len(composed["prompt_embeddings"]))
-    if safe_serialization:
-        name, content = SAFETENSORS_WEIGHTS_NAME, save(composed, metadata={"format": "pt"})
-    else:
-        buffer = BytesIO()
-        torch.save(composed, buffer)
-        name, content = WEIGHTS_NAME, buffer.getvalue()
-    files = {CONFIG_NAME: dump_config(config.to_json_dict()).encode(), name: content}
-    Path(output_path).mkdir(parents=True, exist_ok=True)
-    replace_files(output_path, files)
+    composed = torch.cat([load_peft_weights(path, device="cpu")["prompt_embeddings"] for path in paths])
+    content = replace(configs[0], num_virtual_tokens=len(composed)).to_json_dict()
+    write_adapter(output_path, content, {"prompt_embeddings": composed}, safe_serialization=safe_serialization)

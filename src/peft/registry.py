@@ -1,12 +1,14 @@
-"""The table of methods: one row each, imported when it is first used."""
+"""The table of methods: one row each in registry.json, imported when it is first used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from peft.errors import UnknownMethodError
@@ -108,7 +110,7 @@ class Row:
     prefix: str
     mixed: bool = True
     prompt: bool = False
-    aliases: tuple[str, ...] = ()
+    aliases: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.mixed = self.mixed and not self.prompt
@@ -126,73 +128,16 @@ class Row:
         return (self.config_name, self.model_name, *self.aliases)
 
 
-def _prompt(file: str, config_name: str, encoder_name: str, *aliases: str) -> Row:
-    """The row of a soft prompt."""
-    return Row(f"peft.tuners.prompts.{file}", config_name, encoder_name, f"{file}_", prompt=True, aliases=aliases)
-
-
-_OF_LORA = (
-    "ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig",
-    "MontecloraConfig", "VeloraConfig", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
-)  # fmt: skip
-METHODS: dict[str, Row] = {
-    "LORA": Row("peft.tuners.lora", "LoraConfig", "LoraModel", "lora_", aliases=_OF_LORA),
-    "HRA": Row("peft.tuners.hra", "HRAConfig", "HRAModel", "hra_"),
-    "HIRA": Row("peft.tuners.hira", "HiraConfig", "HiraModel", "hira_"),
-    "IA3": Row("peft.tuners.ia3", "IA3Config", "IA3Model", "ia3_"),
-    "VERA": Row("peft.tuners.vera", "VeraConfig", "VeraModel", "vera_lambda_"),
-    "LOHA": Row("peft.tuners.lycoris.loha", "LoHaConfig", "LoHaModel", "hada_"),
-    "LOKR": Row("peft.tuners.lycoris.lokr", "LoKrConfig", "LoKrModel", "lokr_"),
-    "OFT": Row("peft.tuners.oft", "OFTConfig", "OFTModel", "oft_"),
-    "BOFT": Row("peft.tuners.boft", "BOFTConfig", "BOFTModel", "boft_"),
-    "DEFT": Row("peft.tuners.deft", "DeftConfig", "DeftModel", "deft_"),
-    "GLORA": Row("peft.tuners.glora", "GloraConfig", "GloraModel", "glora_"),
-    "PSOFT": Row("peft.tuners.psoft", "PsoftConfig", "PsoftModel", "psoft_"),
-    "PEANUT": Row("peft.tuners.peanut", "PeanutConfig", "PeanutModel", "peanut_"),
-    "LN_TUNING": Row("peft.tuners.ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_"),
-    "SHIRA": Row("peft.tuners.shira", "ShiraConfig", "ShiraModel", "shira_"),
-    "MISS": Row("peft.tuners.miss", "MissConfig", "MissModel", "miss_"),
-    "TRAINABLE_TOKENS": Row(
-        "peft.tuners.trainable_tokens", "TrainableTokensConfig", "TrainableTokensModel", "trainable_tokens_"
-    ),
-    "ADALORA": Row("peft.tuners.adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
-    "FOURIERFT": Row("peft.tuners.fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_"),
-    "VBLORA": Row("peft.tuners.vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_"),
-    "RANDLORA": Row("peft.tuners.randlora", "RandLoraConfig", "RandLoraModel", "randlora_"),
-    "GRALORA": Row("peft.tuners.gralora", "GraloraConfig", "GraloraModel", "gralora_"),
-    "BEFT": Row("peft.tuners.beft", "BeftConfig", "BeftModel", "beft_"),
-    "C3A": Row("peft.tuners.c3a", "C3AConfig", "C3AModel", "c3a_"),
-    "DELORA": Row("peft.tuners.delora", "DeloraConfig", "DeloraModel", "delora_"),
-    "PVERA": Row("peft.tuners.pvera", "PveraConfig", "PveraModel", "pvera_lambda_"),
-    "ROAD": Row("peft.tuners.road", "RoadConfig", "RoadModel", "road_"),
-    "TINYLORA": Row("peft.tuners.tinylora", "TinyLoraConfig", "TinyLoraModel", "tinylora_"),
-    "UNILORA": Row("peft.tuners.unilora", "UniLoraConfig", "UniLoraModel", "unilora_"),
-    "LILY": Row("peft.tuners.lily", "LilyConfig", "LilyModel", "lily_"),
-    "FROD": Row("peft.tuners.frod", "FrodConfig", "FrodModel", "frod_"),
-    "OSF": Row("peft.tuners.osf", "OSFConfig", "OSFModel", "osf_"),
-    "PROMPT_TUNING": _prompt("prompt_tuning", "PromptTuningConfig", "PromptEmbedding", "PromptTuningInit"),
-    "P_TUNING": _prompt("p_tuning", "PromptEncoderConfig", "PromptEncoder", "PromptEncoderReparameterizationType"),
-    "PREFIX_TUNING": _prompt("prefix_tuning", "PrefixTuningConfig", "PrefixEncoder"),
-    "MULTITASK_PROMPT_TUNING": _prompt(
-        "multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptEmbedding",
-        "MultitaskPromptTuningInit",
-    ),
-    "CARTRIDGE": _prompt("cartridge", "CartridgeConfig", "CartridgeEncoder"),
-    "CPT": _prompt("cpt", "CPTConfig", "CPTEmbedding"),
-    "SHADOW": Row("peft.tuners.shadow", "ShadowConfig", "ShadowModel", "shadow_", mixed=False),
-    "POLY": Row("peft.tuners.poly", "PolyConfig", "PolyModel", "poly_", mixed=False),
-    "ADAPTION_PROMPT": Row(
-        "peft.tuners.adaption_prompt", "AdaptionPromptConfig", "AdaptionPromptModel", "adaption_prompt_", mixed=False
-    ),
-    "XLORA": Row("peft.xlora", "XLoraConfig", "XLoraModel", "xlora_", mixed=False),
-    "WAVEFT": Row("peft.tuners.waveft", "WaveFTConfig", "WaveFTModel", "waveft_"),
-    "SUPERTUNING": Row("peft.tuners.supertuning", "SupertuningConfig", "SupertuningModel", "supertuning_"),
-    "ADAMSS": Row("peft.tuners.adamss", "AdamssConfig", "AdamssModel", "adamss_"),
-}
-
+_ROWS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+METHODS = {name: Row(**row) for name, row in _ROWS.items()}
 
 #: methods that older files call by another name
 RENAMED = {"BONE": "MISS"}
+
+
+def value_of(member: Any) -> Any:
+    """The value of an enum's member; other things as they are."""
+    return getattr(member, "value", member)
 
 
 def method_of(peft_type: str | PeftType) -> Row:
@@ -201,7 +146,7 @@ def method_of(peft_type: str | PeftType) -> Row:
     Raises:
         KeyError: there is no such method.
     """
-    name = peft_type.value if isinstance(peft_type, Enum) else str(peft_type)
+    name = str(value_of(peft_type))
     name = RENAMED.get(name, name)
     if name not in METHODS:
         raise UnknownMethodError(f"Unknown peft_type {name[:50]!r}. This version knows {', '.join(sorted(METHODS))}.")
@@ -247,11 +192,7 @@ class MethodTable(Mapping[PeftType, Any]):
         return {name: row for name, row in METHODS.items() if self._only is None or getattr(row, self._only)}
 
     def __getitem__(self, peft_type: str | PeftType) -> Any:
-        rows = self._rows()
-        name = peft_type.value if isinstance(peft_type, Enum) else str(peft_type)
-        if name not in rows:
-            raise KeyError(peft_type)
-        return getattr(rows[name], self._column)
+        return getattr(self._rows()[value_of(peft_type)], self._column)
 
     def __iter__(self) -> Iterator[PeftType]:
         return iter(PeftType(name) for name in self._rows())

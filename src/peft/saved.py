@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft.adapted import AdaptedModel, check_trainable, value_of
+from peft.adapted import AdaptedModel, check_trainable
 from peft.checkpoint import (
     get_peft_model_state_dict,
     model_card,
@@ -27,6 +27,7 @@ from peft.core.walk import parts_of
 from peft.errors import listed, warn
 from peft.folder import check_folder, replace_files
 from peft.hub import CARD_NAME, push
+from peft.registry import value_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -116,12 +117,12 @@ class SavedAdapters(AdaptedModel):
         tensors = get_peft_model_state_dict(self, gathered, name, save_embedding_layers=embeddings)
         content, more = saved_form(config)
         content |= {"inference_mode": True, **self._facts(config)}
-        if initial is not None and self._tuner is None:
-            raise ValueError(
-                "path_initial_model_for_weight_conversion is for initialisations that change the base weights;"
-                f" adapter {name!r} is a soft prompt. Save without it."
-            )
-        if initial is not None and self._tuner is not None:
+        if initial is not None:
+            if self._tuner is None:
+                raise ValueError(
+                    "path_initial_model_for_weight_conversion is for initialisations that change the base weights;"
+                    f" adapter {name!r} is a soft prompt. Save without it."
+                )
             before = load_peft_weights(initial, "cpu")
             tensors, content = self._tuner.method(config).without_start(name, tensors, content, before)
         if minimal and self._tuner is not None:
@@ -140,10 +141,9 @@ class SavedAdapters(AdaptedModel):
 
     def _card(self, folder: str | os.PathLike) -> str | None:
         """The text of a folder's model card; None where the one that is there is to be left alone."""
-        base_config = getattr(self.get_base_model(), "config", None)
-        quantization: Any = getattr(base_config, "quantization_config", None)
-        config = next(iter(self.peft_config.values()))
         base: Any = self.get_base_model()
+        base_config, config = getattr(base, "config", None), next(iter(self.peft_config.values()))
+        quantization: Any = getattr(base_config, "quantization_config", None)
         tags = ["transformers"] if type(base).__module__.startswith("transformers") else []
         tags += getattr(base, "model_tags", None) or []
         return model_card(
@@ -219,14 +219,10 @@ class SavedAdapters(AdaptedModel):
         cls = cls._class_for(source.config.task_type)
         if is_trainable:
             check_trainable(source.config)
+        empty = low_cpu_mem_usage or source.needs_no_start
+        how = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": empty}
         with all_or_nothing():
-            peft_model = cls(
-                model,
-                source.config,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
-            )
+            peft_model = cls(model, source.config, adapter_name, **how)
             peft_model._load_tensors(adapter_name, source, kwargs)
         if not is_trainable:
             peft_model.eval()
@@ -272,14 +268,10 @@ class SavedAdapters(AdaptedModel):
         self._check_new_adapter_config(source.config, is_trainable and there is None)
         if there is not None:
             self._check_replaceable(adapter_name, source.config)
+        empty = low_cpu_mem_usage or source.needs_no_start
         with all_or_nothing():
             if there is None:
-                self.add_adapter(
-                    adapter_name,
-                    source.config,
-                    low_cpu_mem_usage=low_cpu_mem_usage or source.needs_no_start,
-                    autocast_adapter_dtype=autocast_adapter_dtype,
-                )
+                self.add_adapter(adapter_name, source.config, empty, autocast_adapter_dtype)
             result = self._load_tensors(adapter_name, source, kwargs)
         if there is not None:
             there.inference_mode = not is_trainable
@@ -296,22 +288,15 @@ class SavedAdapters(AdaptedModel):
         if any(adapter_name in part.merged_adapters for _, part in parts_of(self.base_model)):
             raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before loading over it.")
         old = self.peft_config[adapter_name]
-        values = [config.to_json_dict() for config in (old, new)]
+        there, found = old.to_json_dict(), new.to_json_dict()
         replaceable = self._tuner is None or all(map(self._tuner.method(old).start_is_replaceable, (old, new)))
-        ignored = _MAY_DIFFER | (_STARTS if replaceable else set())
-        differ = [
-            field
-            for field in values[0].keys() | values[1].keys()
-            if field not in ignored and values[0].get(field) != values[1].get(field)
-        ]
+        fields = sorted((there.keys() | found.keys()) - _MAY_DIFFER - (_STARTS if replaceable else set()))
+        values = {field: (there.get(field), found.get(field)) for field in fields}
+        differ = [f"{field} is {a!r} there and {b!r} in the file" for field, (a, b) in values.items() if a != b]
         if differ:
-            listed = "; ".join(
-                f"{field} is {values[0].get(field)!r} there and {values[1].get(field)!r} in the file"
-                for field in sorted(differ)
-            )
             raise ValueError(
-                f"The saved adapter cannot be loaded over {adapter_name!r}, which has other settings: {listed}. Call"
-                f" delete_adapter({adapter_name!r}) first, or load it under another name."
+                f"The saved adapter cannot be loaded over {adapter_name!r}, which has other settings:"
+                f" {'; '.join(differ)}. Call delete_adapter({adapter_name!r}) first, or load it under another name."
             )
 
     def _load_members(self, adapter_name: str, config: PeftConfig) -> None:
@@ -329,19 +314,12 @@ class SavedAdapters(AdaptedModel):
             self._load_tensors(name, source, {})
 
     def _load_tensors(self, adapter_name: str, source: Source, options: dict[str, Any]) -> IncompatibleKeys:
-        result = set_peft_model_state_dict(
-            self,
-            source.tensors,
-            adapter_name,
-            ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
-        )
+        ignore = options.get("ignore_mismatched_sizes", False)
+        result = set_peft_model_state_dict(self, source.tensors, adapter_name, ignore_mismatched_sizes=ignore)
         if self._tuner is not None:
             self._tuner.fill_in(adapter_name)
             check_left_out(self._tuner, adapter_name)
-        for keys, what in (
-            (result.missing_keys, "has no value for"),
-            (result.unexpected_keys, "has what the model has no place for:"),
-        ):
+        for keys, what in zip(result, ("has no value for", "has what the model has no place for:"), strict=True):
             if keys:
                 warn(f"Adapter {adapter_name!r}: {source.name} {what} {listed(keys)}.")
         return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from peft.config import PeftConfig
 from peft.core.call import cached_tokens
+from peft.core.undo import undone_on_error
 from peft.errors import warn
 from peft.model import TASK_CLASSES, PeftModel
 from peft.tuners.prompts.base import lengthen, replaced
@@ -68,18 +69,19 @@ class TaskModel(PeftModel):
     @contextmanager
     def _heads_saved(self, config: Any) -> Iterator[None]:
         """Adds the task's heads to the modules that `config` saves; not so if adding the adapter then fails."""
-        before = getattr(config, "modules_to_save", None)
-        if self.heads and hasattr(config, "modules_to_save"):
-            config.modules_to_save = [*(before or ()), *(head for head in self.heads if head not in (before or ()))]
-        try:
+        if not hasattr(config, "modules_to_save"):
             yield
-        except BaseException:
-            if hasattr(config, "modules_to_save"):
-                config.modules_to_save = before
-            raise
+            return
+        before = config.modules_to_save
+        with undone_on_error(lambda: setattr(config, "modules_to_save", before)):
+            if self.heads:
+                config.modules_to_save = list(dict.fromkeys([*(before or ()), *self.heads]))
+            yield
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if task is not None:
+            TASK_CLASSES[task] = cls
         if inspect.unwrap(cls.forward) is TaskModel.forward:
             cls.forward = _with_arguments(TaskModel.forward, cls.arguments)  # type: ignore[method-assign]
 
@@ -95,7 +97,8 @@ class TaskModel(PeftModel):
         Raises:
             TypeError: an argument is given twice, or there are too many.
         """
-        if args and (self.prompt_active or self._base_takes(self.arguments[0])):
+        base = self.get_base_model()
+        if args and (self.prompt_active or self.arguments[0] in inspect.signature(base.forward).parameters):
             given = _signature(self.arguments).bind(self, *args, **kwargs).arguments
             args, kwargs = (), {name: given[name] for name in self.arguments if name in given} | given.get("kwargs", {})
         with self._passing():
@@ -107,10 +110,6 @@ class TaskModel(PeftModel):
                     output = self._run(inputs, kwargs.get("input_ids"))
                 return self._prompt.finish(output, inputs.get("labels"), kwargs)
 
-    def _base_takes(self, name: str) -> bool:
-        """Whether the base model's forward pass has an argument of this name."""
-        return name in inspect.signature(self.get_base_model().forward).parameters
-
     def _prompted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.with_prompt(inputs, self.labels_by_token, self.labelled_positions)
 
@@ -119,7 +118,7 @@ class TaskModel(PeftModel):
         return self.base_model(**inputs)
 
 
-class PeftModelForSequenceClassification(TaskModel):
+class PeftModelForSequenceClassification(TaskModel, task="SEQ_CLS"):
     """A classifier of whole texts; `classifier` or `score` is trained with the adapter."""
 
     heads = ("classifier", "score")
@@ -145,14 +144,14 @@ class PeftModelForSequenceClassification(TaskModel):
             hook.remove()
 
 
-class PeftModelForTokenClassification(TaskModel):
+class PeftModelForTokenClassification(TaskModel, task="TOKEN_CLS"):
     """A classifier of tokens; `classifier` or `score` is trained with the adapter. Labels go by token."""
 
     heads = ("classifier", "score")
     labels_by_token = ("labels",)
 
 
-class PeftModelForQuestionAnswering(TaskModel):
+class PeftModelForQuestionAnswering(TaskModel, task="QUESTION_ANS"):
     """Finds an answer in a text; `qa_outputs` is trained with the adapter.
 
     With a soft prompt of n virtual tokens, logit n + i belongs to token i; `start_positions` and `end_positions` count
@@ -167,7 +166,7 @@ class PeftModelForQuestionAnswering(TaskModel):
     labelled_positions = ("start_positions", "end_positions")
 
 
-class PeftModelForFeatureExtraction(TaskModel):
+class PeftModelForFeatureExtraction(TaskModel, task="FEATURE_EXTRACTION"):
     """A model whose hidden states are the result."""
 
     arguments = ("input_ids", "attention_mask", "inputs_embeds", *_COMMON)
@@ -220,10 +219,11 @@ class GeneratingModel(TaskModel):
         def make_longer_cache(*args: Any, **kwargs: Any) -> Any:
             return make_cache(*args[:4], args[4] + tokens, *args[5:], **kwargs)
 
-        with ExitStack() as stack:
-            stack.enter_context(replaced(self.base_model, "prepare_inputs_for_generation", prepare_step))
-            if make_cache is not None:
-                stack.enter_context(replaced(self.base_model, "_prepare_cache_for_generation", make_longer_cache))
+        room = replaced(self.base_model, "_prepare_cache_for_generation", make_longer_cache)
+        with (
+            replaced(self.base_model, "prepare_inputs_for_generation", prepare_step),
+            nullcontext() if make_cache is None else room,
+        ):
             yield
 
     def _prepare_step(
@@ -266,13 +266,13 @@ class GeneratingModel(TaskModel):
         return inputs
 
 
-class PeftModelForCausalLM(GeneratingModel):
+class PeftModelForCausalLM(GeneratingModel, task="CAUSAL_LM"):
     """A language model that continues texts. Labels go by token."""
 
     labels_by_token = ("labels",)
 
 
-class PeftModelForSeq2SeqLM(GeneratingModel):
+class PeftModelForSeq2SeqLM(GeneratingModel, task="SEQ_2_SEQ_LM"):
     """An encoder-decoder that turns texts into texts. A soft prompt goes before the encoder's input."""
 
     arguments = (
@@ -311,13 +311,4 @@ class PeftModelForSeq2SeqLM(GeneratingModel):
         return self.base_model.generate(None, *args[1:], **kwargs)
 
 
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
-    "SEQ_CLS": PeftModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "TOKEN_CLS": PeftModelForTokenClassification,
-    "QUESTION_ANS": PeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
-}
-
-TASK_CLASSES.update(MODEL_TYPE_TO_PEFT_MODEL_MAPPING)
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = TASK_CLASSES

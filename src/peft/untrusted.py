@@ -77,12 +77,8 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level:
-        level = [
-            entry
-            for outer in level
-            if isinstance(outer, (list, dict))
-            for entry in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        nested = [entry for entry in level if isinstance(entry, (list, dict))]
+        level = [inner for outer in nested for inner in (outer.values() if isinstance(outer, dict) else outer)]
         depth += 1
     return depth
 
@@ -122,11 +118,7 @@ def note_source(config: Any, source: str | os.PathLike, fields: Iterable[str], b
     start = str(getattr(config, "init_lora_weights", ""))
     if start.startswith("pissa_niter_") and len(start) > len("pissa_niter_99"):
         raise ValueError(f"init_lora_weights={shown(start)} asks for more than the 99 rounds that a file may ask for.")
-    for field, pattern in _expressions(config):
-        try:
-            patterns.check(pattern, trusted=False)
-        except patterns.PatternError as error:
-            raise ValueError(f"{field}: {error}.") from None
+    check_expressions(config, trusted=False)
     there = [field for field in PLACES if field in said and hasattr(config, field)]
     places = {field: copy.deepcopy(getattr(config, field)) for field in there}
     config.__dict__["_said_by"] = (os.fspath(source), places)
@@ -166,6 +158,15 @@ def _expressions(config: Any) -> list[tuple[str, str]]:
     for field in getattr(config, "pattern_fields", ()):
         found += [(field, pattern) for pattern in getattr(config, field, None) or ()]
     return found
+
+
+def check_expressions(config: Any, trusted: bool = True) -> None:
+    """Raises ValueError where a field holds no regular expression or, unless `trusted`, one that may take for ever."""
+    for field, pattern in _expressions(config):
+        try:
+            patterns.check(str(pattern), trusted)
+        except patterns.PatternError as error:
+            raise ValueError(f"{field}: {error}.") from None
 
 
 def check_sizes(config: Any, sizes: Iterable[int], tensors: int, modules: int) -> None:

@@ -120,12 +120,8 @@ def check_value(name: str, value: Any, kind: Any, owner: str) -> None:
         raise TypeError(
             f"{name} of {owner} must be {spelled(kind)}, got {shown(value)} ({type(value).__name__})."
         )
-    named = [
-        choice
-        for member in (kind, *typing.get_args(kind))
-        if typing.get_origin(member) is typing.Literal
-        for choice in typing.get_args(member)
-    ]
+    literals = [member for member in (kind, *typing.get_args(kind)) if typing.get_origin(member) is typing.Literal]
+    named = [choice for member in literals for choice in typing.get_args(member)]
     if named and isinstance(value, str) and value not in named:
         raise ValueError(f"{name} of {owner} must be one of {', '.join(map(repr, named))}, got {shown(value)}.")
     for leaf in leaves(value):

@@ -78,9 +78,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         there = own.get(key)
         if isinstance(there, Tensor) and isinstance(value, Tensor) and there.shape != value.shape:
             errors.append(f"size mismatch for {key}: got {tuple(value.shape)}, the model has {tuple(there.shape)}")
-    if errors:
-        raise RuntimeError(f"The state dict does not fit {type(base).__name__}:\n  " + "\n  ".join(errors))
-    for path, module in _base_modules(base):
+    for path, module in _base_modules(base) if not errors else ():
         prefix = f"{path}." if path else ""
         module._load_from_state_dict(dict(state_dict), prefix, {}, False, [], [], errors)
     if errors:

@@ -13,37 +13,19 @@ from peft.folder import find, read_at_rest
 from peft.hub import CARD_NAME
 from peft.version import __version__
 
-#: what the hub calls a task, where the task type leaves no doubt
-PIPELINE_TAGS = {
-    "CAUSAL_LM": "text-generation",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
+#: task -> the class that loads its adapters, and what the hub calls it, where the task type leaves no doubt
+TASKS: dict[str | None, tuple[str, str | None]] = {
+    "CAUSAL_LM": ("AutoPeftModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoPeftModelForSeq2SeqLM", None),
+    "SEQ_CLS": ("AutoPeftModelForSequenceClassification", None),
+    "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoPeftModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", "feature-extraction"),
+    None: ("AutoPeftModel", None),
 }
 
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
-
-NEW_CARD = """---
-library_name: peft
----
-
-# {method} adapter{of_base}
-
-A few weights trained on top of a base model{base}, which is needed to use them.
-
-```python
-from peft import {auto_class}
-
-model = {auto_class}.from_pretrained("<this repository or folder>")
-```
-"""
+#: a new card
+NEW_CARD = Path(__file__).with_suffix(".md")
 
 #: bytes that a card may have
 MAX_BYTES = 8 << 20
@@ -103,8 +85,8 @@ def _bring_up_to_date(card: Any, method: str, base_id: str | None, task_type: st
     data["tags"] = _tags(_as_list(data.get("tags")), method, base_id, tags)
     if base_id is not None and base_id not in _as_list(data.get("base_model")):
         data["base_model"] = base_id
-    if not data.get("pipeline_tag") and task_type in PIPELINE_TAGS:
-        data["pipeline_tag"] = PIPELINE_TAGS[task_type]
+    if not data.get("pipeline_tag") and TASKS[task_type][1]:
+        data["pipeline_tag"] = TASKS[task_type][1]
 
 
 def _text(folder: str | os.PathLike) -> str | None:
@@ -131,11 +113,11 @@ def _is_hub_id(name: str) -> bool:
 
 def _new_card(method: str, base_model: str | None, base_id: str | None, task_type: str | None) -> str:
     link = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else f"`{base_model}`"
-    return NEW_CARD.format(
+    return NEW_CARD.read_text(encoding="utf-8").format(
         method=method,
         of_base=f" for {os.path.basename(base_model.rstrip('/'))}" if base_model else "",
         base=f", {link}" if base_model else "",
-        auto_class=AUTO_CLASSES.get(task_type or "", "AutoPeftModel"),
+        auto_class=TASKS[task_type][0],
     )
 
 

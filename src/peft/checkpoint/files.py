@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from peft.checkpoint.gather import unaliased
 from peft.config import CONFIG_NAME, dump_config, read_config_file
 from peft.errors import NoAdapterError
 from peft.folder import check_folder, read_at_rest, replace_files
@@ -99,14 +101,10 @@ def _storable(tensors: Mapping[str, torch.Tensor], whole_storage: bool) -> dict[
             f"{len(empty)} tensor(s) are on the meta device and have no values to save, such as {empty[0]!r}."
             " Load or initialise the adapter before saving it."
         )
-    stored, seen = {}, set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        memory = (tensor.device, storage.data_ptr())
-        alone = memory not in seen and not (whole_storage and storage.nbytes() > tensor.nbytes)
-        seen.add(memory)
-        tensor = tensor.detach()
-        stored[name] = tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
+    stored = unaliased({name: tensor.detach() for name, tensor in tensors.items()})
+    for name, tensor in stored.items():
+        larger = whole_storage and tensor.untyped_storage().nbytes() > tensor.nbytes
+        stored[name] = tensor.clone(memory_format=torch.contiguous_format) if larger else tensor.contiguous()
     return stored
 
 
@@ -148,6 +146,13 @@ def _refuse(unknown: Mapping[str, Any], function: str) -> None:
         raise TypeError(f"{function}() does not know {', '.join(map(repr, unknown))}.")
 
 
+def opened_weights(source: str | os.PathLike) -> dict[str, Any]:
+    """Name of a tensor -> the opened .safetensors file that has it, of one file or of all in a folder."""
+    paths = sorted(Path(source).glob("*.safetensors")) if os.path.isdir(source) else [source]
+    files = [safe_open(path, "pt") for path in paths]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
 def load_peft_weights(
     model_id: str | os.PathLike,
     device: str | int | torch.device | None = None,
@@ -182,8 +187,7 @@ def load_peft_weights(
             return _load_safetensors(path, target)
         return read_pickle(path, target, asked=safe is False)
 
-    local = os.path.isdir(model_id)
-    tensors = read_at_rest(os.path.join(model_id, subfolder or ""), CONFIG_NAME, read) if local else read()
+    tensors = read_at_rest(os.path.join(model_id, subfolder or ""), CONFIG_NAME, read)
     return renamed(tensors, key_mapping) if key_mapping else tensors
 
 

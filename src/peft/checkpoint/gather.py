@@ -72,6 +72,18 @@ def _given(locations: Mapping[str, Location], state_dict: Mapping[str, Tensor]) 
     return values
 
 
+def unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own, as `safetensors.torch.save_file` wants them."""
+    seen: set[Any] = set()
+    for key, tensor in tensors.items():
+        if not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
+            memory = (tensor.device, tensor.untyped_storage().data_ptr())
+            if memory in seen and tensor.numel():
+                tensors[key] = tensor.clone()
+            seen.add(memory)
+    return tensors
+
+
 def prompt_tensors(model: PromptHost, adapter_name: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """A soft prompt as a file stores it; what it is made of may lie in parts."""
     encoder: Any = model.prompt_encoder[adapter_name]

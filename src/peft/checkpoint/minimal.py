@@ -75,9 +75,7 @@ def check_left_out(tuner: Any, adapter_name: str) -> None:
     if not sums:
         return
     held = _fixed(tuner, adapter_name, everything=True)
-    off = [
-        name for name, before in sums.items() if name in held and not _near(checksum(held[name]), before, held[name])
-    ]
+    off = [name for name, before in sums.items() if name in held and not _has_sum(held[name], before)]
     if off:
         raise RuntimeError(
             f"The file of adapter {adapter_name!r} leaves out {', '.join(off)}, which come out otherwise here: the base"
@@ -100,9 +98,9 @@ def checksum(tensors: list[Tensor]) -> float:
     return total
 
 
-def _near(found: float, before: float, tensors: list[Tensor]) -> bool:
+def _has_sum(tensors: list[Tensor], before: float) -> bool:
     length = sum(float(tensor.detach().double().norm()) for tensor in tensors)
-    return abs(found - before) <= _TOLERANCE * max(length, 1e-12)
+    return abs(checksum(tensors) - before) <= _TOLERANCE * max(length, 1e-12)
 
 
 def _layers(tuner: Any, adapter_name: str) -> Iterator[AdapterLayer]:
@@ -118,12 +116,8 @@ def _fixed(tuner: Any, adapter_name: str, everything: bool = False) -> dict[str,
         if slot.trained or not (everything or slot.is_stored(config, name)):
             continue
         held: list[Any] = [method.shared] if slot.shared else [layer._modules for layer in _layers(tuner, adapter_name)]
-        found[name] = [
-            tensor
-            for containers in held
-            if name in containers and adapter_name in containers[name]
-            for tensor in _tensors(containers[name][adapter_name])
-        ]
+        own = [containers[name] for containers in held if adapter_name in containers.get(name, ())]
+        found[name] = [tensor for container in own for tensor in _tensors(container[adapter_name])]
     return {name: tensors for name, tensors in found.items() if tensors}
 
 
@@ -135,19 +129,14 @@ def _made_again(tuner: Any, adapter_name: str) -> dict[str, list[Tensor]]:
     if method.shared:
         plan = Plan.of_layers(tuner.parts(), adapter_name)
         settings = method.plan_settings(plan, config)
-        method.planned = {
-            (id(layer.base), layer.parameter_name): settings[layer.name]
-            for layer in plan.layers
-            if layer.name in settings
-        }
+        planned = [layer for layer in plan.layers if layer.name in settings]
+        method.planned = {(id(layer.base), layer.parameter_name): settings[layer.name] for layer in planned}
         with torch.device("cpu"):
             made = {name: list(_tensors(value)) for name, value in method.share(plan, config, adapter_name).items()}
         method.planned = {}
     for layer in _layers(tuner, adapter_name):
-        names = [
-            name for name, slot in layer.slots.items()
-            if not slot.trained and not slot.shared and slot.is_stored(config, name)
-        ]  # fmt: skip
+        fixed = {name: slot for name, slot in layer.slots.items() if not slot.trained and not slot.shared}
+        names = [name for name, slot in fixed.items() if slot.is_stored(config, name)]
         for name, tensors in _drawn(layer, adapter_name, config, names).items():
             made.setdefault(name, []).extend(tensors)
     return made
@@ -163,11 +152,8 @@ def _drawn(layer: AdapterLayer, adapter_name: str, config: Any, names: list[str]
     try:
         with torch.device("cpu"):
             layer.draw(adapter_name, config)
-        return {
-            name: list(_tensors(containers[name][adapter_name]))
-            for name in names
-            if adapter_name in containers[name]
-        }  # fmt: skip
+        drawn = {name: containers[name][adapter_name] for name in names if adapter_name in containers[name]}
+        return {name: list(_tensors(value)) for name, value in drawn.items()}
     except (ValueError, KeyError):  # it has nothing to draw them from
         return {}
     finally:

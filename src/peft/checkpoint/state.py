@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from peft.checkpoint.gather import Location, prompt_tensors, values_of
+from peft.checkpoint.gather import Location, prompt_tensors, unaliased, values_of
 from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
@@ -102,19 +103,7 @@ def get_peft_model_state_dict(
         locations.update(_embeddings_to_save(model, config, save_embedding_layers))
     tensors |= values_of(model, locations, state_dict)
     method = getattr(method_of(config.peft_type).model_class, "method_class", None)
-    return _unaliased(tensors if method is None else method.write_tensors(model, adapter_name, tensors))
-
-
-def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each with memory of its own, as `safetensors.torch.save_file` wants them."""
-    seen: set[Any] = set()
-    for key, tensor in tensors.items():
-        if not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
-            memory = (tensor.device, tensor.untyped_storage().data_ptr())
-            if memory in seen and tensor.numel():
-                tensors[key] = tensor.clone()
-            seen.add(memory)
-    return tensors
+    return unaliased(tensors if method is None else method.write_tensors(model, adapter_name, tensors))
 
 
 def _bias_locations(model: nn.Module, adapter_name: str, copies: bool = False) -> dict[str, Location]:
@@ -123,18 +112,13 @@ def _bias_locations(model: nn.Module, adapter_name: str, copies: bool = False) -
     return {_in_files(model, key): Location(live, owner, name) for key, live, owner, name in biases}
 
 
-def _names_embeddings(config: Any) -> bool:
-    """Whether an adapter targets embedding layers, as far as its configuration says."""
-    targets = getattr(config, "target_modules", None) or ()  # a list, or an expression with the name in it
-    return any(name in targets for name in EMBEDDING_LAYER_NAMES)
-
-
 def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | str) -> dict[str, Location]:
     """The base weights of embeddings that are saved along: if not chosen, those that the adapter names and is on."""
     if not choice:
         return {}
+    targets = getattr(config, "target_modules", None) or ()  # a list, or an expression with the name in it
     stores = config.stores_embeddings and getattr(config, "trainable_token_indices", None) is None
-    named = choice == "auto" and _names_embeddings(config) and stores
+    named = choice == "auto" and stores and any(name in targets for name in EMBEDDING_LAYER_NAMES)
     changed = vocabulary_changed(model, config)
     if choice == "auto" and not named and not changed:
         return {}
@@ -167,10 +151,8 @@ def _embedding_locations(model: nn.Module) -> tuple[dict[str, Location], dict[st
         layer: Any = embeddings_of(model, side)
         layer = None if layer is None else unwrapped(layer)
         path = next((path for path, module in live_modules(model) if module is layer), None)
-        if path is None:
+        if path is None or isinstance(layer, AuxiliaryTrainingWrapper):  # which is trained, and saved in full already
             continue
-        if isinstance(layer, AuxiliaryTrainingWrapper):
-            continue  # what is trained there is saved in full already
         depth = 1 + layer.count_below() if isinstance(layer, AdapterLayer) else 0
         base = layer.get_base_layer() if depth else layer
         for name, _ in base.named_parameters(recurse=False):
@@ -207,8 +189,15 @@ def set_peft_model_state_dict(
     if method is not None:
         peft_model_state_dict = method.read_tensors(model, adapter_name, peft_model_state_dict)
     fit = Fit(model, config, adapter_name, peft_model_state_dict)
-    _warn_if_not_finite(adapter_name, fit.found)
-    _report_sizes(adapter_name, list(fit.wrong.values()), ignore_mismatched_sizes)
+    bad = [key for key, value, _ in fit.found if not _is_finite(value)]
+    if bad:
+        warn(f"Adapter {adapter_name!r}: values that are not finite (NaN or Inf) are in {listed(bad)}.")
+    wrong = list(fit.wrong.values())
+    if wrong and not ignore_mismatched_sizes:
+        lines = "\n  ".join(wrong[:20]) + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+        raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {adapter_name!r}:\n  {lines}")
+    if wrong:
+        warn(f"Left out for their size: {'; '.join(wrong)}.")
     reshard()
     with torch.no_grad():
         for key, value, location in fit.found:
@@ -281,8 +270,7 @@ class Places:
         self._model, self._injected, self._locations = model, not isinstance(model, PromptHost), locations
         self._biases: dict[tuple[int, str], Location] = {}
         for key, location in _bias_locations(model, adapter_name).items():
-            in_effect = base_location(model, key)
-            self._biases[_place(in_effect or location)] = location
+            self._biases[_place(base_location(model, key) or location)] = location
         plain, adapted = ({}, {}) if config.is_prompt_learning else _embedding_locations(model)
         self._adapted = {_place(location) for location in adapted.values()}
         self._embeddings = {_place(location) for location in plain.values()}
@@ -349,15 +337,6 @@ class Places:
             )
 
 
-def _report_sizes(adapter_name: str, wrong: list[str], ignore: bool) -> None:
-    """Raises RuntimeError where shapes differ, or warns of it if they are to be left out."""
-    if wrong and not ignore:
-        listed = "\n  ".join(wrong[:20]) + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else "")
-        raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {adapter_name!r}:\n  {listed}")
-    if wrong:
-        warn(f"Left out for their size: {'; '.join(wrong)}.")
-
-
 def same(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same shape and values."""
     return tensor.shape == other.shape and torch.equal(tensor, other.to(tensor))
@@ -382,12 +361,6 @@ def _check_kind(key: str, value: Any, target: Tensor) -> None:
         raise ValueError(f"{key} is {value.dtype} in the file, and {target.dtype} in the model.")
 
 
-def _warn_if_not_finite(adapter_name: str, found: list[tuple[str, Tensor, Location | None]]) -> None:
-    bad = [key for key, value, _ in found if not _is_finite(value)]
-    if bad:
-        warn(f"Adapter {adapter_name!r}: values that are not finite (NaN or Inf) are in {listed(bad)}.")
-
-
 def _is_finite(value: Tensor) -> bool:
     if value.is_meta or not (value.is_floating_point() or value.is_complex()):
         return True
@@ -399,14 +372,11 @@ def _is_finite(value: Tensor) -> bool:
 def base_location(model: nn.Module, key: str) -> Location | None:
     """The place of a tensor of the base model (an embedding, a bias) that a file has along with the adapter."""
     path, _, name = key.rpartition(".")
-    candidates: Iterator[str] = iter((path, f"{path}.base_layer", f"{path}.original_module"))
-    for candidate in candidates:
-        try:
-            owner = unwrapped(model.get_submodule(candidate))
-        except AttributeError:
-            continue
-        if name in owner._parameters and owner._parameters[name] is not None:
-            return Location(f"{candidate}.{name}", owner, name)
+    for place in (path, f"{path}.base_layer", f"{path}.original_module"):
+        with suppress(AttributeError):
+            owner = unwrapped(model.get_submodule(place))
+            if owner._parameters.get(name) is not None:
+                return Location(f"{place}.{name}", owner, name)
     return None
 
 

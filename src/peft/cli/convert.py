@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def run(options: Any, *_: Any) -> None:
         models.write(options.output, config, tensors)
     elif options.to in ("minimal", "full"):
         models.check_empty(options.output)
-        adapted = models.load_adapted(options.source, model=options.model, dtype=None, device="cpu")
+        adapted = models.load_adapted(options.source, SimpleNamespace(model=options.model, device="cpu"))
         adapted.save_pretrained(options.output, minimal=options.to == "minimal")
         tensors = load_peft_weights(options.output, "cpu")
     else:
@@ -67,7 +68,7 @@ def _write(options: Any, config: Any, tensors: Mapping[str, Any]) -> None:
     base = _skeleton(options.model or config.base_model_name_or_path, "the adapter names no base model")
     if options.to in ENGINES:  # what it has no place for is said first, then what does not fit the base model
         scaled_factors(config, tensors, ENGINES[options.to])
-        models.load_adapted(options.source, model=options.model, empty=True)
+        models.load_adapted(options.source, options, empty=True)
     if options.to == "gguf":
         return gguf.write_gguf(options.output, config, tensors, base.config)
     models.check_empty(options.output)

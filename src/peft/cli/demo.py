@@ -40,8 +40,8 @@ def run(options: Any, *_: Any) -> int:
     out, steps = console(), options.steps or STEPS[name]
     output, merged = Path(options.output), Path(options.output) / "merged"
     fields: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-    outcome = train(_settings(name, options.output, steps), fields, {}, out)
-    model, tokenizer = outcome.model, outcome.tokenizer
+    trainer = train(_settings(name, options.output, steps), fields, {}, out)
+    model, tokenizer = trainer.model, trainer.processing_class
 
     answers = ""
     for question in BEGINNINGS if name == "tiny" else QUESTIONS:
@@ -52,7 +52,7 @@ def run(options: Any, *_: Any) -> int:
         answers += before + after
         out.print(f"\n{question}\n  before: {_indented(before)}\n  after:  {_indented(after)}")
 
-    times = {"training": outcome.seconds}
+    times = {"training": trainer.state.log_history[-1]["train_runtime"]}
     clock = time.perf_counter()
     loaded = AutoPeftModelForCausalLM.from_pretrained(output).eval()
     times["loading the adapter and its base"] = time.perf_counter() - clock

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.cli import models
-from peft.cli.parse import OptionError, method_named
+from peft.cli.parse import method_named
 from peft.cli.plan import configure
 
 #: bytes of a weight in 4 and 8 bits, with the scales of its blocks (NF4 with doubly quantised scales)
@@ -30,9 +30,6 @@ Sizes = dict[str, float]
 
 
 def run(options: Any, fields: Mapping[str, Any], *_: Any) -> None:
-    for name in ("batch_size", "length", "processes"):
-        if getattr(options, name) < 1:
-            raise OptionError(f"--{name.replace('_', '-')} has to be 1 or more, got {getattr(options, name)}")
     parts, facts = measure(options, fields)
     if options.json:
         return print(json.dumps({**facts, **parts}))
@@ -117,16 +114,8 @@ def _trained(model: Any, options: Any, length: int) -> tuple[int, int]:
     if options.dtype == "bfloat16" or (options.dtype == "float16" and options.device != "cpu"):  # as Trainer does
         forward = convert_outputs_to_fp32(torch.autocast("cpu", models.dtype_of(options.dtype))(model))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made: dict[torch.Tensor, torch.Tensor] = {}  # tied ones are one
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None and tensor.is_meta and tensor not in made:
-                        made[tensor] = torch.empty_like(tensor, device="cpu")
-                        if isinstance(tensor, nn.Parameter):
-                            made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
-                    held[name] = made.get(tensor, tensor)
-        model.train()
+        model.to_empty(device="cpu").train()
+        model.get_base_model().tie_weights()
         if options.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()

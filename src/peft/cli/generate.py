@@ -60,7 +60,7 @@ def _load(options: Any) -> tuple[Any, Any]:
         base = models.locate(name, lambda words: print(words, file=sys.stderr))
         task = models.writer_of(models.config_of(base)).auto
         return models.load_base(base, task, **models.placed(options)), models.load_processor(base)
-    model = models.load_adapted(name, model=options.model, dtype=options.dtype, device=options.device)
+    model = models.load_adapted(name, options)
     return model, models.tokenizer_of(name, model)
 
 

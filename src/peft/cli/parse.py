@@ -125,6 +125,10 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     parts: list[Values] = [{}, {}, {}]
     for name, value in _typed(parser_of(command, *owners), known, values).items():
         parts[next(i for i, owner in enumerate(owners) if name in init_types(owner))][name] = value
+    for name in own.positive:
+        value = parts[0].get(name)
+        if any(number is not None and not number > 0 for number in (value if isinstance(value, list) else [value])):
+            raise OptionError(f"--{name.replace('_', '-')} has to be more than 0, got {value}")
     return own(**parts[0]), parts[1], parts[2]
 
 

@@ -13,17 +13,12 @@ from typing import Any
 import torch
 
 from peft.cli import models, tiny
-from peft.cli.options import ALIASES
+from peft.cli.options import ALIASES, RATES
 from peft.cli.parse import OptionError, init_types, method_named
 from peft.cli.records import Record, read_records, understand
 from peft.cli.tasks import TASKS, Encoder, shown
 from peft.registry import METHODS
 
-#: learning rates from the papers of the methods, see `lr` in options.yaml; for others the rule for weights holds
-RATES: dict[str, float] = {
-    "IA3": 3e-3, "PROMPT_TUNING": 0.3, "MULTITASK_PROMPT_TUNING": 0.3, "CPT": 1e-2, "P_TUNING": 1e-2,
-    "PREFIX_TUNING": 1e-2, "ADAPTION_PROMPT": 1e-2,
-}  # fmt: skip
 #: optimizers of this library
 OPTIMIZERS = ("loraplus", "lorafa", "riemannian")
 #: task -> the one that models without a head for it have for the same records
@@ -67,8 +62,8 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
         ValueError: something does not fit; says what.
     """
     method = method_named(options.method)
-    _check_numbers(options, fields)
-    configure(method, fields, "CAUSAL_LM", 100)  # a wrong field is said before anything is read
+    _check_options(options)
+    configured = configure(method, fields, "CAUSAL_LM", 100)  # a wrong field is said before anything is read
     options = replace(options, data=_absolute(options.data), eval_data=_absolute(options.eval_data))
     records = read_records(options.data) if options.data else tiny.library_sources()
     task, records = understand(records, options.columns, options.task)
@@ -91,7 +86,7 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
         raise ValueError(f"the tokenizer of {base} has no chat template: --chat-template chatml, or a file with one")
 
     known = {"layers": config.get_text_config(), "tokenizer_name_or_path": base}
-    virtual = getattr(configure(method, fields, TASKS[task].peft, 100), "num_virtual_tokens", None) or 0
+    virtual = getattr(configured, "num_virtual_tokens", None) or 0
     length = min(options.max_length, models.longest(config, tokenizer) - virtual)
     numbered = not {"num_tasks", "n_tasks"}.isdisjoint(init_types(METHODS[method].config_class))
     encoder = Encoder(task, tokenizer, length, numbered)
@@ -118,18 +113,11 @@ def _absolute(files: Sequence[str]) -> list[str]:
     return [os.path.abspath(file) if os.path.isfile(file) else file for file in files]
 
 
-def _check_numbers(options: Any, fields: Mapping[str, Any]) -> None:
-    names = ("epochs", "max_steps", "batch_size", "grad_accum", "lr", "max_length", "eval_steps", "patience")
-    numbers = {name: getattr(options, name, None) for name in names}
-    if options.method.lower() != "oft":  # where 0 leaves the rank to the size of the blocks
-        numbers["r"] = fields.get("r")
-    wrong = [f"--{name.replace('_', '-')} has to be more than 0, got {n}" for name, n in numbers.items()
-             if n is not None and not n > 0]  # fmt: skip
+def _check_options(options: Any) -> None:
     bits, held_out = options.load_in_4bit or options.load_in_8bit, options.eval_split or options.eval_data
     for fault, message in (
-        (wrong, "; ".join(wrong)),
         (not 0 <= options.eval_split < 1, f"--eval-split takes a share from 0 up to 1, got {options.eval_split}"),
-        (numbers["patience"] and not held_out,
+        (getattr(options, "patience", None) and not held_out,
          "--patience counts evaluations, and nothing is held out to evaluate on: see --eval-split"),
         (options.load_in_4bit and options.load_in_8bit, "--load-in-4bit and --load-in-8bit exclude each other"),
         (bits and find_spec("bitsandbytes") is None,

@@ -266,7 +266,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     return row
 
 
-def _read(kind: Format, where: str, row: Row) -> dict[str, Any]:
+def _read(kind: Format, where: str, row: dict[str, Any]) -> dict[str, Any]:
     for name in kind.fields:
         value = row.get(name)
         if value is None:
@@ -274,6 +274,9 @@ def _read(kind: Format, where: str, row: Row) -> dict[str, Any]:
             raise ValueError(f"{where}: field {name!r} {state}")
         if isinstance(value, (str, list)) and not (value.strip() if isinstance(value, str) else value):
             raise ValueError(f"{where}: field {name!r} is empty")
+        if name in ("image", "audio") and isinstance(value, str) and not os.path.isfile(value):
+            beside = os.path.join(os.path.dirname(where), value)  # beside the file that names it
+            row[name] = beside if os.path.isfile(beside) else value
     try:
         read = kind.read(row) if kind.read else {name: row[name] for name in kind.fields}
         read |= {"task_ids": int(row["task_id"])} if "task_id" in row else {}

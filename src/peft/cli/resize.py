@@ -12,12 +12,10 @@ from peft.cli.parse import OptionError
 def run(options: Any, *_: Any) -> None:
     if (options.rank is None) == (options.energy is None):
         raise OptionError("either --rank or --energy is needed")
-    if options.rank is not None and options.rank < 1:
-        raise OptionError(f"--rank has to be 1 or more, got {options.rank}")
     models.check_empty(options.output)
     saved = PeftConfig.from_pretrained(options.adapter)
     factors = saved.peft_type == "LORA" and not getattr(saved, "use_dora", False)  # which tell the change by themselves
-    model = models.load_adapted(options.adapter, model=options.model, empty=factors)
+    model = models.load_adapted(options.adapter, options, empty=factors)
     config, tensors = found = convert_to_lora(model, options.rank or float(options.energy or 0), progressbar=True)
     models.write(options.output, config, tensors)
     ranks = [config.r, *config.rank_pattern.values()]

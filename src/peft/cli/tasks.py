@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from peft.cli import options
 from peft.cli.records import Message, Record, Row
 
 IGNORED = -100
@@ -23,30 +24,17 @@ class Task(NamedTuple):
     """A task.
 
     Attributes:
-        peft: its name for `task_type`, if there is one.
         auto: class of transformers that loads a model with the head for it.
+        peft: its name for `task_type`, if there is one.
         processor: class of transformers that loads what makes numbers of its data.
     """
 
-    peft: str | None
     auto: str
+    peft: str | None = None
     processor: str = "AutoTokenizer"
 
 
-_CAUSAL = Task("CAUSAL_LM", "AutoModelForCausalLM")
-_SEQUENCE = Task("SEQ_CLS", "AutoModelForSequenceClassification")
-TASKS = {
-    "causal-lm": _CAUSAL,
-    "chat": _CAUSAL,
-    "preference": _CAUSAL,
-    "seq2seq": Task("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
-    "classification": _SEQUENCE,
-    "regression": _SEQUENCE,
-    "token-classification": Task("TOKEN_CLS", "AutoModelForTokenClassification"),
-    "image-classification": Task(None, "AutoModelForImageClassification", "AutoImageProcessor"),
-    "speech": Task(None, "AutoModelForSpeechSeq2Seq", "AutoProcessor"),
-    "ctc": Task(None, "AutoModelForCTC", "AutoProcessor"),
-}
+TASKS = {name: Task(**row) for name, row in options.TASKS.items()}
 
 
 @dataclass

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 
-from peft import PeftModel
 from peft.cli import models
 from peft.cli.parse import SETTINGS, OptionError, settings_of
 from peft.cli.plan import OPTIMIZERS, Plan, prepare
@@ -33,16 +30,6 @@ FREE = {
 }  # fmt: skip
 
 
-@dataclass
-class Outcome:
-    """A trained adapter: the model with it, its tokenizer, the trainer's log, and the seconds that training took."""
-
-    model: PeftModel
-    tokenizer: Any
-    log: list[dict[str, Any]]
-    seconds: float
-
-
 def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
     train(options, fields, trainer, console())
 
@@ -54,8 +41,8 @@ def console() -> Any:
     return Console(quiet=int(os.environ.get("RANK", 0)) > 0, soft_wrap=True, highlight=False, markup=False)
 
 
-def train(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any], out: Any) -> Outcome:
-    """Trains as the options say, and saves the adapter with a curve, a card and the settings.
+def train(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any], out: Any) -> Any:
+    """Trains as the options say, saves the adapter with a curve, a card and the settings, and returns the trainer.
 
     Raises:
         ValueError: an option that does not fit the model or the data; nothing is written then.
@@ -73,10 +60,10 @@ def train(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any], out
         for folder in () if options.resume else output.glob("checkpoint-[0-9]*"):
             shutil.rmtree(folder)
         (output / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    outcome = fit(trainer, checkpoint)
+    fit(trainer, checkpoint)
     if state.is_main_process:
-        _finish(plan, outcome, settings, output, out)
-    return outcome
+        _finish(plan, trainer.state.log_history, settings, output, out)
+    return trainer
 
 
 def _processes(options: Any) -> Any:
@@ -160,17 +147,14 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
     return trainer
 
 
-def fit(trainer: Any, checkpoint: str | None = None) -> Outcome:
+def fit(trainer: Any, checkpoint: str | None = None) -> None:
     """Trains, and saves the adapter."""
-    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     model.get_base_model().config.use_cache = True
     trainer.save_model()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    return Outcome(model, trainer.processing_class, trainer.state.log_history, seconds)
 
 
 def _optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
@@ -184,13 +168,13 @@ def _optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
     return create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16, weight_decay=decay)
 
 
-def _finish(plan: Plan, outcome: Outcome, settings: Mapping[str, Any], output: Path, out: Any) -> None:
+def _finish(plan: Plan, log: Sequence[Any], settings: Mapping[str, Any], output: Path, out: Any) -> None:
     """The curve and the card beside the adapter, and a word on where they are."""
-    curve = loss_curve(outcome.log, f"{plan.options.method} on {os.path.basename(plan.base)}", output / CURVE)
+    curve = loss_curve(log, f"{plan.options.method} on {os.path.basename(plan.base)}", output / CURVE)
     if not curve:
         out.print(NO_PICTURE)
-    held_out = [entry for entry in outcome.log if "eval_loss" in entry]
-    best = min(held_out, key=lambda entry: entry["eval_loss"], default={})
+    held_out = [entry for entry in log if "eval_loss" in entry]
+    best: dict[str, Any] = min(held_out, key=lambda entry: entry["eval_loss"], default={})
     measured = {name.removeprefix("eval_"): f"{value:.4g}" for name, value in best.items() if name.startswith("eval_")}
     rows = "".join(f"| {name} | {value} |\n" for name, value in {**settings, **measured}.items())
     card = output / "README.md"
@@ -199,4 +183,4 @@ def _finish(plan: Plan, outcome: Outcome, settings: Mapping[str, Any], output: P
     card.write_text(text + (f"\n![Loss]({CURVE})\n" if curve else ""), encoding="utf-8")
     size = sum(path.stat().st_size for path in output.glob("adapter_*"))
     what = f"Adapter ({size / 1000:,.0f} kB), {f'{CURVE}, ' if curve else ''}card and checkpoints"
-    out.print(f"{what} are in {output}, after {outcome.seconds:.0f} s")
+    out.print(f"{what} are in {output}, after {log[-1]['train_runtime']:.0f} s")

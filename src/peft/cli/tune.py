@@ -29,8 +29,6 @@ def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> 
     out = console()
     options = replace(options, max_steps=options.max_steps or STEPS)
     plan = prepare(options, fields, trainer, out)
-    if min(options.ranks, default=1) < 1:
-        raise OptionError(f"--ranks have to be 1 or more, got {min(options.ranks)}")
     if plan.held_out is None:
         raise OptionError("--eval-split: candidates are compared on what is held out, and nothing is")
     middle = learning_rate(method_named(options.method), models.config_of(plan.base))
@@ -59,12 +57,14 @@ def _tried(plan: Plan, rate: float, rank: int | None) -> float:
     plan.arguments.learning_rate = rate
     with tempfile.TemporaryDirectory() as plan.arguments.output_dir:
         try:
-            log = fit(build(plan, Console(quiet=True))).log
+            trainer = build(plan, Console(quiet=True))
+            fit(trainer)
         except RuntimeError as error:
             if "the loss is" not in str(error):
                 raise
             return math.inf
-    return min(entry["eval_loss"] for entry in log if "eval_loss" in entry and math.isfinite(entry["eval_loss"]))
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return min(filter(math.isfinite, losses))
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -114,9 +114,9 @@ class LowRank(Change):
         )  # fmt: skip
 
     @property
-    def is_matrix(self) -> bool:
-        """Whether it is the same for all vectors, and does what its matrix does."""
-        return not self.dropout and self.low is None and self.high is None and self.where is None
+    def is_foldable(self) -> bool:
+        """Whether it is a product for all vectors alike, with what stands between and behind the factors."""
+        return self.low is None and self.high is None and self.where is None and self.down.dim() == 2
 
     def acts(self, op: BaseOp) -> bool:
         if self.low is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peft.core.change import Add, LowRank, OnInput
 from peft.ops.circulant import BlockCirculant
@@ -22,20 +23,17 @@ from peft.ops.sparse import Entries
 from peft.ops.wavelets import Wavelets
 
 
-def low_rank_as_weight(change: LowRank, rows: int, narrow: int, wide: int) -> bool:
+def low_rank_as_weight(down: Tensor, up: Tensor, rows: int, narrow: int, wide: int) -> bool:
     """Whether W + B A, which has to be made, is faster for `rows` vectors than W and the thin products beside it."""
-    rank = len(change.down)
-    return thin_costs_more(rank, rows, narrow, wide, change.down.requires_grad or change.up.requires_grad)
-
-
-def thin_costs_more(rank: int, rows: int, narrow: int, wide: int, learned: bool = True) -> bool:
-    """Whether two thin matrices of this rank take more multiplications than their product, which has to be made."""
     if not torch.is_grad_enabled():
         return narrow * wide < rows * (narrow + wide)
-    # The product is made, and its gradient, one product more than without adapter, goes back to the factors; as
-    # factors there are two products forward, two back to the input, and one or two back to the factors.
-    thin = 3 * narrow + 2 * wide if learned else 2 * (narrow + wide)
-    return (2 * rank + rows) * narrow * wide < rows * rank * thin
+    # As factors there are two products forward, two back to the input, and one back to each that is learned. As a
+    # weight it is made forward and backward; see `Product.gradients` for the rest.
+    rank, both = len(down), narrow + wide
+    learned = down.requires_grad + up.requires_grad
+    thin = 2 * both + down.requires_grad * down.shape[1] + up.requires_grad * len(up)
+    back = min(learned * rows * rank * both, bool(learned) * rows * narrow * wide + learned * rank * narrow * wide)
+    return 2 * rank * narrow * wide + back < rows * rank * thin
 
 
 def _spectrum(matrix: Spectrum, rows: int, narrow: int, wide: int) -> bool:

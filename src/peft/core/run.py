@@ -92,19 +92,23 @@ def _fused(layer: AdaptedModule, change: Any, x: Tensor, weight: Tensor, bias: T
     rows, (narrow, wide) = x.numel() // x.shape[-1], sorted(weight.shape)
     summable = dtype.itemsize >= 4  # else a change that is small beside the weight would be rounded away in the sum
     if type(change) is LowRank:
-        if summable and change.is_matrix and costs.low_rank_as_weight(change, rows, narrow, wide):
-            down, up = change.folded()
-            up, scale = (up * change.scale, 1.0) if isinstance(change.scale, Tensor) else (up, change.scale)
-            y, offset = Product(down, up, scale).linear(x, weight, bias), change.bias(None)
-            return y if offset is None else y + offset.to(dtype)
-        if change.is_product:
-            return lora_linear(x, weight, bias, None, change.down, change.up, change.scale, change.dropout)
-        return None
+        if not change.is_foldable:
+            return None
+        down, up = change.folded()
+        up, scale = (up * change.scale, 1.0) if isinstance(change.scale, Tensor) else (up, change.scale)
+        if summable and not change.dropout and costs.low_rank_as_weight(down, up, rows, narrow, wide):
+            y = Product(down, up, scale).linear(x, weight, bias)
+        else:
+            y = lora_linear(x, weight, bias, None, down, up, scale, change.dropout)
+        offset = change.bias(None)
+        return y if offset is None else y + offset.to(dtype)
     if type(change) is Add:
-        as_weight = summable and not change.dropout and change.factors is None
-        if as_weight and costs.add_as_weight(change, rows, narrow, wide):
+        if change.factors is not None:
+            return None
+        if summable and not change.dropout and costs.add_as_weight(change, rows, narrow, wide):
             return change.matrix.linear(x, weight, bias)
-        return None
+        thin = change.matrix.thin()
+        return None if thin is None else lora_linear(x, weight, bias, None, *thin, 1.0, change.dropout)
     if costs.map_as_low_rank(change, x.numel(), weight.numel()):
         left, right = change.thin()
         up = F.linear(left.T.to(dtype), weight).T

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -55,19 +54,16 @@ def prepare_model_for_kbit_training(
 
     let_gradients_through(model.named_modules())
     if quantized and use_gradient_checkpointing:
-        settings = gradient_checkpointing_kwargs or {}
-        if settings.get("use_reentrant", True):
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
             let_gradients_through_inputs(model)
-        _enable_gradient_checkpointing(model, gradient_checkpointing_kwargs)
+        # transformers 5 renamed the method; the old name warns there.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(*([] if gradient_checkpointing_kwargs is None else [gradient_checkpointing_kwargs]))
     elif gradient_checkpointing_kwargs:
-        warn(
-            "gradient_checkpointing_kwargs have no effect: "
-            + (
-                "use_gradient_checkpointing is False."
-                if quantized
-                else f"{type(model).__name__} is not quantised, so its gradient checkpointing is left as it is."
-            )
-        )
+        why = "use_gradient_checkpointing is False."
+        if not quantized:
+            why = f"{type(model).__name__} is not quantised, so its gradient checkpointing is left as it is."
+        warn(f"gradient_checkpointing_kwargs have no effect: {why}")
     return model
 
 
@@ -81,13 +77,6 @@ def let_gradients_through_inputs(model: Any) -> None:
 
 def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
     output.requires_grad_(True)
-
-
-def _enable_gradient_checkpointing(model: Any, settings: dict[str, Any] | None) -> None:
-    # transformers 5 renamed the method; the old name warns there.
-    renamed = getattr(model, "activation_checkpointing_enable", None)
-    enable: Callable[..., Any] = renamed or model.gradient_checkpointing_enable
-    enable(*([] if settings is None else [settings]))
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

@@ -121,7 +121,7 @@ def _expert_stacks(model: nn.Module, conversions: Iterable[Any] | None = None) -
     stacked = [
         (key, name, parameter.shape[0])
         for key, module in model_modules(model)
-        for name, parameter in _own_parameters(module)
+        for name, parameter in base_of(module)._parameters.items()
         if parameter is not None and parameter.dim() == 3
     ]
     if not stacked:
@@ -129,10 +129,6 @@ def _expert_stacks(model: nn.Module, conversions: Iterable[Any] | None = None) -
     found = _expert_rules(_conversions_of(model) if conversions is None else conversions)
     rules = {rule.parameter: rule for rule in found}
     return [ExpertStack(key, count, rules[name]) for key, name, count in stacked if name in rules]
-
-
-def _own_parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter | None]]:
-    return base_of(module)._parameters.items()
 
 
 def convert_peft_config_for_transformers(
@@ -169,7 +165,13 @@ def convert_peft_config_for_transformers(
         same = [stack for stack in stacks if stack.rule.parameter == parameter]
         chosen = [stack for stack in same if _named_projections(config, stack)]
         for stack in chosen:
-            _check_complete(config, stack)
+            named = _named_projections(config, stack)
+            missing = [projection for projection in stack.rule.projections if projection not in named]
+            if missing:
+                raise ValueError(
+                    f"target_modules names {', '.join(named)} of the experts but not {', '.join(missing)}. They are one"
+                    f" parameter, {stack.key}.{stack.rule.parameter}, and can only get an adapter together."
+                )
         if chosen:
             _set_rank(config, chosen)
         # The plain name stands for all layers of the model; where some are left out, each is named.
@@ -189,11 +191,11 @@ def _named_projections(config: Any, stack: ExpertStack) -> list[str]:
         return list(stack.rule.projections)
     # The number of an expert is not that of a layer, which `layers_to_transform` counts.
     count = 1 if config.layers_to_transform is not None else None
-    return [
-        projection
-        for projection in stack.rule.projections
-        if any(check_target_module_exists(config, layer) for layer in stack.layers(projection)[:count])
-    ]
+
+    def means(projection: str) -> bool:
+        return any(check_target_module_exists(config, layer) for layer in stack.layers(projection)[:count])
+
+    return list(filter(means, stack.rule.projections))
 
 
 def _means_experts(config: Any, model: nn.Module, stacks: list[ExpertStack], state_dict: Iterable[str] | None) -> bool:
@@ -216,16 +218,6 @@ def _always_means_experts(model: nn.Module) -> bool:
     conversion_mapping = sys.modules.get("transformers.conversion_mapping")
     families = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
     return families.get(_model_type(model) or "") in ("mixtral", "qwen2_moe")
-
-
-def _check_complete(config: Any, stack: ExpertStack) -> None:
-    named = _named_projections(config, stack)
-    missing = [projection for projection in stack.rule.projections if projection not in named]
-    if missing:
-        raise ValueError(
-            f"target_modules names {', '.join(named)} of the experts but not {', '.join(missing)}. They are one"
-            f" parameter, {stack.key}.{stack.rule.parameter}, and can only get an adapter together."
-        )
 
 
 def _set_rank(config: Any, stacks: list[ExpertStack]) -> None:
@@ -270,9 +262,8 @@ def _drop_converted_targets(config: Any, model: nn.Module, routers: list[str]) -
             config.target_modules = set()
     else:  # other modules are left in, for an error that says why they cannot be adapted
         others = [key for key, _ in modules if f"{key.rpartition('.')[2]}.weight" not in routers]
-        config.target_modules = {
-            entry for entry in config.target_modules if any(ends_with(key, {entry}) for key in others)
-        }
+        targets = config.target_modules
+        config.target_modules = {name for name in targets if any(ends_with(key, {name}) for key in others)}
 
 
 def convert_peft_adapter_state_dict_for_transformers(
@@ -318,12 +309,10 @@ def convert_peft_adapter_state_dict_for_transformers(
     for (weight, side), tensors in experts.items():
         stack = stacks[weight]
         # Experts that the adapter leaves alone get a change of zero.
-        nothing = torch.zeros_like(next(iter(tensors.values())))
-        parts_of_b = [
-            [tensors.get((name, expert), nothing) for expert in range(stack.count)] for name in stack.rule.projections
-        ]
+        nothing, every = torch.zeros_like(next(iter(tensors.values()))), range(stack.count)
+        factors = [[tensors.get((name, expert), nothing) for expert in every] for name in stack.rule.projections]
         wrapper = _wrapper(stack.key, stack.rule.parameter, _targeted(peft_config, stacks.values()))
-        result[f"base_model.model.{wrapper}.{side}.weight"] = _FUSE[side](parts_of_b)
+        result[f"base_model.model.{wrapper}.{side}.weight"] = _FUSE[side](factors)
     return result
 
 
@@ -357,9 +346,8 @@ def build_peft_weight_mapping(
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     rules: list[Any] = [WeightRenaming(r"^base_model\.model\.", "")]
-    methods = (
-        [method_of(peft_config.peft_type)] if peft_config is not None and peft_config.peft_type else METHODS.values()
-    )
+    known = peft_config is not None and peft_config.peft_type
+    methods = [method_of(peft_config.peft_type)] if known else METHODS.values()  # type: ignore[union-attr,arg-type]
     for prefix in sorted({method.prefix for method in methods if not method.prompt}):
         rules.append(WeightRenaming(rf"\.({prefix}[^.]*)", rf".\1.{adapter_name}"))
     rules += [rule for rule in weight_conversions or () if isinstance(rule, WeightRenaming)]
@@ -369,14 +357,10 @@ def build_peft_weight_mapping(
     for rule in experts:
         container = rule.rule.target_patterns[0].rpartition(".")[0]
         for side in _FUSE:
-            converter = WeightConverter(
-                [
-                    re.sub(r"\.weight$", f".{side}.{adapter_name}.weight", pattern)
-                    for pattern in rule.rule.source_patterns
-                ],
-                f"{_wrapper(container, rule.parameter, targeted)}.{side}.{adapter_name}.weight",
-                operations=[_fuse_operation(side)],
-            )
+            ending = f".{side}.{adapter_name}.weight"
+            sources = [re.sub(r"\.weight$", ending, pattern) for pattern in rule.rule.source_patterns]
+            target = _wrapper(container, rule.parameter, targeted) + ending
+            converter = WeightConverter(sources, target, operations=[_fuse_operation(side)])
             for attribute in ("scope_prefix", "base_model_prefix"):
                 if hasattr(rule.rule, attribute):
                     setattr(converter, attribute, getattr(rule.rule, attribute))

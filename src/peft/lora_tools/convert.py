@@ -22,15 +22,9 @@ from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of, with_progress
 from peft.errors import warn
 from peft.ops.merging import svd_of_product
+from peft.registry import value_of
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.factors import (
-    adapter_rank,
-    block_count,
-    block_rank,
-    change_blocks,
-    change_factors,
-    of_svd,
-)
+from peft.tuners.lora.factors import adapter_rank, block_count, block_rank, change_blocks, change_factors, of_svd
 
 #: relative error of a layer above which it is worth a warning
 NOTABLE_ERROR = 0.1
@@ -76,6 +70,10 @@ class LayerChange:
         rounding = self.s.amax() * max(self.u.shape[1], self.vh.shape[2]) * torch.finfo(self.s.dtype).eps
         kept = torch.where(self.s > rounding, self.s, 0).double().square().sum(0).cumsum(0)
         return min(int((kept < energy * kept[-1]).sum()) + 1, self.s.shape[1])
+
+    def block(self, rank: int | float) -> int:
+        """The rank of a block for that of the LoRA, or for a share of energy that is to be kept."""
+        return self.rank_for(rank) if isinstance(rank, float) else block_rank(self.layer, rank)
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
         """The LoRA of that rank per block."""
@@ -131,10 +129,7 @@ def convert_to_lora(
     for key, layers in with_progress(list(modules.items()), progressbar, "Converting"):
         # Layers of one module, as attention has them, share a rank.
         changes = {path: _changed(layer, adapter_name, split) for path, layer in layers.items()}
-        block = max(
-            change.rank_for(rank) if isinstance(rank, float) else block_rank(change.layer, rank)
-            for change in changes.values()
-        )
+        block = max(change.block(rank) for change in changes.values())
         ranks[key] = max(adapter_rank(change.layer, block) for change in changes.values())
         for path, change in changes.items():
             place = _lora_path(model, path, adapter_name)
@@ -199,7 +194,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, dict[str, Adapt
     if other or not layers:
         where = f" to {', '.join(other)} layers" if other else ""
         raise TypeError(
-            f"Adapter {adapter_name!r} ({getattr(config.peft_type, 'value', config.peft_type)}) does not support"
+            f"Adapter {adapter_name!r} ({value_of(config.peft_type)}) does not support"
             f" conversion to LoRA: what it does{where} is no change of a whole weight matrix."
         )
     if any(layer.merged for layer in layers.values()):
@@ -270,19 +265,17 @@ def _lora_config(
     targets: Any = exact_targets(base, wanted, [getattr(config, "target_modules", None)]) if wanted else []
     bias = getattr(config, "bias", "none")
     kept = {name: getattr(config, name) for name in _KEPT_FIELDS if getattr(config, name, None)}
-    # With a threshold, ranks are those of the pattern.
-    r = 1 if isinstance(rank, float) else rank
-    pattern = dict(ranks) if isinstance(rank, float) else {}
-    return LoraConfig(
-        r=r,
-        lora_alpha=r,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=targets,
-        target_parameters=sorted(bare) or None,
-        bias=bias if bias in ("none", "all") else "lora_only",
-        **kept,
-    )
+    bias = bias if bias in ("none", "all") else "lora_only"
+    made = LoraConfig(target_modules=targets, target_parameters=sorted(bare) or None, bias=bias, **kept)
+    set_ranks(made, ranks, rank)
+    return made
+
+
+def set_ranks(config: LoraConfig, ranks: Mapping[str, int], rank: int | float) -> None:
+    """Gives a LoRA the rank that was asked for, or the ranks by module that a share of energy has led to; scale 1."""
+    config.r = config.lora_alpha = 1 if isinstance(rank, float) else rank
+    if isinstance(rank, float):
+        config.rank_pattern, config.alpha_pattern = dict(ranks), dict(ranks)
 
 
 def _bias_tensors(biases: Mapping[str, tuple[AdapterLayer, Tensor | None]]) -> dict[str, Tensor]:
@@ -306,15 +299,9 @@ def _other_tensors(
     model: nn.Module, adapter_name: str, modules: Mapping[str, Mapping[str, AdapterLayer]]
 ) -> Iterator[tuple[str, Tensor]]:
     """What the adapter saves beside its layers: modules trained in full, biases, embeddings."""
-    own = {
-        f"{path}.{key}"
-        for layers in modules.values()
-        for path, layer in layers.items()
-        for key in layer.key_map(adapter_name)
-    }
-    for path, module in model.named_modules():
-        if isinstance(module, BaseTuner):
-            own |= {f"{path}.{key}" for key in module.key_map(adapter_name)}
+    owners: list[tuple[str, Any]] = [(path, layer) for layers in modules.values() for path, layer in layers.items()]
+    owners += [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTuner)]
+    own = {f"{path}.{key}" for path, owner in owners for key in owner.key_map(adapter_name)}
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
         if key not in own:
             yield key, tensor

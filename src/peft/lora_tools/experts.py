@@ -75,12 +75,10 @@ def split_experts(config: Any, tensors: Mapping[str, Tensor], model: nn.Module) 
             tensors[f"{_ROOT}{layer}.lora_A.weight"], tensors[f"{_ROOT}{layer}.lora_B.weight"] = own_a, own_b
             name = ".".join(layer.split(".")[-3:])
             targets.add(name)
-            for pattern, value, default in (
-                (config.rank_pattern, part, config.r),
-                (config.alpha_pattern, alpha, config.lora_alpha),
-            ):
-                if value != default:
-                    pattern[name] = value
+            if part != config.r:
+                config.rank_pattern[name] = part
+            if alpha != config.lora_alpha:
+                config.alpha_pattern[name] = alpha
     if not targets:
         raise ValueError("The adapter holds no LoRA of fused experts.")
     for pattern in (config.rank_pattern, config.alpha_pattern):

@@ -13,9 +13,9 @@ from peft.core.storage import storage_of
 from peft.core.targets import ALL_LINEAR, named_targets
 from peft.core.walk import with_progress
 from peft.errors import warn
-from peft.lora_tools.convert import ConvertedLora, LayerChange, check_rank, decompose, report
+from peft.lora_tools.convert import ConvertedLora, LayerChange, check_rank, decompose, report, set_ranks
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.factors import adapter_rank, block_count, block_rank
+from peft.tuners.lora.factors import adapter_rank, block_count
 from peft.tuners.lora.kinds import LAYERS
 from peft.tuners.lora.layer import LoraLayer
 
@@ -68,26 +68,19 @@ def extract_lora(
     covered: list[str] = []
     for target in with_progress(plan.targets, progressbar, "Extracting"):
         change = _difference(target.module, tuned.get_submodule(target.key))
-        block = _block_rank(change, rank, target.key)
+        block = change.block(rank)
+        if block > change.s.shape[1]:
+            raise ValueError(f"rank={rank} is larger than the weight of {target.key!r} allows ({change.s.shape[1]}).")
         ranks[target.key] = adapter_rank(change.layer, block)
         tensors.update({f"base_model.model.{target.key}.{name}": t for name, t in change.tensors(block).items()})
         errors[target.key] = change.error(block)
         covered.append(f"{target.key}.{change.layer.op.weight_name}")
     whole = {f"{key}.{name}": v for key in plan.save for name, v in tuned.get_submodule(key).state_dict().items()}
     tensors |= {f"base_model.model.{name}": value.clone() for name, value in whole.items()}
-    config.r = config.lora_alpha = 1 if isinstance(rank, float) else rank
-    if isinstance(rank, float):
-        config.rank_pattern, config.alpha_pattern = dict(ranks), dict(ranks)
+    set_ranks(config, ranks, rank)
     report(errors)
     _report_rest(base, tuned, {*covered, *whole})
     return ConvertedLora(config, tensors, errors)
-
-
-def _block_rank(change: LayerChange, rank: int | float, key: str) -> int:
-    block = change.rank_for(rank) if isinstance(rank, float) else block_rank(change.layer, rank)
-    if block > change.s.shape[1]:
-        raise ValueError(f"rank={rank} is larger than the weight of {key!r} allows ({change.s.shape[1]}).")
-    return block
 
 
 def _difference(before: nn.Module, after: nn.Module) -> LayerChange:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft.checkpoint.files import opened_weights
 from peft.config import build_config
 from peft.folder import replace_files
 from peft.integrations.serving import ENGINES, FEATURES, findings
@@ -40,20 +41,12 @@ _LAYOUTS = {
 _ROOT = "base_model.model."
 _KOHYA = re.compile(r"^lora_(?P<part>[a-z0-9]+)_(?P<name>.+?)\.(?P<leaf>lora_\w+\.weight|alpha|dora_scale)$")
 _LEAVES = {
-    "lora_down.weight": "lora_A.weight",
-    "lora_up.weight": "lora_B.weight",
-    "dora_scale": "lora_magnitude_vector",
-    "lora.down.weight": "lora_A.weight",
-    "lora.up.weight": "lora_B.weight",
-    "lora_A.weight": "lora_A.weight",
-    "lora_B.weight": "lora_B.weight",
-    "lora_B.bias": "lora_B.bias",
+    "lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "dora_scale": "lora_magnitude_vector",
+    "lora.down.weight": "lora_A.weight", "lora.up.weight": "lora_B.weight", "alpha": "alpha",
+    "lora_A.weight": "lora_A.weight", "lora_B.weight": "lora_B.weight", "lora_B.bias": "lora_B.bias",
     "lora_magnitude_vector": "lora_magnitude_vector",
-    "alpha": "alpha",
-}
-_OF_KOHYA = {
-    "lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"
 }  # fmt: skip
+_OF_KOHYA = {_LEAVES[name]: name for name in ("lora_down.weight", "lora_up.weight", "dora_scale")}
 _OF_EMBEDDINGS = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
 #: kohya's names for the parts of a pipeline -> those of diffusers
 PARTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
@@ -62,13 +55,9 @@ _METADATA = "lora_adapter_metadata"
 
 def module_names(folder: str | os.PathLike) -> list[str]:
     """The modules of a saved model that have weights, by the names of its tensors."""
-    files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    if not files:
+    names = {key.rpartition(".")[0] for key in opened_weights(folder)}
+    if not names:
         raise ValueError(f"{os.fspath(folder)!r} holds no .safetensors file whose names could be read.")
-    names: set[str] = set()
-    for file in files:
-        with safe_open(os.path.join(folder, file), "pt") as tensors:
-            names |= {key.rpartition(".")[0] for key in tensors.keys()}  # noqa: SIM118
     return sorted(names)
 
 
@@ -204,18 +193,21 @@ def config_of_modules(
     }
     if "lora_alpha" in (settings or {}):
         return build_config({"peft_type": "LORA", **(settings or {})}, path), tensors
+    held = {leaf for leaves in modules.values() for leaf in leaves}
+    dora, bias = "lora_magnitude_vector" in held, "lora_B.bias" in held
+    config = LoraConfig(target_modules=sorted(modules), use_dora=dora, lora_bias=bias)
     ranks = {name: leaves["lora_A.weight"].shape[0] for name, leaves in modules.items()}
+    config.r, config.rank_pattern = as_pattern(ranks)
     alphas = {name: float(leaves.get("alpha", ranks[name])) for name, leaves in modules.items()}
-    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    return LoraConfig(
-        r=r,
-        lora_alpha=_whole(alpha),
-        target_modules=sorted(modules),
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={name: _whole(value) for name, value in alphas.items() if value != alpha},
-        use_dora=any("lora_magnitude_vector" in leaves for leaves in modules.values()),
-        lora_bias=any("lora_B.bias" in leaves for leaves in modules.values()),
-    ), tensors
+    config.lora_alpha, config.alpha_pattern = as_pattern(alphas)
+    return config, tensors
+
+
+def as_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common of some numbers by module, and those that differ."""
+    values = {key: int(value) if value == int(value) else value for key, value in values.items()}
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {key: value for key, value in values.items() if value != common}
 
 
 def scaled_factors(
@@ -254,10 +246,6 @@ def scaled_factors(
         if alphas[name] != alpha:
             leaves["B"] = leaves["B"] * (alphas[name] / alpha)
     return float(alpha), found
-
-
-def _whole(value: float) -> Any:
-    return int(value) if float(value).is_integer() else value
 
 
 def write_lora_file(
@@ -300,5 +288,4 @@ def write_lora_file(
         settings = {f"{part}.{key}": value for key, value in config.to_json_dict().items()}
         metadata[_METADATA] = json.dumps(settings, sort_keys=True)
     folder, file = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
     replace_files(folder, {file: lambda place: save_file(out, place, metadata)})

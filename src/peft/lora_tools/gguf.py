@@ -73,7 +73,6 @@ def write_gguf(path: str | os.PathLike, config: Any, tensors: Mapping[str, Tenso
         writer.close()
 
     folder, file = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
     replace_files(folder, {file: write})
 
 

@@ -16,7 +16,8 @@ from peft.core.combine import fill
 from peft.core.targets import saved_as, target_name
 from peft.core.walk import parts_of
 from peft.errors import warn
-from peft.registry import PeftType
+from peft.lora_tools.formats import as_pattern
+from peft.registry import PeftType, value_of
 from peft.tuners.lora.base import TiedFactor
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import FACTOR_KEYS, adapter_rank, as_stacks, block_count, block_rank, load, store
@@ -40,7 +41,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     Raises:
         ValueError: the method is not LoRA, or settings differ that decide how its tensors are used.
     """
-    types = [getattr(config.peft_type, "value", config.peft_type) for config in (config0, config1)]
+    types = [value_of(config.peft_type) for config in (config0, config1)]
     if types[0] != types[1]:
         raise ValueError(f"Adapters of different methods cannot take each other's place: {types[0]} and {types[1]}.")
     if types[0] != "LORA":
@@ -211,15 +212,12 @@ def _sorted_out(
         return any(part.startswith(parameter_prefix) for part in key.split("."))
 
     slots = locations_of(model, name)
-    by_live_name = {slot.live_name: key for key, slot in slots.items()}
-    places = Places(model, config, name, slots, ())
+    places = Places(model, config, name, slots, state_dict)
     given: dict[str, Tensor] = {}
     beside: list[tuple[Location, Tensor]] = []
     unexpected = []
     for key, value in state_dict.items():
-        here = by_live_name.get(key, key)
-        bare = here.removeprefix(_ROOT)  # injected adapters have no `PeftModel` around them
-        here = bare if here not in slots and bare in slots else here
+        here = places.file_key(key)
         slot = slots.get(here)
         if slot is None and not saved_as(here.rpartition(".")[0], config.modules_to_save or ()):
             slot = places.of_base(here, value)  # embeddings and biases of the base model that were saved along
@@ -231,11 +229,8 @@ def _sorted_out(
             beside.append((slot, value))
     missing = [key for key in slots if key not in given and not of_layer(key)]
     shapes = [slot.live_name for slot, value in beside if slot.tensor.shape != value.shape]
-    for what, keys in (
-        ("Unexpected keys", unexpected),
-        ("Missing keys", missing),
-        ("Tensors of another shape", shapes),
-    ):
+    wrong = {"Unexpected keys": unexpected, "Missing keys": missing, "Tensors of another shape": shapes}
+    for what, keys in wrong.items():
         if keys:
             raise RuntimeError(f"The adapter cannot be swapped in. {what}: {', '.join(keys)}.")
     return given, beside
@@ -338,14 +333,6 @@ def _set_alpha(layer: LoraLayer, name: str, alpha: float, r: int) -> None:
 def _record(config: Any, layers: Mapping[str, LoraLayer], name: str) -> None:
     """Lets an adapter's configuration say what its layers have, so that it can be saved."""
     targets = {target_name(path.removeprefix(_ROOT), layer): layer for path, layer in layers.items()}
-    ranks = {key: layer.r[name] for key, layer in targets.items()}
+    config.r, config.rank_pattern = as_pattern({key: layer.r[name] for key, layer in targets.items()})
     alphas = {key: layer.lora_alpha[name] for key, layer in targets.items()}
-    config.r, config.rank_pattern = _as_pattern(ranks)
-    config.lora_alpha, config.alpha_pattern = _as_pattern(alphas)
-
-
-def _as_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and those that differ."""
-    values = {key: int(value) if value == int(value) else value for key, value in values.items()}
-    common = max(values.values(), key=list(values.values()).count)
-    return common, {key: value for key, value in values.items() if value != common}
+    config.lora_alpha, config.alpha_pattern = as_pattern(alphas)

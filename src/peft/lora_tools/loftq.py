@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from peft.checkpoint.files import opened_weights
 from peft.core.storage import backend_of
 from peft.model import PeftModel
 from peft.tuners.lora.layer import LoraLayer
@@ -71,19 +71,12 @@ def _weights_in(source: str | os.PathLike, prefix: str) -> Callable[[str], Tenso
     source = os.fspath(source)
     if not os.path.exists(source):
         source = snapshot_download(source, allow_patterns=["*.safetensors"], local_files_only=True)
-    paths = [source]
-    if os.path.isdir(source):
-        paths = [os.path.join(source, name) for name in sorted(os.listdir(source)) if name.endswith(".safetensors")]
-    places: dict[str, str] = {}
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            places |= dict.fromkeys(file.keys(), path)
+    places = opened_weights(source)
 
     def read(name: str) -> Tensor:
         found = next((key for key in (name, name.removeprefix(f"{prefix}.")) if key in places), None)
         if found is None:
             raise FileNotFoundError(f"{source!r} holds no weight {name!r}.")
-        with safe_open(places[found], "pt") as file:
-            return file.get_tensor(found)
+        return places[found].get_tensor(found)
 
     return read

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft.folder import replace_files
 from peft.lora_tools.formats import config_of_modules, load_tensors, scaled_factors
-from peft.untrusted import parse_json
+from peft.untrusted import read_json
 
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
 _LEAVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -64,17 +64,10 @@ def write_mlx(folder: str | os.PathLike, config: Any, tensors: Mapping[str, Tens
             "rank": rank, "scale": alpha / rank, "dropout": config.lora_dropout, "keys": sorted(keys)
         },
     }  # fmt: skip
-    os.makedirs(folder, exist_ok=True)
-    text = json.dumps(content, indent=2)
-    replace_files(folder, {
-        FILE: lambda place: save_file(out, place, {"format": "mlx"}),
-        CONFIG: lambda place: _write(place, text),
-    })  # fmt: skip
+    def write(place: str) -> None:
+        save_file(out, place, {"format": "mlx"})
 
-
-def _write(place: str, text: str) -> None:
-    with open(place, "w", encoding="utf-8") as file:
-        file.write(text)
+    replace_files(folder, {FILE: write, CONFIG: json.dumps(content, indent=2).encode()})
 
 
 def read_mlx(folder: str | os.PathLike, embeddings: Iterable[str]) -> tuple[Any, dict[str, Tensor]]:
@@ -88,8 +81,7 @@ def read_mlx(folder: str | os.PathLike, embeddings: Iterable[str]) -> tuple[Any,
         ValueError: it was trained in full, or on experts, which mlx-lm holds in a way of its own.
     """
     path = os.path.join(folder, CONFIG)
-    with open(path, "rb") as file:
-        content = parse_json(file.read(), path)
+    content = read_json(path)
     settings = content.get("lora_parameters")
     if not isinstance(settings, dict) or not isinstance(settings.get("scale"), (int, float)):
         raise ValueError(f"{path} has no lora_parameters with a scale: it is not mlx-lm's, or not of a LoRA.")

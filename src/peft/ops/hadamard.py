@@ -36,6 +36,11 @@ class HadamardProduct(Matrix):
         a1, b1, a2, b2 = self.tensors
         return (a1 @ b1) * (a2 @ b2)
 
+    def added_to(self, weight: Tensor) -> Tensor:
+        a1, b1, a2, b2 = self.tensors
+        fits = weight.dtype == a1.dtype  # else the product is rounded by itself
+        return torch.addcmul(weight, a1 @ b1, a2 @ b2) if fits else super().added_to(weight)
+
     def thin(self) -> tuple[Tensor, Tensor]:
         a1, b1, a2, b2 = self.tensors
         return face_splitting(b1.T, b2.T).T, face_splitting(a1, a2)

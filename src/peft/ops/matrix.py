@@ -88,7 +88,7 @@ class Matrix:
         """What of the input the gradients of the tensors are made of."""
         return x
 
-    def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor | None, ...]:
         """Those of its tensors, where `own_gradients`.
 
         Args:
@@ -114,6 +114,8 @@ class Product(Matrix):
         scale: a number.
     """
 
+    own_gradients = True
+
     def __init__(self, down: Tensor, up: Tensor, scale: float = 1.0):
         super().__init__(down, up)
         self.scale = scale
@@ -126,6 +128,22 @@ class Product(Matrix):
         down, up = (tensor.to(weight.dtype) for tensor in self.tensors)
         return torch.addmm(weight, up, down, alpha=self.scale)
 
+    def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor | None, ...]:
+        down, up = (tensor.to(grad.dtype) for tensor in self.tensors)
+        learned = [tensor.requires_grad for tensor in self.tensors]
+        # By way of that of M, or of what the factors make of the rows: what takes fewer multiplications.
+        (rows, out), (rank, width) = grad.shape, down.shape
+        thin = sum(learned) * rows * rank * (out + width) < (rows + sum(learned) * rank) * out * width
+        whole = None if thin else grad.T @ seen
+        found = (
+            ((grad @ up).T @ seen if whole is None else up.T @ whole) if learned[0] else None,
+            (grad.T @ F.linear(seen, down) if whole is None else whole @ down.T) if learned[1] else None,
+        )
+        return tuple(
+            None if one is None else (one if self.scale == 1 else one * self.scale).to(own.dtype)
+            for one, own in zip(found, self.tensors, strict=True)
+        )
+
 
 class Made(Matrix):
     """A matrix that a function makes of small tensors, each time that it is used.
@@ -135,17 +153,24 @@ class Made(Matrix):
             pass has run.
         tensors: what it is given; gradients go to them.
         lookup: makes the columns at an index [...] of the same tensors, [..., out], where that is less work.
+        onto: makes the sum with a weight [out, in], its first argument, where that takes fewer passes over it.
     """
 
     def __init__(
-        self, make: Callable[..., Tensor], tensors: Sequence[Tensor], lookup: Callable[..., Tensor] | None = None
-    ):
+        self, make: Callable[..., Tensor], tensors: Sequence[Tensor], lookup: Callable[..., Tensor] | None = None,
+        onto: Callable[..., Tensor] | None = None,
+    ):  # fmt: skip
         super().__init__(*tensors)
-        self.make, self.lookup = make, lookup
+        self.make, self.lookup, self.onto = make, lookup, onto
 
     def dense(self) -> Tensor:
         with torch.autocast(self.tensors[0].device.type, enabled=False):
             return self.make(*self.tensors)
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        if self.onto is None or weight.dtype != self.tensors[0].dtype:  # which would round once more
+            return super().added_to(weight)
+        return self.onto(weight, *self.tensors)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.linear(x)

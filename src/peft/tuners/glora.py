@@ -89,7 +89,7 @@ class GloraLayer(AdapterLayer):
     def change(self, name: str) -> Iterator[Change]:
         a, b, c, d, e = (self.part(slot, name) for slot in _PARTS)
         if a:
-            yield Add(Made(self.weight_change, (*a, *b), self.column_changes))
+            yield Add(Made(self.weight_change, (*a, *b), self.column_changes, self.changed_weight))
         shift: Tensor | None = None
         if d and (bias := self.original_bias()) is not None:
             shift = bias.detach() * d[0] + e[0]
@@ -103,6 +103,12 @@ class GloraLayer(AdapterLayer):
         """W * A + B."""
         a, b = _halves(tensors)
         return self.original_matrix().to(tensors[0]) * _whole(a) + _whole(b)
+
+    def changed_weight(self, weight: Tensor, *tensors: Tensor) -> Tensor:
+        """The same added to a weight."""
+        a, b = _halves(tensors)
+        scaled = torch.addcmul(weight, self.original_matrix().to(weight), _whole(a))
+        return scaled + b[0] if len(b) == 1 else torch.addmm(scaled, *b)
 
     def column_changes(self, index: Tensor, *tensors: Tensor) -> Tensor:
         """The columns of W * A + B at `index` [...]: [..., out]."""

@@ -96,7 +96,10 @@ class HiraLayer(AdapterLayer):
         def rows(index: Tensor, a: Tensor, b: Tensor) -> Tensor:
             return F.embedding(index, self.original_matrix().T).to(b) * F.linear(F.embedding(index, a.T), b)
 
-        matrix = Made(lambda a, b: self.original_matrix().to(b) * (b @ a), (a, b), rows)
+        def onto(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return torch.addcmul(weight, self.original_matrix().to(b), b @ a)
+
+        matrix = Made(lambda a, b: self.original_matrix().to(b) * (b @ a), (a, b), rows, onto)
         dropout = self.hira_dropout[name] if self.training and self.op.kind != "Embedding" else 0.0
         return Add(matrix, dropout=dropout)
 

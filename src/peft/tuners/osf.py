@@ -99,7 +99,7 @@ class OSFLayer(AdapterLayer):
         parts = self.osf_svd_params[name]
         left = keeping_off(parts["U_low"], self.osf_U_high[name])
         right = keeping_off(parts["V_low"].T, self.osf_V_high[name].T).T
-        return Add(Dense((left * parts["S_low"]) @ right - self.osf_start[name].to(left.dtype)))
+        return Add(Dense(torch.addmm(self.osf_start[name].to(left.dtype), left * parts["S_low"], right, beta=-1)))
 
     @classmethod
     def check(cls, config: OSFConfig, key: str, module: nn.Module, op: BaseOp) -> None:
