@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -238,3 +240,36 @@ def test_a_pattern_of_layers_that_fits_nothing_is_warned_of():
     config = causal(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=["layers", "blocks"])
     with pytest.warns(peft.PeftWarning, match="layers_pattern 'blocks'"):
         get_peft_model(tiny.llama(), config)
+
+
+# ------------------------------------------------------------------------------------------ many adapters
+
+
+@pytest.mark.parametrize("operation", ["add_adapter", "set_adapter", "forward"])
+def test_what_is_done_to_one_adapter_takes_no_longer_with_many_beside_it(operation):
+    model = two()
+    calls = []
+    for count in (3, 40):
+        for index in range(len(model.peft_config), count):
+            model.add_adapter(f"a{index}", causal(target_modules=["q_proj", "v_proj"]))
+        model.set_adapter(f"a{count - 1}")  # its first use
+        model.set_adapter("red")
+        do = {
+            "add_adapter": lambda: model.add_adapter("new", causal(target_modules=["q_proj", "v_proj"])),
+            "set_adapter": lambda name=f"a{count - 1}": model.set_adapter(name),
+            "forward": lambda: logits(model),
+        }[operation]
+        seen = [0]
+
+        def note(frame, event, argument, seen=seen):
+            seen[0] += event in ("call", "c_call")
+
+        sys.setprofile(note)
+        try:
+            do()
+        finally:
+            sys.setprofile(None)
+        calls.append(seen[0])
+        if operation == "add_adapter":
+            model.delete_adapter("new")
+    assert calls[1] < 1.3 * calls[0], calls

@@ -36,7 +36,7 @@ from peft.core.targets import (
 from peft.core.tokens import token_rows, train_tokens
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
 from peft.core.undo import hand_over
-from peft.core.walk import base_parameters, live_key, put_back
+from peft.core.walk import base_parameters, live_key, live_modules, put_back
 from peft.errors import warn
 
 
@@ -94,7 +94,7 @@ class Injector(Adapters):
                     undo.callback(layer.restore_base, changed)
             for part in self.layers() if self._stays else ():
                 part.leave_shared()
-            keep_open(model)
+            keep_open(module for _, module in live_modules(model))
             _warn_of_lost_gradients(model, config)
             method.added(adapter_name)
             hand_over(undo)

@@ -161,8 +161,7 @@ class AdapterLayer(AdaptedModule):
 
     def lacks(self, name: str) -> bool:
         """Whether tensors of an adapter have no memory yet."""
-        fixed = any(tensor.is_meta for _, tensor in self._fixed(name))
-        return fixed or any(tensor.is_meta for tensor in self._made(name))
+        return any(tensor.is_meta for tensor in self.tensors(name))
 
     def _made(self, name: str) -> list[Tensor]:
         """The parameters of an adapter, and the buffers of modules that it has here."""
@@ -195,9 +194,10 @@ class AdapterLayer(AdaptedModule):
 
     def _fixed(self, name: str) -> list[tuple[str, Tensor]]:
         """The fixed tensors of an adapter, by slot."""
-        held: dict[str, Any] = {slot: self._modules[slot] for slot in self.adapter_layer_names}
-        fixed = ((slot, entries[name]) for slot, entries in held.items() if name in entries)
-        return [(slot, entry) for slot, entry in fixed if not self.slots[slot].trained and isinstance(entry, Tensor)]
+        slots = [slot for slot in self.adapter_layer_names if not self.slots[slot].trained]
+        held: Any = self._modules
+        fixed = ((slot, held[slot][name]) for slot in slots if name in held[slot])
+        return [(slot, entry) for slot, entry in fixed if isinstance(entry, Tensor)]
 
     def _put_fixed(self, slot: str, name: str, old: Tensor, new: Tensor) -> None:
         """Replaces a fixed tensor, held as the old one is: as a frozen parameter, or as it is."""

@@ -176,7 +176,7 @@ class Part(nn.Module):
         for entries in (modules[slot] for slot in self.slots if slot in modules):
             if name in entries:
                 entry = entries[name]
-                found += (*entry.parameters(), *entry.buffers()) if isinstance(entry, nn.Module) else (entry,)
+                found += _tensors_of(entry) if isinstance(entry, nn.Module) else (entry,)
         return found
 
     def gathered(self) -> AbstractContextManager[None]:
@@ -347,6 +347,11 @@ def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
     """`module.parameters()`, without a walk where there is nothing to walk through."""
     own = module.parameters() if module._modules else module._parameters.values()
     return [parameter for parameter in own if parameter is not None]
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    """`module.parameters()` and `module.buffers()`, likewise."""
+    return [*_parameters_of(module), *(module.buffers() if module._modules or module._buffers else ())]
 
 
 def _move_module(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:

@@ -24,9 +24,9 @@ def let_gradients_through(modules: Iterable[tuple[str, nn.Module]]) -> None:
             module.register_forward_hook(_pass_on)
 
 
-def keep_open(model: nn.Module) -> None:
+def keep_open(modules: Iterable[nn.Module]) -> None:
     """Sees to it that quantised weights which evaluation has packed are unpacked where a gradient is to go through."""
-    for module in model.modules():
+    for module in modules:
         kind = _kind_of(module)
         if kind is not None and kind.may_pack(module) and _unpack not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_unpack)

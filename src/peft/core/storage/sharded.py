@@ -116,9 +116,14 @@ def call_whole(module: nn.Module, *args: Any) -> Any:
         return type(module).forward(module, *args)  # past the hooks of tensor parallelism, for the weight is whole
 
 
+def _is_one_of() -> bool:
+    """Whether this process is one of several; a walk through a large model takes long."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def agree(tensors: Iterable[Tensor], model: nn.Module) -> None:
     """Gives new tensors the values of the first of the processes that share a model out; a call of all of them."""
-    shared: list[Any] = [parameter for parameter in model.parameters() if is_dtensor(parameter)]
+    shared: list[Any] = [parameter for parameter in model.parameters() if is_dtensor(parameter)] if _is_one_of() else []
     meshes = [parameter.device_mesh for parameter in shared]
     if not meshes:
         return
@@ -138,7 +143,8 @@ def average_gradients(model: nn.Module) -> None:
     It does so over the processes that have samples of their own. Parameters are looked for in each forward pass, as
     some may come later or be replaced.
     """
-    held = [p for m in model.modules() if is_managed(m) for p in m._parameters.values() if is_dtensor(p)]
+    modules = model.modules() if _is_one_of() else ()
+    held = [p for m in modules if is_managed(m) for p in m._parameters.values() if is_dtensor(p)]
     if held and _join not in model._forward_pre_hooks.values():
         parameter: Any = held[0]
         model.__dict__["_averages_over"] = [

@@ -272,7 +272,7 @@ class PromptHost(nn.Module):
             raise
         if "prompt_encoder" not in self._modules:
             self.base_model.requires_grad_(False)
-            keep_open(self.base_model)
+            keep_open(self.base_model.modules())
             self.prompt_encoder = nn.ModuleDict()
         self.prompt_encoder[adapter_name] = encoder.requires_grad_(False)  # until it is active
         agree((*encoder.parameters(), *encoder.buffers()), self.base_model)
