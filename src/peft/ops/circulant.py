@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.ops.matrix import Made, Matrix
+from peft.ops.matrix import Matrix
 
 
 def circulant_blocks(kernel: Tensor, step: int = 1) -> Tensor:
@@ -16,11 +16,24 @@ def circulant_blocks(kernel: Tensor, step: int = 1) -> Tensor:
         kernel: first rows of the blocks, [rows, columns, b].
         step: 1 or -1.
     """
-    rows, columns, b = kernel.shape
+    return _blocks(kernel, step).reshape(kernel.shape[0] * kernel.shape[2], -1)
+
+
+def _blocks(kernel: Tensor, step: int) -> Tensor:
+    """The same as [rows, b, columns, b]."""
     # Each row is a window into two copies of the kernel.
-    windows = torch.cat((kernel, kernel), -1).unfold(-1, b, 1)
-    windows = windows[..., 1:, :].flip(-2) if step == 1 else windows[..., :b, :]
-    return windows.transpose(1, 2).reshape(rows * b, columns * b)
+    windows = torch.cat((kernel, kernel), -1).unfold(-1, kernel.shape[-1], 1)
+    windows = windows[..., 1:, :].flip(-2) if step == 1 else windows[..., :-1, :]
+    return windows.transpose(1, 2)
+
+
+def diagonal_sums(matrix: Tensor, rows: int, b: int) -> Tensor:
+    """What `circulant_blocks` is the transpose of, for step 1: [rows * b, columns * b] to [rows, columns, b]."""
+    blocks = matrix.view(rows, b, -1, b)
+    # Row i of each block, i places further, in one view of two copies.
+    twice = torch.cat((blocks, blocks), -1)
+    first, second, third, _ = twice.stride()
+    return twice.as_strided(blocks.shape, (first, second + 1, third, 1)).sum(1)
 
 
 def circulant_product(x: Tensor, kernel: Tensor) -> Tensor:
@@ -47,12 +60,26 @@ class BlockCirculant(Matrix):
     and training is to go as it does there. That of the kernel is the true one.
     """
 
-    def dense(self) -> Tensor:
-        return circulant_blocks(self.tensors[0])
+    own_gradients = True
 
-    def for_inputs(self) -> Made:
+    def __init__(self, kernel: Tensor, step: int = 1):
+        super().__init__(kernel)
+        self.step = step
+
+    def dense(self) -> Tensor:
+        return circulant_blocks(self.tensors[0], self.step)
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        blocks = _blocks(self.tensors[0], self.step)
+        return (weight.reshape(blocks.shape) + blocks.to(weight.dtype)).view(weight.shape)
+
+    def for_inputs(self) -> BlockCirculant:
         # Another first row turns the one into the other: row i of a block is that many places further.
-        return Made(lambda kernel: circulant_blocks(kernel, -1), self.tensors)
+        return BlockCirculant(self.tensors[0], -1)
+
+    def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor]:
+        (kernel,) = self.tensors
+        return (diagonal_sums(grad.T @ seen, kernel.shape[0], kernel.shape[2]).to(kernel.dtype),)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.linear(x) if torch.is_grad_enabled() else circulant_product(x, self.tensors[0]).to(x.dtype)

@@ -198,11 +198,10 @@ class _Linear(torch.autograd.Function):
         tensors = tensors if twice else _leaves(tensors, wanted)
         matrix = ctx.matrix.of(tensors)
         flat, rows = grad.flatten(0, -2), seen.flatten(0, -2)
-        by_matrix = any(wanted) and not matrix.own_gradients
-        if total is None or twice:
+        by_matrix, there = any(wanted) and not matrix.own_gradients, matrix.for_inputs()
+        if (total is None or twice) and (by_matrix or (wants_x and there is matrix)):
             with torch.set_grad_enabled(twice or by_matrix):
                 total = matrix.total(weight, grad.dtype)
-        there = matrix.for_inputs()
         through = total if there is matrix or not wants_x else there.total(weight, grad.dtype)
         grad_x = grad @ (through if twice else through.detach()) if wants_x else None
         found: Any = matrix.gradients(flat, rows) if any(wanted) and not by_matrix else [None] * len(tensors)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft.ops.matrix import Matrix
-from peft.ops.sparse import Entries, sampled_product
+from peft.ops.memo import remember
+from peft.ops.sparse import Entries, sampled_product, sparse_product
 
 
 def common_basis(matrices: Sequence[Tensor], ridge: float) -> Tensor:
@@ -71,12 +72,28 @@ class Framed(Matrix):
 
     def _rows(self, left: Tensor) -> Tensor:
         """left (S + diag(d)) V^T, for some rows of U."""
+        return left @ self._framed_core()
+
+    def _framed_core(self) -> Tensor:
+        """(S + diag(d)) V^T."""
         values, diagonal = self.tensors
-        return (left * diagonal + left @ self.core.of((values,)).dense()) @ self.right.T
+        core, right = self.core.of((values,)), self._turned()
+        if torch.is_grad_enabled() or right.device.type != "cpu" or not torch.backends.mkl.is_available():
+            return right * diagonal[:, None] + core.dense() @ right
+        return sparse_product(core.positions, values, core.shape, right).addcmul_(right, diagonal[:, None])
+
+    def _turned(self) -> Tensor:
+        """V^T, which layers share, as it lies best for all these products."""
+        return remember(self.right, "turned", lambda: self.right.T.contiguous())
 
     def dense(self) -> Tensor:
         rows = self._rows(self.left)
         return rows.T if self.transposed else rows
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        if self.transposed or weight.dtype != self.left.dtype:
+            return super().added_to(weight)
+        return torch.addmm(weight, self.left, self._framed_core())
 
     def apply(self, x: Tensor) -> Tensor:
         if self.transposed:
@@ -89,9 +106,9 @@ class Framed(Matrix):
     def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         grad, seen = (seen, grad) if self.transposed else (grad, seen)
         # That of S + diag(d), as a whole, is U^T G V for the gradient G of U (S + diag(d)) V^T.
-        half, right = self.left.to(grad).T @ (grad.T @ seen), self.right.to(grad)
+        half, right = self.left.to(grad).T @ (grad.T @ seen), self._turned().to(grad)
         values, diagonal = self.tensors
-        return sampled_product(half, right, self.core.positions).to(values), (half * right.T).sum(1).to(diagonal)
+        return sampled_product(half, right.T, self.core.positions).to(values), (half * right).sum(1).to(diagonal)
 
     def columns(self, index: Tensor) -> Tensor:
         return self._rows(F.embedding(index, self.left)) if self.transposed else super().columns(index)

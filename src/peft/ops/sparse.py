@@ -11,8 +11,9 @@ from torch import Tensor
 from peft.ops.matrix import Matrix
 from peft.ops.memo import remember
 
-#: tokens of work that a sampled product takes per entry, relative to a token of the dense one (on a CPU)
-SAMPLED_COST = 8
+#: work of a sampled product for each entry, and for each row and column, which lie the wrong way: relative to what the
+#: dense one takes for an entry (on a CPU)
+SAMPLED_COST, TURNED_COST = 7, 180
 
 
 @lru_cache(maxsize=16)
@@ -97,13 +98,19 @@ class Entries(Matrix):
 
 def sampled_product(a: Tensor, b: Tensor, positions: Tensor) -> Tensor:
     """Entries of a b, for a [m, t] and b [t, n], at `positions` [2, k], which are in the order of rows: [k]."""
-    total, count = a.shape[0] * b.shape[1], positions.shape[1]
-    dense = a.device.type != "cpu" or not torch.backends.mkl.is_available() or count * SAMPLED_COST >= total
+    (rows, columns), count = (a.shape[0], b.shape[1]), positions.shape[1]
+    dense = a.device.type != "cpu" or not torch.backends.mkl.is_available()
+    dense |= count * SAMPLED_COST + (rows + columns) * TURNED_COST >= rows * columns
     if dense or torch.is_grad_enabled():
         return (a @ b).reshape(-1).index_select(0, flat_index(positions, b.shape[1]))
     dtype = torch.promote_types(a.dtype, torch.float32)
-    entries = _csr(positions, a.new_zeros(count, dtype=dtype), (a.shape[0], b.shape[1]))
+    entries = _csr(positions, a.new_zeros(count, dtype=dtype), (rows, columns))
     return torch.sparse.sampled_addmm(entries, a.to(dtype).contiguous(), b.to(dtype), beta=0).values()
+
+
+def sparse_product(positions: Tensor, values: Tensor, shape: tuple[int, int], b: Tensor) -> Tensor:
+    """S b for a sparse S of `shape` with `values` at `positions`, which are in the order of rows; no gradients."""
+    return _csr(positions, values, shape) @ b
 
 
 def _csr(positions: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

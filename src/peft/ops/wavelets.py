@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peft.ops.matrix import Matrix
 from peft.ops.memo import remember
-from peft.ops.sparse import sampled_product
+from peft.ops.sparse import add_at, sampled_product
 
 #: order -> which roots (a pair of conjugates counts as one, those nearest to zero first) are taken outside the circle
 _SYMLETS: dict[int, tuple[int, ...]] = {
@@ -172,12 +172,14 @@ class Wavelets(Matrix):
     def added_to(self, weight: Tensor) -> Tensor:
         if not self.single:
             return super().added_to(weight)
-        index, shares = remember(self.positions, ("entries", len(self.taps[0]), self.shape), self._entries)
-        entries = (self.values[:, None] * shares.to(self.values)).flatten()
-        return weight.reshape(-1).index_add(0, index, entries.to(weight.dtype)).view(weight.shape)
+        entries, source, shares = self._reached()
+        return add_at(weight, entries, self.values.index_select(0, source) * shares.to(self.values))
 
-    def _entries(self) -> tuple[Tensor, Tensor]:
-        """Which entries of M the coefficients reach [n length^2], and by how much [n, length^2]."""
+    def _reached(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries of M that the coefficients reach, in the order of rows: places [2, n length^2], of which, how."""
+        return remember(self.positions, ("entries", len(self.taps[0]), self.shape), self._entries)
+
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         length = len(self.taps[0])
         taps = torch.tensor(self.taps, dtype=torch.float64, device=self.waves.device)
         indices, shares = [], []
@@ -187,8 +189,9 @@ class Wavelets(Matrix):
             inside = (reached >= 0) & (reached < size)
             indices.append(reached.clamp(0, size - 1))
             shares.append(taps[waves // count] * inside)
-        index = indices[0][:, :, None] * self.shape[1] + indices[1][:, None]
-        return index.flatten(), (shares[0][:, :, None] * shares[1][:, None]).flatten(1)
+        index, order = (indices[0][:, :, None] * self.shape[1] + indices[1][:, None]).flatten().sort()
+        entries = torch.stack((index // self.shape[1], index % self.shape[1])).int()
+        return entries, order // length**2, (shares[0][:, :, None] * shares[1][:, None]).flatten()[order]
 
     def apply(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -202,5 +205,9 @@ class Wavelets(Matrix):
         return product.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
     def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor]:
-        outer, inner = (analyse(rows.T, self.taps) for rows in (grad, seen))
-        return (sampled_product(outer, inner.T, self.waves).to(self.values.dtype),)
+        if self.single:
+            entries, source, shares = self._reached()
+            found = sampled_product(grad.T, seen, entries).to(self.values.dtype) * shares.to(self.values)
+            return (torch.zeros_like(self.values).index_add(0, source, found),)
+        outer, inner = self.waves.long()
+        return (analyse(analyse(grad.T @ seen, self.taps).T, self.taps)[inner, outer].to(self.values.dtype),)
