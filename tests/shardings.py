@@ -22,6 +22,11 @@ from peft.integrations.fsdp import fsdp_auto_wrap_policy
 RATE = 1e-2
 
 
+def shares(splits_batch: bool) -> list[slice]:
+    """The samples of each process, or group of processes."""
+    return [slice(0, 2), slice(2, 4)] if splits_batch else [slice(None)]
+
+
 @dataclass
 class Sharding:
     """One way to share a model out.
@@ -46,14 +51,10 @@ class Sharding:
     needs: str = "torch"
     methods: tuple[str, ...] = ()
 
-    def shares(self) -> list[slice]:
-        """The samples of each process, or group of processes."""
-        return [slice(0, 2), slice(2, 4)] if self.splits_batch else [slice(None)]
-
     def rows(self) -> slice:
         """The samples of this process."""
-        shares = self.shares()
-        return shares[dist.get_rank() * len(shares) // self.processes]
+        parts = shares(self.splits_batch)
+        return parts[dist.get_rank() * len(parts) // self.processes]
 
     def base(self, model: nn.Module) -> nn.Module:
         """A base model, before it gets its adapter."""
@@ -92,7 +93,8 @@ class Sharding:
 
 
 def _ddp(model: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
+    """As transformers' Trainer has it for a PeftModel: some methods train tensors of which some have no effect."""
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def fsdp2(model: nn.Module, mesh: Any = None) -> nn.Module:

@@ -22,6 +22,8 @@ ALL = bool(os.environ.get("PEFT_DISTRIBUTED"))
 FEW = [
     ("LORA", "FSDP2"), ("HRA", "FSDP2 first"), ("IA3", "TP colwise"), ("LORA DoRA", "TP rowwise"),
     ("VBLORA", "FSDP1"), ("LORA DoRA", "FSDP1 flat"), ("LORA DoRA", "ZeRO-3 first"), ("LN_TUNING", "ZeRO-3"),
+    ("XLORA", "FSDP1 flat"), ("SHADOW", "FSDP1"), ("SHADOW", "DDP"), ("SHADOW", "FSDP2 first"),
+    ("ADAPTION_PROMPT", "FSDP1"), ("LORA experts", "ZeRO-3 first"),
 ]  # fmt: skip
 EVERY = [(method, name) for name, way in runs.SHARDINGS.items() for method in way.methods or runs.ALL_METHODS]
 CELLS = EVERY if ALL else FEW
@@ -30,11 +32,6 @@ REFUSED = [
     "fully_shard holds the biases", "works on the keys and values of all attention heads",
     "limits the size of its tensors", "that tensor parallelism shares out", "uniform `requires_grad`",
 ]  # fmt: skip
-#: what does not hold, and why
-BROKEN = dict.fromkeys(
-    [("LORA experts", "ZeRO-3"), ("LORA experts", "ZeRO-3 first")],
-    "DeepSpeed has put the factors away when their gradients come (RuntimeError in the backward pass)",
-)
 #: seconds for a cell; processes that take longer are ended
 LIMIT = 600.0 if ALL else 120.0
 
@@ -48,14 +45,7 @@ def pools():
         pool.close()
 
 
-@pytest.mark.parametrize(
-    ("method", "sharding"),
-    [
-        pytest.param(*cell, marks=pytest.mark.xfail(strict=True, reason=BROKEN[cell]) if cell in BROKEN else ())
-        for cell in CELLS
-    ],
-    ids=[f"{method} {sharding}" for method, sharding in CELLS],
-)
+@pytest.mark.parametrize(("method", "sharding"), CELLS, ids=[f"{method} {sharding}" for method, sharding in CELLS])
 def test_it_does_what_it_does_in_one_process(pools, method, sharding):
     skip_without(runs.SHARDINGS[sharding].needs)
     found = runs.outcome(pools[runs.SHARDINGS[sharding].processes], method, sharding, LIMIT)

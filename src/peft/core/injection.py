@@ -17,7 +17,7 @@ from peft.core.biases import TrainedBiases, note_layers, own_biases, train_biase
 from peft.core.layer import AdapterLayer
 from peft.core.method import Adapters, Method
 from peft.core.model_config import model_config_of
-from peft.core.part import check_adapter_name, trained_in
+from peft.core.part import check_adapter_name, tensors_in, trained_in
 from peft.core.places import put_everywhere, take_away_everywhere, unite_embeddings
 from peft.core.plan import Plan, make_plan
 from peft.core.routing import without_samples
@@ -270,7 +270,8 @@ class Injector(Adapters):
         note_layers(self.parts())
         see_to_fast_paths(model)
         self._join_in(before, name)
-        agree((tensor for _, part in self.parts() for tensor in part.tensors(name)), model)
+        parts = [tensor for _, part in self.parts() for tensor in part.tensors(name)]
+        agree((*parts, *tensors_in(method.shared.values(), name)), model)
         average_gradients(model)
         average_gradients(self)  # which may hold more
         model.peft_config = self.peft_config  # type: ignore[assignment]

@@ -18,6 +18,14 @@ from peft.core.wrappers import state_names
 UPCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+def tensors_in(containers: Iterable[Any], name: str) -> list[Tensor]:
+    """All that adapter `name` has in these containers of slots."""
+    found: list[Tensor] = []
+    for entry in (entries[name] for entries in containers if name in entries):
+        found += _tensors_of(entry) if isinstance(entry, nn.Module) else (entry,)
+    return found
+
+
 class Part(nn.Module):
     """A module of the model with something of each adapter on it, or in place of it.
 
@@ -171,13 +179,7 @@ class Part(nn.Module):
 
     def tensors(self, name: str) -> list[Tensor]:
         """All tensors that adapter `name` has here, trained or fixed, those that it shares among them."""
-        found: list[Tensor] = []
-        modules: Any = self._modules
-        for entries in (modules[slot] for slot in self.slots if slot in modules):
-            if name in entries:
-                entry = entries[name]
-                found += _tensors_of(entry) if isinstance(entry, nn.Module) else (entry,)
-        return found
+        return tensors_in((self._modules[slot] for slot in self.slots if slot in self._modules), name)
 
     def gathered(self) -> AbstractContextManager[None]:
         """While it lasts, the tensors of the adapters here are whole, also where processes share them out."""

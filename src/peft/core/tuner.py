@@ -16,6 +16,7 @@ from peft.core.call import calling, current, remember_for_backward
 from peft.core.injection import Injector
 from peft.core.method import Method
 from peft.core.routing import BASE, Route
+from peft.core.storage.flat import feed_leaves
 from peft.core.watch import watch_anew
 from peft.core.whole import alone, passing, whole
 from peft.errors import warn
@@ -189,6 +190,7 @@ class BaseTuner(Injector):
             yield from ((slot, layer._modules[slot]) for slot in layer._left if not layer.slots[slot].shared)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        feed_leaves(self)
         with calling(), passing(self):
             return self._forward(self.methods(), args, kwargs)
 

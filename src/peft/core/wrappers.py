@@ -38,22 +38,19 @@ def plain_name(name: str) -> str:
 
 def state_names(module: nn.Module) -> list[str]:
     """The keys of `module.state_dict()`, without making one: that of FSDP is a call of all processes."""
-    return list(_state_names(module, "", {}))
+    return list(_state_names(module, ""))
 
 
-def _state_names(module: nn.Module, prefix: str, flattened: dict[int, list[str]]) -> Iterator[str]:
-    while (inner := _inside(module)) is not None:
-        # FSDP may have made attributes of what were parameters.
-        flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)
-        for name, owner, *_ in (*flat._param_infos, *flat._shared_param_infos) if flat is not None else ():
-            flattened.setdefault(id(owner), []).append(name)
-        module = inner
+def _state_names(module: nn.Module, prefix: str) -> Iterator[str]:
+    module = unwrapped(module)
     own = [name for name, value in module._parameters.items() if value is not None and name != "_flat_param"]
-    for name in dict.fromkeys((*own, *flattened.get(id(module), ()))):
+    # FSDP, around this module or further out, may have made attributes of what were parameters.
+    flattened = [name for name, value in vars(module).items() if hasattr(getattr(value, "_base", None), "_param_infos")]
+    for name in dict.fromkeys((*own, *flattened)):
         yield prefix + name
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield prefix + name
     for name, child in module._modules.items():
         if child is not None:
-            yield from _state_names(child, f"{prefix}{name}.", flattened)
+            yield from _state_names(child, f"{prefix}{name}.")

@@ -89,5 +89,7 @@ def _read_modules(model: nn.Module) -> set[int]:
 
 
 def _is_trainable_leaf(module: nn.Module) -> bool:
+    if next(module.children(), None) is not None:
+        return False
     weight = getattr(module, "weight", None)
-    return next(module.children(), None) is None and isinstance(weight, Tensor) and weight.requires_grad
+    return isinstance(weight, Tensor) and weight.requires_grad

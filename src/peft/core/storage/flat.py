@@ -59,6 +59,26 @@ def bring_together(module: nn.Module, parameters: Iterable[Any]) -> None:
         apart[0].all_gather(apart)
 
 
+def feed_leaves(model: nn.Module) -> None:
+    """Lets what ZeRO-3 gathers as one (its "leaves", blocks of experts) have inputs that take a gradient.
+
+    With that of an input DeepSpeed takes those of the parameters inside. Where nothing is trained before the first such
+    block, there is none, and it would not wait for them.
+    """
+    if "ds_id" in model.__dict__ and "_feeds_leaves" not in model.__dict__:
+        model.__dict__["_feeds_leaves"] = True
+        for module in model.modules():
+            if getattr(module, "_z3_leaf", False):
+                module.register_forward_pre_hook(_feed, prepend=True)
+
+
+def _feed(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    floating = [isinstance(x, Tensor) and x.is_floating_point() for x in args]
+    if not torch.is_grad_enabled() or any(is_one and x.requires_grad for is_one, x in zip(floating, args, strict=True)):
+        return None
+    return tuple(x.detach().requires_grad_() if is_one else x for is_one, x in zip(floating, args, strict=True))
+
+
 class Mastered(Shared):
     """Parameters that are whole, and of which a ZeRO-1 or ZeRO-2 engine trains a copy, a part on each process."""
 
