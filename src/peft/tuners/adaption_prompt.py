@@ -62,12 +62,12 @@ class AdaptedAttention(AdapterLayer):
     """An attention module with a prompt: y = attention(x) + g softmax(q(x) k(P)^T / sqrt(d)) v(P), through the output
     projection (arXiv:2303.16199).
 
-    q, k and v are the module's own projections, P is `adaption_prompt` [1, length, width] and g `adaption_gate` [1].
-    GPT-2's prompt goes past the output projection.
+    q, k and v are the module's own projections, P is in `adaption_prompts` [1, length, width] and g in
+    `adaption_gates` [1]. GPT-2's prompt goes past the output projection.
     """
 
-    adaption_prompt = Slot()
-    adaption_gate = Slot()
+    adaption_prompts = Slot()
+    adaption_gates = Slot()
     kinds = frozenset(("Block",))
     cannot_merge = "An adaption prompt is no change of weights and cannot be merged."
 
@@ -84,14 +84,17 @@ class AdaptedAttention(AdapterLayer):
     def create(self, name: str, config: AdaptionPromptConfig) -> None:
         base = self.get_base_layer()
         width = shape_of(base.c_attn.weight)[0] if self.fused else base.k_proj.in_features
-        self.adaption_prompt[name] = nn.Parameter(torch.randn(1, config.adapter_len or 0, width))
-        self.adaption_gate[name] = nn.Parameter(torch.zeros(1))
+        self.adaption_prompts[name] = nn.Parameter(torch.randn(1, config.adapter_len or 0, width))
+        self.adaption_gates[name] = nn.Parameter(torch.zeros(1))
 
     def refresh(self) -> None:
         super().refresh()
         # As in huggingface/peft, the active adapter's tensors are there without its name, too.
         here = [name for name in self._active if self.has(name)]
-        self._parameters.update({slot: getattr(self, slot)[here[0]] if here else None for slot in self.slots})
+        self._parameters.update({slot[:-1]: getattr(self, slot)[here[0]] if here else None for slot in self.slots})
+
+    def key_map(self, name: str) -> dict[str, str]:
+        return {key[:-1]: live for key, live in super().key_map(name).items()}
 
     def move(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().move(name, device, dtype)
@@ -118,7 +121,7 @@ class AdaptedAttention(AdapterLayer):
     def look(self, name: str, hidden: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:
         """What a prompt adds for `hidden` [batch, length, width], at places with these rotary embeddings."""
         attention: Any = self.base_layer
-        prompt = self.adaption_prompt[name].to(hidden.dtype)
+        prompt = self.adaption_prompts[name].to(hidden.dtype)
         if self.fused:
             query = attention.c_attn(hidden).split(attention.split_size, dim=2)[0]
             _, keys, values = attention.c_attn(prompt).split(attention.split_size, dim=2)
@@ -134,7 +137,7 @@ class AdaptedAttention(AdapterLayer):
         groups = query.shape[1] // keys.shape[1]
         keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
         scores = (query @ keys.transpose(2, 3) / attention.head_dim**0.5).float().softmax(-1)
-        seen = (self.adaption_gate[name] * scores).to(values.dtype) @ values
+        seen = (self.adaption_gates[name] * scores).to(values.dtype) @ values
         seen = seen.transpose(1, 2).flatten(2)
         return seen if self.fused else attention.o_proj(seen)
 
