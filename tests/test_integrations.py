@@ -156,6 +156,7 @@ def test_parameters_are_gathered_only_where_deepspeed_shards_them(monkeypatch):
     zero = types.SimpleNamespace(GatheredParameters=lambda params, **kwargs: calls.append((params, kwargs)))
     parameter, sharded = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     sharded.ds_id = 3
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)  # where an earlier test has loaded it
     with backends.gather_params_ctx(sharded):
         pass
     monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))

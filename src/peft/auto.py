@@ -77,9 +77,9 @@ class AutoPeftModel:
         """
         hub, base_arguments = split_hub_arguments({**kwargs, "revision": revision})
         where = {"subfolder": base_arguments.pop("subfolder", None), **hub}
-        adapter_arguments = {key: base_arguments.pop(key) for key in _ADAPTER_ARGUMENTS if key in base_arguments}
+        more = {key: base_arguments.pop(key) for key in _ADAPTER_ARGUMENTS if key in base_arguments}
         if "low_cpu_mem_usage" in base_arguments:
-            adapter_arguments["low_cpu_mem_usage"] = base_arguments["low_cpu_mem_usage"]
+            more["low_cpu_mem_usage"] = base_arguments["low_cpu_mem_usage"]
 
         saved = PeftConfig.from_pretrained(pretrained_model_name_or_path, **where)
         loader = cls._for_task(saved, pretrained_model_name_or_path)
@@ -96,9 +96,7 @@ class AutoPeftModel:
         _make_room_for_tokens(base_model, pretrained_model_name_or_path, where, base_arguments)
         peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[loader.task_type] if loader.task_type else PeftModel
         source = pretrained_model_name_or_path
-        return peft_class.from_pretrained(
-            base_model, source, adapter_name, is_trainable, config, **where, **adapter_arguments
-        )
+        return peft_class.from_pretrained(base_model, source, adapter_name, is_trainable, config, **where, **more)
 
     @classmethod
     def _for_task(cls, config: PeftConfig, source: str | os.PathLike) -> type[AutoPeftModel]:

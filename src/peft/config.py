@@ -11,7 +11,7 @@ from dataclasses import field as define
 from pathlib import Path
 from typing import Any
 
-from peft.errors import AdapterFileError, NoAdapterError, UnknownMethodError
+from peft.errors import AdapterFileError, NoAdapterError, UnknownMethodError, listed
 from peft.fields import ConfigFields, plain
 from peft.folder import check_folder, read_at_rest, replace_files
 from peft.hub import fetch, push, split_hub_arguments
@@ -76,7 +76,7 @@ class PeftConfigMixin(ConfigFields):
         if content and content.keys().isdisjoint(f.name for f in fields(cls)):
             raise TypeError(
                 f"{CONFIG_NAME} of {os.fspath(pretrained_model_name_or_path)!r} is no adapter's: it"
-                f" has no peft_type, nor any other field of {cls.__name__}, but {', '.join(sorted(content)[:8])}."
+                f" has no peft_type, nor any other field of {cls.__name__}, but {listed(sorted(content))}."
             )
         return build_config(content, pretrained_model_name_or_path, overrides, cls)
 

@@ -113,11 +113,8 @@ def push(
         changes: list[Any] = [CommitOperationDelete(name) for name in sorted(stale)]
         changes += [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
         # Not upload_folder, which may make several commits of one folder
-        where: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
-        message = commit_message or "Upload adapter"
-        return api.create_commit(
-            repo, changes, commit_message=message, commit_description=commit_description, **where
-        )
+        more: dict[str, Any] = {"commit_description": commit_description, "revision": revision, "create_pr": create_pr}
+        return api.create_commit(repo, changes, commit_message=commit_message or "Upload adapter", **more)
 
 
 def _write_beside_card(

@@ -228,7 +228,7 @@ def str_to_bool(value: str) -> int:
     Raises:
         ValueError: anything else.
     """
-    words = {**dict.fromkeys(("y", "yes", "t", "true", "on", "1"), 1)}
+    words = dict.fromkeys(("y", "yes", "t", "true", "on", "1"), 1)
     words |= dict.fromkeys(("n", "no", "f", "false", "off", "0"), 0)
     if value.lower() not in words:
         raise ValueError(f"{value!r} is neither true nor false; write one of {', '.join(words)}.")

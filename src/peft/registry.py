@@ -128,8 +128,8 @@ class Row:
         return (self.config_name, self.model_name, *self.aliases)
 
 
-_ROWS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-METHODS = {name: Row(**row) for name, row in _ROWS.items()}
+_ROWS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+METHODS: dict[str, Row] = {name: Row(**row) for name, row in _ROWS.items()}
 
 #: methods that older files call by another name
 RENAMED = {"BONE": "MISS"}

@@ -116,7 +116,12 @@ class SavedAdapters(AdaptedModel):
         embeddings = vocabulary_changed(self, config) if minimal and embeddings == "auto" else embeddings
         tensors = get_peft_model_state_dict(self, gathered, name, save_embedding_layers=embeddings)
         content, more = saved_form(config)
-        content |= {"inference_mode": True, **self._facts(config)}
+        content["inference_mode"] = True
+        base = self.get_base_model()
+        if config.base_model_name_or_path is None:
+            content["base_model_name_or_path"] = base.__dict__.get("name_or_path") or None
+        if config.task_type is None:
+            content["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
         if initial is not None:
             if self._tuner is None:
                 raise ValueError(
@@ -129,16 +134,6 @@ class SavedAdapters(AdaptedModel):
             tensors, content = leave_out(self, name, tensors, content)
         return tensors, content, more
 
-    def _facts(self, config: PeftConfig) -> dict[str, Any]:
-        """What a saved configuration says of the base model."""
-        base = self.get_base_model()
-        facts: dict[str, Any] = {}
-        if config.base_model_name_or_path is None:
-            facts["base_model_name_or_path"] = base.__dict__.get("name_or_path") or None
-        if config.task_type is None:
-            facts["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        return facts
-
     def _card(self, folder: str | os.PathLike) -> str | None:
         """The text of a folder's model card; None where the one that is there is to be left alone."""
         base: Any = self.get_base_model()
@@ -150,7 +145,7 @@ class SavedAdapters(AdaptedModel):
             folder,
             method=str(value_of(self.peft_type)),
             base_model=config.base_model_name_or_path or getattr(base_config, "_name_or_path", None),
-            task_type=value_of(config.task_type) if config.task_type else None,
+            task_type=value_of(config.task_type),
             quantization=quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
             tags=tags,
         )

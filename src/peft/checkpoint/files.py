@@ -79,10 +79,8 @@ def write_adapter(
                 raise error.__context__ from None
             raise
 
-    if safe_serialization:
-        name, other, write = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, write_safetensors
-    else:
-        name, other, write = WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME, write_pickle
+    both = (SAFETENSORS_WEIGHTS_NAME, write_safetensors), (WEIGHTS_NAME, write_pickle)
+    (name, write), (other, _) = both if safe_serialization else both[::-1]
     files: dict[str, bytes | Callable[[str], object]] = dict(more or {})
     files |= {CONFIG_NAME: dump_config(config).encode(), name: write}
     if card is not None:
@@ -184,7 +182,7 @@ def load_peft_weights(
     def read() -> dict[str, torch.Tensor]:
         path = _weights_path(model_id, subfolder, hub, safe)
         if path.endswith(".safetensors"):
-            return _load_safetensors(path, target)
+            return load_safetensors(path, target)
         return read_pickle(path, target, asked=safe is False)
 
     tensors = read_at_rest(os.path.join(model_id, subfolder or ""), CONFIG_NAME, read)
@@ -213,14 +211,17 @@ def _weights_path(source: str | os.PathLike, subfolder: str | None, hub: dict[st
     raise NoAdapterError(f"{missing} in that " + ("folder." if os.path.isdir(source) else "repository of the hub."))
 
 
-def _load_safetensors(path: str, device: torch.device) -> dict[str, torch.Tensor]:
+def load_safetensors(path: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file, on a device.
+
+    Raises:
+        WeightsFileError: it is damaged, or none.
+    """
     # What safetensors cannot fill directly takes the way over the memory of the host
     direct = device.type not in ("cpu", "mps", "meta")
     try:
         tensors = load_file(path, device=str(device) if direct else "cpu")
-    except FileNotFoundError:  # replaced at this moment: the caller reads again
-        raise
-    except torch.OutOfMemoryError:
+    except (FileNotFoundError, torch.OutOfMemoryError):  # replaced at this moment: the caller reads again
         raise
     except Exception as error:  # safetensors has a class of its own, and Python's for what it does not foresee
         if not os.path.exists(path):

@@ -17,6 +17,8 @@ TYPES |= {kind.__name__: kind for kind in (str, int, float, bool)}
 _TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
 TASKS, RATES = _TABLE.pop("tasks"), _TABLE.pop("rates")
 TYPES["tasks"] = Literal[tuple(TASKS)]
+#: the options of sections that commands have in common -> which of these come first, after the command's own
+_SHARED = {key: n for n, name in enumerate(("base", "trained", "adapted", "placed"), 1) for key in _TABLE.pop(name)}
 #: names of other programs -> names here
 ALIASES = {other: own for own, others in _TABLE.pop("aliases").items() for other in others.split()}
 
@@ -24,7 +26,8 @@ ALIASES = {other: own for own, others in _TABLE.pop("aliases").items() for other
 def _options(command: str, section: Mapping[str, Any]) -> Any:
     """The options of a command as a dataclass, with its help in the docstring; those that are needed come first."""
     made, positive, lines = [], [], [section["about"], "", "Args:"]
-    for key in sorted((key for key in section if key.endswith(")")), key=lambda key: "," in key):
+    keys = [key for key in section if key.endswith(")")]
+    for key in sorted(keys, key=lambda key: ("," in key, _SHARED.get(key, 0))):
         name, _, rest = key.removesuffix(")").partition(" (")
         word, there, default = rest.rpartition(", ") if ", " in rest else (rest, "", "")
         word, above, _ = word.partition(" > 0")
@@ -41,6 +44,4 @@ def _options(command: str, section: Mapping[str, Any]) -> Any:
 
 
 #: command -> its options
-COMMANDS: dict[str, Any] = {
-    name: _options(name, row) for name, row in _TABLE.items() if name not in ("placed", "adapted", "trained", "base")
-}
+COMMANDS = {name: _options(name, section) for name, section in _TABLE.items()}

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from peft.core.tuner import BaseTuner
+from peft.errors import listed
 
 #: beside a checkpoint: the adapter's files of some methods hold what their training parameters come to
 STATE = "trainable.pt"
@@ -79,7 +80,7 @@ class Watch(TrainerCallback):
         if dead:
             raise RuntimeError(
                 f"{len(dead)} of {len(trains)} adapter tensors got no gradient in the first step, so they would stay as"
-                f" they are: {', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''}. Leave their modules out of the"
+                f" they are: {listed(dead, 3)}. Leave their modules out of the"
                 " targets, or train without quantisation on this device"
             )
         if nothing:

@@ -20,7 +20,7 @@ from peft.core.merge import bias_difference
 from peft.core.targets import target_name
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of, with_progress
-from peft.errors import warn
+from peft.errors import listed, warn
 from peft.ops.merging import svd_of_product
 from peft.registry import value_of
 from peft.tuners.lora.config import LoraConfig
@@ -311,9 +311,8 @@ def report(errors: Mapping[str, float]) -> None:
     """Warns where the LoRA is notably different from what it stands for."""
     notable = {key: error for key, error in errors.items() if error > NOTABLE_ERROR}
     if notable:
-        worst = sorted(notable, key=notable.__getitem__, reverse=True)[:3]
+        worst = [f"{key} {notable[key]:.0%}" for key in sorted(notable, key=notable.__getitem__, reverse=True)]
         warn(
             f"The LoRA is not the adapter: on {len(notable)} of {len(errors)} modules it misses more than"
-            f" {NOTABLE_ERROR:.0%} of the change ({', '.join(f'{key} {notable[key]:.0%}' for key in worst)}"
-            f"{', ...' if len(notable) > len(worst) else ''}). A higher rank comes nearer."
+            f" {NOTABLE_ERROR:.0%} of the change ({listed(worst, 3)}). A higher rank comes nearer."
         )

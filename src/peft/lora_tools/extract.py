@@ -12,7 +12,7 @@ from peft.core.plan import make_plan
 from peft.core.storage import storage_of
 from peft.core.targets import ALL_LINEAR, named_targets
 from peft.core.walk import with_progress
-from peft.errors import warn
+from peft.errors import listed, warn
 from peft.lora_tools.convert import ConvertedLora, LayerChange, check_rank, decompose, report, set_ranks
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import adapter_rank, block_count
@@ -99,7 +99,7 @@ def _check_structure(base: nn.Module, tuned: nn.Module) -> None:
     different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if different:
         raise ValueError(
-            f"{type(base).__name__} and {type(tuned).__name__} differ in structure: {', '.join(different[:4])} is not"
+            f"{type(base).__name__} and {type(tuned).__name__} differ in structure: {listed(different, 4)} is not"
             " in both, or not of the same shape."
         )
 
@@ -110,6 +110,6 @@ def _report_rest(base: nn.Module, tuned: nn.Module, covered: set[str]) -> None:
     rest = [name for name, value in left.items() if not torch.equal(value, tuned.get_parameter(name).to(value))]
     if rest:
         warn(
-            f"The LoRA leaves out {len(rest)} parameters that differ too ({', '.join(rest[:3])}"
-            f"{', ...' if len(rest) > 3 else ''}): add them to target_modules or modules_to_save."
+            f"The LoRA leaves out {len(rest)} parameters that differ too ({listed(rest, 3)}): add them to"
+            " target_modules or modules_to_save."
         )

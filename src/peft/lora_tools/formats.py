@@ -21,11 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft.checkpoint.files import opened_weights
+from peft.checkpoint.files import load_safetensors, opened_weights
 from peft.config import build_config
 from peft.folder import replace_files
 from peft.integrations.serving import ENGINES, FEATURES, findings
-from peft.pickles import WeightsFileError
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import alpha_of, rank_of
 from peft.untrusted import parse_json
@@ -114,13 +113,9 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     Raises:
         WeightsFileError: it is none.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise WeightsFileError(f"{os.fspath(path)} is damaged or not a safetensors file: {error}") from error
+    tensors = load_safetensors(os.fspath(path), torch.device("cpu"))
+    with safe_open(path, "pt") as file:
+        return tensors, file.metadata() or {}
 
 
 Modules = dict[str, dict[str, dict[str, Tensor]]]
