@@ -23,7 +23,7 @@ from transformers import (
 
 import peft
 from peft import LoraConfig, get_peft_model
-from tiny_models import gpt2, tokens
+from tiny_models import gpt2, llama, tokens
 
 METHODS = {
     "lora": lambda **more: LoraConfig(r=2, **more),
@@ -410,3 +410,74 @@ def test_a_module_has_its_adapter_in_all_its_places(case, method, tmp_path):
     plain = copied.unload()
     torch.testing.assert_close(run(plain), before, atol=1e-6, rtol=1e-6)
     assert [*plain.state_dict()] == names
+
+
+def _lora_weights(model: nn.Module, name: str) -> list[nn.Parameter]:
+    return [parameter for key, parameter in model.named_parameters() if f".{name}." in key]
+
+
+def _written(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in _lora_weights(model, "b"):
+            parameter.mul_(2)
+
+
+def _replaced(model: nn.Module) -> None:
+    for parameter in _lora_weights(model, "b"):
+        parameter.data = parameter.data * 2
+
+
+def _new_module(model: nn.Module) -> None:
+    for key, module in model.named_modules():
+        if key.endswith("lora_B"):
+            module["b"] = copy.deepcopy(module["b"])
+            module["b"].weight = nn.Parameter(module["b"].weight.detach() * 2, requires_grad=False)
+
+
+def _hooked(model: nn.Module) -> None:
+    for key, module in model.named_modules():
+        if key.endswith("lora_B.b"):
+            module.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _stepped(model: nn.Module) -> None:
+    for parameter in _lora_weights(model, "a"):
+        parameter.data.mul_(2)  # as some optimisers do; this adapter is trained
+
+
+def _made_anew(model: nn.Module) -> None:
+    model.delete_adapter("b")
+    model.add_adapter("b", LoraConfig(r=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+
+
+def _drawn_again(model: nn.Module) -> None:
+    for layer in model.base_model.layers():
+        layer.reset_lora_parameters("b")
+
+
+CHANGED = {
+    "written": _written, "replaced": _replaced, "a new module": _new_module, "hooked": _hooked, "stepped": _stepped,
+    "scaled": lambda model: [layer.set_scale("b", 3.0) for layer in model.base_model.layers()],
+    "made anew": _made_anew, "drawn again": _drawn_again, "cast": lambda model: model.double(),
+    "switched": lambda model: model.set_adapter("c"), "a subset": lambda model: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_mixed_batch_sees_what_has_changed_since_the_last_one(changed):
+    """What is kept of the adapters for the batches to come is theirs as they are."""
+    config = dict(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(llama(), LoraConfig(r=2, **config), "a")
+    for name, rank in (("b", 4), ("c", 2)):
+        model.add_adapter(name, LoraConfig(r=rank, **config))
+    model.eval()
+    ids, names = tokens(6), ["a", "b", "__base__", "c", "b", "b"]
+    with torch.no_grad():
+        before = model(ids, adapter_names=names).logits
+        CHANGED[changed](model)
+        names = ["b", "c", "b", "b", "__base__", "b"] if changed == "a subset" else names
+        for order in (names, names[::-1]):
+            together = model(ids, adapter_names=order).logits
+            alone = [model(ids[i : i + 1], adapter_names=[name]).logits for i, name in enumerate(order)]
+            torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+        assert changed == "switched" or not torch.allclose(model(ids, adapter_names=names).logits, before.to(together))

@@ -6,13 +6,13 @@ is decided here: a training step of each method beside the frozen model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft.core.change import Add, LowRank, OnInput
+from peft.core.change import Add, OnInput
 from peft.ops.circulant import BlockCirculant
 from peft.ops.fourier import Spectrum
 from peft.ops.hadamard import HadamardProduct
@@ -81,11 +81,6 @@ def map_as_low_rank(change: OnInput, numel: int, weight_numel: int) -> bool:
     return change.thin is not None and 4 * numel >= weight_numel
 
 
-def stack_wide(ranks: int, vectors: int) -> bool:
-    """Whether the samples of a mixed batch go through the ranks of all its adapters, and leave out the others'."""
-    return vectors <= 64 or ranks <= 32
-
-
-def factors_by_sample(products: Mapping[str, LowRank], tokens: int) -> bool:
-    """Whether each sample gets a copy of its factors; else samples are sorted by adapter."""
-    return 3 * tokens >= 2 * max(len(product.down) for product in products.values())
+def in_blocks(sizes: Sequence[int], samples: int, vectors: int) -> bool:
+    """Whether the samples of a mixed batch are multiplied in one block for each adapter, all as long as the longest."""
+    return vectors <= 64 or len(sizes) * max(sizes) <= 2 * samples

@@ -38,9 +38,13 @@ class Route:
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
+        #: adapter -> the places of its samples
+        self.samples: dict[str, list[int]] = {}
+        for place, name in enumerate(self.names):
+            self.samples.setdefault(name, []).append(place)
         self._groups: dict[tuple[int, torch.device, int | None], list[tuple[str, Tensor]]] = {}
-        #: what layers have made of the route alone, for the layers that follow
-        self.kept: dict[Any, Tensor] = {}
+        self._blocks: dict[Any, tuple[Tensor, Tensor, Tensor] | None] = {}
+        self._orders: dict[tuple[int, torch.device, int], tuple[Tensor | None, Tensor | None, list[int]]] = {}
 
     def groups(self, rows: int, device: torch.device, rounds: int | None = 1) -> list[tuple[str, Tensor]]:
         """(adapter, indices of its rows) for a tensor of `rows` rows.
@@ -62,9 +66,40 @@ class Route:
             self._groups[key] = [(name, torch.tensor(i, device=device)) for name, i in indices.items()]
         return self._groups[key]
 
-    def samples(self, name: str) -> list[int]:
-        """The places of the samples that get this adapter."""
-        return [place for place, other in enumerate(self.names) if other == name]
+    def order(self, rows: int, device: torch.device, rounds: int = 1) -> tuple[Tensor | None, Tensor | None, list[int]]:
+        """Rows in the order of `groups`, their way back, and how many there are of each; None where they are in order.
+
+        Raises:
+            ValueError: the rows cannot be shared out among the samples.
+        """
+        key = (rows, device, rounds)
+        if key not in self._orders:
+            groups = self.indices(rows, rounds).values()
+            order = [row for some in groups for row in some]
+            there = torch.tensor(order, device=device) if order != sorted(order) else None
+            self._orders[key] = (there, None if there is None else there.argsort(), [len(some) for some in groups])
+        return self._orders[key]
+
+    def blocks(self, names: Sequence[str], rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The rows of some adapters as blocks of one length, one for each adapter, those of fewer rows filled up.
+
+        Returns:
+            The rows of all blocks, one behind the other; which of these are not there to fill up; the rows that these
+            are. None where that is all rows in their order.
+        """
+        key = (rows, device, *names)
+        if key not in self._blocks:
+            indices = self.indices(rows)
+            groups = [indices[name] for name in names]
+            length, there = max(map(len, groups)), [row for some in groups for row in some]
+            if length * len(groups) == rows and there == list(range(rows)):
+                self._blocks[key] = None
+            else:
+                filled = [row for some in groups for row in (*some, *some[:1] * (length - len(some)))]
+                places = [i * length + j for i, some in enumerate(groups) for j in range(len(some))]
+                first, second, third = (torch.tensor(some, device=device) for some in (filled, places, there))
+                self._blocks[key] = first, second, third
+        return self._blocks[key]
 
     def indices(self, rows: int, rounds: int | None = 1) -> dict[str, list[int]]:
         """What `groups` says, as numbers.

@@ -18,7 +18,8 @@ from peft.core.base_op import ParameterOp
 from peft.core.call import calling
 from peft.core.change import Add, Change, LowRank, OnInput, Statistics
 from peft.core.merge import changed
-from peft.core.routing import BASE, Route, join_rows
+from peft.core.routing import Route, join_rows
+from peft.core.stacks import kept_stack, new_stack
 from peft.core.storage import is_plain, onloaded
 from peft.core.storage.shared import run_with
 from peft.core.tensor_parallel import layout_of
@@ -218,7 +219,7 @@ def run_routed(layer: AdaptedModule, route: Route, x: Tensor, *args: Any, **kwar
     if rows == 1 and len(set(route.names)) > 1 and op.kind == "Embedding":  # positions, one row of them for all samples
         rows = len(route.names)
         x = x.expand(rows, *x.shape[1:])
-    known = set(layer.adapter_names())
+    known = set().union(*layer.containers())
     # An expert that is a module by itself is given the tokens that are sent to it, unless it sees whole samples.
     apart = layer.without_samples == "distances" or (layer.without_samples == "tokens" and x.dim() < 3)
     rounds = None if apart or _is_sequence_first(op, x, len(route.names)) else op.rounds
@@ -230,18 +231,28 @@ def run_routed(layer: AdaptedModule, route: Route, x: Tensor, *args: Any, **kwar
         return layer.base_layer(x, *args, **kwargs)
     if len(groups) == 1:
         return run(layer, here, x, *args, **kwargs)
-    changes = {name: layer.changes([name]) for name in here}
+    sizes, vectors = [len(route.samples[name]) for name in here], x.numel() // x.shape[-1]
+    blocks = op.linear and op.rounds == 1 and costs.in_blocks(sizes, len(route.names), vectors)
+    stack = kept_stack(layer, here, x) if blocks else None
+    changes = {name: layer.changes([name]) for name in here} if stack is None else {}
     every = [change for some in changes.values() for change in some]
     once = all(type(change).enter is Change.enter and change.acts(op) for change in every)
     if once and not op.own_forward and layout_of(layer) is None:
         # What goes in is the same for all adapters, so the base module runs once over all samples.
         y, rest = _parts(layer.base_layer(x, *args, **kwargs))
-        y = _add_groups(layer, route, groups, changes, x, y)
+        if blocks and y.is_contiguous() and y.dtype == compute_dtype(x):
+            stack = stack or new_stack(layer, changes, x)
+            if stack is not None:
+                keep = torch.is_grad_enabled() or needs_plain(x, y) or is_watched(layer._modules["base_layer"])
+                y = stack.add(route, x, y, overwrite=not keep)
+                return y if rest is None else (y, *rest)
+        names = [name for name, _ in groups]
+        y = _add_groups(layer, route, names, changes or {name: layer.changes([name]) for name in here}, x, y)
         return y if rest is None else (y, *rest)
     parts = []
     for name, index in groups:
         some_args, some_kwargs = op.select(index, rows, (x, *args), kwargs)
-        with calling(route=Route([name]), samples=route.samples(name)):
+        with calling(route=Route([name]), samples=route.samples[name]):
             parts.append((index, run(layer, [name] if name in known else [], *some_args, **some_kwargs)))
     return join_rows(parts, op.batch_dim, rows)
 
@@ -252,72 +263,20 @@ def _is_sequence_first(op: Any, x: Tensor, samples: int) -> bool:
 
 
 def _add_groups(
-    layer: AdaptedModule,
-    route: Route,
-    groups: Sequence[tuple[str, Tensor]],
-    changes: dict[str, list[Change]],
-    x: Tensor,
-    y: Tensor,
+    layer: AdaptedModule, route: Route, names: Sequence[str], changes: dict[str, list[Change]], x: Tensor, y: Tensor
 ) -> Tensor:
-    """The output as each sample's adapter leaves it; `groups` are adapters and their samples."""
+    """The output as each sample's adapter leaves it; `names` are the adapters of the route."""
     op, dim, module = layer.op, layer.op.batch_dim, layer.get_base_layer()
-    vectors = x.numel() // x.shape[-1]
-    products = {name: some[0] for name, some in changes.items() if len(some) == 1 and type(some[0]) is LowRank}
-    plain = op.linear and len(products) == len(changes) and all(product.is_product for product in products.values())
-    plain = plain and len({product.dropout for product in products.values()}) == 1
-    plain = plain and not any(isinstance(product.scale, Tensor) for product in products.values())
-    if plain and costs.stack_wide(sum(len(product.down) for product in products.values()), vectors):
-        return _add_stacked(route, groups, products, x, y)
-    if plain and x.dim() > 2 and op.rounds == 1 and costs.factors_by_sample(products, vectors // len(x)):
-        return _add_by_sample(route, products, x, y, is_watched(layer._modules["base_layer"]))
-    parts = []
-    for name, index in groups:
-        some_x, some_y = x.index_select(dim, index), y.index_select(dim, index)
+    order, back, sizes = route.order(x.shape[dim], x.device, op.rounds)
+    fresh = dim == 0 and (order is not None or (y.is_contiguous() and not is_watched(layer._modules["base_layer"])))
+    if order is not None:
+        x, y = x.index_select(dim, order), y.index_select(dim, order)
+    before, parts = y.split(sizes, dim), []
+    for name, some_x, some_y in zip(names, x.split(sizes, dim), before, strict=True):
         for change in changes.get(name, ()):
-            some_y = change.of_samples(route.samples(name)).leave(
-                op, module, some_x, some_y, _bias(layer, change), fresh=True
-            )
-        parts.append((index, some_y))
-    return join_rows(parts, dim, len(x) if dim == 0 else x.shape[dim])
-
-
-def _add_by_sample(route: Route, products: dict[str, LowRank], x: Tensor, y: Tensor, watched: bool) -> Tensor:
-    """Each sample times its own factors, so that no inputs or outputs have to be picked out and put together."""
-    dtype, some = compute_dtype(x), next(iter(products.values()))
-    rank, repeats = max(len(product.down) for product in products.values()), len(x) // len(route.names)
-    factors = {BASE: (x.new_zeros(rank, x.shape[-1], dtype=dtype), y.new_zeros(rank, y.shape[-1], dtype=dtype))}
-    for name, product in products.items():
-        more = rank - len(product.down)
-        # Transposed in memory, B is copied and multiplied with in half the time.
-        pair = product.down.to(dtype), (product.up * product.scale).to(dtype).T.contiguous()
-        factors[name] = (F.pad(pair[0], (0, 0, 0, more)), F.pad(pair[1], (0, 0, 0, more))) if more else pair
-    own = [factors.get(name, factors[BASE]) for name in route.names for _ in range(repeats)]
-    x, y = (F.dropout(x, some.dropout) if some.dropout else x).to(dtype).flatten(1, -2), y.to(dtype)
-    low, up = torch.bmm(x, torch.stack([down for down, _ in own]).mT), torch.stack([up for _, up in own])
-    if torch.is_grad_enabled() or watched or not y.is_contiguous():
-        return torch.baddbmm(y.flatten(1, -2), low, up).view(y.shape)
-    y.flatten(1, -2).baddbmm_(low, up)
-    return y
-
-
-def _add_stacked(
-    route: Route, groups: Sequence[tuple[str, Tensor]], products: dict[str, LowRank], x: Tensor, y: Tensor
-) -> Tensor:
-    """All low-rank products at once: samples go through the ranks of all adapters, those of others count zero."""
-    dtype = compute_dtype(x)
-    down = torch.cat([product.down for product in products.values()]).to(dtype)
-    up = torch.cat([product.up for product in products.values()], dim=1).to(dtype)
-    key = (len(x), x.device, dtype, *((name, len(product.down), product.scale) for name, product in products.items()))
-    share = route.kept.get(key)
-    if share is None:  # the same for all layers, as a rule
-        share = x.new_zeros(len(x), len(down), dtype=dtype)
-        places, first = dict(groups), 0
-        for name, product in products.items():
-            share[places[name], first : first + len(product.down)] = product.scale
-            first += len(product.down)
-        route.kept[key] = share
-    x = x.to(dtype)
-    p = next(iter(products.values())).dropout
-    low = F.linear(F.dropout(x, p) if p else x, down)
-    low = low * share.view(len(share), *[1] * (low.dim() - 2), -1)
-    return y.to(dtype) + F.linear(low, up)
+            change = change.of_samples(route.samples[name])
+            some_y = change.leave(op, module, some_x, some_y, _bias(layer, change), fresh)
+        parts.append(some_y)
+    if any(some is not other for some, other in zip(parts, before, strict=True)):  # else it was written to
+        y = torch.cat(parts, dim)
+    return y if back is None else y.index_select(dim, back)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -90,15 +91,16 @@ class FactorLayer(ScaledLayer):
         modules["lora_A"]._modules[name] = nn.Linear(self.in_features, r, bias=False)
         modules["lora_B"]._modules[name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
 
+    @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
         """Gives an adapter its start values: A at random, B zero; with False it keeps those it was made with."""
         a, b = self.factors(adapter_name)
         if a.is_meta or init_lora_weights is False:
             return
-        draw_(a.data, self.r[adapter_name], init_lora_weights)
-        b.data.zero_()
+        draw_(a, self.r[adapter_name], init_lora_weights)
+        b.zero_()
         if self.lora_bias[adapter_name]:
-            self.lora_B[adapter_name].bias.data.zero_()
+            self.lora_B[adapter_name].bias.zero_()
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B as they are stored."""
