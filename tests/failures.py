@@ -1,9 +1,15 @@
 """Errors and interrupts at any line of the library."""
 
+import os
 import sys
 from collections.abc import Callable
 
 import torch
+
+import peft
+
+#: where the lines are that may fail
+_LIBRARY = os.path.dirname(os.path.abspath(peft.__file__))
 
 
 class Failure:
@@ -13,13 +19,14 @@ class Failure:
         self.left, self.error = n, error
 
     def __call__(self, frame, event, arg):
-        if "/peft/" not in frame.f_code.co_filename.replace("\\", "/"):
-            return None
+        return self.line if frame.f_code.co_filename.startswith(_LIBRARY) else None
+
+    def line(self, frame, event, arg):
         if event == "line":
             self.left -= 1
             if self.left == 0:
                 raise self.error("injected")
-        return self
+        return self.line
 
 
 def fails(call: Callable[[], object], n: int, error: type[BaseException]) -> bool:

@@ -67,6 +67,8 @@ class Case:
     idle: bool = False
     #: adapters that those are made of
     members: tuple[str, ...] = ()
+    #: whether the base model can be pickled
+    pickles: bool = True
 
     def run(self, model: nn.Module, **more: Any) -> Tensor:
         out = model(**{**self.inputs, **more})
@@ -169,8 +171,9 @@ def quantised(data: st.DataObject) -> Case:
     make = partial(build_quantised, storage)
     inputs = {"x": make().inputs(torch.Generator().manual_seed(7))}
     return on_pair(
-        "Linear", [method], {}, build=partial(pair, make), inputs=inputs, rounds=True, routed=method != "LILY"
-    )
+        "Linear", [method], {}, build=partial(pair, make), inputs=inputs, rounds=True, routed=method != "LILY",
+        pickles="torchao" not in storage,
+    )  # fmt: skip
 
 
 # ---- on a language model
@@ -192,11 +195,12 @@ def language(data: st.DataObject) -> Case:
     targets = data.draw(st.sampled_from(TARGETS))
     extra: dict[str, Any] = {"ensure_weight_tying": tied and data.draw(st.booleans())}
     beside = data.draw(st.sampled_from(["nothing", "tokens", "tokens", "head", "embeddings"]))
-    if beside == "tokens" and "embed_tokens" not in targets:
+    means_both = extra["ensure_weight_tying"] and targets[-1] in ("lm_head", "embed_tokens")
+    if beside == "tokens" and "embed_tokens" not in targets and not means_both:
         extra["trainable_token_indices"] = [5, 3, 11]
-    elif beside == "head" and "lm_head" not in targets:
+    elif beside == "head" and "lm_head" not in targets and not means_both:
         extra["modules_to_save"] = ["lm_head"]
-    elif beside == "embeddings" and "embed_tokens" not in targets:
+    elif beside == "embeddings" and "embed_tokens" not in targets and not means_both:
         extra["modules_to_save"] = ["embed_tokens"]
     in_full = "modules_to_save" in extra
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 import peft
@@ -242,10 +244,16 @@ def test_whoever_enters_and_leaves_in_whatever_order_the_adapters_act_afterwards
 
 
 CHANGES = {
-    "disabled": lambda model: model.base_model.disable_adapter_layers(),
-    "set": lambda model: model.set_adapter("b"),
-    "deleted": lambda model: model.delete_adapter("a"),
-    "merged": lambda model: model.merge_adapter(["b"]),
+    "disabled": lambda model, saved: model.base_model.disable_adapter_layers(),
+    "set": lambda model, saved: model.set_adapter("b"),
+    "deleted": lambda model, saved: model.delete_adapter("a"),
+    "merged": lambda model, saved: model.merge_adapter(["b"]),
+    "added": lambda model, saved: model.add_adapter("d", copy.copy(model.peft_config["a"])),
+    "loaded": lambda model, saved: model.load_adapter(saved, "d"),
+    "loaded over": lambda model, saved: model.load_adapter(saved, "b"),
+    "swapped": lambda model, saved: hotswap_adapter(model, saved, "a"),
+    "merged for good": lambda model, saved: model.merge_and_unload(adapter_names=["b"]),
+    "taken off": lambda model, saved: model.unload(),
 }
 
 
@@ -301,18 +309,18 @@ def test_whoever_waits_long_for_a_pass_is_told_so(monkeypatch):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_pass_that_has_begun_does_not_see_what_another_thread_changes(change):
+def test_a_pass_that_has_begun_does_not_see_what_another_thread_changes(change, tmp_path):
     model, x = three_loras().eval(), torch.randn(4, 8)
+    model.save_pretrained(tmp_path, selected_adapters=["b"])
     expected, done = model(x), threading.Event()
-    thread = threading.Thread(target=lambda: (CHANGES[change](model), done.set()))
+    thread = threading.Thread(target=lambda: (CHANGES[change](model, tmp_path / "b"), done.set()))
 
     def in_the_middle(module: nn.Module, args: object) -> None:
-        if not done.is_set() and not thread.is_alive():
-            thread.start()
-            done.wait(0.3)
+        thread.start()
+        assert not done.wait(0.3)
 
     handle = model.base_model.model.v_proj.register_forward_pre_hook(in_the_middle)
     assert torch.equal(model(x), expected)
     handle.remove()
     thread.join()
-    assert done.is_set() and not torch.equal(model(x), expected)
+    assert done.is_set() and torch.equal(model(x), expected) == (change in ("added", "loaded", "loaded over"))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import peft
+import test_conformance as conformance
 from failures import fails
 from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.core.walk import base_parameters
@@ -206,6 +207,26 @@ def test_an_interrupt_leaves_prompts_as_before_or_as_after(config, operation):
     assert n > 20
 
 
+@pytest.mark.parametrize("kind", ["layers", "soft prompt"])
+def test_an_interrupt_on_the_way_into_disable_adapter_or_out_of_it_leaves_all_as_before(kind):
+    if kind == "layers":
+        model = mixed("lora", "hra")
+    else:
+        model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    before, n = state_of(model), 0
+
+    def look():
+        with model.disable_adapter(), model.disable_adapter():
+            pass
+
+    def is_off():
+        return model._prompt_disabled if kind == "soft prompt" else model.base_model.disabled
+
+    while fails(look, n := n + 2, KeyboardInterrupt):
+        assert state_of(model) == before and not is_off(), f"line {n}"
+    assert n > 20 and state_of(model) == before and not is_off()
+
+
 def test_a_head_is_that_of_the_adapter_that_is_active_after_a_deletion():
     model = llama("LlamaForSequenceClassification")
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"])
@@ -218,3 +239,50 @@ def test_a_head_is_that_of_the_adapter_that_is_active_after_a_deletion():
     model.delete_adapter("b")
     torch.testing.assert_close(model(ids).logits, expected)
     assert all(p.requires_grad for name, p in model.named_parameters() if "modules_to_save.a" in name)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    for seed, name in enumerate(model.peft_config):
+        conformance.randomise(model, name, seed)
+    return model
+
+
+def around(first: str, second: str | None, where: str) -> nn.Module:
+    """Adapters on one weight, by its module and as a parameter."""
+    on_parameter = {"target_modules": [], "target_parameters": ["target.weight"]}
+    kind = "Parameter" if where == "one parameter" else "Linear"
+    if second is None:
+        config = conformance.config_for(first, kind, target_parameters=["target.weight"])
+        return filled(get_peft_model(conformance.build(kind), config, "a"))
+    settings = {"module first": ({}, on_parameter), "parameter first": (on_parameter, {})}.get(where, ({}, {}))
+    configs = [conformance.config_for(m, kind, **more) for m, more in zip((first, second), settings, strict=True)]
+    model = get_peft_model(conformance.build(kind), configs[0], "a", mixed=True)
+    model.add_adapter("b", configs[1])
+    model.set_adapter(["a", "b"])
+    return filled(model)
+
+
+#: what does more than add to a weight, or reads the weight that it is added to
+BY_ORDER = ["HRA", "IA3", "OSF", "DELORA", "PEANUT"]
+PLACES = ["module first", "parameter first", "one parameter"]
+
+
+@pytest.mark.parametrize(
+    "first, second, where",
+    [
+        *((m, None, "both") for m in BY_ORDER),
+        *(
+            (*pair, where)
+            for pair in itertools.permutations(BY_ORDER, 2)
+            for where in ("module first", "parameter first", "one parameter")
+        ),
+    ],
+)
+def test_layers_around_each_other_act_in_the_order_in_which_they_are_merged(first, second, where):
+    model = around(first, second, where).eval()
+    x = conformance.inputs_of(model)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-3, atol=1e-4)

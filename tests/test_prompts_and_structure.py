@@ -306,6 +306,30 @@ def test_adaption_prompt_starts_without_effect_on_every_family(model_type):
     assert torch.equal(plain(ids).logits, expected) and list(plain.state_dict()) == list(base.state_dict())
 
 
+@pytest.mark.parametrize("change", ["add", "delete"])
+@pytest.mark.parametrize("name", ["adaption_prompt", "shadow", "lora"])
+def test_another_adapter_added_or_deleted_leaves_what_is_trained_of_the_active_one(name, change, tmp_path):
+    configs = {
+        "adaption_prompt": AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2),
+        "shadow": peft.ShadowConfig(task_type="CAUSAL_LM", r=2),
+        "lora": peft.LoraConfig(task_type="CAUSAL_LM", r=2),
+    }
+    model, ids = get_peft_model(llama(), configs[name], "a"), tokens()
+    expected = llama()(ids).logits
+    model.save_pretrained(tmp_path, selected_adapters=["a"])
+    model.load_adapter(tmp_path / "a", "b")
+    model.set_adapter("b")
+    before = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        if change == "add":
+            model.add_adapter("c", configs[name])
+            fill_adapter(model)
+        else:
+            model.delete_adapter("a")
+        assert torch.equal(model.eval()(ids).logits, expected)
+    assert [key for key, parameter in model.named_parameters() if parameter.requires_grad] == before != []
+
+
 # ---- Poly
 
 

@@ -68,6 +68,7 @@ def test_start_disabled_and_unloaded_are_the_base_model():
     model = adapted()
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, expected)
+    assert not hasattr(model.base_model.model.model.layers[0], "weight"), "a block has none"
     with pytest.raises(NotImplementedError, match="unload_shadow"):
         model.merge_and_unload()
     with pytest.raises(NotImplementedError, match="cannot be merged"):

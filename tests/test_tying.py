@@ -68,6 +68,20 @@ def test_the_base_weight_of_tied_modules_is_stored_where_the_embedding_is_named(
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("config", [LoraConfig, peft.LoHaConfig])
+def test_the_base_weight_is_stored_without_what_is_merged_into_it(config, target, tmp_path):
+    model = randomised(get_peft_model(tied_llama(), config(r=2, target_modules=[target]))).eval()
+    expected = model(IDS).logits
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tied_llama(), tmp_path)
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    merged = model(IDS).logits
+    model.load_adapter(tmp_path, "b")
+    assert torch.equal(model(IDS).logits, merged)
+
+
 def test_an_adapter_on_one_of_two_tied_modules_warns_and_merging_unties_them():
     with pytest.warns(UserWarning, match="lm_head.*tied"):
         model = peft.get_peft_model(tied_llama(), peft.LoraConfig(target_modules=["embed_tokens"], r=2))
@@ -102,6 +116,26 @@ def test_trained_tokens_count_for_the_tied_output_layer_too():
     changed = (after != before).flatten(0, 1).any(0)
     assert changed[3] and changed[5]
     torch.testing.assert_close(model.merge_and_unload()(IDS).logits, after, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ],
+    ids=["adapted", "in full", "tokens"],
+)
+def test_tied_modules_are_known_as_such_while_one_of_them_has_a_weight_of_its_own(settings):
+    keys = []
+    for merge in (False, True):
+        model = get_peft_model(tied_llama(), LoraConfig(r=2, target_modules=["embed_tokens"]), "a")
+        if merge:
+            model.merge_adapter()
+        model.add_adapter("b", LoraConfig(r=2, **settings))
+        keys.append(list(model.state_dict()))
+    assert keys[0] == keys[1]
 
 
 def test_tying_a_model_that_ties_nothing_says_so():

@@ -16,7 +16,7 @@ from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
-from peft.core.whole import whole
+from peft.core.whole import alone, whole
 from peft.errors import warn
 from peft.html import table
 from peft.integrations.transformers import convert_peft_config_for_transformers
@@ -46,6 +46,11 @@ class AdaptedModel(PromptHost):
     @property
     def _tuner(self) -> BaseTuner | None:
         return self.base_model if isinstance(self.base_model, BaseTuner) else None
+
+    @property
+    def _holder(self) -> nn.Module:
+        """What knows which adapters act: the tuner, or this model with soft prompts."""
+        return self if self._tuner is None else self._tuner
 
     @property
     def active_adapters(self) -> list[str]:
@@ -166,7 +171,7 @@ class AdaptedModel(PromptHost):
     def _inject(self, name: str, config: PeftConfig, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
         """Adds an adapter with the saved ones that it is made of; all of them, or none."""
         warn_of_name(name, config)
-        with all_or_nothing():
+        with alone(self.base_model), all_or_nothing():
             self._load_members(name, config)
             self.base_model.inject_adapter(
                 self.get_base_model(), name, autocast_adapter_dtype, low_cpu_mem_usage, config=config
@@ -185,7 +190,7 @@ class AdaptedModel(PromptHost):
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
 
-        with undone_on_error(take_back):
+        with alone(self), undone_on_error(take_back):
             self.peft_config[name] = config
             self._setup_prompt_encoder(name)
             keys = modules_named(self.base_model, getattr(config, "modules_to_save", None) or ())

@@ -29,8 +29,8 @@ else:
 #: task type -> the class for it; filled by `peft.tasks`
 TASK_CLASSES: dict[str, type[PeftModel]] = {}
 
-#: tuner, or model with soft prompts -> how many are inside of `disable_adapter()`, and whether it was disabled before
-_DISABLED: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+#: tuner, or model with soft prompts -> those inside of `disable_adapter()`, and whether it was disabled before them
+_DISABLED: WeakKeyDictionary[nn.Module, dict[object, bool]] = WeakKeyDictionary()
 
 
 def check_base_model(model: Any) -> None:
@@ -111,25 +111,29 @@ class PeftModel(SavedAdapters, Delegated):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While it lasts, the model acts as its base model, in all threads. May be nested; then all is as before."""
-        holder: nn.Module = self if self._tuner is None else self._tuner
         parts = [part for _, part in parts_of(self.get_base_model())]
-        with alone(holder):
-            was_disabled = self._prompt_disabled if self._tuner is None else self._tuner.disabled
-            if len({part.disable_adapters for part in parts}) > 1:
-                after = "off" if was_disabled else "on"
-                warn(f"Adapters are switched off on some modules and on on others: afterwards they are {after} on all.")
-            self._switch(False)
-            inside, was_disabled = _DISABLED.get(holder, (0, was_disabled))
-            _DISABLED[holder] = inside + 1, was_disabled
+        inside, me = _DISABLED.setdefault(self._holder, {}), object()
         try:
-            yield
+            try:
+                with alone(self._holder):
+                    was_disabled = self._prompt_disabled if self._tuner is None else self._tuner.disabled
+                    if len({part.disable_adapters for part in parts}) > 1:
+                        now, after = "Adapters are switched off on some modules and on on others", not was_disabled
+                        warn(f"{now}: afterwards they are {'on' if after else 'off'} on all.")
+                    inside[me] = next(iter(inside.values()), was_disabled)
+                    self._switch(False)
+                yield
+            finally:
+                self._leave(inside, me)
         finally:
-            with alone(holder):
-                inside, was_disabled = _DISABLED.pop(holder)
-                if inside > 1:
-                    _DISABLED[holder] = inside - 1, was_disabled
-                elif not was_disabled:
+            self._leave(inside, me)  # what an interrupt has left undone
+
+    def _leave(self, inside: dict[object, bool], who: object) -> None:
+        if who in inside:
+            with alone(self._holder):
+                if len(inside) == 1 and not inside[who]:
                     self._switch(True)
+                del inside[who]
 
     def _switch(self, on: bool) -> None:
         if self._tuner is None:

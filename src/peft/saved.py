@@ -24,6 +24,7 @@ from peft.config import PeftConfig, saved_form
 from peft.core.part import check_adapter_name, known
 from peft.core.undo import all_or_nothing
 from peft.core.walk import parts_of
+from peft.core.whole import alone
 from peft.errors import listed, warn
 from peft.folder import check_folder, replace_files
 from peft.hub import CARD_NAME, push
@@ -264,7 +265,7 @@ class SavedAdapters(AdaptedModel):
         if there is not None:
             self._check_replaceable(adapter_name, source.config)
         empty = low_cpu_mem_usage or source.needs_no_start
-        with all_or_nothing():
+        with alone(self._holder), all_or_nothing():
             if there is None:
                 self.add_adapter(adapter_name, source.config, empty, autocast_adapter_dtype)
             result = self._load_tensors(adapter_name, source, kwargs)

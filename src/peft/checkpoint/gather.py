@@ -21,10 +21,12 @@ class Location(NamedTuple):
     owner: nn.Module
     attribute: str
     device: torch.device | None = None  # where it belongs, if it has no memory yet
+    originals: Mapping[str, Any] = {}  # those of the owner's tensors that adapters are merged into
 
     @property
     def tensor(self) -> Tensor:
-        return getattr(self.owner, self.attribute)
+        kept = self.originals.get(self.attribute)
+        return kept if isinstance(kept, Tensor) else getattr(self.owner, self.attribute)
 
 
 def values_of(

@@ -154,10 +154,10 @@ def _embedding_locations(model: nn.Module) -> tuple[dict[str, Location], dict[st
         if path is None or isinstance(layer, AuxiliaryTrainingWrapper):  # which is trained, and saved in full already
             continue
         depth = 1 + layer.count_below() if isinstance(layer, AdapterLayer) else 0
-        base = layer.get_base_layer() if depth else layer
+        base, kept = (layer.get_base_layer(), layer.ledger.originals) if depth else (layer, {})
         for name, _ in base.named_parameters(recurse=False):
             live = f"{path}{'.base_layer' * depth}.{name}"
-            (adapted if depth else locations)[_in_files(model, live)] = Location(live, base, name)
+            (adapted if depth else locations)[_in_files(model, live)] = Location(live, base, name, None, kept)
     return locations, adapted
 
 
@@ -272,7 +272,7 @@ class Places:
         for key, location in _bias_locations(model, adapter_name).items():
             self._biases[_place(base_location(model, key) or location)] = location
         plain, adapted = ({}, {}) if config.is_prompt_learning else _embedding_locations(model)
-        self._adapted = {_place(location) for location in adapted.values()}
+        self._adapted = {_place(location): location for location in adapted.values()}
         self._embeddings = {_place(location) for location in plain.values()}
         self._raw = self._raw_names(adapter_name, [*keys])
         self._refused: list[str] = []
@@ -312,10 +312,9 @@ class Places:
         location = base_location(self._model, key)
         if location is None:
             return None
-        if _place(location) in self._biases:
-            return self._biases[_place(location)]
-        if _place(location) in self._adapted or (key.endswith("bias") and same(location.tensor, value)):
-            return location
+        known = self._biases.get(_place(location)) or self._adapted.get(_place(location))
+        if known or (key.endswith("bias") and same(location.tensor, value)):
+            return known or location
         if _place(location) in self._embeddings:
             if not same(location.tensor, value):
                 self._replaced.append(key)

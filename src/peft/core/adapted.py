@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.base_op import BaseOp, base_op
-from peft.core.call import current_route
+from peft.core.base_op import BaseOp, ParameterOp, base_op
+from peft.core.call import current_route, fact
 from peft.core.change import Change
 from peft.core.own_forward import has_own_forward
 from peft.core.part import Part
@@ -190,6 +190,11 @@ class AdaptedModule(Part):
         """How many adapter layers this one is around."""
         return 0 if self.below is None else 1 + self.below.count_below()
 
+    def turn(self) -> tuple[bool, int]:
+        """When it acts among the layers around a module: those of parameters, outer ones first, then inner ones."""
+        of_parameter = isinstance(self.op, ParameterOp)
+        return not of_parameter, -self.count_below() if of_parameter else self.count_below()
+
     def get_base_layer(self) -> Any:
         """The base module under all adapter layers."""
         layer = self._modules["base_layer"]
@@ -201,7 +206,7 @@ class AdaptedModule(Part):
     def own_weight(self) -> Tensor:
         """The base module's weight, packed as it may be."""
         base, name = self.get_base_layer(), self.op.weight_name
-        held = base._parameters.get(name)
+        held = base._parameters.get(name) if name else base.weight  # a block has none: AttributeError
         return storage_of(base, name).held(base, name) if held is None else held
 
     def get_base_bias(self) -> Tensor | None:
@@ -231,7 +236,8 @@ class AdaptedModule(Part):
     def _original(self, name: str) -> Tensor:
         """A tensor of the base module without what is merged into it, there also while it is offloaded."""
         base = self.get_base_layer()
-        value = self.ledger.original(base, name)
+        value = fact(f"original {name} {id(base)}")  # where a layer around this one has it changed for the call
+        value = self.ledger.original(base, name) if value is None else value
         if value.is_meta:
             with onloaded(base):
                 value = self.ledger.original(base, name)

@@ -37,6 +37,7 @@ from peft.core.tokens import token_rows, train_tokens
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
 from peft.core.undo import hand_over
 from peft.core.walk import base_parameters, live_key, live_modules, put_back
+from peft.core.whole import alone
 from peft.errors import warn
 
 
@@ -70,7 +71,7 @@ class Injector(Adapters):
         config = config or self.peft_config[adapter_name]
         check_adapter_name(adapter_name)
         reshard()
-        with _no_garbage_collection(), ExitStack() as undo:
+        with alone(self), _no_garbage_collection(), ExitStack() as undo:
             undo.callback(_put_back, config, dict(config.__dict__))
             config = self._prepare_adapter_config(config, model_config_of(model))
             method = self.method(config)

@@ -333,6 +333,22 @@ class AdapterLayer(AdaptedModule):
             return False
         return True
 
+    # ---- scale: `ScaledLayer` has one
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Warns that adapters of this method have no scale, if it is to be another than 1."""
+        if scale != 1 and self.has(adapter):
+            warn(f"A scale is not supported by {self.type_name}: adapter {adapter!r} acts in full.")
+
+    def scale_layer(self, scale: float) -> None:
+        """Warns that adapters of this method have no scale, if it is to be another than 1."""
+        for name in self.live():
+            AdapterLayer.set_scale(self, name, scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """As `scale_layer`; without `scale` there is nothing to undo."""
+        AdapterLayer.scale_layer(self, 1.0 if scale is None else scale)
+
     # ---- what status shows
 
     #: always a list: code that looks into layers knows it so

@@ -193,8 +193,8 @@ def rewrite(layer: AdaptedModule, entries: list[Entry], safe: bool = False, own:
 
 
 def _values(base: nn.Module, ledger: Ledger, entries: Sequence[Entry]) -> dict[str, Tensor]:
-    """The tensors of a base module with adapters merged: those of inner layers first, whatever was merged first."""
-    layers = sorted({id(layer): layer for layer, _ in entries}.values(), key=AdaptedModule.count_below)
+    """The tensors of a base module with adapters merged: those of layers that act first, whatever was merged first."""
+    layers = sorted({id(layer): layer for layer, _ in entries}.values(), key=AdaptedModule.turn)
     values: dict[str, Tensor] = {}
     for layer in layers:
         names = [entry[1] for entry in entries if entry[0] is layer and entry not in ledger.settled]

@@ -162,12 +162,10 @@ def _run_weight(layer: AdaptedModule, changes: Sequence[Change], x: Tensor, *arg
     with onloaded(base):
         weight, bias = _stand_in(layer, changes) or changed(layer, changes)
         if isinstance(layer.op, ParameterOp) and layer.below is not None:
-            # Another parameter of the module has an adapter too, so the layers below must run as well.
-            inner: AdaptedModule | None = layer.below
-            path = layer.op.weight_name
-            while inner is not None:
-                path, inner = f"base_layer.{path}", inner.below
-            return run_with(layer.base_layer, {path: weight}, (x, *args), kwargs)
+            # The module, or a parameter of it, has other adapters too, so the layers below must run as well.
+            name, depth = layer.op.weight_name, layer.count_below()
+            with calling(**{f"original {name} {id(base)}": layer.original_weight()}):
+                return run_with(layer.base_layer, {"base_layer." * depth + name: weight}, (x, *args), kwargs)
         if x.is_floating_point() and weight.dtype != x.dtype and not is_plain(base, layer.op.weight_name):
             # Packed weights have no dtype of their own to compute in.
             dtype = compute_dtype(x)

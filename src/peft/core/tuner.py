@@ -123,7 +123,8 @@ class BaseTuner(Injector):
         """Makes adapters (the active ones if None) part of the base weights; `unmerge_adapter` undoes it bit for bit.
 
         For that, the original of every merged weight is kept: as much memory again as those weights take
-        (`merge_memory()` says how much). A call that raises leaves all weights as they were.
+        (`merge_memory()` says how much). A call that raises leaves all weights as they were. Adapters that are merged
+        act before those that are not: of several that do more than add to a weight, merge the first ones, or all.
 
         Raises:
             ValueError: `safe_merge`, and some weight would not be finite.
@@ -173,10 +174,11 @@ class BaseTuner(Injector):
 
     def unload(self) -> nn.Module:
         """The base model as it was, without adapter layers; merged adapters are taken out first."""
-        for layer in self.layers():
-            if layer.merged:
-                layer.unmerge()
-        return self._unload_and_optionally_merge(merge=False)
+        with alone(self):
+            for layer in self.layers():
+                if layer.merged:
+                    layer.unmerge()
+            return self._unload_and_optionally_merge(merge=False)
 
     _check_merge = unloading.check_merge
     _unload_and_optionally_merge = unloading.unload

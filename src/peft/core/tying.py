@@ -33,12 +33,13 @@ def input_embedding_name(model: Any) -> str:
 
 
 def _plain_weight(module: nn.Module) -> Any:
-    """A module's own weight, whatever wraps it; None where it has none."""
+    """A module's own weight, whatever wraps it and is merged into it; None where it has none."""
     while True:
-        inside = module._modules
+        inside, ledger = module._modules, module.__dict__.get("ledger")
         inner = inside.get("token_adapter") or inside.get("base_layer") or inside.get("original_module")
-        if inner is None:
-            return module._parameters.get("weight")
+        kept = ledger and ledger.originals.get("weight")
+        if inner is None or isinstance(kept, nn.Parameter):  # merged into a weight of its own
+            return module._parameters.get("weight") if inner is None else kept
         module = inner
 
 

@@ -18,6 +18,7 @@ from peft.core.storage.flat import check_uncut
 from peft.core.tokens import TrainableTokensLayer
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import live_key, put_back, with_progress
+from peft.core.whole import alone
 from peft.errors import warn
 
 
@@ -103,40 +104,42 @@ def unload(
     adapter_names: Sequence[str] | None = None,
 ) -> nn.Module:
     """Takes all parts off the model, after merging for good if `merge`, and returns it."""
-    model: nn.Module = tuner.model
-    adapter_names = None if adapter_names is None else as_names(adapter_names)
-    parts = list(reversed(tuner.parts()))
-    shared = _shared_weights(model) if merge else set()
-    tied = _tied_alike(tuner, tuner.active_adapters if adapter_names is None else adapter_names) if merge else []
-    were_tied = tied_embedding_modules(model) if merge else []
-    left: dict[Part, nn.Module | None] = {}
-    for key, part in with_progress(parts, progressbar, "Merging" if merge else "Unloading"):
-        if isinstance(part, AdapterLayer):
-            if merge:
-                part.merge(safe_merge, adapter_names, keep=False, own=_is_shared(part, shared))
-        elif merge and _is_left(tuner, part):
-            warn(
-                f"{type(tuner).__name__} leaves {key!r} in its {type(part).__name__}, with what was trained in effect;"
-                " its `current_module()` is the plain module."
-            )
-            continue
-        left[part] = part.unload(merge, adapter_names)
-        put_back(model, key, left[part])
-    take_away_everywhere(model, left)
-    for key in tied[1:]:
-        model.get_submodule(key).weight = model.get_submodule(tied[0]).weight
-    if were_tied and tied_embedding_modules(model) != were_tied:
-        _note_untied(model)
-    tuner._parts = None
-    see_to_fast_paths(model)
-    methods, names = tuner.methods(), list(tuner.peft_config)
-    if "peft_config" in model.__dict__:
-        del model.peft_config
-    tuner.peft_config = {}
-    for method in methods:
-        for name in names:
-            method.removed(name)
-    return model
+    with alone(tuner):
+        model: nn.Module = tuner.model
+        adapter_names = None if adapter_names is None else as_names(adapter_names)
+        parts = list(reversed(tuner.parts()))
+        shared = _shared_weights(model) if merge else set()
+        tied = _tied_alike(tuner, tuner.active_adapters if adapter_names is None else adapter_names) if merge else []
+        were_tied = tied_embedding_modules(model) if merge else []
+        left: dict[Part, nn.Module | None] = {}
+        layers = [part for _, part in parts if merge and isinstance(part, AdapterLayer)]
+        last = {id(layer.ledger): layer for layer in layers}  # those before it around its module need the original
+        for layer in with_progress(layers, progressbar and merge, "Merging"):
+            layer.merge(safe_merge, adapter_names, last[id(layer.ledger)] is not layer, _is_shared(layer, shared))
+        for key, part in with_progress(parts, progressbar and not merge, "Unloading"):
+            if merge and not isinstance(part, AdapterLayer) and _is_left(tuner, part):
+                warn(
+                    f"{type(tuner).__name__} leaves {key!r} in its {type(part).__name__}, with what was trained in"
+                    " effect; its `current_module()` is the plain module."
+                )
+                continue
+            left[part] = part.unload(merge, adapter_names)
+            put_back(model, key, left[part])
+        take_away_everywhere(model, left)
+        for key in tied[1:]:
+            model.get_submodule(key).weight = model.get_submodule(tied[0]).weight
+        if were_tied and tied_embedding_modules(model) != were_tied:
+            _note_untied(model)
+        tuner._parts = None
+        see_to_fast_paths(model)
+        methods, names = tuner.methods(), list(tuner.peft_config)
+        if "peft_config" in model.__dict__:
+            del model.peft_config
+        tuner.peft_config = {}
+        for method in methods:
+            for name in names:
+                method.removed(name)
+        return model
 
 
 def _is_left(tuner: Adapters, part: Part) -> bool:
