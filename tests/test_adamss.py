@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import peft
+from peft.ops.rank_budget import track_sensitivity
 from peft.ops.subspaces import (
     above,
     cluster_basis,
@@ -14,7 +15,6 @@ from peft.ops.subspaces import (
     leading_vectors,
     spread_rows,
     subspaces_at,
-    track_importance,
 )
 
 pytest.importorskip("sklearn")
@@ -87,7 +87,7 @@ def test_the_number_of_subspaces_falls():
 
 def test_importance_is_measured_against_the_mean_so_far():
     mean, spread = torch.tensor([1.0]), torch.tensor([0.0])
-    track_importance(mean, spread, torch.tensor([-2.0]), torch.tensor([1.5]), 0.9, 0.5)
+    track_sensitivity(mean, spread, torch.tensor([-2.0]), torch.tensor([1.5]), 0.9, 0.5, before=True)
     torch.testing.assert_close(spread, torch.tensor([1.0]))
     torch.testing.assert_close(mean, torch.tensor([1.2]))
 

@@ -378,7 +378,7 @@ def test_frod_refuses_what_it_cannot_mean():
     with pytest.raises(ValueError, match="sparse_rate"):
         peft.FrodConfig(sparse_rate=1.5)
     model = peft.get_peft_model(Blocks(), frod())
-    with pytest.raises(ValueError, match="same projection key"):
+    with pytest.raises(ValueError, match="same projection_prng_key"):
         model.add_adapter("other", frod(projection_prng_key=3))
 
 

@@ -345,13 +345,9 @@ class Adapters(nn.Module):
     uses_shared_state: ClassVar[bool] = False
 
     def __init_subclass__(
-        cls,
-        layer: type[AdapterLayer] | None = None,
-        method: type[Method] | None = None,
-        prefix: str | None = None,
-        **kwargs: Any,
+        cls, layer: type[AdapterLayer] | None = None, method: type[Method] | None = None, prefix: str = "", **rest: Any
     ) -> None:
-        super().__init_subclass__(**kwargs)
+        super().__init_subclass__(**rest)
         cls.layer_class, cls.method_class = layer or cls.layer_class, method or cls.method_class
         cls.prefix = prefix or cls.prefix
         cls.uses_shared_state = any(slot.shared for slot in cls.layer_class.slots.values())

@@ -19,12 +19,16 @@ def budget_at(step: int, first: int, last: int, start: int, target: int) -> int:
 
 
 def track_sensitivity(
-    mean: Tensor, spread: Tensor, weight: Tensor, gradient: Tensor, beta1: float, beta2: float
+    mean: Tensor, spread: Tensor, weight: Tensor, gradient: Tensor, beta1: float, beta2: float, before: bool = False
 ) -> None:
-    """Brings moving averages up to date, in place: of the sensitivity |w dL/dw|, and of its distance from its mean."""
+    """Brings moving averages up to date, in place: of the sensitivity |w dL/dw|, and of its distance from its mean.
+
+    With `before`, from the mean as it was before this step.
+    """
     sensitivity = (weight * gradient).abs_()
+    middle = mean.clone() if before else mean
     mean.lerp_(sensitivity, 1 - beta1)
-    spread.lerp_((sensitivity - mean).abs_(), 1 - beta2)
+    spread.lerp_((sensitivity - middle).abs_(), 1 - beta2)
 
 
 def triplet_scores(a: Tensor, b: Tensor, e: Tensor) -> Tensor:

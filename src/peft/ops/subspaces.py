@@ -67,15 +67,6 @@ def subspaces_at(step: int, first: int, last: int, start: int, target: int, expo
     return int(target + (start - target) * left**exponent)
 
 
-def track_importance(
-    mean: Tensor, spread: Tensor, weight: Tensor, gradient: Tensor, beta1: float, beta2: float
-) -> None:
-    """Brings moving averages up to date, in place: of |w dL/dw|, and of its distance from the mean so far."""
-    importance = (weight * gradient).abs_()
-    spread.lerp_((importance - mean).abs_(), 1 - beta2)
-    mean.lerp_(importance, 1 - beta1)
-
-
 def above(scores: Tensor, count: int) -> Tensor:
     """Which scores [n] are above the one that is `count`-th from the top, so one fewer than `count`; at least one is.
 

@@ -18,6 +18,7 @@ from peft.core.method import Method
 from peft.core.slots import FixedSlot, ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
 from peft.core.walk import layers_of
+from peft.ops.rank_budget import track_sensitivity
 from peft.ops.subspaces import (
     above,
     cluster_basis,
@@ -25,7 +26,6 @@ from peft.ops.subspaces import (
     leading_vectors,
     spread_rows,
     subspaces_at,
-    track_importance,
 )
 from peft.registry import PeftType
 from peft.values import NonNegativeFloat, PositiveInt
@@ -179,7 +179,7 @@ class AdamssLayer(AdapterLayer):
             if parameter.grad is not None:
                 means = kept.setdefault(parameter, (torch.zeros_like(parameter), torch.zeros_like(parameter)))
                 betas = config.asa_importance_beta, config.asa_uncertainty_beta
-                track_importance(*means, parameter, parameter.grad, *betas)
+                track_sensitivity(*means, parameter, parameter.grad, *betas, before=True)
 
     def scores(self, name: str) -> dict[int, Tensor]:
         """The importance of those subspaces that have had gradients."""

@@ -20,7 +20,7 @@ from peft.core.tuner import BaseTuner
 from peft.ops.singular import Framed, common_basis, coordinates
 from peft.ops.sparse import Entries, off_diagonal_positions
 from peft.registry import PeftType
-from peft.values import Fraction, NonNegativeFloat
+from peft.values import Fraction, NonNegativeFloat, Share
 
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 
@@ -59,17 +59,12 @@ class FrodConfig(LayoutConfig, peft_type=PeftType.FROD):
     save_projection: bool = True
     frod_dropout: Fraction = 0.0
     init_weights: bool = True
-    sparse_rate: float = 0.01
+    sparse_rate: Share = 0.01
     regularization_alpha: NonNegativeFloat = 0.001
     progressbar: bool = True
     runtime_offload_base_weight: bool = False
 
     beyond_reference = ("target_parameters", "exclude_modules")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.sparse_rate <= 1:
-            raise ValueError(f"sparse_rate must be between 0 and 1, got {self.sparse_rate}.")
 
 
 class FrodLayer(AdapterLayer):
@@ -126,13 +121,7 @@ class FrodLayer(AdapterLayer):
 class FrodMethod(Method):
     """What FRoD shares: for each kind of layer a basis, and the places of the sparse entries."""
 
-    def check_config(self, adapter_name: str, config: FrodConfig) -> None:
-        others = [other for name, other in self.configs.items() if name != adapter_name]
-        if any(other.projection_prng_key != config.projection_prng_key for other in others):
-            raise ValueError(
-                "All FRoD adapters of a model need the same projection key, got projection_prng_key="
-                f"{sorted({c.projection_prng_key for c in (*others, config)})}."
-            )
+    common_fields = ("projection_prng_key",)
 
     def plan_settings(self, plan: Plan, config: FrodConfig) -> dict[str, dict[str, Any]]:
         sizes: dict[str, int] = {}

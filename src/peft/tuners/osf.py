@@ -21,8 +21,6 @@ from peft.ops.singular import keeping_off
 from peft.registry import PeftType
 from peft.values import PositiveFloat
 
-_FIXED = ("osf_U_high", "osf_V_high", "osf_start")
-
 
 @dataclass
 class OSFConfig(LayerConfig, peft_type=PeftType.OSF):

@@ -101,7 +101,9 @@ def of_svd(layer: AdapterLayer, u: Tensor, s: Tensor, vh: Tensor, rank: int) -> 
 
 def check_plain(layer: Any, name: str) -> None:
     """Raises ValueError where an adapter has tensors beside the factors and their bias, so that they say not all."""
-    more = _beside_factors(layer, name)
+    variant = layer.lora_variant.get(name)
+    more = set(layer.key_map(name)) - {*FACTOR_KEYS, "lora_B.bias"}
+    more = more or (set() if variant is None else {variant.label})
     if more:
         raise ValueError(
             f"Adapter {name!r} has {', '.join(sorted(more))} beside its factors, so its change is not their product,"
@@ -116,12 +118,6 @@ def check_own(layer: AdapterLayer) -> None:
             f"{type(layer.get_base_layer()).__name__} of Megatron holds a part of a weight, and this needs the whole."
             " Of LoRAs on it, add_weighted_adapter makes 'linear' and 'cat' combinations."
         )
-
-
-def _beside_factors(layer: Any, name: str) -> set[str]:
-    variant = layer.lora_variant.get(name)
-    more = set(layer.key_map(name)) - {*FACTOR_KEYS, "lora_B.bias"}
-    return more or (set() if variant is None else {variant.label})
 
 
 def base_blocks(layer: AdapterLayer) -> Tensor:

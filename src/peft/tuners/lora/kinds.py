@@ -106,15 +106,9 @@ class ParamWrapper(LoraLayer):
     label = "lora.{name}"
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str | None = None,
-        parameter_name: str | None = None,
-        config: LoraConfig | None = None,
-        r: int = 0,
-        lora_alpha: float = 1,
-        **kwargs: Any,
-    ):
+        self, base_layer: nn.Module, adapter_name: str | None = None, parameter_name: str | None = None,
+        config: LoraConfig | None = None, r: int = 0, lora_alpha: float = 1, **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(base_layer, adapter_name, config, r, lora_alpha, parameter_name, **kwargs)
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:

@@ -72,21 +72,16 @@ def lengthen(inputs: dict[str, Any], name: str, front: Tensor) -> None:
     inputs[name] = torch.cat((front.to(value), value), dim=1)
 
 
-_ABSENT = object()
-
-
 @contextmanager
 def replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
     """For a while, `owner.name` is `value`."""
-    before = owner.__dict__.get(name, _ABSENT)
+    before = {key: own for key, own in owner.__dict__.items() if key == name}
     owner.__dict__[name] = value
     try:
         yield
     finally:
-        if before is _ABSENT:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before
+        del owner.__dict__[name]
+        owner.__dict__.update(before)
 
 
 class VirtualTokens(nn.Module):
