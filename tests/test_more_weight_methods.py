@@ -335,6 +335,33 @@ def test_pvera_trains_means_and_variances():
     assert (layer_of(model).pvera_lambda_b["default"].grad != 0).all()
 
 
+class _Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.o(self.q(x) * self.k(x))
+
+
+def test_pvera_projects_what_several_layers_get_once(monkeypatch):
+    model = peft.get_peft_model(_Attention(), peft.PveraConfig(r=4, target_modules=["q", "k", "o"], generator_seed=1))
+    fill_adapter(model)
+    x, outcomes, made = torch.randn(6, 16, requires_grad=True), [], []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr("peft.tuners.pvera.F.linear", lambda x, w, *b: made.append(w.shape) or linear(x, w, *b))
+    for run in (model, model.base_model.model):  # the second knows of no call
+        for layer in model.base_model.layers():
+            layer.generator.clear()
+        made.clear()
+        y = run(x)
+        outcomes.append(
+            [y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in model.parameters() if p.requires_grad)])]
+        )
+        assert made.count((8, 16)) == (2 if run is model else 3)
+    torch.testing.assert_close(*outcomes)
+
+
 @over("changes", [{"projection_prng_key": 1}, {"save_projection": False}])
 @over("config", [peft.VeraConfig, peft.PveraConfig, peft.RandLoraConfig])
 def test_projections_are_the_same_for_all_adapters_of_a_model(config, changes):

@@ -30,14 +30,22 @@ def _framed(values, diagonal, transposed=False):
 KINDS = {
     "dense": ([(OUT, IN)], Dense),
     "made": ([(OUT, 2), (2, IN)], lambda b, a: Made(lambda b, a: WEIGHT.to(b) * torch.tanh(b @ a), (b, a))),
+    "made onto": (
+        [(OUT, 2), (2, IN)],
+        lambda b, a: Made(
+            lambda b, a: WEIGHT.to(b) * (b @ a), (b, a), onto=lambda w, b, a: torch.addcmul(w, WEIGHT.to(b), b @ a)
+        ),
+    ),
     "entries": ([(9,)], lambda values: Entries.at(draw_places(OUT, IN, 9, 0), values, (OUT, IN))),
     "many entries": ([(40,)], lambda values: Entries.at(draw_places(OUT, IN, 40, 0), values, (OUT, IN))),
     "tiled": ([(3, OUT)], lambda block: Tiled(block, IN)),
     "kronecker": ([(2, 4), (3, 2)], Kron),
     "hadamard": ([(OUT, 2), (2, IN), (OUT, 2), (2, IN)], HadamardProduct),
     "product": ([(2, IN), (OUT, 2)], lambda down, up: Product(down, up, 0.5)),
+    "product of many ranks": ([(20, IN), (OUT, 20)], Product),
     "spectrum": ([(7,)], lambda values: Spectrum(values, draw_frequencies(OUT, IN, 7, 0), OUT, IN)),
     "wavelets": ([(5,)], lambda values: Wavelets(values, draw_places(OUT, IN, 5, 0), "db2", OUT, IN)),
+    "few wavelets": ([(3,)], lambda values: Wavelets(values, draw_places(OUT, IN, 3, 0), "db1", OUT, IN)),
     "circulant": ([(3, 4, 2)], BlockCirculant),
     "framed": ([(5,), (IN,)], _framed),
 }

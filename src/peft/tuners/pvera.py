@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +13,14 @@ from torch import Tensor, nn
 
 from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp
+from peft.core.call import calling, fact
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
 from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
+from peft.ops.lora import needs_plain
 from peft.registry import PeftType
 from peft.values import Fraction, PositiveInt
 
@@ -84,9 +89,19 @@ class PveraLayer(AdapterLayer):
 
     def sample(self, name: str, x: Tensor, a: Tensor, d: Tensor) -> Tensor:
         """z for each vector of x [..., in]: [..., r]."""
-        mean, log_variance = (F.linear(x, a.to(x.dtype)) * d.to(x.dtype)).chunk(2, dim=-1)
+        mean, log_variance = (self.product(name, x, a) * d.to(x.dtype)).chunk(2, dim=-1)
         noise = torch.randn(mean.shape, generator=self.noise(name, x), dtype=mean.dtype, device=mean.device)
         return mean + noise * torch.exp(0.5 * log_variance)
+
+    def product(self, name: str, x: Tensor, a: Tensor) -> Tensor:
+        """A x: once for layers that get the same input one after the other, as the projections of attention do."""
+        last = None if needs_plain(x) else fact("pvera_last")
+        if last is None:
+            return F.linear(x, a.to(x.dtype))
+        key = name, x._version, torch.is_grad_enabled()
+        if last.get("input") is not x or last["key"] != key:
+            last.update(input=x, key=key, product=F.linear(x, a.to(x.dtype)))
+        return last["product"]
 
     def noise(self, name: str, x: Tensor) -> torch.Generator | None:
         """The generator that adapter `name` draws from here; None for torch's own."""
@@ -100,6 +115,9 @@ class PveraMethod(Method):
     """What PVeRA shares: the projections, as large as the largest of its layers."""
 
     common_fields = ("projection_prng_key", "save_projection")
+
+    def around_forward(self, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        return calling(pvera_last={})
 
     def share(self, plan: Plan, config: PveraConfig, adapter_name: str) -> dict[str, Tensor]:
         ops: list[BaseOp] = [target.op for target in plan.targets]
