@@ -153,17 +153,19 @@ class LowRank(Change):
         dtype = compute_dtype(x) if x.is_floating_point() else dtype
         x = x.to(dtype) if x.is_floating_point() else x
         x = F.dropout(x, self.dropout) if self.dropout else x
+        scaled = not isinstance(self.scale, float) or self.scale != 1.0
         if not op.linear:
             up = self.up if self.middle is None else self.up * self.middle
-            change = op.low_rank(module, x, self.down.to(dtype), up.to(dtype))
+            change = op.low_rank(module, x, self.down.to(dtype), (up * self.scale if scaled else up).to(dtype))
         else:
             low = F.linear(x, self.down.to(dtype)) if self.low is None else self.low(x)
             low = low if self.middle is None else low * self.middle.to(low.dtype)
+            if scaled and self.high is None:  # the thin one of the two: fewer numbers to multiply
+                low, scaled = low * self.scale, False
             change = F.linear(low, self.up.to(low.dtype)) if self.high is None else self.high(low)
+            change = change * self.scale if scaled else change
         if self.factors is not None:
             change = change * op.along_output(module, self.factors.to(change.dtype))
-        if not isinstance(self.scale, float) or self.scale != 1.0:
-            change = change * self.scale
         if self.offset is not None and self.high is None:
             change = change + op.along_output(module, self.offset.to(change.dtype))
         return change.to(dtype)
