@@ -117,7 +117,7 @@ def on_pair(kind: str, methods: list[str], extra: dict[str, Any], **settings: An
         # docs/differences.md: Lily's router averages over the samples of each adapter by themselves, and what several
         # adapters train in full cannot differ from sample to sample.
         routed=not in_full and "LILY" not in methods,
-        combines=methods == ["LORA"] and kind not in PARAMETERS and "target_parameters" not in extra,
+        combines=methods == ["LORA"] and kind not in PARAMETERS and not {"target_parameters", "bias"} & extra.keys(),
         build=partial(pair, make),
     )
     return Case(methods=methods, config=config, **{**given, **settings})
@@ -151,8 +151,12 @@ def biases(data: st.DataObject) -> Case:
     """Any method that also trains biases of the base model."""
     method = data.draw(st.sampled_from([m for m in LAYER_METHODS if m not in ("BEFT", "TRAINABLE_TOKENS")]))
     kind = data.draw(st.sampled_from(kinds_of(method)))
-    only = f"{row_of(method).config_class().peft_type.value.lower()}_only"
-    return on_pair(kind, [method], {"bias": data.draw(st.sampled_from(["all", only]))})
+    only = f"{config_for(method, kind).peft_type.value.lower()}_only"
+    bias = data.draw(st.sampled_from(["all", only]))
+    # convolutions have a linear layer beside them that is not called
+    return on_pair(
+        kind, [method], {"bias": bias}, idle=bias == "all" and kind.startswith(("Conv1d", "Conv2d", "Conv3d"))
+    )
 
 
 def around(data: st.DataObject) -> Case:
@@ -172,7 +176,7 @@ def quantised(data: st.DataObject) -> Case:
     inputs = {"x": make().inputs(torch.Generator().manual_seed(7))}
     return on_pair(
         "Linear", [method], {}, build=partial(pair, make), inputs=inputs, rounds=True, routed=method != "LILY",
-        pickles="torchao" not in storage,
+        pickles=storage == "hqq",  # else the base model itself does not come out of a pickle as it was
     )  # fmt: skip
 
 
@@ -287,7 +291,7 @@ def xlora(data: st.DataObject) -> Case:
     classifier = ("base_model.internal_xlora_classifier",)
     return on_llama(
         ["XLORA"], config, {}, mergeable=False, several=False, routed=False, most=1, beside=classifier,
-        members=tuple(experts()),
+        members=tuple(experts()), pickles=False,  # transformers leaves local functions as hooks
     )  # fmt: skip
 
 
