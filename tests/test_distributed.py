@@ -23,14 +23,15 @@ FEW = [
     ("LORA", "FSDP2"), ("HRA", "FSDP2 first"), ("IA3", "TP colwise"), ("LORA DoRA", "TP rowwise"),
     ("VBLORA", "FSDP1"), ("LORA DoRA", "FSDP1 flat"), ("LORA DoRA", "ZeRO-3 first"), ("LN_TUNING", "ZeRO-3"),
     ("XLORA", "FSDP1 flat"), ("SHADOW", "FSDP1"), ("SHADOW", "DDP"), ("SHADOW", "FSDP2 first"),
-    ("ADAPTION_PROMPT", "FSDP1"), ("LORA experts", "ZeRO-3 first"),
+    ("ADAPTION_PROMPT", "FSDP1"), ("LORA experts", "ZeRO-3 first"), ("LORA modules_to_save", "ZeRO-3 first"),
 ]  # fmt: skip
 EVERY = [(method, name) for name, way in runs.SHARDINGS.items() for method in way.methods or runs.ALL_METHODS]
 CELLS = EVERY if ALL else FEW
 #: what is refused, by what is said of it: the library does, but for torch's word on units of FSDP1
 REFUSED = [
-    "fully_shard holds the biases", "works on the keys and values of all attention heads",
+    "is to train are shared out already", "works on the keys and values of all attention heads",
     "limits the size of its tensors", "that tensor parallelism shares out", "uniform `requires_grad`",
+    "which is not supported by",
 ]  # fmt: skip
 #: seconds for a cell; processes that take longer are ended
 LIMIT = 600.0 if ALL else 120.0

@@ -12,7 +12,7 @@ from peft.core import merge as merging
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, as_names
-from peft.core.storage.sharded import is_managed
+from peft.core.storage.sharded import is_dtensor, is_managed
 from peft.core.storage.shared import whole
 from peft.core.walk import live_modules, parts_of
 
@@ -131,9 +131,9 @@ def train_biases(
     layers = [part for _, part in parts if isinstance(part, AdapterLayer)]
     copied: dict[int, nn.Parameter] = {}
     for module, names in _modules_with_biases(layers, model, adapter_name, layer_class):
-        if is_managed(module):
+        if is_managed(module) or any(is_dtensor(module._parameters[name]) for name in names):
             raise ValueError(
-                f"fully_shard holds the biases of a {type(module).__name__} that adapter {adapter_name!r} is to train:"
+                f"Biases of a {type(module).__name__} that adapter {adapter_name!r} is to train are shared out already:"
                 " put the adapter on before fully_shard, or train no biases (bias='none')."
             )
         biases = module._modules.get(_CHILD)

@@ -101,6 +101,8 @@ class Mastered(Shared):
 class Partitioned(Mastered):
     """ZeRO-3's parameters."""
 
+    apart = True
+
     def holds(self, tensor: Any) -> bool:
         return hasattr(tensor, "ds_id")
 
