@@ -49,7 +49,7 @@ $(ZERO): $(READY)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q --no-build-isolation -c constraints.txt setuptools deepspeed
 	touch $@
 
-# Some 700 cells, a few seconds each; what was found goes to tests/data/distributed.json, and from there to docs.
+# Some 700 cells, one to three seconds each on two cores; what was found goes to tests/data/distributed.json, and from there to docs.
 # CELLS="-k 'LORA and DDP'" runs some of them.
 test-distributed: $(READY) $(ZERO)
 	PEFT_DISTRIBUTED=all OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false timeout 5h \

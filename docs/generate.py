@@ -415,7 +415,9 @@ def distributed_page() -> str:
         cells_ = [found.get(method, "") for found in record.values()]  # empty: not tried
         row = [cell if cell in ("", "yes") else _note(_why(cell), notes) for cell in cells_]
         lines.append(f"| {method} | " + " | ".join(row) + " |")
-    lines += ["", *(f"{number}. {note}" for note, number in notes.items()), ""]
+    tried = [cell for found in record.values() for cell in found.values()]
+    lines += ["", f"{len(tried)} cells tried, {tried.count('yes')} as in one process; the others:", ""]
+    lines += [*(f"{number}. {note}" for note, number in notes.items()), ""]
     page = DISTRIBUTED.read_text(encoding="utf-8")
     head, tail = page.split(TABLE_BEGINS)[0], page.split(TABLE_ENDS)[1]
     return head + TABLE_BEGINS + "\n" + "\n".join(lines) + TABLE_ENDS + tail
