@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.storage.shared import Shared
+from peft.core.storage.shared import Shared, is_one_of_many
 from peft.ops.internals import fsdp_modules, is_put_away
 
 
@@ -116,15 +116,10 @@ def call_whole(module: nn.Module, *args: Any) -> Any:
         return type(module).forward(module, *args)  # past the hooks of tensor parallelism, for the weight is whole
 
 
-def _is_one_of() -> bool:
-    """Whether this process is one of several; a walk through a large model takes long."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def agree(tensors: Iterable[Tensor], model: nn.Module) -> None:
     """Gives new tensors the values of the first of the processes that share a model out; a call of all of them."""
-    shared: list[Any] = [parameter for parameter in model.parameters() if is_dtensor(parameter)] if _is_one_of() else []
-    meshes = [parameter.device_mesh for parameter in shared]
+    held: Any = model.parameters() if is_one_of_many() else ()
+    meshes = [parameter.device_mesh for parameter in held if is_dtensor(parameter)]
     if not meshes:
         return
     mesh = max(meshes, key=lambda mesh: mesh.ndim)
@@ -143,7 +138,7 @@ def average_gradients(model: nn.Module) -> None:
     It does so over the processes that have samples of their own. Parameters are looked for in each forward pass, as
     some may come later or be replaced.
     """
-    modules = model.modules() if _is_one_of() else ()
+    modules = model.modules() if is_one_of_many() else ()
     held = [p for m in modules if is_managed(m) for p in m._parameters.values() if is_dtensor(p)]
     if held and _join not in model._forward_pre_hooks.values():
         parameter: Any = held[0]

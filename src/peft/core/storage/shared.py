@@ -109,6 +109,11 @@ class Shared(Storage):
 KINDS: list[Shared] = []
 
 
+def is_one_of_many() -> bool:
+    """Whether this process is one of several: else nothing is shared out, and nobody has to walk through a model."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def kind_of(tensor: Any) -> Shared | None:
     """How a tensor is shared out; None if it is not."""
     return next((kind for kind in KINDS if kind.holds(tensor)), None)
@@ -153,9 +158,9 @@ def with_gradient(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
 @contextmanager
 def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While it lasts, the tensors in these modules are whole; gradients go to the parts of all processes."""
-    modules = list(modules)
+    modules = list(modules) if is_one_of_many() else []
     with ExitStack() as stack:
-        for kind in KINDS:
+        for kind in KINDS if modules else ():
             stack.enter_context(kind.gathered(modules))
         yield
 
