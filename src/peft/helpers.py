@@ -247,7 +247,7 @@ def _best(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is a share of all modules, more than 0 and at most 1; got {top_p}.")
     if num_modules is not None and num_modules < 0:
-        raise ValueError(f"num_modules must not be negative, got {num_modules}.")
+        raise ValueError(f"num_modules must be non-negative, got {num_modules}.")
     names = sorted(numbers, key=lambda name: numbers[name])
     if num_modules is not None:
         return names[:num_modules]

@@ -30,9 +30,10 @@ def low_rank_as_weight(down: Tensor, up: Tensor, rows: int, narrow: int, wide: i
     # As factors there are two products forward, two back to the input, and one back to each that is learned. As a
     # weight it is made forward and backward; see `Product.gradients` for the rest.
     rank, both = len(down), narrow + wide
-    learned = down.requires_grad + up.requires_grad
-    thin = 2 * both + down.requires_grad * down.shape[1] + up.requires_grad * len(up)
-    back = min(learned * rows * rank * both, bool(learned) * rows * narrow * wide + learned * rank * narrow * wide)
+    a, b = down.requires_grad, up.requires_grad
+    a, b = (a, b) if a or b else (True, True)  # what has been trained and loaded is to act as before, to the last bit
+    learned, thin = a + b, 2 * both + a * down.shape[1] + b * len(up)
+    back = min(learned * rows * rank * both, rows * narrow * wide + learned * rank * narrow * wide)
     return 2 * rank * narrow * wide + back < rows * rank * thin
 
 
