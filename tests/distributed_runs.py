@@ -182,7 +182,8 @@ def alone(method: str, targets: tuple[str, ...], splits_batch: bool) -> Alone:
     with torch.no_grad():
         output = model(**batch(method)).logits  # the first: some methods then limit the size of their tensors
     state = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
-    trained_values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    own = ((name, p) for name, p in model.named_parameters() if p.requires_grad or "default" in name.split("."))
+    values = {name: p.detach().clone() for name, p in own}
 
     def mean_loss() -> Tensor:  # some methods (Lily) average over all tokens that they are given
         return torch.stack([model(**batch(method, rows)).loss for rows in shares(splits_batch)]).mean()
@@ -199,7 +200,7 @@ def alone(method: str, targets: tuple[str, ...], splits_batch: bool) -> Alone:
         allocate(model, len(trained))
         optimizer.step()
         trained.append(float(step.detach()))
-    return Alone(state, trained_values, output, loss.detach(), gradients, trained)
+    return Alone(state, values, output, loss.detach(), gradients, trained)
 
 
 def shared_out(method: str, sharding: Sharding, expected: Alone) -> tuple[PeftModel, Any]:

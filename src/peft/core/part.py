@@ -50,7 +50,7 @@ class Part(nn.Module):
     groups = Setting[dict[str, str]]()
 
     #: shared slots that are left to the model around
-    _left: frozenset[str] = frozenset()
+    _left: tuple[str, ...] = ()
     _active: list[str]
     #: the adapters that were made trainable last
     _trained: set[str]
@@ -188,7 +188,8 @@ class Part(nn.Module):
 
     def leave_shared(self) -> None:
         """Leaves what layers share to the model around, which holds it as well."""
-        self.__dict__["_left"] = frozenset(slot for slot, kind in self.slots.items() if kind.shared or kind.several)
+        left = (slot for slot, kind in self.slots.items() if kind.shared or kind.several)
+        self.__dict__["_left"] = tuple(left)  # in the same order in all processes
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Without what is left to the model around: `fully_shard` of a block finds its parameters in this way."""
