@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: row of docs/benchmarks.md -> its name in the picture; in the order of the READMEs' tables
 ROWS = {
     "`from peft import LoraConfig, PeftModel, get_peft_model` / `import torch`": "import of LoraConfig, get_peft_model",
-    "step, bf16": "a training step in bfloat16",
+    "step, fp32, dropout 0.1": "a training step, LoRA with dropout",
     "bytes kept, fp32, dropout 0.1": "memory kept for backward, LoRA with dropout",
     "token, fp32, 32 different / one": "a token for 32 users with an adapter each",
     "from_pretrained / load_file and copy": "loading an adapter of 200 MB",
