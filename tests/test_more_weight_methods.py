@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import peft
 from peft.ops.circulant import BlockCirculant, circulant_blocks, circulant_product
@@ -360,6 +361,20 @@ def test_pvera_projects_what_several_layers_get_once(monkeypatch):
         )
         assert made.count((8, 16)) == (2 if run is model else 3)
     torch.testing.assert_close(*outcomes)
+
+
+def test_pvera_in_a_block_that_checkpointing_runs_again():
+    """Where the block's input is that of the layer, the second run computes what the first has."""
+    model = peft.get_peft_model(nn.Sequential(_Attention()), peft.PveraConfig(r=4, target_modules=["q", "k"])).train()
+    block = fill_adapter(model).get_base_model()[0]
+    x, gradients = torch.randn(3, 16, requires_grad=True), []
+    plain = block.forward
+    for forward in (plain, lambda x: checkpoint(plain, x, use_reentrant=False)):
+        block.forward = forward
+        torch.manual_seed(1)
+        trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+        gradients.append(torch.autograd.grad(model(x).square().sum(), trained))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 @over("changes", [{"projection_prng_key": 1}, {"save_projection": False}])

@@ -20,7 +20,8 @@ from peft.core.method import Method
 from peft.core.plan import Plan
 from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.lora import needs_plain
+from peft.ops.internals import backward_pass
+from peft.ops.lora import compute_dtype, needs_plain
 from peft.registry import PeftType
 from peft.values import Fraction, PositiveInt
 
@@ -98,7 +99,8 @@ class PveraLayer(AdapterLayer):
         last = None if needs_plain(x) else fact("pvera_last")
         if last is None:
             return F.linear(x, a.to(x.dtype))
-        key = name, x._version, torch.is_grad_enabled()
+        # Checkpointing runs a block once more in the backward pass, and wants it to compute all that it did before.
+        key = name, x._version, compute_dtype(x), torch.is_grad_enabled(), backward_pass()
         if last.get("input") is not x or last["key"] != key:
             last.update(input=x, key=key, product=F.linear(x, a.to(x.dtype)))
         return last["product"]
