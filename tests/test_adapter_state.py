@@ -245,6 +245,22 @@ def test_a_pattern_of_layers_that_fits_nothing_is_warned_of():
 # ------------------------------------------------------------------------------------------ many adapters
 
 
+def calls_of(do):
+    """How many functions are called."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        do()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 @pytest.mark.parametrize("operation", ["add_adapter", "set_adapter", "forward"])
 def test_what_is_done_to_one_adapter_takes_no_longer_with_many_beside_it(operation):
     model = two()
@@ -259,17 +275,7 @@ def test_what_is_done_to_one_adapter_takes_no_longer_with_many_beside_it(operati
             "set_adapter": lambda name=f"a{count - 1}": model.set_adapter(name),
             "forward": lambda: logits(model),
         }[operation]
-        seen = [0]
-
-        def note(frame, event, argument, seen=seen):
-            seen[0] += event in ("call", "c_call")
-
-        sys.setprofile(note)
-        try:
-            do()
-        finally:
-            sys.setprofile(None)
-        calls.append(seen[0])
+        calls.append(calls_of(do))
         if operation == "add_adapter":
             model.delete_adapter("new")
     assert calls[1] < 1.3 * calls[0], calls

@@ -279,9 +279,8 @@ class AdaptedModule(Part):
         self.configs[name] = config
         for setting in self.other_param_names:
             field = getattr(type(self), setting).field
-            values = getattr(self, setting)  # made here: a pass that made it would be compiled once more
             if hasattr(config, field):
-                values[name] = getattr(config, field)
+                getattr(self, setting)[name] = getattr(config, field)
 
     def add_slot(self, name: str, slot: Slot) -> None:
         """Makes room for one more kind of tensor on this layer."""
