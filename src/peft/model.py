@@ -137,7 +137,7 @@ class PeftModel(SavedAdapters, Delegated):
 
     def _switch(self, on: bool) -> None:
         if self._tuner is None:
-            with self._whole(()) as parts:
+            with self._whole() as parts:
                 for part in parts:
                     part.enable_adapters(on)
                 self._prompt_disabled = not on

@@ -91,7 +91,7 @@ class BaseTuner(Injector):
 
     def _switch(self, on: bool) -> None:
         parts = [part for _, part in self.parts()]
-        with whole(self, parts, ()):
+        with whole(self, parts):
             for part in parts:
                 part.enable_adapters(on)
 
@@ -103,7 +103,7 @@ class BaseTuner(Injector):
         """
         self.check_names(adapter_name)
         shared = [container for method in self.methods() for container in method.shared.values()]
-        with whole(self, [part for _, part in self.parts()], None, shared):
+        with whole(self, [part for _, part in self.parts()], deleted=adapter_name, held=shared):
             unloading.delete(self, adapter_name)
         self.__dict__.pop("_watches", None)  # another of this name may come
 
@@ -141,7 +141,7 @@ class BaseTuner(Injector):
 
     def unmerge_adapter(self) -> None:
         """Gives the base weights back as they were before merging, bit for bit."""
-        with whole(self, [part for _, part in self.parts()], ()):
+        with whole(self, [part for _, part in self.parts()]):
             unloading.unmerge_all(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -4,7 +4,6 @@ that another thread has begun sees some parts before and some after it.
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 import time
@@ -20,8 +19,6 @@ from peft.core import merge as merging
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
 from peft.errors import warn
-
-_STATE = ("_active", "_trained", "_disable_adapters", "_trained_before_disable")
 
 
 class _Pass:
@@ -84,53 +81,55 @@ def alone(holder: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole(
-    holder: Any, parts: Iterable[Part], names: Sequence[str] | None = None, held: Sequence[Any] = ()
+    holder: Any,
+    parts: Iterable[Part],
+    names: Sequence[str] = (),
+    deleted: str | None = None,
+    held: Sequence[Any] = (),
 ) -> Iterator[None]:
     """Gives all parts back the state they had if it ends by an error, an interrupt too; see `alone`.
 
     Args:
         holder: the tuner, or the model with soft prompts: what knows the configurations and which adapters are active.
         parts: the parts of its model.
-        names: adapters that become active, so that these or those before may become trainable or cease to be; none if
-            empty; None where one is deleted.
+        names: adapters that become active, so that these or those before may become trainable or cease to be.
+        deleted: an adapter that goes.
         held: what has tensors of the adapters by name beside the parts: modules and dictionaries.
     """
     with alone(holder):
-        back = [_held(container) for container in (*held, holder.peft_config)]
-        back += [_state_of(part, names) for part in parts]
+        back = [_entries_of([*held, holder.peft_config]), *(_state_of(part, names, deleted) for part in parts)]
         modules = [container for container in held if isinstance(container, nn.Module)]
-        grads = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+        grads = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
         active = getattr(holder, "_active", ())
         try:
             yield
         except BaseException:
             for take_back in back:
                 take_back()
-            for parameter, requires_grad in grads:
+            for parameter, requires_grad in grads.items():
                 parameter.requires_grad_(requires_grad)
             holder._active = active
             raise
 
 
-def _state_of(part: Part, names: Sequence[str] | None) -> Callable[[], None]:
-    """What gives a part the state back that it has now."""
-    state = {key: copy.copy(getattr(part, key)) for key in _STATE}
-    touched = part.adapter_names() if names is None else {*names, *part._active, *part._trained} if names else ()
-    grads = [(p, p.requires_grad) for name in touched for p in part.adapter_parameters(name)]
-    containers = (*part.containers(), part.configs, *part.settings.values()) if names is None else ()
-    held = [_held(container) for container in containers]
+def _state_of(part: Part, names: Sequence[str], deleted: str | None) -> Callable[[], None]:
+    """What gives a part the state back that it has now. Of few objects: a model may have tens of thousands of parts."""
+    active, trained, disabled = part._active, set(part._trained), part._disable_adapters
+    before = part._trained_before_disable
+    touched = part.adapter_names() if deleted else {*names, *active, *trained} if names else ()
+    grads = {parameter: parameter.requires_grad for name in touched for parameter in part.adapter_parameters(name)}
+    containers = (*part.containers(), part.configs, *part.settings.values()) if deleted else ()
+    put_back = _entries_of([container for container in containers if deleted in container])
     ledger = part.ledger if isinstance(part, AdapterLayer) else None
     entries, paused = (ledger.entries, ledger.paused) if ledger else ([], [])
 
     def take_back() -> None:
-        for put_back in held:
-            put_back()
-        off = state["_disable_adapters"]
-        for parameter in state["_trained_before_disable"] if off else part._trained_before_disable:
-            parameter.requires_grad_(not off)
-        for key, value in state.items():
-            setattr(part, key, value)
-        for parameter, requires_grad in grads:
+        put_back()
+        for parameter in before if disabled else part._trained_before_disable:
+            parameter.requires_grad_(not disabled)
+        part._active, part._trained, part._disable_adapters = active, trained, disabled
+        part._trained_before_disable = before
+        for parameter, requires_grad in grads.items():
             parameter.requires_grad_(requires_grad)
         if isinstance(part, AdapterLayer) and ledger is not None:
             if ledger.entries != entries:
@@ -141,12 +140,15 @@ def _state_of(part: Part, names: Sequence[str] | None) -> Callable[[], None]:
     return take_back
 
 
-def _held(container: Any) -> Callable[[], None]:
-    """What gives a container the entries back that it has now, in their order."""
-    inside = (container,)
-    if isinstance(container, nn.Module):
-        kept = ("_modules", "_parameters", "_buffers", "_keys")
-        inside = tuple(container.__dict__[key] for key in kept if key in container.__dict__)
+def _entries_of(containers: Sequence[Any]) -> Callable[[], None]:
+    """What gives containers the entries back that they have now, in their order."""
+    inside: list[dict[str, Any]] = []
+    for container in containers:
+        if isinstance(container, nn.Module):
+            kinds = ("_modules", "_parameters", "_buffers", "_keys")
+            inside += (container.__dict__[kind] for kind in kinds if kind in container.__dict__)
+        else:
+            inside.append(container)
     before = [dict(entries) for entries in inside]
 
     def put_back() -> None:
