@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 from peft.errors import warn
 from peft.html import table
+from peft.patterns import get_pattern_key
 from peft.registry import PeftType, TaskType, method_of
 from peft.values import check_value, dataclass_in, enum_in, field_types, is_of, ranges, shown
 from peft.version import __version__
@@ -127,6 +129,16 @@ class ConfigFields:
             raise ValueError(f"Invalid task type: {self.task_type!r}. Use one of {', '.join(known)}, or None.")
         if self.peft_version is None:
             self.peft_version = __version__
+
+    def at(self, key: str) -> Any:
+        """The configuration as it is for the module `key`: with the values that patterns have for that one."""
+        if not self.pattern_fields:
+            return self
+        own = copy.copy(self)
+        for pattern, field in self.pattern_fields.items():
+            entries = getattr(self, pattern) or {}
+            own.__dict__[field] = entries.get(get_pattern_key(entries, key), getattr(self, field))
+        return own
 
     def _values_of(self, name: str) -> list[tuple[Any, str]]:
         """A field's value, and those of single modules, each with where it stands."""

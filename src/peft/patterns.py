@@ -44,6 +44,11 @@ def fullmatch(pattern: str, text: str) -> bool:
     return compiled.fullmatch(text) is not None if machine is None else machine.fullmatch(text)
 
 
+def get_pattern_key(entries: Iterable[str], key: str) -> str:
+    """The first of `entries` (regular expressions for the end of a name) that fits `key`; `key` if none does."""
+    return next((entry for entry in entries if fullmatch(rf"(.*\.)?({entry})", key)), key)
+
+
 def check(pattern: str, trusted: bool = True) -> int:
     """How many steps a match may take.
 

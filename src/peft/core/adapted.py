@@ -272,15 +272,15 @@ class AdaptedModule(Part):
 
     # ---- what adapters have
 
-    def new_record(self, name: str, config: Any) -> None:
-        """Notes the configuration of an adapter; its settings are what that says, where it has fields for them."""
+    def new_record(self, name: str, config: Any, own: Any) -> None:
+        """Notes the configuration of an adapter; its settings are what that (`own`: as it is here) has fields for."""
         for values in self.settings.values():
             values.pop(name, None)
         self.configs[name] = config
         for setting in self.other_param_names:
             field = getattr(type(self), setting).field
-            if hasattr(config, field):
-                getattr(self, setting)[name] = getattr(config, field)
+            if hasattr(own, field):
+                getattr(self, setting)[name] = getattr(own, field)
 
     def add_slot(self, name: str, slot: Slot) -> None:
         """Makes room for one more kind of tensor on this layer."""

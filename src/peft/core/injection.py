@@ -134,7 +134,6 @@ class Injector(Adapters):
         """Puts an adapter on one module: on the layer of this method that is there, or on a new one around it."""
         named = current_key if parameter_name is None else f"{current_key}.{parameter_name}"
         method = self.method(peft_config)
-        settings = method.layer_settings(peft_config, named)
         layer = self._find_layer(target, parameter_name, method.layer_class)
         if layer is None:
             layer = method.make_layer(peft_config, target, parameter_name, current_key)
@@ -142,7 +141,7 @@ class Injector(Adapters):
             layer.without_samples, layer.is_read = without_samples(current_key), is_read(self.model, current_key)
             self._replace_module(parent, target_name, layer, target)
         planned = method.planned.get((id(layer.get_base_layer()), parameter_name))
-        method.add(layer, adapter_name, peft_config, planned, settings)
+        method.add(layer, adapter_name, peft_config, named, planned)
         if isinstance(layer.op, AttentionOp):
             # Its output projection is a module that is read, not called, and gets a layer of its own. What the
             # configuration says of the attention module (a rank, say) holds for both.
@@ -174,7 +173,8 @@ class Injector(Adapters):
         method.make_shared_again(adapter_name)
         for key, part in self.parts():
             if isinstance(part, AdapterLayer) and part.has(adapter_name) and part.lacks(adapter_name):
-                part.fill_in(adapter_name, config, method.layer_settings(config, target_name(key, part)))
+                name = target_name(key, part)
+                part.fill_in(adapter_name, config, config.at(name), **method.layer_settings(config, name))
         if getattr(config, "ensure_weight_tying", False):
             self._tie_layers(tied_embedding_modules(self.model), adapter_name)
 

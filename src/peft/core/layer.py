@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft.config import PeftConfig
 from peft.core import merge as merging
 from peft.core.adapted import AdaptedModule
 from peft.core.base_op import BaseOp, NormOp
@@ -55,7 +54,10 @@ class AdapterLayer(AdaptedModule):
     # ---- what a method writes
 
     def create(self, name: str, config: Any) -> None:
-        """Makes the tensors of adapter `name`, on any device and in any dtype: the mechanism moves them."""
+        """Makes the tensors of adapter `name`, on any device and in any dtype: the mechanism moves them.
+
+        `config` is as it is for this module, with the values that patterns have for it; `check` sees it so, too.
+        """
 
     def draw(self, name: str, config: Any) -> None:
         """Makes the fixed tensors of adapter `name`, which its configuration and the base weight determine.
@@ -126,7 +128,7 @@ class AdapterLayer(AdaptedModule):
     # ---- the life of an adapter
 
     def add_adapter(
-        self, name: str, config: PeftConfig | None, planned: Mapping[str, Any] | None = None, **settings: Any
+        self, name: str, config: Any, planned: Mapping[str, Any] | None = None, own: Any = None, **settings: Any
     ) -> None:
         """Makes adapter `name` and puts it where the base weight is; it is not active yet.
 
@@ -134,17 +136,19 @@ class AdapterLayer(AdaptedModule):
             name: its name.
             config: its configuration.
             planned: settings that `create` finds made, see `Method.plan_settings`.
-            settings: arguments of `create`.
+            own: the configuration as it is for this module, if that differs; `create` gets it.
+            settings: further arguments of `create`.
         """
         device = self.place()[0]
-        self.new_record(name, config)
+        own = config if own is None else own
+        self.new_record(name, config, own)
         for setting, value in (planned or {}).items():
             self.settings.setdefault(setting, {})[name] = value
         self.__dict__["waits_for_file"] = torch.get_default_device().type == "meta"
         try:
             # Beside a weight without memory, tensors would lose their values at once: they are made without as well.
             with device if device is not None and device.type == "meta" else nullcontext():
-                self.create(name, config, **settings)
+                self.create(name, own, **settings)
             self._draw(name, config)
         finally:
             self.__dict__["waits_for_file"] = False
@@ -169,13 +173,13 @@ class AdapterLayer(AdaptedModule):
         modules = (entries[name] for entries in own if name in entries and isinstance(entries[name], nn.Module))
         return [*self.adapter_parameters(name), *(buffer for module in modules for buffer in module.buffers())]
 
-    def fill_in(self, name: str, config: Any, settings: Mapping[str, Any]) -> None:
+    def fill_in(self, name: str, config: Any, own: Any, **settings: Any) -> None:
         """Gives those tensors of an adapter that have no memory the values of a fresh adapter."""
         fixed, before = self._fixed(name), self._made(name)
         if any(tensor.is_meta for _, tensor in fixed):
             self._draw(name, config)
         if self.lacks(name):  # so for what `create` makes
-            self.create(name, config, **settings)
+            self.create(name, own, **settings)
             self.move(name, *place_of(self.get_base_layer()))
             for old, new in zip(before, self._made(name), strict=True):
                 new.data = new.data.to(old.dtype) if old.is_meta else old.data

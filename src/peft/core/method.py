@@ -16,7 +16,7 @@ from peft.core.part import Part, known
 from peft.core.plan import Plan
 from peft.core.slots import Buffers, Slot
 from peft.core.storage import place_of
-from peft.core.targets import default_targets, pattern_value
+from peft.core.targets import default_targets
 from peft.core.walk import parts_of
 from peft.core.wrappers import state_names
 
@@ -220,19 +220,16 @@ class Method:
     # ---- layer by layer
 
     def layer_settings(self, config: Any, key: str) -> dict[str, Any]:
-        """What the adapter on module (or parameter) `key` has as its own, as arguments of its `create`."""
-        return {
-            field: pattern_value(getattr(config, patterns) or {}, key, getattr(config, field))
-            for patterns, field in config.pattern_fields.items()
-        }
+        """What the adapter on module (or parameter) `key` has as its own, as further arguments of its `create`."""
+        return {}
 
     def make_layer(self, config: Any, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
         """A layer of the method around `target`, without adapters yet."""
         return self.layer_class(target, parameter_name)
 
-    def add(self, layer: AdapterLayer, adapter_name: str, config: Any, planned: Any, settings: dict[str, Any]) -> None:
-        """Makes an adapter on a layer, with what `plan_settings` and `layer_settings` say."""
-        layer.add_adapter(adapter_name, config, planned, **settings)
+    def add(self, layer: AdapterLayer, adapter_name: str, config: Any, key: str, planned: Any) -> None:
+        """Makes an adapter on the layer of module (or parameter) `key`, with what `plan_settings` says."""
+        layer.add_adapter(adapter_name, config, planned, config.at(key), **self.layer_settings(config, key))
 
     def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
         """Makes an adapter on one module the same as that on the module it shares its weight with."""

@@ -24,7 +24,6 @@ from peft.core.targets import (
     base_of,
     check_target_module_exists,
     ends_with,
-    get_pattern_key,
     layer_index,
     linear_modules,
     matching_entry,
@@ -33,6 +32,7 @@ from peft.core.targets import (
     target_name,
 )
 from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, warn
+from peft.patterns import get_pattern_key
 from peft.target_tables import LINEAR_INSIDE
 
 #: so many names that match nothing are named
@@ -263,7 +263,7 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
     dropout = layer_class.dropout_field
     if dropout and getattr(config, dropout) and not op.linear:
         raise ValueError(f"{dropout} needs linear layers; {target.key!r} is a {op.kind}.")
-    layer_class.check(config, target.key, module, op)
+    layer_class.check(config.at(target.name), target.key, module, op)
 
 
 def _kind_of(op: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -95,16 +95,6 @@ def matching_entry(wanted: str | Iterable[str] | None, key: str) -> str | None:
     if isinstance(wanted, str):
         return wanted if patterns.fullmatch(wanted, key) else None
     return ends_with(key, wanted)
-
-
-def get_pattern_key(entries: Iterable[str], key: str) -> str:
-    """The first of `entries` (regular expressions for the end of a name) that fits `key`; `key` if none does."""
-    return next((entry for entry in entries if patterns.fullmatch(rf"(.*\.)?({entry})", key)), key)
-
-
-def pattern_value(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
-    """What `rank_pattern` or the like says of the module `key`; `default` where it says nothing."""
-    return patterns.get(get_pattern_key(patterns, key), default)
 
 
 def layer_index(key: str, layers_pattern: str | Iterable[str] | None) -> int | None:

@@ -91,9 +91,9 @@ class TrainableTokensLayer(AdapterLayer):
             self.has_twin = tied.has_twin = True
         self.refresh()
 
-    def new_record(self, name: str, config: Any) -> None:
+    def new_record(self, name: str, config: Any, own: Any) -> None:
         if not self._is_tied:
-            super().new_record(name, config)
+            super().new_record(name, config, own)
 
     def create(self, name: str, config: Any, token_indices: Sequence[int] = ()) -> None:
         if self._is_tied:

@@ -22,7 +22,8 @@ from peft import patterns
 from peft.config import LayerConfig, PeftConfig
 from peft.core.base_op import base_op
 from peft.core.layer import AdapterLayer
-from peft.core.targets import ALL_LINEAR, base_of, check_target_module_exists, ends_with, get_pattern_key, model_modules
+from peft.core.targets import ALL_LINEAR, base_of, check_target_module_exists, ends_with, model_modules
+from peft.patterns import get_pattern_key
 from peft.registry import METHODS, PeftType, method_of
 
 

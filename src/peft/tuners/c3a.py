@@ -14,7 +14,6 @@ from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
-from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.circulant import BlockCirculant
 from peft.registry import PeftType
@@ -57,8 +56,8 @@ class C3ALayer(AdapterLayer):
 
     block_size = Setting[int]()
 
-    def create(self, name: str, config: C3AConfig, block_size: int = 0) -> None:
-        b = self.block_size[name] = block_size or config.block_size
+    def create(self, name: str, config: C3AConfig) -> None:
+        b = config.block_size
         kernel = torch.zeros(self.out_features // b, self.in_features // b, b)
         if config.init_weights is not True:
             STARTS[config.init_weights or "xavier_uniform"](kernel)
@@ -72,7 +71,7 @@ class C3ALayer(AdapterLayer):
 
     @classmethod
     def check(cls, config: C3AConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        b = pattern_value(config.block_size_pattern or {}, key, config.block_size)
+        b = config.block_size
         # The projections of attention, and experts, have blocks of their own.
         rows = getattr(op, "expert_out_features", op.out_features // op.projections)
         if rows % b or op.in_features % b:

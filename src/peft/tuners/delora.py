@@ -60,12 +60,10 @@ class DeloraLayer(AdapterLayer):
     r = Setting[int]()
     module_dropout = Dropout()
 
-    def create(self, name: str, config: DeloraConfig, r: int = 0, delora_lambda: float | None = None) -> None:
-        r = self.r[name] = r or config.r
-        start = config.delora_lambda if delora_lambda is None else delora_lambda
-        self.delora_A[name] = started(r, self.in_features)
-        self.delora_B[name] = started(self.out_features, r, zero=config.init_weights)
-        self.delora_lambda[name] = nn.Parameter(torch.full((1,), float(start)))
+    def create(self, name: str, config: DeloraConfig) -> None:
+        self.delora_A[name] = started(config.r, self.in_features)
+        self.delora_B[name] = started(self.out_features, config.r, zero=config.init_weights)
+        self.delora_lambda[name] = nn.Parameter(torch.full((1,), float(config.delora_lambda)))
 
     def draw(self, name: str, config: DeloraConfig) -> None:
         matrix = self.original_matrix()

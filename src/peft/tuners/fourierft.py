@@ -13,7 +13,6 @@ from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.slots import FixedSlot, Setting, Slot
-from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.fourier import Spectrum, draw_frequencies
 from peft.ops.sparse import check_frequencies
@@ -51,12 +50,11 @@ class FourierFTLayer(AdapterLayer):
     fourierft_spectrum = Slot()
     fourierft_frequencies = FixedSlot(stored=False)
 
-    fourierft_n_frequency = Setting[int]()
+    fourierft_n_frequency = Setting[int]("n_frequency")
     fourierft_scaling = Setting[float]("scaling")
 
-    def create(self, name: str, config: FourierFTConfig, n_frequency: int = 0) -> None:
-        count = n_frequency or config.n_frequency
-        self.fourierft_n_frequency[name] = count
+    def create(self, name: str, config: FourierFTConfig) -> None:
+        count = config.n_frequency
         self.fourierft_spectrum[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
 
     def draw(self, name: str, config: FourierFTConfig) -> None:
@@ -72,8 +70,7 @@ class FourierFTLayer(AdapterLayer):
 
     @classmethod
     def check(cls, config: FourierFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        count = pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)
-        check_frequencies(count, key, op.out_features // op.projections, op.in_features)
+        check_frequencies(config.n_frequency, key, op.out_features // op.projections, op.in_features)
 
 
 class FourierFTModel(BaseTuner, layer=FourierFTLayer, prefix="fourierft_"):

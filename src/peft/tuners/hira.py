@@ -57,8 +57,8 @@ class HiraLayer(AdapterLayer):
     r = Setting[int]()
     hira_dropout = Setting[float]()
 
-    def create(self, name: str, config: HiraConfig, r: int = 0) -> None:
-        r = self.r[name] = r or config.r
+    def create(self, name: str, config: HiraConfig) -> None:
+        r = config.r
         kernel = self.get_base_layer().kernel_size if isinstance(self.op, ConvOp) else ()
         inside = (self.in_features // kernel_numel(self.get_base_layer()), *kernel) if kernel else (self.in_features,)
         a, b = torch.randn(r, *inside), torch.randn(self.out_features, r, *[1] * len(kernel))

@@ -14,7 +14,7 @@ from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import FixedSlot, ModuleSlot, Setting
-from peft.core.targets import ALL_LINEAR, has_default_targets, pattern_value
+from peft.core.targets import ALL_LINEAR, has_default_targets
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Dense
 from peft.ops.singular import keeping_off
@@ -69,8 +69,8 @@ class OSFLayer(AdapterLayer):
 
     osf_kept = Setting[int]()
 
-    def create(self, name: str, config: OSFConfig, effective_rank: float | None = None) -> None:
-        self.osf_kept[name] = kept_directions(effective_rank, self.op)
+    def create(self, name: str, config: OSFConfig) -> None:
+        self.osf_kept[name] = kept_directions(config.effective_rank, self.op)
         trained = dict(zip(("U_low", "S_low", "V_low"), self.decompose(name), strict=True))
         if config.init_weights is False:
             trained = {part: torch.randn_like(value) for part, value in trained.items()}
@@ -101,8 +101,7 @@ class OSFLayer(AdapterLayer):
 
     @classmethod
     def check(cls, config: OSFConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        wanted = pattern_value(config.rank_pattern or {}, key, config.effective_rank)
-        side = min(op.out_features, op.in_features)
+        wanted, side = config.effective_rank, min(op.out_features, op.in_features)
         if wanted is not None and kept_directions(wanted, op) < 1:
             raise ValueError(
                 f"effective_rank={wanted} leaves {key!r}, whose smaller side is {side}, no direction that stays; it"

@@ -15,7 +15,6 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
 from peft.core.slots import FixedSlot, Setting, Slot
-from peft.core.targets import pattern_value
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Matrix
 from peft.ops.sparse import Entries, check_frequencies, draw_places
@@ -67,14 +66,13 @@ class WaveFTLayer(AdapterLayer):
     waveft_spectrum = Slot()
     waveft_indices = FixedSlot(stored=False)
 
-    waveft_n_frequency = Setting[int]()
+    waveft_n_frequency = Setting[int]("n_frequency")
     waveft_scaling = Setting[float]("scaling")
     waveft_wavelet_family = Setting[str]("wavelet_family")
     waveft_use_idwt = Setting[bool]("use_idwt")
 
-    def create(self, name: str, config: WaveFTConfig, n_frequency: int = 0) -> None:
-        count = n_frequency or config.n_frequency
-        self.waveft_n_frequency[name] = count
+    def create(self, name: str, config: WaveFTConfig) -> None:
+        count = self.waveft_n_frequency[name]
         filters(config.wavelet_family)  # kept from here on
         start = torch.zeros(count) if config.init_weights else 0.01 * torch.randn(count)
         self.waveft_spectrum[name] = nn.Parameter(start)
@@ -97,29 +95,28 @@ class WaveFTLayer(AdapterLayer):
     @classmethod
     def check(cls, config: WaveFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         if not config.proportional_parameters:
-            count = pattern_value(config.n_frequency_pattern or {}, key, config.n_frequency)
-            check_frequencies(count, key, op.out_features // op.projections, op.in_features)
+            check_frequencies(config.n_frequency, key, op.out_features // op.projections, op.in_features)
 
 
 class WaveFTMethod(Method):
     """How many coefficients each module gets."""
 
     def check_plan(self, plan: Plan, config: WaveFTConfig) -> None:
-        config.__dict__.pop("_n_frequency", None)
-        if not config.proportional_parameters or not plan.targets:
-            return
+        counts = self.plan_settings(plan, config)
+        for target in plan.targets if counts else ():
+            count, op = counts[target.name]["waveft_n_frequency"], target.op
+            check_frequencies(count, target.name, op.out_features // op.projections, op.in_features)
+
+    def plan_settings(self, plan: Plan, config: WaveFTConfig) -> dict[str, dict[str, Any]]:
         sizes = {target.name: target.op.out_features * target.op.in_features for target in plan.targets}
+        if not config.proportional_parameters or not sizes:
+            return {}
         budget = config.n_frequency * len(sizes) / sum(sizes.values())
         counts = {name: max(1, round(size * budget)) for name, size in sizes.items()}
-        for target in plan.targets:
-            op = target.op
-            check_frequencies(counts[target.name], target.name, op.out_features // op.projections, op.in_features)
-        config.__dict__["_n_frequency"] = counts
-
-    def layer_settings(self, config: WaveFTConfig, key: str) -> dict[str, Any]:
-        if config.proportional_parameters:
-            return {"n_frequency": config.__dict__["_n_frequency"][key]}
-        return super().layer_settings(config, key)
+        # What is said of an attention module holds for its output projection, too.
+        for layer in plan.layers:  # what is said of an attention module holds for its output projection
+            counts.setdefault(layer.name, counts.get(layer.name.removesuffix(".out_proj"), 0))
+        return {name: {"waveft_n_frequency": count} for name, count in counts.items()}
 
 
 class WaveFTModel(BaseTuner, layer=WaveFTLayer, method=WaveFTMethod, prefix="waveft_"):

@@ -14,7 +14,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.part import without
 from peft.core.slots import Setting
 from peft.core.storage import onloaded, storage_of
-from peft.core.targets import get_pattern_key
+from peft.patterns import get_pattern_key
 from peft.tuners.lora.base import FactorLayer, TiedFactor
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.megatron import check_megatron, check_parallel

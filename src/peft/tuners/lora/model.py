@@ -81,7 +81,7 @@ class LoraMethod(Method):
             )
 
     def layer_settings(self, config: LoraConfig, key: str) -> dict[str, Any]:
-        return {"r": rank_of(config, key), "lora_alpha": alpha_of(config, key), "key": key}
+        return {"key": key}
 
     def make_layer(self, config: LoraConfig, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
         base = base_of(target)
@@ -92,8 +92,8 @@ class LoraMethod(Method):
         # in this order, for some replace the constructor
         return made(target, op=op) if parameter_name is None else made(target, None, parameter_name, None, op=op)
 
-    def add(self, layer: Any, adapter_name: str, config: LoraConfig, planned: Any, settings: dict[str, Any]) -> None:
-        r, lora_alpha, key = settings["r"], settings["lora_alpha"], settings["key"]
+    def add(self, layer: Any, adapter_name: str, config: LoraConfig, key: str, planned: Any) -> None:
+        r, lora_alpha = rank_of(config, key), alpha_of(config, key)
         layer.update_layer(adapter_name, r, lora_alpha, config=config, target_name=key, planned=planned)
 
     def without_start(

@@ -44,10 +44,9 @@ class LoHaLayer(LycorisLayer):
     hada_t1 = Slot()
     hada_t2 = Slot()
 
-    def create(self, name: str, config: LoHaConfig, r: int = 0, alpha: float | None = None) -> None:
-        super().create(name, config, r, alpha)
-        r = self.r[name]
-        kernel = self.effective_kernel(config)
+    def create(self, name: str, config: LoHaConfig) -> None:
+        super().create(name, config)
+        r, kernel = config.r, self.effective_kernel(config)
         if kernel:
             a, b = (r, self.out_features), (r, self.in_features // math.prod(kernel))
         else:

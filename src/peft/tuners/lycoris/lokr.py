@@ -58,9 +58,9 @@ class LoKrLayer(LycorisLayer):
     lokr_w2_b = Slot()
     lokr_t2 = Slot()
 
-    def create(self, name: str, config: LoKrConfig, r: int = 0, alpha: float | None = None) -> None:
-        super().create(name, config, r, alpha)
-        r, base = self.r[name], self.get_base_layer()
+    def create(self, name: str, config: LoKrConfig) -> None:
+        super().create(name, config)
+        r, base = config.r, self.get_base_layer()
         kernel: tuple[int, ...] = base.kernel_size if isinstance(self.op, ConvOp) else ()
         core = self.effective_kernel(config)
         a, b = factorization(self.out_features, config.decompose_factor)

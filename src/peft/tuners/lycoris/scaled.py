@@ -56,9 +56,7 @@ class LycorisLayer(ScaledLayer):
     rank_dropout_scale = Setting[bool]()
     module_dropout = Setting[float]()
 
-    def create(self, name: str, config: Any, r: int = 0, alpha: float | None = None) -> None:
-        self.r[name] = r or config.r
-        self.alpha[name] = config.alpha if alpha is None else alpha
+    def create(self, name: str, config: Any) -> None:
         self.scaling[name] = self.initial_scaling(name)
         self.rank_dropout_scale[name] = getattr(config, "rank_dropout_scale", True)
 
