@@ -272,11 +272,11 @@ class AdaptedModule(Part):
 
     # ---- what adapters have
 
-    def new_record(self, name: str, config: Any, own: Any) -> None:
+    def new_record(self, name: str, config: Any, own: Any = None) -> None:
         """Notes the configuration of an adapter; its settings are what that (`own`: as it is here) has fields for."""
         for values in self.settings.values():
             values.pop(name, None)
-        self.configs[name] = config
+        self.configs[name], own = config, config if own is None else own
         for setting in self.other_param_names:
             field = getattr(type(self), setting).field
             if hasattr(own, field):

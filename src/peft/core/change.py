@@ -106,17 +106,14 @@ class LowRank(Change):
     additive: ClassVar[bool] = True
 
     @property
-    def is_product(self) -> bool:
-        """Whether there is no more to it than s B A dropout(x)."""
-        return (
-            self.offset is None and self.middle is None and self.factors is None
-            and self.low is None and self.high is None and self.where is None and self.down.dim() == 2
-        )  # fmt: skip
-
-    @property
     def is_foldable(self) -> bool:
         """Whether it is a product for all vectors alike, with what stands between and behind the factors."""
         return self.low is None and self.high is None and self.where is None and self.down.dim() == 2
+
+    @property
+    def is_product(self) -> bool:
+        """Whether there is no more to it than s B A dropout(x)."""
+        return self.is_foldable and self.offset is None and self.middle is None and self.factors is None
 
     def acts(self, op: BaseOp) -> bool:
         if self.low is not None:
@@ -139,34 +136,26 @@ class LowRank(Change):
     def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
         if self.where is not None:
             return self._leave_some(op, module, x, y)
-        if self.is_product and op.linear:
-            dtype = compute_dtype(x)
+        if self.is_foldable and op.linear:
+            (down, up), dtype = self.folded(), compute_dtype(x)
             # A and B, which are small, come to the dtype of the activations rather than these to theirs.
-            y = y.to(dtype)
-            return lora_linear(
-                x.to(dtype), None, None, y, self.down, self.up, self.scale, self.dropout, overwrite=fresh
-            )
+            y = lora_linear(x.to(dtype), None, None, y.to(dtype), down, up, self.scale, self.dropout, overwrite=fresh)
+            return y if self.offset is None else y + op.along_output(module, self.offset.to(dtype))
         return y + self.product(op, module, x, y.dtype)
 
     def product(self, op: BaseOp, module: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What is added to the output, in the dtype of that."""
-        dtype = compute_dtype(x) if x.is_floating_point() else dtype
-        x = x.to(dtype) if x.is_floating_point() else x
-        x = F.dropout(x, self.dropout) if self.dropout else x
-        scaled = not isinstance(self.scale, float) or self.scale != 1.0
-        if not op.linear:
-            up = self.up if self.middle is None else self.up * self.middle
-            change = op.low_rank(module, x, self.down.to(dtype), (up * self.scale if scaled else up).to(dtype))
+        if x.is_floating_point():
+            dtype = compute_dtype(x)
+            x = F.dropout(x.to(dtype), self.dropout) if self.dropout else x.to(dtype)
+        down, up = self.folded()
+        up = up if isinstance(self.scale, float) and self.scale == 1.0 else up * self.scale
+        if self.low is None and self.high is None:
+            change = op.low_rank(module, x, down.to(dtype), up.to(dtype))
         else:
-            low = F.linear(x, self.down.to(dtype)) if self.low is None else self.low(x)
-            low = low if self.middle is None else low * self.middle.to(low.dtype)
-            if scaled and self.high is None:  # the thin one of the two: fewer numbers to multiply
-                low, scaled = low * self.scale, False
-            change = F.linear(low, self.up.to(low.dtype)) if self.high is None else self.high(low)
-            change = change * self.scale if scaled else change
-        if self.factors is not None:
-            change = change * op.along_output(module, self.factors.to(change.dtype))
-        if self.offset is not None and self.high is None:
+            low = F.linear(x, down.to(dtype)) if self.low is None else self.low(x)
+            change = F.linear(low, up.to(low.dtype)) if self.high is None else self.high(low) * self.scale
+        if self.offset is not None and self.high is None:  # else it is part of what that makes
             change = change + op.along_output(module, self.offset.to(change.dtype))
         return change.to(dtype)
 

@@ -140,7 +140,6 @@ class AdapterLayer(AdaptedModule):
             settings: further arguments of `create`.
         """
         device = self.place()[0]
-        own = config if own is None else own
         self.new_record(name, config, own)
         for setting, value in (planned or {}).items():
             self.settings.setdefault(setting, {})[name] = value
@@ -148,7 +147,7 @@ class AdapterLayer(AdaptedModule):
         try:
             # Beside a weight without memory, tensors would lose their values at once: they are made without as well.
             with device if device is not None and device.type == "meta" else nullcontext():
-                self.create(name, own, **settings)
+                self.create(name, config if own is None else own, **settings)
             self._draw(name, config)
         finally:
             self.__dict__["waits_for_file"] = False

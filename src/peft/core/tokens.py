@@ -91,7 +91,7 @@ class TrainableTokensLayer(AdapterLayer):
             self.has_twin = tied.has_twin = True
         self.refresh()
 
-    def new_record(self, name: str, config: Any, own: Any) -> None:
+    def new_record(self, name: str, config: Any, own: Any = None) -> None:
         if not self._is_tied:
             super().new_record(name, config, own)
 

@@ -60,8 +60,6 @@ class BlockCirculant(Matrix):
     and training is to go as it does there. That of the kernel is the true one.
     """
 
-    own_gradients = True
-
     def __init__(self, kernel: Tensor, step: int = 1):
         super().__init__(kernel)
         self.step = step
@@ -79,7 +77,7 @@ class BlockCirculant(Matrix):
 
     def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor]:
         (kernel,) = self.tensors
-        return (diagonal_sums(grad.T @ seen, kernel.shape[0], kernel.shape[2]).to(kernel.dtype),)
+        return (diagonal_sums(grad.T @ seen, kernel.shape[0], kernel.shape[2]),)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.linear(x) if torch.is_grad_enabled() else circulant_product(x, self.tensors[0]).to(x.dtype)

@@ -77,8 +77,6 @@ def _gather_waves(waves: Tensor, values: Tensor, rows: Tensor, out_features: int
 class Spectrum(Matrix):
     """The matrix [out, in] of `inverse_transform`: real waves with amplitudes `values` [n] at `frequencies` [2, n]."""
 
-    own_gradients = True
-
     def __init__(self, values: Tensor, frequencies: Tensor, out_features: int, in_features: int):
         super().__init__(values)
         self.frequencies, self.out_features, self.in_features = frequencies, out_features, in_features

@@ -45,10 +45,6 @@ class HadamardProduct(Matrix):
         a1, b1, a2, b2 = self.tensors
         return face_splitting(b1.T, b2.T).T, face_splitting(a1, a2)
 
-    def apply(self, x: Tensor) -> Tensor:
-        down, up = self.thin()
-        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
-
     def columns(self, index: Tensor) -> Tensor:
         a1, b1, a2, b2 = self.tensors
         return F.linear(F.embedding(index, b1.T), a1) * F.linear(F.embedding(index, b2.T), a2)

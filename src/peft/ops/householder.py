@@ -35,16 +35,8 @@ def reflection_factors(u: Tensor, orthogonal: bool = False) -> tuple[Tensor, Ten
         return -2 * u, u
     inverse = torch.triu(u.T @ u, diagonal=1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
     # T is found by solving rather than inverting, for accuracy.
-    return -_solve_right(inverse, u), u
-
-
-def _solve_right(upper: Tensor, rows: Tensor) -> Tensor:
-    """`rows` @ inverse of an upper triangular matrix. Computed in float32 where the dtype has no solver."""
-    dtype = rows.dtype
-    work = torch.promote_types(dtype, torch.float32)
-    flat = rows.reshape(-1, rows.shape[-1])
-    solved = torch.linalg.solve_triangular(upper.to(work), flat.to(work), upper=True, left=False)
-    return solved.to(dtype).reshape(rows.shape)
+    work = torch.promote_types(u.dtype, torch.float32)  # there is no solver in half precision
+    return -torch.linalg.solve_triangular(inverse.to(work), u.to(work), upper=True, left=False).to(u.dtype), u
 
 
 def gram_schmidt(u: Tensor) -> Tensor:

@@ -23,8 +23,6 @@ class Matrix:
         tensors: what it is made of; gradients go to them.
     """
 
-    #: whether `gradients` knows those of its tensors; else they come by way of the gradient of M
-    own_gradients: ClassVar[bool] = False
     #: whether it takes so long to make that W + M is kept for the backward pass all the same
     kept: ClassVar[bool] = False
 
@@ -43,7 +41,11 @@ class Matrix:
 
     def apply(self, x: Tensor) -> Tensor:
         """x M^T, for x [..., in]: [..., out], in the dtype of x."""
-        return F.linear(x, self.dense().to(x.dtype))
+        thin = self.thin()
+        if thin is None:
+            return self.linear(x)
+        down, up = thin
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
     def columns(self, index: Tensor) -> Tensor:
         """The columns of M at `index` [...]: [..., out]."""
@@ -89,7 +91,7 @@ class Matrix:
         return x
 
     def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor | None, ...]:
-        """Those of its tensors, where `own_gradients`.
+        """Those of its tensors, where they are to be had in another way than by the gradient of M, as they are by rule.
 
         Args:
             grad: gradient of the output [t, out].
@@ -114,8 +116,6 @@ class Product(Matrix):
         scale: a number.
     """
 
-    own_gradients = True
-
     def __init__(self, down: Tensor, up: Tensor, scale: float = 1.0):
         super().__init__(down, up)
         self.scale = scale
@@ -139,10 +139,7 @@ class Product(Matrix):
             ((grad @ up).T @ seen if whole is None else up.T @ whole) if learned[0] else None,
             (grad.T @ F.linear(seen, down) if whole is None else whole @ down.T) if learned[1] else None,
         )
-        return tuple(
-            None if one is None else (one if self.scale == 1 else one * self.scale).to(own.dtype)
-            for one, own in zip(found, self.tensors, strict=True)
-        )
+        return tuple(one if one is None or self.scale == 1 else one * self.scale for one in found)
 
 
 class Made(Matrix):
@@ -172,9 +169,6 @@ class Made(Matrix):
             return super().added_to(weight)
         return self.onto(weight, *self.tensors)
 
-    def apply(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
     def columns(self, index: Tensor) -> Tensor:
         return super().columns(index) if self.lookup is None else self.lookup(index, *self.tensors)
 
@@ -198,16 +192,19 @@ class _Linear(torch.autograd.Function):
         tensors = tensors if twice else _leaves(tensors, wanted)
         matrix = ctx.matrix.of(tensors)
         flat, rows = grad.flatten(0, -2), seen.flatten(0, -2)
-        by_matrix, there = any(wanted) and not matrix.own_gradients, matrix.for_inputs()
+        by_matrix, there = any(wanted) and type(matrix).gradients is Matrix.gradients, matrix.for_inputs()
         if (total is None or twice) and (by_matrix or (wants_x and there is matrix)):
             with torch.set_grad_enabled(twice or by_matrix):
                 total = matrix.total(weight, grad.dtype)
         through = total if there is matrix or not wants_x else there.total(weight, grad.dtype)
         grad_x = grad @ (through if twice else through.detach()) if wants_x else None
-        found: Any = matrix.gradients(flat, rows) if any(wanted) and not by_matrix else [None] * len(tensors)
+        found: Sequence[Tensor | None] = [None] * len(tensors)
         if by_matrix:
             found = _gradients(total, tensors, wanted, flat.T @ rows)
-        return grad_x, None, None, None, None, *found
+        elif any(wanted):
+            found = matrix.gradients(flat, rows)
+        cast = (one if one is None else one.to(own.dtype) for one, own in zip(found, tensors, strict=True))
+        return grad_x, None, None, None, None, *cast
 
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

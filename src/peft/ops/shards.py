@@ -28,8 +28,6 @@ def shard_sums(x: Tensor, r: int) -> Tensor:
 class Tiled(Matrix):
     """`tile_columns` of a block [r, out]: its transpose over and over, up to so many columns."""
 
-    own_gradients = True
-
     def __init__(self, block: Tensor, columns: int):
         super().__init__(block)
         self.count = columns
@@ -49,7 +47,7 @@ class Tiled(Matrix):
         return shard_sums(x, len(self.tensors[0]))
 
     def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor]:
-        return ((seen.T @ grad).to(self.tensors[0].dtype),)
+        return (seen.T @ grad,)
 
 
 def transform_shards(weight: Tensor, blocks: Tensor) -> Tensor:

@@ -63,7 +63,6 @@ class Framed(Matrix):
         transposed: whether it is the transpose.
     """
 
-    own_gradients = True
     kept = True
 
     def __init__(self, left: Tensor, core: Entries, diagonal: Tensor, right: Tensor, transposed: bool = False):
@@ -107,8 +106,7 @@ class Framed(Matrix):
         grad, seen = (seen, grad) if self.transposed else (grad, seen)
         # That of S + diag(d), as a whole, is U^T G V for the gradient G of U (S + diag(d)) V^T.
         half, right = self.left.to(grad).T @ (grad.T @ seen), self._turned().to(grad)
-        values, diagonal = self.tensors
-        return sampled_product(half, right.T, self.core.positions).to(values), (half * right).sum(1).to(diagonal)
+        return sampled_product(half, right.T, self.core.positions), (half * right).sum(1)
 
     def columns(self, index: Tensor) -> Tensor:
         return self._rows(F.embedding(index, self.left)) if self.transposed else super().columns(index)

@@ -66,8 +66,6 @@ def add_at(matrix: Tensor, positions: Tensor, values: Tensor) -> Tensor:
 class Entries(Matrix):
     """A sparse matrix with `values` [n] at `positions` [2, n], which are in the order of rows, no two the same."""
 
-    own_gradients = True
-
     def __init__(self, positions: Tensor, values: Tensor, shape: tuple[int, int]):
         super().__init__(values)
         self.positions, self.shape = positions, shape
@@ -93,7 +91,7 @@ class Entries(Matrix):
         return add_at(weight, self.positions, self.tensors[0])
 
     def gradients(self, grad: Tensor, seen: Tensor) -> tuple[Tensor]:
-        return (sampled_product(grad.T, seen, self.positions).to(self.tensors[0].dtype),)
+        return (sampled_product(grad.T, seen, self.positions),)
 
 
 def sampled_product(a: Tensor, b: Tensor, positions: Tensor) -> Tensor:

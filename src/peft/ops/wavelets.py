@@ -147,8 +147,6 @@ class Wavelets(Matrix):
         order = (waves[0] * 2 * counts[1] + waves[1]).argsort()
         return order, waves[:, order].int()
 
-    own_gradients = True
-
     @property
     def values(self) -> Tensor:
         """The coefficients in the order of rows."""
@@ -210,4 +208,4 @@ class Wavelets(Matrix):
             found = sampled_product(grad.T, seen, entries).to(self.values.dtype) * shares.to(self.values)
             return (torch.zeros_like(self.values).index_add(0, source, found),)
         outer, inner = self.waves.long()
-        return (analyse(analyse(grad.T @ seen, self.taps).T, self.taps)[inner, outer].to(self.values.dtype),)
+        return (analyse(analyse(grad.T @ seen, self.taps).T, self.taps)[inner, outer],)
