@@ -45,7 +45,7 @@ def test_moving_averages():
 def test_score_of_a_triplet():
     a, b, e = torch.rand(3, 5), torch.rand(4, 3), torch.rand(3, 1)
     expected = [e[i, 0] + a[i].sum() / 5 + b[:, i].sum() / 4 for i in range(3)]
-    torch.testing.assert_close(triplet_scores(a, b, e), torch.stack(expected))
+    torch.testing.assert_close(triplet_scores(a, e, b), torch.stack(expected))
 
 
 def test_gap_of_orthonormal_rows_is_zero_with_a_gradient():

@@ -22,13 +22,14 @@ class IncrementalPca:
         components: unit vectors [count, features], the most important first; None before the first batch.
         singular_values: [count].
         shares: of the variance that each explains [count].
+        similarity: cosine of each component with what it was a batch before; empty as long as there is no such.
     """
 
     def __init__(self, count: int):
         self.count = count
         self.components: Tensor | None = None
         self.singular_values = torch.empty(0)
-        self.shares = torch.empty(0)
+        self.shares = self.similarity = torch.empty(0)
         self._seen = 0
         self._mean = self._scatter = torch.zeros(())
 
@@ -45,7 +46,20 @@ class IncrementalPca:
             centred = torch.cat((self.singular_values[:, None] * self.components, centred, drift[None]))
         with seeded(centred.device, 42):
             _, values, components = torch.svd_lowrank(centred, q=min(2 * self.count, *centred.shape), niter=4)
-        self.components, self.singular_values = components.T[: self.count], values[: self.count]
+        found, before = components.T[: self.count], self.components
+        # A direction has no sign.
+        self.similarity = torch.empty(0) if before is None else torch.cosine_similarity(found, before).abs()
+        self.components, self.singular_values = found, values[: self.count]
         self.shares = self.singular_values.square() / self._scatter.sum().clamp(min=torch.finfo(rows.dtype).tiny)
         self._mean = mean if self._seen == 0 else (self._mean * self._seen + mean * len(rows)) / total
         self._seen = total
+
+    def is_stable(self, count: int, tau: float) -> bool:
+        """Whether the first components stay as they are from batch to batch."""
+        return len(self.similarity) > 0 and bool((self.similarity[:count] >= tau).all())
+
+    def directions(self, count: int, whiten: bool) -> Tensor:
+        """The first components [count, features]; over the roots of their singular values, if `whiten`."""
+        assert self.components is not None
+        directions = self.components[:count]
+        return directions / self.singular_values[:count, None].sqrt() if whiten else directions

@@ -31,8 +31,8 @@ def track_sensitivity(
     spread.lerp_((sensitivity - middle).abs_(), 1 - beta2)
 
 
-def triplet_scores(a: Tensor, b: Tensor, e: Tensor) -> Tensor:
-    """Importance [r] of each rank, from that of the entries of A [r, in], B [out, r] and E [r, 1]."""
+def triplet_scores(a: Tensor, e: Tensor, b: Tensor) -> Tensor:
+    """Importance [r] of each rank, from that of the entries of A [r, in], E [r, 1] and B [out, r]."""
     return e.flatten() + a.mean(1) + b.mean(0)
 
 

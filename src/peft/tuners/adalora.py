@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -25,13 +25,7 @@ from peft.ops.rank_budget import budget_at, kept_ranks, orthogonality_gap, track
 from peft.registry import PeftType
 from peft.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-_SLOTS = ("lora_A", "lora_B", "lora_E")
-#: LoRA's fields that files of AdaLoRA have too, and that mean nothing for it
-_NOT_USED = (
-    "r", "use_rslora", "alpha_pattern", "megatron_config", "eva_config", "corda_config", "lora_ga_config",
-    "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "lora_bias", "use_bdlora",
-    "arrow_config", "kasa_config",
-)  # fmt: skip
+_SLOTS = ("lora_A", "lora_E", "lora_B")
 
 
 @dataclass
@@ -76,6 +70,7 @@ class AdaLoraConfig(LayoutConfig, peft_type=PeftType.ADALORA):
     init_lora_weights: bool | str = True
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
+    # From here on, LoRA's fields that files of AdaLoRA have too, and that mean nothing for it.
     r: int = 8
     use_rslora: bool = False
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)
@@ -113,7 +108,8 @@ class AdaLoraConfig(LayoutConfig, peft_type=PeftType.ADALORA):
                 f" total_step={self.total_step} for it."
             )
         self.alpha_pattern = self.alpha_pattern or {}
-        idle = [name for name in _NOT_USED if not self._is_default(name)]
+        names = [one.name for one in fields(self)]
+        idle = [name for name in names[names.index("r") :] if not self._is_default(name)]
         if idle:
             hint = " (the rank is set by init_r and target_r)" if "r" in idle else ""
             warn(f"AdaLoRA makes no use of {', '.join(idle)}{hint}.")
@@ -137,17 +133,16 @@ class AdaLoraLayer(AdapterLayer):
     lora_dropout = ModuleSlot[nn.Module](trained=False, stored=False)
     ranknum = Slot(trained=False, stored=False)
 
-    r = Setting[int]()
+    r = Setting[int]("init_r")
     lora_alpha = Setting[float]()
     scaling = Setting[float]()
 
     def create(self, name: str, config: AdaLoraConfig) -> None:
-        self.r[name] = r = config.init_r
-        self.scaling[name] = config.lora_alpha if config.lora_alpha > 0 else float(r)
+        r = config.init_r
+        self.scaling[name] = config.lora_alpha or float(r)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
-        a, b, e = self.shapes(r)
-        for slot, shape in (self.lora_A, a), (self.lora_E, e), (self.lora_B, b):
-            slot[name] = nn.Parameter(torch.randn(shape))
+        for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
+            getattr(self, slot)[name] = nn.Parameter(torch.randn(shape))
         torch.randn(1)  # one more number, so that a seed means the values that it means to huggingface/peft
         if config.init_lora_weights:
             nn.init.zeros_(self.lora_E[name])
@@ -158,8 +153,8 @@ class AdaLoraLayer(AdapterLayer):
         self.ranknum[name] = nn.Parameter(torch.full((1,), float(self.r[name])), requires_grad=False)
 
     def shapes(self, r: int) -> tuple[tuple[int, int], ...]:
-        """Those of A, B and E."""
-        return (r, self.in_features), (self.out_features, r), (r, 1)
+        """Those of A, E and B."""
+        return (r, self.in_features), (r, 1), (self.out_features, r)
 
     def fit(self, name: str, path: str, find: Callable[[str], Tensor | None]) -> None:
         kept = find("lora_E")  # of the ranks that are dropped, a file holds nothing; the scale stays
@@ -244,13 +239,14 @@ class RankAllocator:
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
         """Sets E to zero at all but the `budget` most important ranks; returns which are kept, by name of the E."""
-        name, scores = self.adapter_name, []
-        layers = layers_of(model, AdaLoraLayer, name)
-        for path in layers:
-            keys = (f"{path}.{slot}.{name}" for slot in _SLOTS)
-            scores.append(triplet_scores(*(whole(self.exp_avg_ipt[key] * self.exp_avg_unc[key]) for key in keys)))
-        masks = kept_ranks(scores, budget)
-        pattern = {f"{path}.lora_E.{name}": mask.tolist() for path, mask in zip(layers, masks, strict=True)}
+        name, layers = self.adapter_name, layers_of(model, AdaLoraLayer, self.adapter_name)
+
+        def importance(key: str) -> Tensor:
+            return whole(self.exp_avg_ipt[key] * self.exp_avg_unc[key])
+
+        scores = [triplet_scores(*(importance(f"{path}.{slot}.{name}") for slot in _SLOTS)) for path in layers]
+        masks = zip(layers, kept_ranks(scores, budget), strict=True)
+        pattern = {f"{path}.lora_E.{name}": mask.tolist() for path, mask in masks}
         self.mask_using_rank_pattern(model, pattern)
         return pattern
 

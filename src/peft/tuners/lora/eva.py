@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sized
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.functional import cosine_similarity
 
 from peft.core.targets import base_of
 from peft.core.walk import live_key, put_back
@@ -79,36 +79,21 @@ class _Inputs:
     def __init__(self, name: str, prepare: PrepareLayer | None, gather: bool, count: int):
         self.name, self.prepare, self.gather = name, prepare or _all_rows, gather
         self.pca = IncrementalPca(count)
-        #: cosine of each component with what it was a batch before; empty as long as there is no such
-        self.similarity = torch.empty(0)
         self.batch: Any = None
         #: of the first batch: tells inputs of different layers apart that are one and the same tensor
         self.stamp: Any = None
-        self.is_first = True
+        #: the first layer's of those that have the same, which are looked at for all; None until that is known
+        self.source: _Inputs | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        rows = self.prepare(inputs, self.batch, self.name).detach()
-        if self.is_first:
+        if self.source is None:
             tensor = _first_tensor(inputs, self.name)
             self.stamp = tensor.data_ptr(), tensor.shape, tensor.double().square().sum().item()
-            return
-        rows = _gathered(rows) if self.gather else rows
-        if len(rows) < self.pca.count:
-            return
-        before = self.pca.components
-        self.pca.update(rows)
-        if before is not None and self.pca.components is not None:
-            self.similarity = cosine_similarity(self.pca.components, before).abs()  # a direction has no sign
-
-    def is_stable(self, count: int, tau: float) -> bool:
-        """Whether the first components stay as they are from batch to batch."""
-        return len(self.similarity) > 0 and bool((self.similarity[:count] >= tau).all())
-
-    def directions(self, count: int, whiten: bool) -> Tensor:
-        """The first components that were found [count, features]."""
-        assert self.pca.components is not None
-        directions = self.pca.components[:count]
-        return directions / self.pca.singular_values[:count, None].sqrt() if whiten else directions
+        elif self.source is self:
+            rows = self.prepare(inputs, self.batch, self.name).detach()
+            rows = _gathered(rows) if self.gather else rows
+            if len(rows) >= self.pca.count:
+                self.pca.update(rows)
 
 
 def _gathered(rows: Tensor) -> Tensor:
@@ -157,113 +142,86 @@ def get_eva_state_dict(
     if isinstance(dataloader, Sized) and len(dataloader) == 0:
         raise ValueError("The dataloader is empty.")
     config, layers = _layers(model, peft_config, adapter_name)
-    search = _Search(layers, config, prepare_layer_inputs_fn, gather_distributed_inputs)
+    watched = _watched(layers, config, prepare_layer_inputs_fn, gather_distributed_inputs)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def run(batch: Any) -> None:
         batch = _moved(batch, device)
         known = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
-        for inputs in search.watched.values():
+        for inputs in watched.values():
             inputs.batch = known
         forward_fn(model, batch)
 
-    training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-            ranks = search.until_found(dataloader, run, show_progress_bar)
-    finally:
-        search.let_go()
-        model.train(training)
-    return search.directions(ranks)
-
-
-class _Search:
-    """The search for the directions of all layers.
-
-    Attributes:
-        watched: layer -> what is seen of its inputs.
-        same: layer -> the first one that has the same inputs, of which alone more is seen.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module], config: LoraConfig, prepare: PrepareLayers, gather: bool):
-        by_layer = prepare if isinstance(prepare, Mapping) else dict.fromkeys(layers, prepare)
-        unknown = sorted(set(by_layer) - set(layers))
-        if unknown:
-            raise ValueError(f"prepare_layer_inputs_fn names {', '.join(unknown)}, which are no layers of the adapter.")
-        setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
-        self._setting, self.same = setting, {name: name for name in layers}
-        self._budget = sum(rank_of(config, name) for name in layers)
-        self.watched, self._handles = {}, {}
+    setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
+    budget = sum(rank_of(config, name) for name in layers)
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
+        stack.enter_context(model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext())
         for name, layer in layers.items():
-            width = getattr(base_of(layer), "in_features", 2**31)
-            count = min(round(rank_of(config, name) * setting.rho), width)
-            self.watched[name] = _Inputs(name, by_layer.get(name), gather, count)
-            self._handles[name] = layer.register_forward_pre_hook(self.watched[name])
+            stack.enter_context(layer.register_forward_pre_hook(watched[name]))
+        ranks = _ranks_found(watched, dataloader, run, budget, setting.tau, show_progress_bar)
+    found = {name: inputs.source or inputs for name, inputs in watched.items()}
+    return {name: one.pca.directions(ranks[name], setting.whiten) for name, one in found.items()}
 
-    def let_go(self) -> None:
-        """Watches no longer."""
-        for handle in self._handles.values():
-            handle.remove()
 
-    def _tell_apart(self) -> None:
-        """Finds out which layers have the same inputs; the first of them looks for as many components as all need."""
-        first: dict[Any, str] = {}
-        self.same = {name: first.setdefault(inputs.stamp, name) for name, inputs in self.watched.items()}
-        for name, one in self.same.items():
-            pca = self.watched[one].pca
-            pca.count = max(pca.count, self.watched[name].pca.count)
-            self.watched[name].is_first = False
-            if name != one:
-                self._handles[name].remove()
+def _watched(
+    layers: Mapping[str, nn.Module], config: LoraConfig, prepare: PrepareLayers, gather: bool
+) -> dict[str, _Inputs]:
+    """What sees the inputs of each layer."""
+    by_layer = prepare if isinstance(prepare, Mapping) else dict.fromkeys(layers, prepare)
+    unknown = sorted(set(by_layer) - set(layers))
+    if unknown:
+        raise ValueError(f"prepare_layer_inputs_fn names {', '.join(unknown)}, which are no layers of the adapter.")
+    setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
+    watched = {}
+    for name, layer in layers.items():
+        width = getattr(base_of(layer), "in_features", 2**31)
+        count = min(round(rank_of(config, name) * setting.rho), width)
+        watched[name] = _Inputs(name, by_layer.get(name), gather, count)
+    return watched
 
-    def _share_out(self) -> dict[str, int]:
-        """The budget of ranks, given to the components that explain the largest shares of their layer's variance."""
-        owners, shares = [], []
-        for name, one in self.same.items():
-            shares.append(self.watched[one].pca.shares)
-            owners += [name] * len(shares[-1])
-        order = torch.cat(shares).argsort(descending=True, stable=True)[: self._budget]
-        counts = dict.fromkeys(self.same, 0)
-        for index in order.tolist():
-            counts[owners[index]] += 1
-        return counts
 
-    def until_found(self, dataloader: Iterable[Any], run: Callable[[Any], None], show: bool) -> dict[str, int]:
-        """Goes through the data until the components that count stay as they are; returns the ranks of the layers."""
-        for batch in islice(dataloader, 1):
-            run(batch)
-        self._tell_apart()
-        sources = dict.fromkeys(self.same.values())
-        ranks = {name: self.watched[one].pca.count for name, one in self.same.items()}
-        bar = _progress_bar(len(self.watched), show)
+def _ranks_found(
+    watched: Mapping[str, _Inputs], batches: Iterable[Any], run: Callable[[Any], None], budget: int, tau: float,
+    show: bool,
+) -> dict[str, int]:
+    """Goes through the data until the components that count stay as they are; returns the ranks of the layers."""
+    for batch in islice(batches, 1):
+        run(batch)
+    first: dict[Any, _Inputs] = {}
+    source = {name: first.setdefault(inputs.stamp, inputs) for name, inputs in watched.items()}
+    for name, one in source.items():
+        watched[name].source, one.pca.count = one, max(one.pca.count, watched[name].pca.count)
+    ranks = {name: one.pca.count for name, one in source.items()}
+    with _progress_bar(len(watched), show) as bar:
         for _ in range(_MOST_PASSES):
-            for batch in dataloader:
+            for batch in batches:
                 run(batch)
-                if any(self.watched[name].pca.components is None for name in sources):
+                if any(one.pca.components is None for one in first.values()):
                     continue
-                ranks = self._share_out()
-                needed = {one: max(ranks[name] for name in self.same if self.same[name] == one) for one in sources}
-                stable = {one: self.watched[one].is_stable(needed[one], self._setting.tau) for one in sources}
-                bar.n = sum(stable[one] for one in self.same.values())
+                ranks = _shared_out({name: one.pca.shares for name, one in source.items()}, budget)
+                needed = {id(one): max(ranks[n] for n in ranks if source[n] is one) for one in first.values()}
+                bar.n = sum(one.pca.is_stable(needed[id(one)], tau) for one in source.values())
                 bar.refresh()
-                if bar.n == len(self.same):
-                    bar.close()
+                if bar.n == len(watched):
                     return ranks
-            short = [name for name in sources if self.watched[name].pca.components is None]
+            short = [one for one in first.values() if one.pca.components is None]
             if short:
                 raise ValueError(
-                    f"No batch has {self.watched[short[0]].pca.count} positions for {short[0]!r}, as many as components"
-                    " are looked for: use larger batches, a smaller rho or a smaller rank."
+                    f"No batch has {short[0].pca.count} positions for {short[0].name!r}, as many as components are"
+                    " looked for: use larger batches, a smaller rho or a smaller rank."
                 )
-        bar.close()
-        warn(f"EVA's directions still changed after {_MOST_PASSES} passes over the data.")
-        return ranks
+    warn(f"EVA's directions still changed after {_MOST_PASSES} passes over the data.")
+    return ranks
 
-    def directions(self, ranks: dict[str, int]) -> dict[str, Tensor]:
-        """What was found for each layer: A [rank, in]."""
-        whiten = self._setting.whiten
-        return {name: self.watched[one].directions(ranks[name], whiten) for name, one in self.same.items()}
+
+def _shared_out(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """A budget of ranks, given to the components that explain the largest shares of their layer's variance."""
+    owners = [name for name, some in shares.items() for _ in some]
+    order = torch.cat(list(shares.values())).argsort(descending=True, stable=True)[:budget]
+    counts = Counter(owners[index] for index in order.tolist())
+    return {name: counts[name] for name in shares}
 
 
 def _progress_bar(total: int, show: bool) -> Any:
@@ -345,33 +303,29 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
     setting = config.eva_config or EvaConfig()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.has(adapter_name)}
     prefix = next((name for name, module in model.named_modules() if module is tuner.model), "")
-    targets, ranks, alphas = [], {}, {}
+    ranks, alphas = {}, {}
     for name, layer in layers.items():
         key = name[len(prefix) + 1 :] if prefix else name
-        rank, alpha = rank_of(config, key), alpha_of(config, key)
         directions = found.get(name, found.get(key))
         if directions is not None and len(directions) == 0:
             _leave_out(tuner, layer, key, adapter_name)
             continue
-        new = rank if directions is None else len(directions)
-        if new != rank and setting.adjust_scaling_factors:  # type: ignore[union-attr]
-            alpha = alpha * new / rank
         if directions is None:
             warn(f"EVA has found nothing for {key!r}, which starts as usual.")
-        trained = any(parameter.requires_grad for parameter in layer.adapter_parameters(adapter_name))
-        dtype = layer.dtype_of(adapter_name)
+        rank, alpha = rank_of(config, key), alpha_of(config, key)
+        ranks[key] = new = rank if directions is None else len(directions)
+        alphas[key] = alpha * new / rank if setting.adjust_scaling_factors else alpha  # type: ignore[union-attr]
         if new != rank or layer.factors(adapter_name)[0].is_meta:
-            layer.update_layer(adapter_name, new, alpha, plain, target_name=key)
+            trained = any(parameter.requires_grad for parameter in layer.adapter_parameters(adapter_name))
+            dtype = layer.dtype_of(adapter_name)
+            layer.update_layer(adapter_name, new, alphas[key], plain, target_name=key)
             layer.move(adapter_name, dtype=dtype)
             layer.set_requires_grad(adapter_name, trained)
         if directions is not None:
             layer.factors(adapter_name)[0].copy_(directions)
-        targets.append(key)
-        if new != config.r:
-            ranks[key] = new
-        if alpha != config.lora_alpha:
-            alphas[key] = alpha
-    config.target_modules, config.rank_pattern, config.alpha_pattern = set(targets), ranks, alphas  # type: ignore[assignment]
+    config.target_modules = set(ranks)
+    config.rank_pattern = {key: rank for key, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
 def _leave_out(tuner: Any, layer: LoraLayer, key: str, adapter_name: str) -> None:
