@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import peft
+from peft.ops.principal import leading_parts
 from peft.ops.rank_budget import track_sensitivity
 from peft.ops.subspaces import (
     above,
     cluster_basis,
     cluster_rows,
-    leading_vectors,
     spread_rows,
     subspaces_at,
 )
@@ -57,11 +57,11 @@ def test_vectors_clusters_and_bases():
     torch.manual_seed(1)
     matrix = torch.cat((torch.randn(20, 1) @ torch.randn(1, 9), 5 + torch.randn(15, 2) @ torch.randn(2, 9)))
     state = torch.get_rng_state()
-    left, right = leading_vectors(matrix, 50, seed=3)
+    parts = left, _, right = leading_parts(matrix, 50, 2, seed=3)
     assert torch.equal(torch.get_rng_state(), state), "it must not disturb the random numbers of others"
     assert left.shape == (35, 9) and right.shape == (9, 9)
     torch.testing.assert_close(left @ (left.T @ matrix), matrix, atol=1e-4, rtol=1e-4)
-    assert all(torch.equal(*pair) for pair in zip(leading_vectors(matrix, 50, 3), (left, right), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(leading_parts(matrix, 50, 2, 3), parts, strict=True))
     clusters = cluster_rows(matrix, 2)
     assert torch.equal(torch.cat(clusters).sort().values, torch.arange(35))
     assert all(torch.equal(index, index.sort().values) for index in clusters)

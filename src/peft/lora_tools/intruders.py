@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft.core.combine import add_combined, check_combination, combined_config, layers_with
-from peft.ops.merging import truncated_svd
+from peft.ops.principal import truncated_svd
 from peft.tuners.lora.factors import base_blocks, load, of_svd, product
 from peft.tuners.lora.model import LoraModel
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from peft.checkpoint.files import opened_weights
 from peft.core.storage import backend_of
 from peft.model import PeftModel
+from peft.ops.principal import truncated_svd
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.starts import fill_factors, in_two
 
 
 @torch.no_grad()
@@ -55,15 +57,11 @@ def replace_lora_weights_loftq(
     for name, layer in layers.items():
         original = layer.op.matrix(read(f"{name}.weight")).float()
         lost = original.to(layer.get_base_weight().device) - layer.op.matrix(layer.get_base_weight()).float()
-        u, s, vh = torch.linalg.svd(lost, full_matrices=False)
-        root = (s[: layer.r[adapter_name]] / layer.scaling[adapter_name]).sqrt()
-        factors = root[:, None] * vh[: len(root)], u[:, : len(root)] * root
         before = [factor.clone() for factor in layer.factors(adapter_name)]
-        for factor, value in zip(layer.factors(adapter_name), factors, strict=True):
-            factor.copy_(value)
+        parts = truncated_svd(lost, layer.r[adapter_name])
+        fill_factors(layer, adapter_name, *in_two(*parts, layer.scaling[adapter_name]))
         if callback is not None and not callback(peft_model, name):
-            for factor, value in zip(layer.factors(adapter_name), before, strict=True):
-                factor.copy_(value)
+            fill_factors(layer, adapter_name, *before)
 
 
 def _weights_in(source: str | os.PathLike, prefix: str) -> Callable[[str], Tensor]:

@@ -151,21 +151,6 @@ def combine(
     raise ValueError(f"Unknown combination {method!r}.")
 
 
-def truncated_svd(matrices: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest `rank` singular values s of each matrix and their vectors: u s vh is the nearest of that rank.
-
-    Args:
-        matrices: [..., m, n].
-        rank: at most min(m, n).
-        driver: method of `torch.linalg.svd` on CUDA.
-
-    Returns:
-        u [..., m, rank], s [..., rank] and vh [..., rank, n].
-    """
-    u, s, vh = torch.linalg.svd(matrices, full_matrices=False, driver=driver)
-    return u[..., :rank], s[..., :rank], vh[..., :rank, :]
-
-
 def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition u s vh of b a, without multiplying them out.
 

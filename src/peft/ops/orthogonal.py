@@ -32,7 +32,11 @@ def _skew_layout(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def skew_symmetric(upper: Tensor, size: int) -> Tensor:
-    """Skew-symmetric matrices [n, size, size] out of their upper triangles, row by row: [n, size (size - 1) / 2]."""
+    """Skew-symmetric matrices [n, size, size] out of their upper triangles, row by row: [n, size (size - 1) / 2].
+
+    In single precision at least, for what is made of them to be a rotation.
+    """
+    upper = upper.to(torch.promote_types(upper.dtype, torch.float32))
     if size == 1:
         return upper.new_zeros(upper.shape[0], 1, 1)
     index, sign = _skew_layout(size, upper.device)
@@ -58,13 +62,14 @@ def cayley_neumann(skew: Tensor, terms: int) -> Tensor:
     """
     if terms < 3:
         return 2 * skew if terms == 2 else torch.zeros_like(skew)
-    last, square = max(3, terms - 1), skew @ skew
-    pair = 2 * (skew + square)
-    # Horner's rule in Q^2, two powers at a time, needs half the products.
-    total = skew if last % 2 else 2 * skew + square
-    for _ in range((last - 1) // 2):
-        total = torch.baddbmm(pair, square, total)
-    return total
+    with torch.autocast(skew.device.type, enabled=False):
+        last, square = max(3, terms - 1), skew @ skew
+        pair = 2 * (skew + square)
+        # Horner's rule in Q^2, two powers at a time, needs half the products.
+        total = skew if last % 2 else 2 * skew + square
+        for _ in range((last - 1) // 2):
+            total = torch.baddbmm(pair, square, total)
+        return total
 
 
 def add_rotated(x: Tensor, change: Tensor) -> Tensor:

@@ -26,15 +26,32 @@ def principal_factors(
         seed: what the approximation starts from.
     """
     work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    if iterations is None:
-        left, values, right = torch.linalg.svd(work, full_matrices=False)
-    else:
-        with seeded(work.device, seed):
-            left, values, columns = torch.svd_lowrank(work, q=rank, niter=iterations)
-        right = columns.T
-    values = values[:rank] / scale
+    parts = truncated_svd(work, rank) if iterations is None else leading_parts(work, rank, iterations, seed)
+    left, values, right = parts[0], parts[1] / scale, parts[2]
     inner, outer = (values.sqrt(), values.sqrt()) if even else (torch.ones_like(values), values)
-    return inner[:, None] * right[:rank], left[:, :rank] * outer
+    return inner[:, None] * right, left * outer
+
+
+def leading_parts(matrix: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `truncated_svd`, nearly: by power iterations (arXiv:0909.4061) from a seed, and torch's own random numbers."""
+    with seeded(matrix.device, seed):
+        left, values, columns = torch.svd_lowrank(matrix, q=min(rank, *matrix.shape), niter=iterations)
+    return left, values, columns.T
+
+
+def truncated_svd(matrices: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest `rank` singular values s of each matrix and their vectors: u s vh is the nearest of that rank.
+
+    Args:
+        matrices: [..., m, n].
+        rank: those that there are, if it is more than min(m, n).
+        driver: method of `torch.linalg.svd` on CUDA.
+
+    Returns:
+        u [..., m, rank], s [..., rank] and vh [..., rank, n].
+    """
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False, driver=driver)
+    return u[..., :rank], s[..., :rank], vh[..., :rank, :]
 
 
 def randomised_svd(matrix: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,18 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft.ops.principal import seeded
-
-
-def leading_vectors(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Left [out, r] and right [r, in] singular vectors of the largest singular values, r at most the smaller side.
-
-    Randomised (arXiv:0909.4061), from this seed; torch's own random numbers go on as if nothing had happened.
-    """
-    with seeded(matrix.device, seed):
-        left, _, right = torch.svd_lowrank(matrix, q=min(rank, *matrix.shape), niter=2)
-    return left, right.T.contiguous()
-
 
 def cluster_rows(rows: Tensor, count: int) -> list[Tensor]:
     """Rows [n, r] in at most `count` clusters by k-means: the indices of each cluster, in rising order.

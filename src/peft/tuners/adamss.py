@@ -18,12 +18,12 @@ from peft.core.method import Method
 from peft.core.slots import FixedSlot, ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
 from peft.core.walk import layers_of
+from peft.ops.principal import leading_parts
 from peft.ops.rank_budget import track_sensitivity
 from peft.ops.subspaces import (
     above,
     cluster_basis,
     cluster_rows,
-    leading_vectors,
     spread_rows,
     subspaces_at,
 )
@@ -209,7 +209,7 @@ def subspaces_of(weight: Tensor, config: AdamssConfig) -> tuple[list[tuple[Tenso
         left, right = weight.new_empty(len(weight), rank := min(config.r, *weight.shape)), weight[:rank]
         rows = list(torch.arange(len(weight), device="meta").tensor_split(min(config.num_subspaces, len(weight))))
     else:
-        left, right = leading_vectors(weight, config.r, config.random_seed)
+        left, _, right = leading_parts(weight, config.r, 2, config.random_seed)
         rows = cluster_rows(left, config.num_subspaces)
     threshold = config.svd_threshold if config.use_dynamic_rank and not weight.is_meta else None
     pairs = []
@@ -217,7 +217,7 @@ def subspaces_of(weight: Tensor, config: AdamssConfig) -> tuple[list[tuple[Tenso
         down = cluster_basis(left[index], config.subspace_rank, threshold)
         up = weight.new_zeros(len(index), len(down))
         pairs.append((down, up if config.init_weights else 0.01 * torch.randn_like(up)))
-    return pairs, rows, right
+    return pairs, rows, right.contiguous()
 
 
 class AdamssMethod(Method):

@@ -127,9 +127,8 @@ class BOFTLayer(AdapterLayer):
 
 def _rotations(blocks: Tensor) -> Tensor:
     """R - I of blocks [m, n, b, b], in float32 at least."""
-    blocks = blocks if blocks.dtype == torch.float64 else blocks.float()
-    with torch.autocast(blocks.device.type, enabled=False):
-        return cayley(0.5 * (blocks - blocks.mT))
+    blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+    return cayley(0.5 * (blocks - blocks.mT))
 
 
 class BOFTMethod(Method):

@@ -109,12 +109,10 @@ class OFTRotation(nn.Module):
 
     def compute(self) -> Tensor:
         """The change, in float32 at least."""
-        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+        skew = skew_symmetric(self.weight, self.size)
         if self.radius is not None:
-            weight = weight * self.shrinkage(weight.detach())
-        with torch.autocast(weight.device.type, enabled=False):
-            skew = skew_symmetric(weight, self.size)
-            return cayley(skew) if self.terms is None else cayley_neumann(skew, self.terms)
+            skew = skew * self.shrinkage(self.weight.detach().to(skew.dtype))[..., None]
+        return cayley(skew) if self.terms is None else cayley_neumann(skew, self.terms)
 
     def shrinkage(self, weight: Tensor) -> Tensor:
         """What brings each Q to where it may be: radius / sqrt(blocks) from zero at most (Frobenius)."""

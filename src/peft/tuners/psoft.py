@@ -90,16 +90,16 @@ class PsoftRotation(nn.Module):
 
     def change(self) -> Tensor:
         """diag(b) R diag(a) - I, [r, r]; computed in single precision at least."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        vectors = (vector if vector is None else vector.to(dtype) for vector in (self.vector_b, self.vector_a))
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return scaled_change(self._plain_change(self.weight.to(dtype)), *vectors)
+        change = self._plain_change()
+        vectors = (None if vector is None else vector.to(change) for vector in (self.vector_b, self.vector_a))
+        return scaled_change(change, *vectors)
 
-    def _plain_change(self, weight: Tensor) -> Tensor:
+    def _plain_change(self) -> Tensor:
         """R - I."""
         if not self.orthogonal:
+            weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
             return weight - torch.eye(self.r, dtype=weight.dtype, device=weight.device)
-        skew = skew_symmetric(weight[None], self.r)
+        skew = skew_symmetric(self.weight[None], self.r)
         if self.terms is None:
             return cayley(-skew)[0]
         if self.radius is not None:

@@ -19,8 +19,8 @@ from peft.ops.merging import (
     clamp_to_quantile,
     combine,
     svd_of_product,
-    truncated_svd,
 )
+from peft.ops.principal import truncated_svd
 from peft.tuners.lora.factors import adapter_rank, block_rank, check_own, check_plain, load, product, store
 
 _ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")

@@ -19,7 +19,7 @@ from peft.core.base_op import BaseOp
 from peft.core.storage import onloaded, storage_of
 from peft.errors import warn
 from peft.fields import as_settings
-from peft.ops.principal import randomised_svd, seeded
+from peft.ops.principal import randomised_svd, seeded, truncated_svd
 from peft.ops.quantise import int8_rounded, nf4_rounded
 from peft.tuners.lora.base import FactorLayer, Residual
 from peft.tuners.lora.config import LoraConfig
@@ -85,7 +85,7 @@ def without_product(layer: FactorLayer, name: str) -> Residual:
     return residual
 
 
-def _in_two(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def in_two(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """A and B that share the singular values evenly, with s B A = u diag(s) vh."""
     if not scaling > 0:
         raise ValueError(f"A start from singular values needs a scale above zero, and lora_alpha makes it {scaling}.")
@@ -128,11 +128,8 @@ def _pissa(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
     """The r largest singular values of W and their vectors (arXiv:2404.02948)."""
     weight, r = base_matrix(layer, config), layer.r[name]
     steps = re.search(r"\d+$", str(config.init_lora_weights))
-    if steps is None:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    else:
-        u, s, vh = randomised_svd(weight, r, int(steps[0]))
-    fill_factors(layer, name, *_in_two(u[:, :r], s[:r], vh[:r], layer.scaling[name]))
+    parts = truncated_svd(weight, r) if steps is None else randomised_svd(weight, r, int(steps[0]))
+    fill_factors(layer, name, *in_two(*parts, layer.scaling[name]))
     return without_product(layer, name)
 
 
@@ -168,7 +165,7 @@ def _corda(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
     """Singular values and vectors of W C, C the covariance of the inputs, with C taken out again (arXiv:2406.05223)."""
     base = layer.get_base_layer()
     found = base.__dict__[CORDA]
-    fill_factors(layer, name, *_in_two(found.U_WC, found.S_WC, found.V_WC.T, layer.scaling[name]))
+    fill_factors(layer, name, *in_two(found.U_WC, found.S_WC, found.V_WC.T, layer.scaling[name]))
     return without_product(layer, name)
 
 
@@ -206,9 +203,9 @@ def _loftq(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
     change = torch.zeros_like(weight)
     for _ in range(setting.loftq_iter):
         before = change
-        u, s, vh = torch.linalg.svd(weight - quantise(weight - before), full_matrices=False)
-        change = (u[:, :r] * s[:r]) @ vh[:r]
-    fill_factors(layer, name, *_in_two(u[:, :r], s[:r], vh[:r], layer.scaling[name]))
+        u, s, vh = truncated_svd(weight - quantise(weight - before), r)
+        change = (u * s) @ vh
+    fill_factors(layer, name, *in_two(u, s, vh, layer.scaling[name]))
     return lambda base: quantise(base.float() - before.to(base.device)).to(base.dtype)
 
 
