@@ -323,7 +323,7 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
             layer.set_requires_grad(adapter_name, trained)
         if directions is not None:
             layer.factors(adapter_name)[0].copy_(directions)
-    config.target_modules = set(ranks)
+    config.target_modules = set(ranks)  # type: ignore[assignment]
     config.rank_pattern = {key: rank for key, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha}
 
