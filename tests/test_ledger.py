@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import random
 
@@ -13,8 +14,16 @@ from torch import nn
 import peft
 import test_conformance as conformance
 from failures import fails
-from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig, get_peft_model
-from peft.core.walk import base_parameters
+from peft import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.core.walk import base_parameters, parts_of
+from peft.lora_tools.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from tiny_models import gpt2, llama
 from tiny_models import tokens as token_ids
 
@@ -205,6 +214,66 @@ def test_an_interrupt_leaves_prompts_as_before_or_as_after(config, operation):
             found = state_of(model), model(ids).logits
             assert any(found[0] == state and torch.equal(found[1], out) for state, out in outcomes), f"line {n}"
     assert n > 20
+
+
+def whole_state(model: nn.Module) -> tuple:
+    """What may be seen of a model: states, settings, configurations, modes, and all values."""
+    settings = [(name, {k: str(v) for k, v in part.settings.items()}) for name, part in parts_of(model)]
+    modes = [module.training for module in model.modules()]
+    configs = {name: str(config) for name, config in model.peft_config.items()}
+    return state_of(model), settings, modes, configs, {k: v.tolist() for k, v in model.state_dict().items()}
+
+
+LOADED = {
+    "lora": LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["score"], trainable_token_indices=[1], bias="lora_only"
+    ),
+    "layers share": peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, target_modules=["q_proj"]),
+    "made anew": peft.FrodConfig(target_modules=["q_proj"]),
+    "soft prompt": PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),
+    "adaption prompt": AdaptionPromptConfig(task_type="SEQ_CLS", adapter_len=2, adapter_layers=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [*itertools.product(["load", "load to train"], LOADED), ("values", "lora"), ("hot swap", "lora"), ("compiled", "")],
+)
+def test_an_interrupt_leaves_what_is_replaced_as_before_or_as_after(way, kind, tmp_path):
+    config = LOADED.get(kind) or LoraConfig(r=2, target_modules=["q_proj"])
+
+    def made(**fields):
+        base = llama("LlamaForSequenceClassification", attention_bias=True)
+        return randomise(get_peft_model(base, dataclasses.replace(config, **fields)))
+
+    other = made(r=4, lora_alpha=3) if way in ("hot swap", "compiled") else made()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5 if parameter.requires_grad else 1)
+    other.save_pretrained(tmp_path)
+    start = made().train()
+    if way == "compiled":  # scales are tensors, and the new factors are padded
+        prepare_model_for_compiled_hotswap(start, target_rank=8)
+
+    def call(model):
+        if way.startswith("load"):
+            model.load_adapter(tmp_path, "default", is_trainable=way == "load to train")
+        elif way == "values":
+            set_peft_model_state_dict(model, load_peft_weights(tmp_path))
+        else:
+            hotswap_adapter(model, tmp_path, "default")
+
+    after = copy.deepcopy(start)
+    call(after)
+    outcomes, n, chosen = [whole_state(start), whole_state(after)], 1, random.Random(0)
+    assert outcomes[0] != outcomes[1]
+    while True:
+        model = copy.deepcopy(start)
+        if not fails(lambda model=model: call(model), n, KeyboardInterrupt):
+            break
+        assert whole_state(model) in outcomes, f"half done at line {n}"
+        n += chosen.randint(5, 1500)
+    assert n > 1000
 
 
 @pytest.mark.parametrize("kind", ["layers", "soft prompt"])

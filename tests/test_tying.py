@@ -283,3 +283,42 @@ def test_other_rows_of_tied_modules_cannot_be_kept_tied():
 def test_lora_on_a_head_whose_rows_are_trained_is_stored_under_its_own_name():
     keys = [key for key in get_peft_model_state_dict(with_rows("LoRA on the head")) if "lora" in key]
     assert keys == ["base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight"]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"target_modules": ["lm_head"]}, {}),
+        ({"target_modules": ["lm_head"]}, {"ensure_weight_tying": True}),
+        ({"target_modules": ["lm_head"], "ensure_weight_tying": True}, {"ensure_weight_tying": True}),
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, {"ensure_weight_tying": True}),
+        ({"trainable_token_indices": [1, 2], "target_modules": ["q_proj"]}, {"ensure_weight_tying": True}),
+        ({"trainable_token_indices": [1, 2], "target_modules": ["lm_head"]}, {}),
+        ({"target_modules": ["gate_proj", "up_proj"]}, {"modules_to_save": ["mlp"]}),
+        ({"modules_to_save": ["up_proj"], "target_modules": ["gate_proj"]}, {"modules_to_save": ["mlp"]}),
+    ],
+    ids=str,
+)
+def test_what_an_adapter_trains_in_full_is_the_base_models_whatever_others_are_on_it(first, second, merged, tmp_path):
+    ids = torch.arange(2, 12)[None]
+    base = llama(tie_word_embeddings=True)(ids).logits
+    model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(r=2, init_lora_weights=False, **first), "a")
+    expected = model.eval()(ids).logits
+    if merged:
+        model.merge_adapter()
+    model.add_adapter("b", LoraConfig(r=2, **{"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]} | second))
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    if merged:
+        model.unmerge_adapter()
+    model.set_adapter("b")
+    torch.testing.assert_close(model(ids).logits, base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5 if parameter.requires_grad else 1)
+    trained = model(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path / "b", adapter_name="b")
+    torch.testing.assert_close(loaded(ids).logits, trained)
+    model.set_adapter("a")
+    torch.testing.assert_close(model(ids).logits, expected)

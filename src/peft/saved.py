@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,9 @@ from peft.checkpoint.source import Source, warn_of_unknown
 from peft.checkpoint.state import IncompatibleKeys, vocabulary_changed
 from peft.config import PeftConfig, saved_form
 from peft.core.part import check_adapter_name, known
-from peft.core.undo import all_or_nothing
+from peft.core.undo import all_or_nothing, undone_on_error
 from peft.core.walk import parts_of
-from peft.core.whole import alone
+from peft.core.whole import whole
 from peft.errors import listed, warn
 from peft.folder import check_folder, replace_files
 from peft.hub import CARD_NAME, push
@@ -43,6 +44,11 @@ _MAY_DIFFER = {
 }  # fmt: skip
 #: those that say how an adapter started, where that leaves the base model alone
 _STARTS = {"init_lora_weights", "init_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
+
+
+def _train(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
 
 
 class SavedAdapters(AdaptedModel):
@@ -265,18 +271,21 @@ class SavedAdapters(AdaptedModel):
         if there is not None:
             self._check_replaceable(adapter_name, source.config)
         empty = low_cpu_mem_usage or source.needs_no_start
-        with alone(self._holder), all_or_nothing():
+        parts = [] if there is None else [part for _, part in parts_of(self.base_model)]
+        held = [] if self._tuner else [self.prompt_encoder]
+        modes = partial(_train, [module for module in self.modules() if module.training])
+        with whole(self._holder, parts, [adapter_name], held=held), undone_on_error(modes), all_or_nothing():
             if there is None:
                 self.add_adapter(adapter_name, source.config, empty, autocast_adapter_dtype)
             result = self._load_tensors(adapter_name, source, kwargs)
-        if there is not None:
-            there.inference_mode = not is_trainable
-        if not is_trainable:
-            self.eval()
-        elif self._tuner is not None:
-            self._tuner.set_requires_grad(adapter_name)
-        else:
-            self.prompt_encoder[adapter_name].requires_grad_(True)
+            if not is_trainable:
+                self.eval()
+            elif self._tuner is not None:
+                self._tuner.set_requires_grad(adapter_name)
+            else:
+                self.prompt_encoder[adapter_name].requires_grad_(True)
+            if there is not None:
+                there.inference_mode = not is_trainable
         return result
 
     def _check_replaceable(self, adapter_name: str, new: PeftConfig) -> None:

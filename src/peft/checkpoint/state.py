@@ -17,7 +17,9 @@ from peft.core.model_config import embeddings_of
 from peft.core.storage.sharded import reshard
 from peft.core.storage.shared import put, shape_of
 from peft.core.tuner import BaseTuner
+from peft.core.undo import is_adding
 from peft.core.walk import live_modules, parts_of
+from peft.core.whole import contents_kept
 from peft.core.wrappers import unwrapped
 from peft.errors import listed, warn
 from peft.hub import fetch
@@ -186,31 +188,37 @@ def set_peft_model_state_dict(
     """
     config = config_of(model, adapter_name)
     method = getattr(method_of(config.peft_type).model_class, "method_class", None)
-    if method is not None:
-        peft_model_state_dict = method.read_tensors(model, adapter_name, peft_model_state_dict)
-    fit = Fit(model, config, adapter_name, peft_model_state_dict)
+    with contents_kept(model, adapter_name, values=not is_adding()):
+        if method is not None:
+            peft_model_state_dict = method.read_tensors(model, adapter_name, peft_model_state_dict)
+        fit = Fit(model, config, adapter_name, peft_model_state_dict)
+        _check(fit, ignore_mismatched_sizes)
+        reshard()
+        base = [at.tensor for key, _, at in fit.found if at is not None and key not in fit.locations]
+        with torch.no_grad(), contents_kept(model, adapter_name, base, values=False):
+            for key, value, location in fit.found:
+                if location is None:
+                    model.prompt_encoder[adapter_name].load_stored({key: value})  # type: ignore[union-attr,index]
+                elif location.tensor.is_meta:
+                    _assign(location, value)
+                else:
+                    put(location.tensor, value)
+            for _, part in parts_of(model):
+                if isinstance(part, AdapterLayer) and part.has(adapter_name):
+                    part.loaded(adapter_name)
+    return IncompatibleKeys(fit.missing(), fit.unexpected)
+
+
+def _check(fit: Fit, ignore_mismatched_sizes: bool) -> None:
     bad = [key for key, value, _ in fit.found if not _is_finite(value)]
     if bad:
-        warn(f"Adapter {adapter_name!r}: values that are not finite (NaN or Inf) are in {listed(bad)}.")
+        warn(f"Adapter {fit.adapter_name!r}: values that are not finite (NaN or Inf) are in {listed(bad)}.")
     wrong = list(fit.wrong.values())
     if wrong and not ignore_mismatched_sizes:
         lines = "\n  ".join(wrong[:20]) + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else "")
-        raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {adapter_name!r}:\n  {lines}")
+        raise RuntimeError(f"size mismatch for {len(wrong)} tensors of adapter {fit.adapter_name!r}:\n  {lines}")
     if wrong:
         warn(f"Left out for their size: {'; '.join(wrong)}.")
-    reshard()
-    with torch.no_grad():
-        for key, value, location in fit.found:
-            if location is None:
-                model.prompt_encoder[adapter_name].load_stored({key: value})  # type: ignore[union-attr,index]
-            elif location.tensor.is_meta:
-                _assign(location, value)
-            else:
-                put(location.tensor, value)
-    for _, part in parts_of(model):
-        if isinstance(part, AdapterLayer) and part.has(adapter_name):
-            part.loaded(adapter_name)
-    return IncompatibleKeys(fit.missing(), fit.unexpected)
 
 
 class Fit:
@@ -301,11 +309,8 @@ class Places:
         if self._injected:
             key = key.removeprefix("base_model.model.")  # a file of a PeftModel, for injected adapters
         key = self._raw.get(key, key)
-        if key not in self._locations:  # a module trained in full that other adapters were on before
-            path, _, name = key.rpartition(".")
-            inner = f"{path}.base_layer.{name}"
-            key = inner if inner in self._locations else key
-        return key
+        plain = key.replace(".base_layer", "")  # a module trained in full that other adapters were on before
+        return plain if key not in self._locations and plain in self._locations else key
 
     def of_base(self, key: str, value: Tensor) -> Location | None:
         """The place in the base model, where the configuration accounts for the tensor."""

@@ -82,11 +82,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None) -> None:
         """Makes a copy of the original for another adapter."""
-        copied = whole_copy(self.original_module)
-        for path, part in [*copied.named_modules()]:
-            if isinstance(part, Part) and part.unload(merge=False) is None:  # biases that adapters train
-                del copied.get_submodule(path.rpartition(".")[0])._modules[path.rpartition(".")[2]]
-        copied.requires_grad_(False)
+        copied = _without_adapters(whole_copy(self.original_module)).requires_grad_(False)
         if tied_module is not None:
             copied.weight = tied_module.weight
         # Hooks (of accelerate, say) belong to the original's place in the model.
@@ -137,6 +133,24 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 f" ({active!r}) is the one that stays; call set_adapter first to have another."
             )
         return self.modules_to_save[active].requires_grad_(True)
+
+
+def _without_adapters(module: nn.Module) -> Any:
+    """The module of the base model that is left of one with parts of other adapters in it, or around it."""
+    for path, part in reversed([*module.named_modules()]):
+        place, _, child = path.rpartition(".")
+        if not isinstance(part, Part) or child == "token_adapter":  # what holds one stands for both
+            continue
+        for name in part.merged_adapters:
+            part.delete_adapter(name)  # takes it out of the weight
+        left = part.unload(merge=False)
+        if not path:
+            module = left  # type: ignore[assignment]
+        elif left is None:
+            del module.get_submodule(place)._modules[child]
+        else:
+            setattr(module.get_submodule(place), child, left)
+    return module
 
 
 def save_modules(model: nn.Module, keys: Sequence[str], adapter_name: str, tied: Sequence[str] = ()) -> None:

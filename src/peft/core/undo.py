@@ -6,14 +6,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
-#: while adapters are added and then filled: what takes those added back out
-_UNDO: ContextVar[ExitStack | None] = ContextVar("_UNDO", default=None)
+
+class _Undo(ExitStack):
+    """What takes added adapters back out, and gives filled ones their contents back."""
+
+    #: whether it has something to take back
+    filled = False
+
+
+#: while adapters are added and then filled
+_UNDO: ContextVar[_Undo | None] = ContextVar("_UNDO", default=None)
 
 
 @contextmanager
 def all_or_nothing() -> Iterator[None]:
     """Takes the adapters that are added while it lasts back out if it ends by an error."""
-    with ExitStack() as undo:
+    with _Undo() as undo:
         token = _UNDO.set(undo)
         try:
             yield
@@ -36,3 +44,10 @@ def hand_over(undo: ExitStack) -> None:
     kept, later = undo.pop_all(), _UNDO.get()
     if later is not None:
         later.push(kept)
+        later.filled = True
+
+
+def is_adding() -> bool:
+    """Whether an adapter was added in an [`all_or_nothing`] that has not ended, which would take it back out."""
+    undo = _UNDO.get()
+    return undo is not None and undo.filled

@@ -13,11 +13,14 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft.core import merge as merging
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
+from peft.core.storage.shared import part_of
+from peft.core.undo import undone_on_error
+from peft.core.walk import parts_of
 from peft.errors import warn
 
 
@@ -138,6 +141,43 @@ def _state_of(part: Part, names: Sequence[str], deleted: str | None) -> Callable
         part.refresh()
 
     return take_back
+
+
+@contextmanager
+def contents_kept(model: Any, name: str, more: Iterable[Tensor] = (), values: bool = True) -> Iterator[None]:
+    """Gives an adapter the tensors, values, settings and configuration back that it had if it ends by an error.
+
+    Args:
+        model: the model.
+        name: the adapter, or the name of none.
+        more: further tensors whose values come back.
+        values: False for an adapter that is taken out in that case anyway: the values of `more` alone.
+    """
+    parts = [part for _, part in parts_of(model) if part.has(name)] if values else []
+    held: list[Any] = [container for part in parts for container in part.containers()]
+    held += [part._modules[slot] for part in parts for slot in part.slots if slot in part._modules]
+    if values and "prompt_encoder" in model._modules:
+        held.append(model._modules["prompt_encoder"])
+    entries = [container[name] for container in held if name in container]
+    inside = [module for entry in entries if isinstance(entry, nn.Module) for module in entry.modules()]
+    settings = [by_adapter for part in parts for by_adapter in (*part.settings.values(), part.configs)]
+    held += [*inside, *map(vars, inside), *settings, *([vars(model.peft_config[name])] if values else ())]
+    tensors = [*more, *entries, *(by_adapter.get(name) for by_adapter in settings)]
+    tensors += [tensor for module in inside for tensor in (*module._parameters.values(), *module._buffers.values())]
+    own = {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_meta}
+    before = [(part, part.clone()) for part in map(part_of, own.values())]
+    put_back = _entries_of(held)
+
+    def take_back() -> None:
+        put_back()
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        for part in parts:
+            part.refresh()
+
+    with undone_on_error(take_back):
+        yield
 
 
 def _entries_of(containers: Sequence[Any]) -> Callable[[], None]:

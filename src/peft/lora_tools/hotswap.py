@@ -15,7 +15,7 @@ from peft.config import PeftConfig, build_config
 from peft.core.combine import fill
 from peft.core.targets import saved_as, target_name
 from peft.core.walk import parts_of
-from peft.core.whole import alone
+from peft.core.whole import alone, contents_kept
 from peft.errors import warn
 from peft.lora_tools.formats import as_pattern
 from peft.registry import PeftType, value_of
@@ -120,7 +120,8 @@ def hotswap_adapter_from_state_dict(
             f"The new adapter has rank {rank} on {path!r}, and the compiled model has room for {room}. Before"
             " compiling, call prepare_model_for_compiled_hotswap(model, target_rank=...)."
         )
-    with alone(getattr(plain, "base_model", plain)), torch.no_grad():
+    written = [slot.tensor for slot, _ in beside]
+    with alone(getattr(plain, "base_model", plain)), contents_kept(plain, adapter_name, written), torch.no_grad():
         for swap in too_large:
             _resize(swap.layer, adapter_name, swap.rank)
         for swap in swaps:
@@ -129,7 +130,7 @@ def hotswap_adapter_from_state_dict(
             _set_alpha(swap.layer, adapter_name, alpha_of(config, name), rank_of(config, name))
         for slot, value in beside:
             slot.tensor.copy_(value)
-    _record(old, layers, adapter_name)
+        _record(old, layers, adapter_name)
 
 
 def prepare_model_for_compiled_hotswap(

@@ -146,6 +146,12 @@ def put(tensor: Tensor, value: Tensor) -> None:
         kind.put(tensor, value)
 
 
+def part_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: the memory itself, without gradient."""
+    kind = kind_of(tensor)
+    return tensor.detach() if kind is None else kind.part(tensor)
+
+
 def with_gradient(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
     """A parameter and its gradient after a backward pass, each shared out as a DTensor or whole."""
     kind = kind_of(parameter)
