@@ -481,3 +481,4 @@ def test_a_mixed_batch_sees_what_has_changed_since_the_last_one(changed):
             alone = [model(ids[i : i + 1], adapter_names=[name]).logits for i, name in enumerate(order)]
             torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
         assert changed == "switched" or not torch.allclose(model(ids, adapter_names=names).logits, before.to(together))
+        torch.testing.assert_close(copy.deepcopy(model)(ids, adapter_names=order).logits, together)

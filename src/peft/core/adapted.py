@@ -135,7 +135,7 @@ class AdaptedModule(Part):
         merged = self.ledger.of(self) if entries else ()
         live = [name for name in self._active if self.has(name) and name not in merged]
         self.__dict__.update(_live=live, _merged=entries)
-        self.__dict__.pop("_stack", None)  # what mixed batches have kept, see `stacks`
+        self.__dict__.pop("_stacks", None)  # what mixed batches have kept, see `stacks`
 
     def live(self) -> list[str]:
         """The active adapters that are not merged."""

@@ -24,6 +24,8 @@ from peft.ops.lora import compute_dtype, needs_plain
 
 #: where modules have hooks that see what goes in and out
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: stacks that a layer keeps: a serving process has a few batches at a time
+_KEPT = 2
 
 
 class Stack:
@@ -50,10 +52,8 @@ class Stack:
         self.holders = [*layer.settings.values(), *(module._parameters for module in inside)]
         self.holders += [entries for held in containers for entries in (held._modules, held._parameters)]
         self.held = [value for holder in self.holders for value in holder.values()]
-        layer.__dict__["_stack"] = self
-
-    def __reduce__(self) -> Any:
-        return type(None), ()  # copies of the layer go without
+        others = (other for other in layer.__dict__.get("_stacks", ()) if other.places != self.places)
+        layer.__dict__["_stacks"] = _Kept([self, *others][:_KEPT])
 
     def _stamps(self) -> list[tuple[int, int]]:
         return [(factor._version, factor.data_ptr()) for factor in self.factors]
@@ -63,6 +63,7 @@ class Stack:
         now = chain(chain.from_iterable(map(dict.values, self.holders)), (None,))
         return (
             dtype == self.dtype
+            and len(self.places) <= 2 * len(names)  # those of the others are asked and left out, for each token
             and all(name in self.places for name in names)
             and not any(self.hooks)
             and not any(map(dict.__contains__, self.modules, repeat("forward")))
@@ -99,6 +100,13 @@ class Stack:
         return (flat.index_add_(0, blocks[2], some) if overwrite else flat.index_add(0, blocks[2], some)).view(y.shape)
 
 
+class _Kept(list[Stack]):
+    """The stacks that a layer keeps, the last one first; copies of the layer go without."""
+
+    def __reduce__(self) -> Any:
+        return _Kept, ()
+
+
 def _filled_up(factor: Tensor, rank: int) -> Tensor:
     return factor if len(factor) == rank else F.pad(factor, (0, 0, 0, rank - len(factor)))
 
@@ -112,12 +120,12 @@ def kept_stack(layer: AdaptedModule, names: Sequence[str], x: Tensor) -> Stack |
     """The stack that an earlier batch has left, if it still is that of these adapters."""
     if torch.is_grad_enabled() or needs_plain(x):
         return None
-    stack: Stack | None = layer.__dict__.get("_stack")
-    if stack is None or not stack.serves(names, compute_dtype(x)):
-        return None
-    with torch.no_grad():
-        stack.refresh()
-    return stack
+    for stack in layer.__dict__.get("_stacks", ()):
+        if stack.serves(names, compute_dtype(x)):
+            with torch.no_grad():
+                stack.refresh()
+            return stack
+    return None
 
 
 def new_stack(layer: AdaptedModule, changes: Mapping[str, Sequence[Change]], x: Tensor) -> Stack | None:
@@ -130,7 +138,6 @@ def new_stack(layer: AdaptedModule, changes: Mapping[str, Sequence[Change]], x: 
         products[name] = product
     if len({product.dropout for product in products.values()}) > 1:
         return None
-    layer.__dict__.pop("_stack", None)
     if torch.is_grad_enabled() or layer.training or needs_plain(x) or not all(map(_may_be_kept, products.values())):
         return Stack(products, compute_dtype(x))
     with torch.inference_mode(False), torch.no_grad():  # it may be written to elsewhere
