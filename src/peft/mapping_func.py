@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from peft.config import PeftConfig, check_is_config
+from peft.core.undo import as_before, undone_on_error
 from peft.errors import warn
 from peft.mixed import PeftMixedModel
 from peft.model import PeftModel
@@ -49,15 +50,10 @@ def get_peft_model(
         )
     if revision is not None and peft_config.revision not in (None, revision):
         warn(f"The configuration has revision {peft_config.revision!r} of the base model: overwritten by {revision!r}.")
-    before = dict(peft_config.__dict__)
-    peft_config.base_model_name_or_path = name
-    peft_config.revision = revision if revision is not None else peft_config.revision
-    task = peft_config.task_type
-    model_class = PeftMixedModel if mixed else PeftModel if task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
-    how = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-    try:
+    with undone_on_error(as_before(peft_config)):
+        peft_config.base_model_name_or_path = name
+        peft_config.revision = revision if revision is not None else peft_config.revision
+        task = peft_config.task_type
+        model_class = PeftMixedModel if mixed else PeftModel if task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
+        how = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         return model_class(model, peft_config, adapter_name, **how)
-    except BaseException:
-        peft_config.__dict__.clear()
-        peft_config.__dict__.update(before)
-        raise

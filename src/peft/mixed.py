@@ -10,11 +10,10 @@ from torch import nn
 
 from peft.adapted import warn_of_name
 from peft.checkpoint.state import IncompatibleKeys, locations_of
-from peft.config import PeftConfig
+from peft.config import PeftConfig, check_is_config
 from peft.core.method import Method
-from peft.core.part import check_adapter_name
 from peft.core.tuner import BaseTuner
-from peft.model import PeftModel, check_base_model
+from peft.model import PeftModel
 from peft.registry import METHODS, method_of, value_of
 
 
@@ -53,27 +52,17 @@ class PeftMixedModel(PeftModel):
             model is as before.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig,
-        adapter_name: str = "default",
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-    ):
-        super(PeftModel, self).__init__()
-        check_adapter_name(adapter_name)
-        check_base_model(model)
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any):
         self._check_new_adapter_config(peft_config, is_trainable=False)
-        warn_of_name(adapter_name, peft_config)
-        self._peft_config = None
-        self.base_model = MixedModel(model, {}, adapter_name)
-        self.base_model.inject_adapter(
-            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, config=peft_config
-        )
-        self.prepare_model_for_gradient_checkpointing(model)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def _make_tuner(self, model: nn.Module, config: PeftConfig, name: str, *how: bool) -> None:
+        warn_of_name(name, config)
+        self.base_model = MixedModel(model, {}, name)
+        self.base_model.inject_adapter(model, name, *how, config=config)
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
+        check_is_config(peft_config)
         if not method_of(peft_config.peft_type or "").mixed:
             raise ValueError(
                 f"{value_of(peft_config.peft_type)} cannot be part of a PeftMixedModel (mixed=True); these can:"

@@ -88,21 +88,24 @@ class PeftModel(SavedAdapters, Delegated):
             self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
         else:
             self._peft_config = None
-            tuner_class: Any = method_of(peft_config.peft_type or "").model_class
-            convert_peft_config_for_transformers(peft_config, model)
-            if tuner_class.method_class.members is not Method.members:  # which are loaded before it
-                self.base_model = tuner_class(model, {}, adapter_name)
-                self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
-            else:
-                warn_of_name(adapter_name, peft_config)
-                more = {} if autocast_adapter_dtype else {"autocast_adapter_dtype": False}
-                named = {adapter_name: peft_config}
-                self.base_model = tuner_class(model, named, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, **more)
+            self._make_tuner(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self.prepare_model_for_gradient_checkpointing(model)
         base_config: Any = getattr(self.get_base_model(), "config", None)
         if getattr(base_config, "pretraining_tp", 1) != 1:
             # Sharded linear layers of old Llama code would bypass the adapters.
             base_config.pretraining_tp = 1
+
+    def _make_tuner(self, model: nn.Module, config: PeftConfig, name: str, autocast: bool, low_cpu_mem: bool) -> None:
+        """Gives the model its tuner, with the first adapter on it."""
+        tuner_class: Any = method_of(config.peft_type or "").model_class
+        convert_peft_config_for_transformers(config, model)
+        if tuner_class.method_class.members is not Method.members:  # which are loaded before it
+            self.base_model = tuner_class(model, {}, name)
+            self._inject(name, config, autocast, low_cpu_mem)
+        else:
+            warn_of_name(name, config)
+            more = {} if autocast else {"autocast_adapter_dtype": False}
+            self.base_model = tuner_class(model, {name: config}, name, low_cpu_mem_usage=low_cpu_mem, **more)
 
     @classmethod
     def _class_for(cls, task_type: str | None) -> Any:

@@ -1,7 +1,7 @@
 """Regular expressions for names, matched in a time that cannot blow up, whoever wrote them.
 
 `re` tries one way after another, which for an expression such as `(a+)+$` are exponentially many. What could take long
-there is matched here by following all ways at once, character by character (Thompson, 1968).
+there is matched here by following all ways at once, item by item.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 try:
     from re import _compiler, _constants, _parser  # type: ignore[attr-defined]
@@ -22,8 +22,6 @@ except ImportError:  # Python 3.10
 MANY_WAYS = 100_000
 #: how long a name is taken to be, for counting them
 _LENGTH = 64
-#: states that an expression may have
-_STATES = 20_000
 
 _ONE = {_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN, _constants.CATEGORY}
 _REPEATS = {_constants.MAX_REPEAT, _constants.MIN_REPEAT}
@@ -62,7 +60,7 @@ def check(pattern: str, trusted: bool = True) -> int:
     if ways <= MANY_WAYS:
         return ways
     try:
-        return len(_Machine(tree).states) * _LENGTH
+        return _Machine(tree).steps
     except _TooHard as error:
         if trusted:
             return ways
@@ -106,7 +104,7 @@ def _ways(items: Iterable[Any]) -> int:
                 continue
             if most == 1:
                 product *= 1 + ways
-            elif len(inner) == 1 and _bare(inner[0])[0] in _ONE:
+            elif _is_one(inner):
                 product *= min(_LENGTH, int(most) - least + 1)
             else:
                 product *= MANY_WAYS + 1
@@ -122,115 +120,90 @@ def _ways(items: Iterable[Any]) -> int:
     return product
 
 
-def _bare(item: Any) -> Any:
-    """An item without groups around it that only hold it."""
-    while item[0] is _constants.SUBPATTERN and len(item[1][3]) == 1 and not (item[1][1] or item[1][2]):
-        item = item[1][3][0]
-    return item
+def _is_one(items: Any) -> bool:
+    """Whether items are a single character, groups around it that only hold it aside."""
+    while len(items) == 1 and items[0][0] is _constants.SUBPATTERN and not (items[0][1][1] or items[0][1][2]):
+        items = items[0][1][3]
+    return len(items) == 1 and items[0][0] in _ONE
 
 
 class _TooHard(Exception):
     pass
 
 
-class _State(NamedTuple):
-    """A place in an expression: what has to hold to go on (None: nothing), and where to.
+class _Machine:
+    """An expression that leads from all places where it may begin at once to all where it may end.
 
-    `test` is a compiled expression for one character (`takes`) or for the place between two; or a machine for what
-    follows, which has to match if `wanted` and must not otherwise.
+    Attributes:
+        steps: how many tests of a character a match may take.
     """
 
-    test: Any
-    takes: bool
-    wanted: bool
-    to: list[int]
+    def __init__(self, tree: Any):
+        self._tree, self.steps = tree, 0
+        self._tests: dict[int, re.Pattern[str]] = {}
+        self._prepare(tree, _LENGTH)
 
-
-class _Machine:
-    """An expression as states, all of which may be followed at once."""
-
-    def __init__(self, tree: Any, items: Any = None):
-        self.states: list[_State] = [_State(None, False, True, [])]  # the end
-        self._tree = tree
-        self.start = self._add(tree if items is None else items, 0)
-
-    def _state(self, test: Any, to: list[int], takes: bool = False, wanted: bool = True) -> int:
-        if len(self.states) > _STATES:
-            raise _TooHard("it is too large")
-        self.states.append(_State(test, takes, wanted, to))
-        return len(self.states) - 1
-
-    def _add(self, items: Iterable[Any], to: int) -> int:
-        """The state from which `items` lead to the state `to`."""
-        for kind, value in reversed(list(items)):
+    def _prepare(self, items: Iterable[Any], times: int) -> None:
+        """Compiles what is tested at one place, for items that are met so many times."""
+        for item in items:
+            kind, value = item
+            self.steps += times
             if kind in _ONE or kind is _constants.AT:
-                single = _parser.SubPattern(self._tree.state, [(kind, value)])
-                test = _compiler.compile(single, self._tree.state.flags)
-                to = self._state(test, [to], takes=kind in _ONE)
-            elif kind in _REPEATS:
-                least, most, inner = value
-                to = self._repeat(least, most, inner, to)
+                single = _parser.SubPattern(self._tree.state, [item])
+                self._tests[id(item)] = _compiler.compile(single, self._tree.state.flags)
+            elif kind in _REPEATS:  # place by place, unless one character is repeated
+                self._prepare(value[2], times if _is_one(value[2]) else _LENGTH**2)
             elif kind is _constants.BRANCH:
-                to = self._state(None, [self._add(branch, to) for branch in value[1]])
+                for branch in value[1]:
+                    self._prepare(branch, times)
             elif kind is _constants.SUBPATTERN and not (value[1] or value[2]):
-                to = self._add(value[3], to)
+                self._prepare(value[3], times)
             elif kind in _LOOKS and value[0] == 1:
-                to = self._state(_Ahead(self._tree, value[1]), [to], wanted=kind is _constants.ASSERT)
+                self._prepare(value[1], _LENGTH**2)
             else:
                 raise _TooHard(f"{str(kind).lower()} in it")
-        return to
-
-    def _repeat(self, least: int, most: int, inner: Any, to: int) -> int:
-        if most is _constants.MAXREPEAT:
-            loop = self._state(None, [to])
-            self.states[loop].to.append(self._add(inner, loop))
-            to = loop
-        else:
-            end = to
-            for _ in range(int(most) - least):
-                to = self._state(None, [end, self._add(inner, to)])
-        for _ in range(least):
-            to = self._add(inner, to)
-        return to
 
     def fullmatch(self, text: str) -> bool:
-        return len(text) in self._ends(text, 0)
+        return len(text) in self._ends(self._tree, text, {0}, {})
 
-    def _ends(self, text: str, position: int) -> list[int]:
-        """Where the expression may end that begins at `position`."""
-        current, ends = {self.start}, []
-        while current:
-            current = self._without_taking(current, text, position)
-            if 0 in current:
-                ends.append(position)
-            if position == len(text):
+    def _ends(self, items: Iterable[Any], text: str, starts: set[int], known: dict[Any, set[int]]) -> set[int]:
+        """Where items may end that begin at one of `starts`; `known` says so for some items and places."""
+        for item in items:
+            kind, value = item
+            if id(item) in self._tests:
+                found = (self._tests[id(item)].match(text, start) for start in starts)
+                starts = {match.end() for match in found if match}
+            elif kind in _REPEATS:
+                starts = self._repeated(value, text, starts, known)
+            elif kind is _constants.BRANCH:
+                starts = set().union(*(self._ends(branch, text, starts, known) for branch in value[1]))
+            elif kind is _constants.SUBPATTERN:
+                starts = self._ends(value[3], text, starts, known)
+            else:  # what has to follow, or must not
+                wanted = kind is _constants.ASSERT
+                starts = {at for at in starts if bool(self._ends_from(value[1], text, at, known)) == wanted}
+        return starts
+
+    def _ends_from(self, items: Any, text: str, start: int, known: dict[Any, set[int]]) -> set[int]:
+        key = id(items), start
+        if key not in known:
+            known[key] = self._ends(items, text, {start}, known)
+        return known[key]
+
+    def _repeated(self, how: Any, text: str, starts: set[int], known: dict[Any, set[int]]) -> set[int]:
+        least, most, inner = how
+
+        def once(places: set[int]) -> set[int]:
+            if _is_one(inner):
+                return self._ends(inner, text, places, known)
+            return set().union(*(self._ends_from(inner, text, place, known) for place in places))
+
+        for _ in range(least):
+            before, starts = starts, once(starts)
+            if starts == before:  # and so on for ever
                 break
-            tests: dict[int, bool] = {}
-            following: set[int] = set()
-            for state in (self.states[number] for number in current):
-                if state.takes:
-                    if id(state.test) not in tests:
-                        tests[id(state.test)] = state.test.match(text[position]) is not None
-                    if tests[id(state.test)]:
-                        following.update(state.to)
-            current, position = following, position + 1
+        ends = set(starts)
+        while starts and least < most:
+            starts, least = once(starts) - ends, least + 1
+            ends |= starts
         return ends
-
-    def _without_taking(self, states: set[int], text: str, position: int) -> set[int]:
-        """`states`, and those that are reached from them without a further character."""
-        found, waiting = set(states), list(states)
-        while waiting:
-            state = self.states[waiting.pop()]
-            if state.takes:
-                continue
-            if state.test is None or (state.test.match(text, position) is not None) == state.wanted:
-                waiting += set(state.to) - found
-                found.update(state.to)
-        return found
-
-
-class _Ahead(_Machine):
-    """What has to follow, or must not."""
-
-    def match(self, text: str, position: int) -> bool | None:
-        return True if self._ends(text, position) else None

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from peft.config import PeftConfig
 from peft.core.call import cached_tokens
-from peft.core.undo import undone_on_error
+from peft.core.undo import as_before, undone_on_error
 from peft.errors import warn
 from peft.model import TASK_CLASSES, PeftModel
 from peft.tuners.prompts.base import lengthen, replaced
@@ -69,13 +69,10 @@ class TaskModel(PeftModel):
     @contextmanager
     def _heads_saved(self, config: Any) -> Iterator[None]:
         """Adds the task's heads to the modules that `config` saves; not so if adding the adapter then fails."""
-        if not hasattr(config, "modules_to_save"):
-            yield
-            return
-        before = config.modules_to_save
-        with undone_on_error(lambda: setattr(config, "modules_to_save", before)):
-            if self.heads:
-                config.modules_to_save = list(dict.fromkeys([*(before or ()), *self.heads]))
+        saves = hasattr(config, "modules_to_save")
+        with undone_on_error(as_before(config)) if saves else nullcontext():
+            if saves and self.heads:
+                config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *self.heads]))
             yield
 
     def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.storage.flat import check_uncut
-from peft.core.storage.shared import shape_of, whole
-from peft.core.wrappers import plain_name, state_names, unwrapped
+from peft.core.storage.shared import rebuilt, shape_of, whole
+from peft.core.wrappers import plain_name, state_names
 from peft.tuners.prompts.base import PromptHost
 
 
@@ -93,27 +93,6 @@ def prompt_tensors(model: PromptHost, adapter_name: str, state_dict: Mapping[str
     for name in state_names(encoder):
         path, _, attribute = name.rpartition(".")
         locations[name] = Location(f"prompt_encoder.{adapter_name}.{name}", encoder.get_submodule(path), attribute)
-    encoder = _with_values(encoder, values_of(model, locations, state_dict))
+    values = values_of(model, locations, state_dict)
+    encoder = rebuilt(encoder, {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
     return {**encoder.stored_tensors(), "prompt_embeddings": encoder.rows_to_save()}
-
-
-def _with_values(module: nn.Module, values: Mapping[str, Tensor], prefix: str = "") -> Any:
-    """A module like this one with these tensors, by their names in it, and nothing around its forward pass."""
-    module = unwrapped(module)
-    made: Any = object.__new__(type(module))
-    nn.Module.__init__(made)
-    bare = made.__dict__.keys()
-    mine = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-    made.__dict__.update({k: v for k, v in module.__dict__.items() if k not in {*bare, *mine, "forward"}})
-    if "_flat_weights" in made.__dict__:  # of an LSTM, which keeps it up to date
-        made._flat_weights = list(made._flat_weights)
-    made.training = module.training
-    for name, buffer in module._buffers.items():
-        made.register_buffer(name, mine.pop(name, buffer), name not in module._non_persistent_buffers_set)
-    made._parameters.update(dict.fromkeys(module._parameters))
-    for name, value in mine.items():
-        if "." not in name:
-            setattr(made, name, nn.Parameter(value, requires_grad=False))
-    for name, child in module._modules.items():
-        made._modules[name] = None if child is None else _with_values(child, values, f"{prefix}{name}.")
-    return made

@@ -128,9 +128,7 @@ def _made_again(tuner: Any, adapter_name: str) -> dict[str, list[Tensor]]:
     made: dict[str, list[Tensor]] = {}
     if method.shared:
         plan = Plan.of_layers(tuner.parts(), adapter_name)
-        settings = method.plan_settings(plan, config)
-        planned = [layer for layer in plan.layers if layer.name in settings]
-        method.planned = {(id(layer.base), layer.parameter_name): settings[layer.name] for layer in planned}
+        method.note_plan(plan, config)
         with torch.device("cpu"):
             made = {name: list(_tensors(value)) for name, value in method.share(plan, config, adapter_name).items()}
         method.planned = {}

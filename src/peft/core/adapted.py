@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp, ParameterOp, base_op
 from peft.core.call import current_route, fact
-from peft.core.change import Change
+from peft.core.change import Change, bias_with
 from peft.core.own_forward import has_own_forward
 from peft.core.part import Part
 from peft.core.routing import BASE
@@ -73,9 +73,7 @@ def to_init_from(matrix: Tensor, waits_for_file: bool) -> Tensor:
 
 def apply_to_bias(changes: Sequence[Change], bias: Tensor | None) -> Tensor | None:
     """A bias with changes; the very tensor where there is none that changes it."""
-    changed = bias
-    for change in changes:
-        changed = change.bias(changed)
+    changed = bias_with(changes, bias)
     return changed if changed is bias or changed is None or bias is None else changed.to(bias.dtype)
 
 
@@ -120,7 +118,7 @@ class AdaptedModule(Part):
     def changes(self, names: Sequence[str]) -> list[Change]:
         """What these adapters do to the module, the first next to it."""
         if "ds_id" in self.__dict__:  # asked here as well: each layer comes by for each token that is decoded
-            bring_together(self, self.held(names))
+            bring_together(self, (tensor for name in names for tensor in self.tensors(name)))
         changes: list[Change] = []
         for name in names:
             change = self.change(name)

@@ -13,7 +13,7 @@ from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import ModuleSlot
 from peft.core.storage.shared import whole_copy
-from peft.core.wrappers import state_names
+from peft.core.wrappers import get_submodules, state_names
 from peft.errors import warn
 
 
@@ -31,10 +31,6 @@ class AuxiliaryTrainingWrapper(Part):
         """The module that the next forward pass runs."""
         raise NotImplementedError
 
-    def version(self, name: str) -> nn.Module:
-        """The module with what adapter `name` trained; the original if the adapter has nothing here."""
-        raise NotImplementedError
-
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Names as files have them -> names as the live module has them."""
         return self.key_map(adapter_name)
@@ -44,22 +40,7 @@ class AuxiliaryTrainingWrapper(Part):
         return {key: state_dict[live] for key, live in self.key_map(adapter_name).items() if live in state_dict}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = kwargs.pop("adapter_names", None) if kwargs else None
-        route = current_route() if names is None else Route(names)
-        if route is not None and not self._disable_adapters:
-            return self._forward_routed(route, *args, **kwargs)
         return self.current_module()(*args, **kwargs)
-
-    def _forward_routed(self, route: Route, *args: Any, **kwargs: Any) -> Any:
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if first is None:
-            raise ValueError("adapter_names (a mixed batch) needs modules whose inputs are tensors, a row per sample.")
-        rows = first.shape[0]
-        parts = []
-        for name, index in route.groups(rows, first.device):
-            some_args, some_kwargs = select_rows(index, rows, args, kwargs)
-            parts.append((index, self.version(name)(*some_args, **some_kwargs)))
-        return join_rows(parts, 0, rows)
 
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
@@ -108,10 +89,25 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         super().set_adapter([name for name in as_names(adapter_names) if self.has(name)], inference_mode)
 
     def version(self, name: str) -> nn.Module:
+        """The module with what adapter `name` trained; the original if the adapter has nothing here."""
         return self.modules_to_save[name] if name != BASE and self.has(name) else self.original_module
 
     def current_module(self) -> nn.Module:
         return self.version(BASE if self._disable_adapters or not self._active else self._active[0])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        names = kwargs.pop("adapter_names", None) if kwargs else None
+        route = current_route() if names is None else Route(names)
+        if route is None or self._disable_adapters:
+            return super().forward(*args, **kwargs)
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if first is None:
+            raise ValueError("adapter_names (a mixed batch) needs modules whose inputs are tensors, a row per sample.")
+        rows, parts = first.shape[0], []
+        for name, index in route.groups(rows, first.device):
+            some_args, some_kwargs = select_rows(index, rows, args, kwargs)
+            parts.append((index, self.version(name)(*some_args, **some_kwargs)))
+        return join_rows(parts, 0, rows)
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return [parameter for parameter in super().adapter_parameters(name) if parameter.is_floating_point()]
@@ -157,9 +153,7 @@ def save_modules(model: nn.Module, keys: Sequence[str], adapter_name: str, tied:
     """Gives an adapter its own copy of modules of a model, to be trained in full; those in `tied` share a weight."""
     shared: nn.Module | None = None
     for key in keys:
-        parent, _, name = key.rpartition(".")
-        owner = model.get_submodule(parent)
-        module = getattr(owner, name)
+        owner, module, name = get_submodules(model, key)
         if isinstance(module, ModulesToSaveWrapper):
             module.update(adapter_name, shared if key in tied else None)
         else:
@@ -176,5 +170,5 @@ def unsave_modules(model: nn.Module, adapter_name: str) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             module.delete_adapter(adapter_name)
             if not module.modules_to_save:
-                parent, _, name = key.rpartition(".")
-                setattr(model.get_submodule(parent), name, module.original_module)
+                parent, _, name = get_submodules(model, key)
+                setattr(parent, name, module.original_module)

@@ -142,16 +142,20 @@ class EetqOp(LinearOp):
         return out_features, in_features
 
 
-class TransposedOp(_LastDimension):
-    """transformers' `Conv1D` (GPT-2): a linear layer that holds its weight as [in, out]."""
-
-    kind = "Conv1D"
+class _Transposed(BaseOp):
+    """Modules that hold their weight as [in, out]."""
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.T
 
     def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
         return matrix.T
+
+
+class TransposedOp(_LastDimension, _Transposed):
+    """transformers' `Conv1D` (GPT-2): a linear layer that holds its weight as [in, out]."""
+
+    kind = "Conv1D"
 
     def run(self, module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         return F.linear(args[0], weight.T, bias)
@@ -215,7 +219,7 @@ def _convolve(module: Any, x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return conv(x, weight, None, module.stride, padding, module.dilation, groups)
 
 
-class EmbeddingOp(BaseOp):
+class EmbeddingOp(_Transposed):
     """`nn.Embedding`: weight [tokens, dim]; as a matrix it maps one-hot tokens to dim, so it is [dim, tokens]."""
 
     kind = "Embedding"
@@ -246,12 +250,6 @@ class EmbeddingOp(BaseOp):
         if not module.weight.is_floating_point() or self.weight_name not in module._parameters:  # made by its forward
             return F.embedding(args[0], weight, module.padding_idx)
         return super().run(module, weight, bias, *args, **kwargs)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.T
-
-    def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
-        return matrix.T
 
 
 class AttentionOp(BaseOp):
@@ -348,15 +346,11 @@ class ParameterOp(BaseOp):
         self.expert_out_features = self.out_features // self.num_experts
 
     def matrix(self, weight: Tensor) -> Tensor:
-        return (weight.transpose(1, 2) if self.transposed else weight).reshape(-1, self._inner(weight))
+        weight = weight.mT if self.transposed else weight
+        return weight.reshape(-1, weight.shape[-1])
 
     def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
-        if not self.transposed:
-            return super().unmatrix(matrix, like)
-        return matrix.reshape(like.shape[0], like.shape[2], like.shape[1]).transpose(1, 2)
-
-    def _inner(self, weight: Tensor) -> int:
-        return weight.shape[-2] if self.transposed else weight.shape[-1]
+        return matrix.reshape(like.mT.shape).mT if self.transposed else super().unmatrix(matrix, like)
 
 
 class BlockOp(BaseOp):

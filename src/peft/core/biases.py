@@ -157,20 +157,14 @@ def note_layers(parts: Sequence[tuple[str, Part]]) -> None:
 def _modules_with_biases(
     layers: Sequence[AdapterLayer], model: nn.Module, adapter_name: str, layer_class: type[AdapterLayer] | None
 ) -> list[tuple[Any, list[str]]]:
-    found: list[tuple[Any, list[str]]] = []
     if layer_class is not None:
-        for layer in layers:
-            module, name = layer.get_base_layer(), layer.op.bias_name or "bias"
-            if module._parameters.get(name) is not None and isinstance(layer, layer_class) and layer.has(adapter_name):
-                found.append((module, [name]))
-        return found
+        mine = [layer for layer in layers if isinstance(layer, layer_class) and layer.has(adapter_name)]
+        found = [(layer.get_base_layer(), layer.op.bias_name or "bias") for layer in mine]
+        return [(module, [name]) for module, name in found if module._parameters.get(name) is not None]
     modules = [module for _, module in live_modules(model, copies=False)]
     in_full = {id(m) for w in modules if isinstance(w, ModulesToSaveWrapper) for m in w.original_module.modules()}
-    for module in modules:
-        names = [name for name, value in module._parameters.items() if value is not None and name.endswith("bias")]
-        if names and id(module) not in in_full:
-            found.append((module, names))
-    return found
+    biases = {m: [n for n, p in m._parameters.items() if p is not None and n.endswith("bias")] for m in modules}
+    return [(module, names) for module, names in biases.items() if names and id(module) not in in_full]
 
 
 def stored_biases(model: nn.Module, adapter_name: str, copies: bool) -> Iterator[tuple[str, str, nn.Module, str]]:

@@ -99,10 +99,14 @@ def remember_for_backward(output: Any, call: Call) -> None:
     def recall(grad: Tensor) -> None:
         _STATE.call, _STATE.within = call, backward_pass()
 
-    outputs = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
-    for tensor in outputs:
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            tensor.register_hook(recall)
+    for tensor in with_gradient(output):
+        tensor.register_hook(recall)
+
+
+def with_gradient(output: Any) -> list[Tensor]:
+    """What of a model's output a backward pass may begin at."""
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+    return [value for value in values if isinstance(value, Tensor) and value.requires_grad]
 
 
 def cached_tokens(past_key_values: Any) -> int:

@@ -413,22 +413,43 @@ class Dropped(Change):
         return all(change.acts(op) for change in self.changes)
 
     def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
-        inputs = [F.dropout(x, self.dropout)]
-        plain = module(inputs[0])
-        for change in reversed(self.changes):
-            inputs.append(change.enter(op, module, inputs[-1]))
-        changed = plain if inputs[-1] is inputs[0] else module(inputs[-1])
-        for change, seen in zip(self.changes, reversed(inputs[:-1]), strict=True):
-            changed = change.leave(op, module, seen, changed, bias)
-            bias = change.bias(bias)
+        x = F.dropout(x, self.dropout)
+        plain = module(x)
+        changed = output_with(self.changes, op, module, x, bias, lambda seen: plain if seen is x else module(seen))
         return y + (changed - plain).to(y.dtype)
 
     def weight(self, op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
-        for change in self.changes:
-            matrix = change.weight(op, module, matrix)
-        return matrix
+        return weight_with(self.changes, op, module, matrix)
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
-        for change in self.changes:
-            bias = change.bias(bias)
-        return bias
+        return bias_with(self.changes, bias)
+
+
+# ---- several, one after the other
+
+
+def output_with(
+    changes: Sequence[Change], op: BaseOp, module: Any, x: Tensor, bias: Tensor | None, call: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What changes make of `call`, which is the module with this bias, for the input x."""
+    inputs = [x]
+    for change in reversed(changes):
+        inputs.append(change.enter(op, module, inputs[-1]))
+    y = call(inputs.pop())
+    for change in changes:
+        y, bias = change.leave(op, module, inputs.pop(), y, bias), change.bias(bias)
+    return y
+
+
+def weight_with(changes: Sequence[Change], op: BaseOp, module: Any, matrix: Tensor) -> Tensor:
+    """The matrix as changes make it; the very tensor where none does anything to it."""
+    for change in changes:
+        matrix = change.weight(op, module, matrix)
+    return matrix
+
+
+def bias_with(changes: Sequence[Change], bias: Tensor | None) -> Tensor | None:
+    """The bias as changes make it, likewise."""
+    for change in changes:
+        bias = change.bias(bias)
+    return bias

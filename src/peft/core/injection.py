@@ -35,7 +35,7 @@ from peft.core.targets import (
 )
 from peft.core.tokens import token_rows, train_tokens
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
-from peft.core.undo import hand_over
+from peft.core.undo import as_before, hand_over
 from peft.core.walk import base_parameters, live_key, live_modules, put_back
 from peft.core.whole import alone
 from peft.errors import warn
@@ -72,12 +72,14 @@ class Injector(Adapters):
         check_adapter_name(adapter_name)
         reshard()
         with alone(self), _no_garbage_collection(), ExitStack() as undo:
-            undo.callback(_put_back, config, dict(config.__dict__))
+            undo.callback(as_before(config))
             config = self._prepare_adapter_config(config, model_config_of(model))
             method = self.method(config)
             plan, tokens = self._plan(adapter_name, config, undo, state_dict)
 
             before = Before(self, model)
+            undo.callback(as_before(self))
+            undo.callback(as_before(model))
             undo.callback(see_to_fast_paths, model)
             undo.callback(self._take_out, method, adapter_name, before)
             tied = tied_embedding_modules(model) if getattr(config, "ensure_weight_tying", False) else []
@@ -313,7 +315,7 @@ class Injector(Adapters):
         method.planned = {}
         self._parts = None
         self.peft_config.pop(adapter_name, None)
-        before.restore(self, self.model)
+        before.restore()
         method.removed(adapter_name)
 
 
@@ -334,21 +336,14 @@ class Before:
         self.parts = tuner.parts()
         self.disabled = tuner.disabled
         self._states = [(part, part.active_adapters) for _, part in self.parts]
-        self._active = tuner.active_adapters
-        self._targets = list(tuner.targeted_module_names), list(tuner.targeted_parameter_names)
         self.trained = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
-        self._has_record = "peft_config" in model.__dict__
 
-    def restore(self, tuner: Injector, model: nn.Module) -> None:
+    def restore(self) -> None:
         for part, active in self._states:
             if part.active_adapters != active:
                 part.set_adapter(active)
-        tuner._active = self._active
-        tuner.targeted_module_names, tuner.targeted_parameter_names = self._targets
         for parameter, requires_grad in self.trained:
             parameter.requires_grad_(requires_grad)
-        if not self._has_record and "peft_config" in model.__dict__:
-            del model.peft_config
 
 
 def _note_layout(config: Any, plan: Plan) -> None:
@@ -358,12 +353,6 @@ def _note_layout(config: Any, plan: Plan) -> None:
         last = next((op for op in ops if op is not None and op.linear), None)
         if last is not None:
             config.fan_in_fan_out = last.kind == "Conv1D"
-
-
-def _put_back(thing: Any, attributes: dict[str, Any]) -> None:
-    """Gives an object the attributes that it had."""
-    thing.__dict__.clear()
-    thing.__dict__.update(attributes)
 
 
 @contextmanager

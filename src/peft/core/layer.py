@@ -18,7 +18,7 @@ from peft.core import merge as merging
 from peft.core.adapted import AdaptedModule
 from peft.core.base_op import BaseOp, NormOp
 from peft.core.call import current_route
-from peft.core.part import Part, as_names
+from peft.core.part import Part, as_names, keep_values, tensors_in
 from peft.core.routing import Route
 from peft.core.run import run, run_routed
 from peft.core.storage import onloaded, place_of, storage_of
@@ -156,9 +156,8 @@ class AdapterLayer(AdaptedModule):
         if not self.lacks(name):  # else loading will bring them
             self.move(name, device)
         elif device is not None and device.type != "meta":
-            for slot, tensor in self._fixed(name):
-                if not tensor.is_meta:
-                    self._put_fixed(slot, name, tensor, tensor.data.to(device))
+            for _, tensor in self._fixed(name):
+                tensor.data = tensor.data if tensor.is_meta else tensor.data.to(device)
         if name in self._active:
             self.refresh()
 
@@ -166,25 +165,15 @@ class AdapterLayer(AdaptedModule):
         """Whether tensors of an adapter have no memory yet."""
         return any(tensor.is_meta for tensor in self.tensors(name))
 
-    def _made(self, name: str) -> list[Tensor]:
-        """The parameters of an adapter, and the buffers of modules that it has here."""
-        own: Any = [self._modules[slot] for slot in self.adapter_layer_names if not self.slots[slot].shared]
-        modules = (entries[name] for entries in own if name in entries and isinstance(entries[name], nn.Module))
-        return [*self.adapter_parameters(name), *(buffer for module in modules for buffer in module.buffers())]
-
     def fill_in(self, name: str, config: Any, own: Any, **settings: Any) -> None:
         """Gives those tensors of an adapter that have no memory the values of a fresh adapter."""
-        fixed, before = self._fixed(name), self._made(name)
-        if any(tensor.is_meta for _, tensor in fixed):
+        before = tensors_in(self.containers(), name)
+        drawn = any(tensor.is_meta for _, tensor in self._fixed(name))
+        self.create(name, own, **settings)
+        if drawn:
             self._draw(name, config)
-        if self.lacks(name):  # so for what `create` makes
-            self.create(name, own, **settings)
-            self.move(name, *place_of(self.get_base_layer()))
-            for old, new in zip(before, self._made(name), strict=True):
-                new.data = new.data.to(old.dtype) if old.is_meta else old.data
-                new.requires_grad_(old.requires_grad)
-        for (slot, old), (_, new) in zip(fixed, self._fixed(name), strict=True):
-            self._put_fixed(slot, name, old, new.to(self.place()[0], old.dtype) if old.is_meta else old)
+        self.move(name, *place_of(self.get_base_layer()))
+        keep_values(before, tensors_in(self.containers(), name))
 
     def _draw(self, name: str, config: Any) -> None:
         """Makes the fixed tensors; all with values, unless a file has all those that would be without."""
@@ -202,11 +191,6 @@ class AdapterLayer(AdaptedModule):
         fixed = ((slot, held[slot][name]) for slot in slots if name in held[slot])
         return [(slot, entry) for slot, entry in fixed if isinstance(entry, Tensor)]
 
-    def _put_fixed(self, slot: str, name: str, old: Tensor, new: Tensor) -> None:
-        """Replaces a fixed tensor, held as the old one is: as a frozen parameter, or as it is."""
-        entries: Any = self._modules[slot]
-        entries[name] = nn.Parameter(new.data, requires_grad=False) if isinstance(old, nn.Parameter) else new
-
     def restore_base(self, before: Any) -> None:
         """Gives the base weight back that `change_base` changed."""
         base = self.get_base_layer()
@@ -217,7 +201,7 @@ class AdapterLayer(AdaptedModule):
         """Switches the adapters on or off, merged ones too; what was trainable before is so again after."""
         if enabled == (not self._disable_adapters):
             return
-        merging.resume(self) if enabled else merging.pause(self)
+        merging.switch(self, enabled)
         super().enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft.core.adapted import AdaptedModule, Entry, Ledger, apply_to_bias
 from peft.core.base_op import ParameterOp
-from peft.core.change import Change, LowRank, Statistics
+from peft.core.change import Change, LowRank, Statistics, bias_with, weight_with
 from peft.core.storage import onloaded, storage_of
 from peft.core.storage.sharded import is_managed, reshard
 
@@ -23,16 +23,12 @@ def apply(layer: AdaptedModule, changes: Sequence[Change], native: Tensor) -> Te
     Computed in the dtype of the adapters.
     """
     op, module = layer.op, layer.get_base_layer()
-    matrix = before = op.matrix(native)
+    before = op.matrix(native)
     alone = len(changes) == 1 and type(changes[0]) is LowRank  # it computes in its own dtype, a few rows at a time
     if changes and not alone:
-        dtype = layer.adapter_dtype()
-        matrix = before = matrix if dtype is None else matrix.to(dtype)
-    for change in changes:
-        matrix = change.weight(op, module, matrix)
-    if matrix is before:
-        return native
-    return op.unmatrix(matrix, native).to(native.dtype)
+        before = before.to(layer.adapter_dtype() or before.dtype)
+    matrix = weight_with(changes, op, module, before)
+    return native if matrix is before else op.unmatrix(matrix, native).to(native.dtype)
 
 
 def changed(layer: AdaptedModule, changes: Sequence[Change]) -> tuple[Tensor, Tensor | None]:
@@ -55,14 +51,8 @@ def difference(layer: AdaptedModule, name: str) -> Tensor:
         native = layer.original_weight()
         matrix = layer.op.matrix(native).to(layer.dtype_of(name) or native.dtype)
         if all(change.additive for change in changes):  # the sum would round what is small beside the weight
-            start = torch.zeros_like(matrix)
-            for change in changes:
-                start = change.weight(layer.op, base, start)
-            return start
-        after = matrix
-        for change in changes:
-            after = change.weight(layer.op, base, after)
-        return after - matrix
+            return weight_with(changes, layer.op, base, torch.zeros_like(matrix))
+        return weight_with(changes, layer.op, base, matrix) - matrix
 
 
 @torch.no_grad()
@@ -70,9 +60,7 @@ def bias_difference(layer: AdaptedModule, name: str) -> Tensor | None:
     """What adapter `name` changes the bias by [out], if it does."""
     with onloaded(layer.get_base_layer()), without_dropout(layer), layer.gathered():
         bias = layer.get_base_bias()
-        after = bias
-        for change in layer.changes([name]):
-            after = change.bias(after)
+        after = bias_with(layer.changes([name]), bias)
     return None if after is bias else after if bias is None or after is None else after - bias
 
 
@@ -123,22 +111,15 @@ def unmerge(layer: AdaptedModule, names: Iterable[str] | None = None) -> None:
         rewrite(layer, entries)
 
 
-def pause(layer: AdaptedModule) -> None:
-    """Takes what is merged out of the base weight until `resume`."""
+def switch(layer: AdaptedModule, on: bool) -> None:
+    """Takes what is merged out of the base weight until it is switched on again."""
     ledger = layer.ledger
-    here = [entry for entry in ledger.entries if entry[0] is layer]
+    before, after = (ledger.paused, ledger.entries) if on else (ledger.entries, ledger.paused)
+    here, left = [e for e in before if e[0] is layer], [e for e in before if e[0] is not layer]
     if here:
-        rewrite(layer, [entry for entry in ledger.entries if entry[0] is not layer])
-        ledger.paused = [*ledger.paused, *here]
-
-
-def resume(layer: AdaptedModule) -> None:
-    """Merges again what `pause` took out."""
-    ledger = layer.ledger
-    here = [entry for entry in ledger.paused if entry[0] is layer]
-    if here:
-        rewrite(layer, [*ledger.entries, *here])
-        ledger.paused = [entry for entry in ledger.paused if entry[0] is not layer]
+        moved = [*after, *here]
+        rewrite(layer, moved if on else left)
+        ledger.paused = left if on else moved
 
 
 def check_finite(layer: AdaptedModule, names: Sequence[str]) -> None:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from peft.config import PeftConfig
 from peft.core.layer import AdapterLayer
-from peft.core.part import Part, known
+from peft.core.part import Part, keep_values, known, tensors_in
 from peft.core.plan import Plan
-from peft.core.slots import Buffers, Slot
+from peft.core.slots import Buffers, Slot, names_in
 from peft.core.storage import place_of
 from peft.core.targets import default_targets
 from peft.core.walk import parts_of
-from peft.core.wrappers import state_names
 
 
 def _find(tensors: Mapping[str, Tensor], starts: Sequence[str], name: str) -> Tensor | None:
@@ -149,14 +148,18 @@ class Method:
         """
         return {}
 
+    def note_plan(self, plan: Plan, config: Any) -> None:
+        """Works out what depends on the place of each layer among all."""
+        settings = self.plan_settings(plan, config)
+        layers = [layer for layer in plan.layers if layer.name in settings]
+        self.planned = {(id(layer.base), layer.parameter_name): settings[layer.name] for layer in layers}
+
     def make_shared(self, plan: Plan, config: Any, adapter_name: str) -> None:
         """Makes what the layers of an adapter share, on the device of the base, and works out the place of each.
 
         What a file is about to bring may be made without memory.
         """
-        settings = self.plan_settings(plan, config)
-        layers = [layer for layer in plan.layers if layer.name in settings]
-        self.planned = {(id(layer.base), layer.parameter_name): settings[layer.name] for layer in layers}
+        self.note_plan(plan, config)
         if not self.shared or not plan.targets:
             return
         with torch.device("cpu"):  # also where the adapter itself is made without memory: it may not be in the file
@@ -185,19 +188,11 @@ class Method:
 
     def make_shared_again(self, adapter_name: str) -> None:
         """Makes what the layers of an adapter share and no file has brought."""
-        containers = {name: held for name, held in self.shared.items() if adapter_name in held}
-        if not any(_is_blank(held[adapter_name]) for held in containers.values()):
-            return
-        before = {name: held[adapter_name] for name, held in containers.items()}
-        self.make_shared(Plan.of_layers(self.tuner.parts(), adapter_name), self.configs[adapter_name], adapter_name)
-        self.planned = {}
-        for name, old in before.items():
-            new = containers[name][adapter_name]
-            if isinstance(old, Tensor):
-                containers[name][adapter_name] = new if old.is_meta else old
-            elif isinstance(old, (nn.ParameterDict, Buffers)):
-                for group in old:
-                    new[group] = new[group] if old[group].is_meta else old[group]
+        before = tensors_in(self.shared.values(), adapter_name)
+        if any(tensor.is_meta for tensor in before):
+            self.make_shared(Plan.of_layers(self.tuner.parts(), adapter_name), self.configs[adapter_name], adapter_name)
+            self.planned = {}
+            keep_values(before, tensors_in(self.shared.values(), adapter_name))
 
     def forget_shared(self, adapter_name: str) -> None:
         """Removes what the layers of an adapter share."""
@@ -272,12 +267,10 @@ class Method:
 
     def key_map(self, adapter_name: str, config: Any) -> dict[str, str]:
         """Names of tensors that layers of an adapter share: as files have them -> as the tuner has them."""
-        keys = {}
+        keys: dict[str, str] = {}
         for name, container in self.shared.items():
             if self.slot(name).is_stored(config, name) and adapter_name in container:
-                held = container[adapter_name]
-                groups = [""] if isinstance(held, Tensor) else [f".{group}" for group in state_names(held)]
-                keys.update({f"{name}{group}": f"{name}.{adapter_name}{group}" for group in groups})
+                keys |= names_in(container, name, adapter_name)
         return keys
 
     def slot(self, name: str) -> Slot:

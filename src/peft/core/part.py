@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.routing import BASE
-from peft.core.slots import Setting, Slot
+from peft.core.slots import Setting, Slot, names_in
 from peft.core.storage.shared import gathered
-from peft.core.wrappers import state_names
 
 #: dtypes that adapters are not trained in
 UPCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -24,6 +23,13 @@ def tensors_in(containers: Iterable[Any], name: str) -> list[Tensor]:
     for entry in (entries[name] for entries in containers if name in entries):
         found += _tensors_of(entry) if isinstance(entry, nn.Module) else (entry,)
     return found
+
+
+def keep_values(before: Iterable[Tensor], now: Iterable[Tensor]) -> None:
+    """Gives tensors the values of those that they take the place of, where these have any."""
+    for old, new in zip(before, now, strict=True):
+        new.data = new.data.to(old.dtype) if old.is_meta else old.data
+        new.requires_grad_(old.requires_grad)
 
 
 class Part(nn.Module):
@@ -134,10 +140,6 @@ class Part(nn.Module):
                 return True
         return False
 
-    def has_any(self) -> bool:
-        """Whether some adapter has something here."""
-        return any(len(entries) > 0 for entries in self.containers())
-
     def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
         """The parameters that adapter `name` has here."""
         parameters: list[nn.Parameter] = []
@@ -154,14 +156,6 @@ class Part(nn.Module):
             elif name in entries and isinstance(entries[name], nn.Parameter):
                 parameters.append(entries[name])
         return parameters
-
-    def held(self, names: Sequence[str]) -> Iterator[nn.Parameter]:
-        """All parameters in the slots of these adapters, fixed ones too."""
-        for container in (self._modules.get(slot) for slot in self.slots):
-            for name in names if container is not None else ():
-                entry = container._parameters.get(name)  # type: ignore[union-attr]
-                inside: Any = container._modules.get(name)  # type: ignore[union-attr]
-                yield from (inside.parameters() if inside is not None else () if entry is None else (entry,))
 
     def shared_tensor(self, slot: str, name: str) -> Tensor:
         """What adapter `name` has in a shared slot: the one of all layers, or of the group that this layer is in."""
@@ -201,13 +195,11 @@ class Part(nn.Module):
 
     def key_map(self, name: str) -> dict[str, str]:
         """Names of an adapter's tensors below this module: as files have them -> as the live module has them."""
-        keys = {}
+        keys: dict[str, str] = {}
         for slot in self.adapter_layer_names:
             entries = getattr(self, slot)
             if name in entries and self.slots[slot].is_stored(self.configs[name], slot):
-                entry = entries[name]
-                leaves = [f".{leaf}" for leaf in state_names(entry)] if isinstance(entry, nn.Module) else [""]
-                keys.update({f"{slot}{leaf}": f"{slot}.{name}{leaf}" for leaf in leaves})
+                keys |= names_in(entries, slot, name)
         return keys
 
     def move(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
@@ -220,9 +212,7 @@ class Part(nn.Module):
             entry = entries[name]
             if isinstance(entry, nn.Module):
                 _move_module(entry, device, dtype)
-                continue
-            moved = _moved(entry.data, device, dtype)
-            if moved is not entry.data:
+            elif (moved := _moved(data := entry.data, device, dtype)) is not data:
                 is_parameter = isinstance(entry, nn.Parameter)
                 entries[name] = nn.Parameter(moved, requires_grad=entry.requires_grad) if is_parameter else moved
 
@@ -359,16 +349,10 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
 
 def _move_module(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
     parameters = _parameters_of(module)
-    if all(_is_at(parameter, device, dtype) for parameter in parameters):
-        return
     if device is not None and device.type != "meta" and any(parameter.is_meta for parameter in parameters):
         module.to_empty(device=device)
-    else:
+    elif any(p.device != (device or p.device) or p.dtype != (dtype or p.dtype) for p in parameters):
         module.to(device=device, dtype=dtype)
-
-
-def _is_at(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:
-    return (device is None or tensor.device == device) and (dtype is None or tensor.dtype == dtype)
 
 
 def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:

@@ -14,7 +14,7 @@ from peft.config import LayerConfig
 from peft.core import tensor_parallel
 from peft.core.adapted import to_init_from
 from peft.core.auxiliary import ModulesToSaveWrapper
-from peft.core.base_op import BaseOp, ParameterOp, base_op
+from peft.core.base_op import BaseOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.part import as_names
 from peft.core.storage import onloaded, storage_of
@@ -247,7 +247,7 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
         )
     module = target.base
     op = layer_class.op_of(module, target.parameter_name)
-    if op is None or _kind_of(op) not in layer_class.kinds:
+    if op is None or op.kind not in layer_class.kinds:
         supported = ", ".join(sorted(layer_class.kinds - {"Parameter"}))
         raise ValueError(
             f"Target module {target.key!r} is a {type(module).__name__}, which is not supported by {config.peft_type}."
@@ -264,10 +264,6 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
     if dropout and getattr(config, dropout) and not op.linear:
         raise ValueError(f"{dropout} needs linear layers; {target.key!r} is a {op.kind}.")
     layer_class.check(config.at(target.name), target.key, module, op)
-
-
-def _kind_of(op: Any) -> str:
-    return "Parameter" if isinstance(op, ParameterOp) else op.kind
 
 
 def _check_matches(
@@ -327,7 +323,8 @@ def _nothing_matches(
             f" {plan.left_out[0]!r}) are left out by exclude_modules={config.exclude_modules}. Nothing is"
             " left to adapt."
         )
-    inside = [n for n in names if matching_entry(config.target_modules, n) and any(_is_in(n, key) for key in plan.save)]
+    saved = tuple(f"{key}." for key in plan.save)
+    inside = [name for name in names if matching_entry(config.target_modules, name) and f"{name}.".startswith(saved)]
     if inside:
         return (
             f"All modules that target_modules={asked} matches in {where} ({len(inside)}, such as {inside[0]!r}) are"
@@ -353,11 +350,6 @@ def _nothing_matches(
     if hint and isinstance(asked, str):
         hint = f" A str is a regular expression for the whole name; a list, [{asked!r}], matches last parts.{hint}"
     return f"Target modules {asked} not found in {where} ({linear} linear layers).{hint}"
-
-
-def _is_in(name: str, key: str) -> bool:
-    """Whether the module `name` is the module `key` or inside it."""
-    return name == key or name.startswith(f"{key}.")
 
 
 def _did_you_mean(entry: str, names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from peft.core import costs
 from peft.core.adapted import AdaptedModule
 from peft.core.base_op import ParameterOp
 from peft.core.call import calling
-from peft.core.change import Add, Change, LowRank, OnInput, Statistics
+from peft.core.change import Add, Change, LowRank, OnInput, Statistics, bias_with
 from peft.core.merge import changed
 from peft.core.routing import Route, join_rows
 from peft.core.stacks import kept_stack, new_stack
@@ -57,10 +57,7 @@ def _bias(layer: AdaptedModule, change: Change, before: Sequence[Change] = ()) -
     """The bias that is part of the output which a change acts on, where it has to know that."""
     if not change.needs_bias:
         return None
-    bias = layer.bias_below()
-    for other in before:
-        bias = other.bias(bias)
-    return bias
+    return bias_with(before, layer.bias_below())
 
 
 def _parts(output: Any) -> tuple[Tensor, tuple[Any, ...] | None]:

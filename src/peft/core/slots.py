@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar, overload
 
 from torch import Tensor, nn
 
+from peft.core.wrappers import state_names
+
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,6 +49,13 @@ class Buffers(nn.Module):
 
     def __len__(self) -> int:
         return len(self._buffers) + len(self._modules)
+
+
+def names_in(container: Any, slot: str, adapter: str) -> dict[str, str]:
+    """Names of the tensors that an adapter has in the container of a slot: as files have them -> as they are here."""
+    entry = container[adapter]
+    leaves = [f".{leaf}" for leaf in state_names(entry)] if isinstance(entry, nn.Module) else [""]
+    return {f"{slot}{leaf}": f"{slot}.{adapter}{leaf}" for leaf in leaves}
 
 
 @dataclass

@@ -11,6 +11,7 @@ from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
 from peft.core.storage import backend_of
+from peft.core.storage.shared import shape_of
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
 
@@ -77,9 +78,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; packed and sharded ones counted as what they stand for."""
     trainable = total = 0
     for parameter in model.parameters():
-        count = parameter.numel()
-        if count == 0 and hasattr(parameter, "ds_numel"):  # DeepSpeed ZeRO-3 keeps the size of what it has taken away
-            count = parameter.ds_numel
+        count = shape_of(parameter).numel()
         if type(parameter).__name__ == "Params4bit":  # two per byte
             packed = parameter.quant_storage.itemsize if hasattr(parameter, "quant_storage") else 1
             count *= 2 * packed
@@ -91,11 +90,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _agreed(values: list[Any]) -> Any:
     """The value that all have; "irregular" where they differ."""
     return values[0] if all(value == values[0] for value in values) else "irregular"
-
-
-def _active(layers: list[TunerLayerStatus]) -> Any:
-    """The adapters active on all layers that have any; "irregular" where layers differ."""
-    return _agreed([layer.active_adapters for layer in layers if layer.available_adapters] or [[]])
 
 
 def _merged(layers: list[TunerLayerStatus]) -> Any:
@@ -113,10 +107,6 @@ def _plain_base(model: nn.Module) -> nn.Module:
     inner = model.__dict__.get("_modules", {}).get("base_model")
     inner = inner if isinstance(inner, BaseTuner) else model
     return inner.model if isinstance(inner, BaseTuner) else inner
-
-
-def _is_prompt(config: Any) -> bool:
-    return getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False)
 
 
 def _layer_status(name: str, part: Part) -> TunerLayerStatus:
@@ -149,7 +139,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         ValueError: the model has no adapter layers.
     """
     configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict) and any(map(_is_prompt, configs.values())):
+    kinds = ("is_prompt_learning", "is_adaption_prompt")
+    if isinstance(configs, dict) and any(getattr(c, kind, False) for c in configs.values() for kind in kinds):
         raise TypeError("get_layer_status() is for adapters on layers; this model has a soft prompt.")
     base = _plain_base(model)
     prefix = "model." if base is not model else ""
@@ -191,7 +182,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_agreed([layer.enabled for layer in layers]),
-        active_adapters=_active(layers),
+        active_adapters=_agreed([layer.active_adapters for layer in layers if layer.available_adapters] or [[]]),
         merged_adapters=_merged(layers),
         requires_grad={
             name: _agreed([layer.requires_grad[name] for layer in layers if name in layer.requires_grad])

@@ -18,8 +18,9 @@ from torch.func import functional_call
 
 from peft.core.adapted import AdaptedModule
 from peft.core.base_op import BaseOp
+from peft.core.change import output_with
 from peft.core.merge import changed
-from peft.core.storage.sharded import data_parallel_dims, is_dtensor, is_managed, shared_out
+from peft.core.storage.sharded import data_parallel_dims, is_dtensor, is_managed, of_first, shared_out
 from peft.ops.internals import is_put_away
 
 #: kind of module -> the dimension of its weight that its output features lie along; the others are not supported
@@ -83,10 +84,10 @@ class Layout:
         return self._layer.get_base_bias() if name == "bias" else getattr(self._layer.get_base_layer(), name)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self._layer.base_layer(self._apart(x, self._input, self._input_is_dtensor), *args, **kwargs)
+        y = self._layer.base_layer(self._apart(x, *self._input), *args, **kwargs)
         shape = self._output_shape(x)
-        self._note_output(shape, y)
-        return self._together(y, shape, self._output)
+        self._output = self._how(y, shape, self._output_dim)
+        return self._together(y, shape, self._output[0])
 
     def run(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's output with these adapters, as this process has it."""
@@ -99,18 +100,14 @@ class Layout:
                 y = layer.base_layer(x, *args, **kwargs)
                 inputs = self._whole_input(x, y)
                 shape = self._output_shape(inputs)
-                self._note_output(shape, y)
+                self._output = self._how(y, shape, self._output_dim)
                 total = torch.zeros(shape, dtype=y.dtype, device=y.device)
                 for change in changes:
                     total = change.leave(op, self, inputs, total, None)
-                return y + self._apart(total, self._output, is_dtensor(y))
-            seen = [self._whole_input(x)]
-            for change in reversed(changes):
-                seen.append(change.enter(op, self, seen[-1]))
-            y, bias = self(seen.pop(), *args, **kwargs), layer.bias_below()
-            for change in changes:
-                y, bias = change.leave(op, self, seen.pop(), y, bias), change.bias(bias)
-            return self._apart(y, self._output, self._output_is_dtensor)
+                return y + self._apart(total, *self._output)
+            inputs, bias = self._whole_input(x), layer.bias_below()
+            y = output_with(changes, op, self, inputs, bias, lambda seen: self(seen, *args, **kwargs))
+            return self._apart(y, *self._output)
 
     def _run_weight(self, changes: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         base, op = self._layer.get_base_layer(), self._layer.op
@@ -142,8 +139,11 @@ class Layout:
                 found.append(Shard(dims - 1))
         return found
 
+    def _how(self, part: Any, shape: Sequence[int], weight_dim: int) -> tuple[Any, bool]:
+        """How a tensor of this shape lies on the processes, if this one has that part; and whether it is a DTensor."""
+        return (part.placements, True) if is_dtensor(part) else (self._lies(part.shape, shape, weight_dim), False)
+
     def _lies(self, part: torch.Size, shape: Sequence[int], weight_dim: int) -> list[Any]:
-        """How a tensor of this shape lies on the processes, if this one has a part of that shape."""
         from torch.distributed.tensor import Replicate, Shard
 
         different = [dim for dim, (own, all_) in enumerate(zip(part, shape, strict=True)) if own != all_]
@@ -160,22 +160,17 @@ class Layout:
 
     def _whole_input(self, x: Any, y: Tensor | None = None) -> Tensor:
         """The input; `y` is what the module makes of it, where that is known."""
-        self._input_is_dtensor = is_dtensor(x)
         shape = list(x.shape)
         if self._layer.op.linear:
             shape[-1] = self._layer.op.in_features
             if y is not None:
                 shape[:-1] = map(max, x.shape[:-1], y.shape[:-1])
-        self._input = x.placements if self._input_is_dtensor else self._lies(x.shape, shape, 1 - self._output_dim)
-        return self._together(x, shape, self._input)
+        self._input = self._how(x, shape, 1 - self._output_dim)
+        return self._together(x, shape, self._input[0])
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of the whole output for a whole input."""
         return (*x.shape[: x.dim() - self._layer.op.linear], self._layer.op.out_features)
-
-    def _note_output(self, shape: Sequence[int], y: Any) -> None:
-        self._output_is_dtensor = is_dtensor(y)
-        self._output = y.placements if self._output_is_dtensor else self._lies(y.shape, shape, self._output_dim)
 
     def _together(self, part: Any, shape: Sequence[int], placements: Any) -> Tensor:
         from torch.distributed.tensor import DTensor
@@ -184,11 +179,9 @@ class Layout:
             return part.full_tensor()
         if all(placement.is_replicate() for placement in placements):
             return part
-        stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-        lies = DTensor.from_local(
-            part, self._mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
-        )
-        return lies.full_tensor()
+        stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        whole: Any = {"shape": torch.Size(shape), "stride": stride}
+        return DTensor.from_local(part, self._mesh, placements, run_check=False, **whole).full_tensor()
 
     def _apart(self, value: Tensor, placements: Any, as_dtensor: bool) -> Tensor:
         """What this process has of a whole tensor."""
@@ -204,10 +197,7 @@ class Layout:
             yield
             return
         kind = self._mesh.device_type
-        seed = torch.randint(2**62, (), device=kind)
-        for dim in range(self._mesh.ndim):
-            group = self._mesh.get_group(dim)
-            torch.distributed.broadcast(seed, torch.distributed.get_global_rank(group, 0), group)
+        seed = of_first(torch.randint(2**62, (), device=kind), self._mesh)
         devices = [] if kind == "cpu" else [seed.device]
         with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
             torch.manual_seed(int(seed))

@@ -19,6 +19,7 @@ from peft.core.storage.shared import shape_of
 from peft.core.targets import check_target_module_exists, ends_with, model_modules, saved_as
 from peft.core.tying import input_embedding_name, tied_embedding_modules
 from peft.core.walk import live_key
+from peft.core.wrappers import get_submodules
 
 
 @dataclass(slots=True, eq=False)
@@ -206,9 +207,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             f"token_adapter.{key}": f"token_adapter.{live}" for key, live in self.token_adapter.key_map(name).items()
         }
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.token_adapter(x, *args, **kwargs)
-
 
 def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:
     """Embedding -> rows to train, as `trainable_token_indices` says; a plain list means the input embedding.
@@ -301,9 +299,7 @@ def _train_tokens_of(
     tied: TrainableTokensLayer | None = None,
     apart: bool = False,
 ) -> TrainableTokensLayer:
-    parent, _, name = live_key(model, key).rpartition(".")
-    owner = model.get_submodule(parent)
-    module = getattr(owner, name)
+    owner, module, name = get_submodules(model, live_key(model, key))
     if isinstance(module, AdapterLayer):
         # LoRA on an output layer tied to the embedding: below it, for the rows come first.
         while isinstance(module.base_layer, AdapterLayer):

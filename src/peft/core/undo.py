@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 
 class _Undo(ExitStack):
@@ -37,6 +38,18 @@ def undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
         stack.callback(undo)
         yield
         hand_over(stack)
+
+
+def as_before(thing: Any) -> Callable[[], None]:
+    """What gives an object the attributes back that it has now."""
+    before = dict(thing.__dict__)
+
+    def put_back() -> None:
+        for name in thing.__dict__.keys() - before.keys():
+            del thing.__dict__[name]
+        thing.__dict__.update(before)
+
+    return put_back
 
 
 def hand_over(undo: ExitStack) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +25,7 @@ from peft.errors import warn
 
 def check_merge(tuner: Adapters, adapter_names: Sequence[str] | None) -> None:
     """Warns of names that do not exist; raises NotImplementedError where some layer cannot merge an adapter."""
-    names = tuner.active_adapters if adapter_names is None else as_names(adapter_names)
+    names = _names_or_active(tuner, adapter_names)
     unknown = [name for name in names if name not in tuner.peft_config]
     if unknown:
         warn(f"Adapter {', '.join(unknown)} does not exist and is not merged.")
@@ -42,10 +43,14 @@ def _check_not_cut(tuner: Adapters) -> None:
     check_uncut(tuner.model, held)
 
 
+def _names_or_active(tuner: Adapters, names: Sequence[str] | None) -> list[str]:
+    return tuner.active_adapters if names is None else as_names(names)
+
+
 def check_finite(tuner: Adapters, adapter_names: Sequence[str] | None) -> None:
     """Raises ValueError where merging would write what is not finite."""
+    names = _names_or_active(tuner, adapter_names)
     for layer in tuner.layers():
-        names = tuner.active_adapters if adapter_names is None else as_names(adapter_names)
         here = [name for name in names if layer.has(name) and name not in layer.merged_adapters]
         if here:
             merging.check_finite(layer, here)
@@ -89,7 +94,7 @@ def delete(tuner: Adapters, adapter_name: str) -> None:
         # A module that the deleted adapter did not train stays as it is, as in huggingface/peft.
         takes_over = isinstance(part, AdapterLayer) or part.has(adapter_name)
         part.delete_adapter(adapter_name)
-        if gone and takes_over and part.has_any():
+        if gone and takes_over and any(map(len, part.containers())):
             part.set_adapter(left, bool(left) and tuner.peft_config[left[0]].inference_mode)
     method.forget_shared(adapter_name)
     tuner._active = left
@@ -106,53 +111,48 @@ def unload(
     """Takes all parts off the model, after merging for good if `merge`, and returns it."""
     with alone(tuner):
         model: nn.Module = tuner.model
-        adapter_names = None if adapter_names is None else as_names(adapter_names)
-        parts = list(reversed(tuner.parts()))
-        shared = _shared_weights(model) if merge else set()
-        tied = _tied_alike(tuner, tuner.active_adapters if adapter_names is None else adapter_names) if merge else []
-        were_tied = tied_embedding_modules(model) if merge else []
-        left: dict[Part, nn.Module | None] = {}
-        layers = [part for _, part in parts if merge and isinstance(part, AdapterLayer)]
-        last = {id(layer.ledger): layer for layer in layers}  # those before it around its module need the original
-        for layer in with_progress(layers, progressbar and merge, "Merging"):
-            layer.merge(safe_merge, adapter_names, last[id(layer.ledger)] is not layer, _is_shared(layer, shared))
-        for key, part in with_progress(parts, progressbar and not merge, "Unloading"):
-            if merge and not isinstance(part, AdapterLayer) and _is_left(tuner, part):
-                warn(
-                    f"{type(tuner).__name__} leaves {key!r} in its {type(part).__name__}, with what was trained in"
-                    " effect; its `current_module()` is the plain module."
-                )
-                continue
-            left[part] = part.unload(merge, adapter_names)
-            put_back(model, key, left[part])
-        take_away_everywhere(model, left)
-        for key in tied[1:]:
+        tied = tied_embedding_modules(model) if merge else []
+        alike = _kept_alike(tuner, tied, adapter_names)
+        if merge:
+            _merge_for_good(tuner, adapter_names, safe_merge, progressbar)
+        _take_off(tuner, merge, adapter_names, progressbar and not merge)
+        for key in tied[1:] if alike else ():
             model.get_submodule(key).weight = model.get_submodule(tied[0]).weight
-        if were_tied and tied_embedding_modules(model) != were_tied:
-            _note_untied(model)
-        tuner._parts = None
+        config: Any = getattr(model, "config", None)
+        if tied and getattr(config, "tie_word_embeddings", False) and tied_embedding_modules(model) != tied:
+            config.tie_word_embeddings = False  # else they become one again on loading
+            warn("Merging gave embeddings and output layer weights of their own: tie_word_embeddings is now False.")
         see_to_fast_paths(model)
-        methods, names = tuner.methods(), list(tuner.peft_config)
-        if "peft_config" in model.__dict__:
-            del model.peft_config
-        tuner.peft_config = {}
-        for method in methods:
-            for name in names:
-                method.removed(name)
+        gone = [(method, name) for method in tuner.methods() for name in tuner.peft_config]
+        model.__dict__.pop("peft_config", None)
+        tuner.peft_config, tuner._parts = {}, None
+        for method, name in gone:
+            method.removed(name)
         return model
 
 
-def _is_left(tuner: Adapters, part: Part) -> bool:
-    """Whether merging for good leaves a part where it is."""
-    return isinstance(part, AuxiliaryTrainingWrapper) and not all(method.unwraps_saved for method in tuner.methods())
+def _merge_for_good(tuner: Adapters, names: Sequence[str] | None, safe: bool, progressbar: bool) -> None:
+    shared, layers = _shared_weights(tuner.model), list(tuner.layers())[::-1]
+    last = {id(layer.ledger): layer for layer in layers}  # those before it around its module need the original
+    for layer in with_progress(layers, progressbar, "Merging"):
+        layer.merge(safe, names, last[id(layer.ledger)] is not layer, _is_shared(layer, shared))
 
 
-def _note_untied(model: nn.Module) -> None:
-    """Lets the model's configuration say that embedding and output layer differ: else they become one on loading."""
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
-        warn("Merging gave embeddings and output layer weights of their own: config.tie_word_embeddings is now False.")
+def _take_off(tuner: Adapters, merged: bool, names: Sequence[str] | None, progressbar: bool) -> None:
+    """Takes the parts off the model; those with modules trained in full stay if the method wants it so."""
+    stay = merged and not all(method.unwraps_saved for method in tuner.methods())
+    names = None if names is None else as_names(names)
+    left: dict[Part, nn.Module | None] = {}
+    for key, part in with_progress(tuner.parts()[::-1], progressbar, "Unloading"):
+        if stay and isinstance(part, AuxiliaryTrainingWrapper):
+            warn(
+                f"{type(tuner).__name__} leaves {key!r} in its {type(part).__name__}, with what was trained in"
+                " effect; its `current_module()` is the plain module."
+            )
+        else:
+            left[part] = part.unload(merged, names)
+            put_back(tuner.model, key, left[part])
+    take_away_everywhere(tuner.model, left)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -170,11 +170,9 @@ def _is_shared(layer: AdapterLayer, shared: set[int]) -> bool:
     return id(layer.own_weight) in shared and not (isinstance(layer, TrainableTokensLayer) and layer.has_twin)
 
 
-def _tied_alike(tuner: Adapters, names: Sequence[str]) -> list[str]:
-    """The modules tied to the input embedding, if these adapters change them and keep them the same."""
-    model: nn.Module = tuner.model
-    tied = tied_embedding_modules(model)
-    there = [model.get_submodule(live_key(model, key)) for key in tied]
+def _kept_alike(tuner: Adapters, tied: Sequence[str], names: Sequence[str] | None) -> bool:
+    """Whether these adapters change the modules tied to the input embedding, and keep them the same."""
+    there = [tuner.model.get_submodule(live_key(tuner.model, key)) for key in tied]
+    names = _names_or_active(tuner, names)
     here = {name for layer in there if isinstance(layer, AdapterLayer) for name in names if layer.has(name)}
-    alike = all(getattr(tuner.peft_config[name], "ensure_weight_tying", False) for name in here)
-    return tied if here and alike else []
+    return bool(here) and all(getattr(tuner.peft_config[name], "ensure_weight_tying", False) for name in here)

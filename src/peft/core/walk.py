@@ -58,12 +58,6 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{path}.{name}", parameter
 
 
-def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """(parent, module, its name in the parent) of the module called `key`."""
-    parent, _, name = key.rpartition(".")
-    return model.get_submodule(parent), model.get_submodule(key), name
-
-
 def put_back(model: nn.Module, key: str, module: nn.Module | None) -> None:
     """Puts `module` in place of the part called `key`; what holds a token adapter stands for both, and is put back."""
     parent, _, name = key.rpartition(".")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.auxiliary import ModulesToSaveWrapper
-from peft.core.call import current_route
+from peft.core.call import current_route, with_gradient
 from peft.core.layer import AdapterLayer
 from peft.core.method import Adapters
 from peft.core.part import Part
@@ -77,8 +77,7 @@ class Watch:
 
     def _watch_gradients(self, tuner: Adapters, output: Any) -> None:
         parts = _trained_parts(tuner)
-        values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
-        tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
+        tensors = with_gradient(output)
         if not parts or not tensors:
             if parts:
                 _warn_of_gradients([key for key, _ in parts])

@@ -29,6 +29,12 @@ def _inside(module: nn.Module) -> nn.Module | None:
     return None
 
 
+def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, Any, str]:
+    """(parent, module, its name in the parent) of the module called `key`."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
 def plain_name(name: str) -> str:
     """The name of a module or tensor without the modules that are around others."""
     if not any(part in name for part in _INSIDE):

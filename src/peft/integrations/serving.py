@@ -39,12 +39,16 @@ class Feature:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What an engine does about a feature, the reason, and a key of `REMEDIES`."""
+class Finding:
+    """What an engine does about something that an adapter may have, the reason, and a key of `REMEDIES`."""
 
+    feature: str
     verdict: Verdict
     why: str = ""
     remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.feature}: {self.verdict}, {self.why}; {REMEDIES[self.remedy]}"
 
 
 @dataclass(frozen=True)
@@ -61,31 +65,19 @@ class Engine:
 
     title: str
     read: str
-    answers: dict[str, Answer]
-    format: Answer | None = None
+    answers: dict[str, Finding]
+    format: Finding | None = None
     ranks: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Engine:
         """The engine of a row of the table."""
-        answers = dict.fromkeys(row["takes"], Answer("takes"))
+        answers = {key: Finding(FEATURES[key].title, "takes") for key in row["takes"]}
         for verdict in ("refuses", "differs"):
-            answers |= {key: Answer(verdict, why, FEATURES[key].remedy) for key, why in row[verdict].items()}
-        needed = Answer("refuses", row["format"], "format") if "format" in row else None
+            for key, why in row[verdict].items():
+                answers[key] = Finding(FEATURES[key].title, verdict, why, FEATURES[key].remedy)
+        needed = Finding("the files", "refuses", row["format"], "format") if "format" in row else None
         return cls(row["title"], row["read"], answers, needed, tuple(row.get("ranks", ())))
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing of an adapter that an engine does not take as it is."""
-
-    feature: str
-    verdict: Verdict
-    why: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.feature}: {self.verdict}, {self.why}; {REMEDIES[self.remedy]}"
 
 
 _TABLE = yaml.safe_load(Path(__file__).with_name("serving.yaml").read_text(encoding="utf-8"))
@@ -144,20 +136,14 @@ def findings(engine: str, content: Content, names: Iterable[str] = ()) -> list[F
     if engine not in ENGINES:
         raise ValueError(f"Unknown engine {engine!r}; there are {', '.join(ENGINES)}.")
     row, has = ENGINES[engine], _features_of(content, tuple(names))
-    found = [
-        Finding(FEATURES[key].title, answer.verdict, answer.why, answer.remedy)
-        for key in has
-        if (answer := row.answers[key]).verdict != "takes"
-    ]
+    found = [row.answers[key] for key in has if row.answers[key].verdict != "takes"]
     if {"prompt", "structure", "method"}.intersection(has):
         return found
     rank = _largest_rank(content)
     if row.ranks and rank > row.ranks[-1]:
         found.append(Finding(f"a rank of {rank}", "refuses", f"the largest is {row.ranks[-1]}", "merge"))
     found.sort(key=lambda entry: entry.verdict == "differs")
-    if row.format is not None:
-        found.append(Finding("the files", row.format.verdict, row.format.why, row.format.remedy))
-    return found
+    return found if row.format is None else [*found, row.format]
 
 
 def _largest_rank(content: Content) -> int:

@@ -37,18 +37,17 @@ class Storage:
         parameter = getattr(module, name)
         return parameter if own else parameter.data
 
-    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> Any:
-        """Puts `value` in, in the storage's own form; returns what `keep` would have before.
+    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> None:
+        """Puts `value` in, in the storage's own form.
 
         With `own`, the module gets a parameter of its own, so that modules tied to the old one keep theirs.
         """
-        before, parameter = self.keep(module, name, own), getattr(module, name)
+        parameter = getattr(module, name)
         value = value.detach().to(dtype=parameter.dtype, device=parameter.device).contiguous()
         if own:
             setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         else:
             parameter.data = value
-        return before
 
     def restore(self, module: nn.Module, name: str, before: Any) -> None:
         """Puts back what `keep` returned, bit for bit; where the module is by now, and in the dtype that it has."""

@@ -87,9 +87,6 @@ class Mastered(Shared):
     def holds(self, tensor: Any) -> bool:
         return getattr(tensor, "_hp_mapping", None) is not None
 
-    def part(self, tensor: Any) -> Tensor:
-        return tensor.detach()
-
     def put(self, tensor: Any, value: Tensor) -> None:
         super().put(tensor, value)
         sys.modules["deepspeed"].utils.safe_set_full_fp32_param(tensor, value.detach())
@@ -174,9 +171,6 @@ class Window(Shared):
         # Where FSDP1 makes its parameters anew, they bear no mark; one alone is as large as the flat parameter.
         fsdp = "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized()
         return fsdp or tensor.untyped_storage().nbytes() != tensor.nbytes
-
-    def part(self, tensor: Any) -> Tensor:
-        return tensor.detach()
 
     def held(self, module: nn.Module, name: str) -> Tensor:
         check_whole(module, name)

@@ -34,12 +34,11 @@ class Parametrised(Storage):
     def keep(self, module: nn.Module, name: str, own: bool = False) -> list[Tensor]:
         return [part.data for part in _parts(_steps(module, name))]
 
-    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> list[Tensor]:
-        before, steps = self.keep(module, name), _steps(module, name)
+    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> None:
+        steps = _steps(module, name)
         values = _parts_for(steps, value.detach())
         for part, new in zip(_parts(steps), values if isinstance(values, (tuple, list)) else [values], strict=True):
             part.data = new.to(part).contiguous()
-        return before
 
     def restore(self, module: nn.Module, name: str, before: list[Tensor]) -> None:
         for part, old in zip(_parts(_steps(module, name)), before, strict=True):

@@ -58,13 +58,11 @@ class Quantised(Storage):
     def keep(self, module: nn.Module, name: str, own: bool = False) -> Any:
         return tuple(attrgetter(part)(module) for part in self.parts(module, name))
 
-    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> Any:
+    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> None:
         self.check_write(module, name)
-        before = self.keep(module, name, own)
         device = self.held(module, name).device
         with torch.no_grad():
             self._put(module, name, self.pack(module, name, value.detach().to(device).contiguous()))
-        return before
 
     def restore(self, module: nn.Module, name: str, before: Any) -> None:
         device = self.held(module, name).device

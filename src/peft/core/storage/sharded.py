@@ -125,11 +125,15 @@ def agree(tensors: Iterable[Tensor], model: nn.Module) -> None:
     mesh = max(meshes, key=lambda mesh: mesh.ndim)
     for tensor in dict.fromkeys(tensors):
         if not tensor.is_meta and not is_dtensor(tensor):
-            value = tensor.data.contiguous()
-            for dim in range(mesh.ndim):
-                group = mesh.get_group(dim)
-                torch.distributed.broadcast(value, torch.distributed.get_global_rank(group, 0), group)
-            tensor.data.copy_(value)
+            tensor.data.copy_(of_first(tensor.data.contiguous(), mesh))
+
+
+def of_first(value: Tensor, mesh: Any) -> Tensor:
+    """A tensor as the first of the processes of a mesh has it, written in place; a call of all of them."""
+    for dim in range(mesh.ndim):
+        group = mesh.get_group(dim)
+        torch.distributed.broadcast(value, torch.distributed.get_global_rank(group, 0), group)
+    return value
 
 
 def average_gradients(model: nn.Module) -> None:

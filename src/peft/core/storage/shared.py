@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft.core.storage.base import Storage
+from peft.core.wrappers import plain_name, unwrapped
 from peft.ops.internals import sharded_of
 
 
@@ -35,7 +36,7 @@ class Shared(Storage):
 
     def part(self, tensor: Any) -> Tensor:
         """What this process holds of a tensor: the memory itself, without gradient."""
-        raise NotImplementedError
+        return tensor.detach()
 
     def split(self, tensor: Any, value: Tensor) -> Tensor:
         """What this process holds of a whole value that is shared out as the tensor is."""
@@ -82,13 +83,13 @@ class Shared(Storage):
             )
         return self.held(module, name) if own else self.part(self.held(module, name)).clone()
 
-    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> Any:
+    def write(self, module: nn.Module, name: str, value: Tensor, own: bool = False) -> None:
         self.check_write(module, name)
-        before = self.keep(module, name, own)
+        held = self.held(module, name)
         if own:
-            setattr(module, name, nn.Parameter(before.detach().clone(), before.requires_grad))
-        self.put(self.held(module, name), value)
-        return before
+            held = nn.Parameter(held.detach().clone(), held.requires_grad)
+            setattr(module, name, held)
+        self.put(held, value)
 
     def restore(self, module: nn.Module, name: str, before: Any) -> None:
         if isinstance(before, nn.Parameter):
@@ -173,31 +174,41 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def whole_copy(module: nn.Module) -> nn.Module:
     """A copy of a module with whole tensors of its own, without what stands around the original's forward pass."""
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(kind.whole(parameter).detach().clone(), parameter.requires_grad)
-        for parameter in module.parameters()
-        if (kind := kind_of(parameter)) is not None and kind.apart
-    }
-    return _copied(module, memo) if memo else copy.deepcopy(module)
+    wholes: dict[int, nn.Parameter] = {}
+    for parameter in module.parameters():
+        kind = kind_of(parameter)
+        if kind is not None and kind.apart:
+            wholes[id(parameter)] = nn.Parameter(kind.whole(parameter).detach(), parameter.requires_grad)
+    named = module.named_parameters(remove_duplicate=False) if wholes else ()
+    values = {plain_name(name): wholes[id(parameter)] for name, parameter in named if id(parameter) in wholes}
+    return copy.deepcopy(rebuilt(module, values) if wholes else module)
 
 
 #: what those who share a model out leave on its modules
 _AROUND = ("forward", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_is_hooked", "ds_id")
 
 
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def rebuilt(module: nn.Module, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """A module like this one with these parameters, by their names in it, and nothing around its forward pass."""
+    module = unwrapped(module)
     kinds = type(module).__mro__
     plain: Any = kinds[2] if len(kinds) > 2 and kinds[1].__name__ == "FSDPModule" else kinds[0]
     made = plain.__new__(plain)
     nn.Module.__init__(made)
-    left = (*made.__dict__, *_AROUND)
-    made.__dict__.update(copy.deepcopy({k: v for k, v in module.__dict__.items() if k not in left}, memo))
+    mine = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    left = {*made.__dict__, *mine, *_AROUND}
+    made.__dict__.update({k: v for k, v in module.__dict__.items() if k not in left})
+    if "_flat_weights" in made.__dict__:  # of an LSTM, which keeps it up to date
+        made._flat_weights = list(made._flat_weights)
     made.training = module.training
-    for name, child in module._modules.items():
-        made._modules[name] = None if child is None else _copied(child, memo)
-    for held in ("_parameters", "_buffers"):
-        getattr(made, held).update(copy.deepcopy(dict(getattr(module, held)), memo))
     made._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+    made._buffers.update({name: mine.pop(name, buffer) for name, buffer in module._buffers.items()})
+    made._parameters.update({name: held for name, held in module._parameters.items() if name != "_flat_param"})
+    for name, value in mine.items():
+        if "." not in name:
+            setattr(made, name, value)
+    for name, child in module._modules.items():
+        made._modules[name] = None if child is None else rebuilt(child, values, f"{prefix}{name}.")
     return made
 
 

@@ -115,7 +115,9 @@ class LoraLayer(FactorLayer):
         base = self.get_base_layer()
         with onloaded(base), torch.no_grad():
             weight = self.op.unmatrix(self.start_weight(name), self.get_base_weight())
-            before = storage_of(base, self.op.weight_name).write(base, self.op.weight_name, weight)
+            storage, held = storage_of(base, self.op.weight_name), (base, self.op.weight_name)
+            before = storage.keep(*held)
+            storage.write(*held, weight)
         del self.lora_residual[name]
         for found in (CORDA, GRADIENT):  # what has served its purpose
             base.__dict__.pop(found, None)
