@@ -63,7 +63,7 @@ def test_symlets_are_those_of_daubechies_with_the_energy_in_the_middle():
 
 
 def test_unknown_family():
-    with pytest.raises(ValueError, match="wavelet family 'db0'"):
+    with pytest.raises(ValueError, match="wavelet_family='db0'"):
         filters("db0")
 
 

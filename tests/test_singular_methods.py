@@ -250,7 +250,7 @@ def test_factors_of_lily_that_a_file_lacks_are_fresh_and_still_shared(tmp_path):
 
 
 def test_lily_needs_a_choice():
-    with pytest.raises(ValueError, match="num_B=1"):
+    with pytest.raises(ValueError, match="num_B must be at least 2"):
         lily(num_B=1)
 
 

@@ -9,15 +9,9 @@ from torch import Tensor
 
 
 def cluster_rows(rows: Tensor, count: int) -> list[Tensor]:
-    """Rows [n, r] in at most `count` clusters by k-means: the indices of each cluster, in rising order.
+    """Rows [n, r] in at most `count` clusters by k-means: the indices of each cluster, in rising order."""
+    from sklearn.cluster import KMeans
 
-    Raises:
-        ImportError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError("Clustering the rows of a weight needs scikit-learn: pip install scikit-learn.") from error
     # These settings and this seed are those that adapters have been made with; the clusters are not in their files.
     means = KMeans(min(count, len(rows)), init="random", n_init=1, max_iter=10, random_state=123456789)
     labels = torch.from_numpy(means.fit_predict(rows.detach().float().cpu().numpy())).long().to(rows.device)

@@ -19,7 +19,7 @@ from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import add_rotated, butterfly, cayley, drop_blocks
 from peft.registry import PeftType
-from peft.values import Fraction, PositiveInt
+from peft.values import Fraction, NonNegativeInt, PositiveInt
 
 
 @dataclass
@@ -41,8 +41,8 @@ class BOFTConfig(LayoutConfig, peft_type=PeftType.BOFT):
         init_weights: start without effect; False starts at random.
     """
 
-    boft_block_size: int = 4
-    boft_block_num: int = 0
+    boft_block_size: NonNegativeInt = 4
+    boft_block_num: NonNegativeInt = 0
     boft_n_butterfly_factor: PositiveInt = 1
     boft_all_factors: bool = False
     boft_dropout: Fraction = 0.0
@@ -52,12 +52,9 @@ class BOFTConfig(LayoutConfig, peft_type=PeftType.BOFT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size, number = self.boft_block_size, self.boft_block_num
-        if size < 0 or number < 0 or (size == 0) == (number == 0):
-            raise ValueError(
-                "Give a positive boft_block_size or a positive boft_block_num, and 0 for the other; got"
-                f" boft_block_size={size} and boft_block_num={number}."
-            )
+        if bool(self.boft_block_size) == bool(self.boft_block_num):
+            sizes = f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}"
+            raise ValueError(f"Give a positive number for one of them, and 0 for the other; got {sizes}.")
 
     @property
     def factors(self) -> int:

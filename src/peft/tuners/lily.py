@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from peft.core.slots import ModuleSlot, Setting
 from peft.core.targets import matching_entry
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
-from peft.values import PositiveInt
+from peft.values import PositiveInt, Range
 
 
 @dataclass
@@ -43,16 +43,11 @@ class LilyConfig(LayerConfig, peft_type=PeftType.LILY):
 
     r: PositiveInt = 32
     stride_A: PositiveInt = 1
-    num_B: int = 2
+    num_B: Annotated[int, Range("must be at least 2, for the router to choose from", lambda count: count >= 2)] = 2
     scaling: float = 1.0
     init_weights: bool = True
 
     beyond_reference = ("target_parameters", "bias")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_B < 2:
-            raise ValueError(f"num_B={self.num_B} leaves the router nothing to choose from; use 2 or more.")
 
 
 class LilyLayer(AdapterLayer):

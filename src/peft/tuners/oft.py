@@ -21,7 +21,7 @@ from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import add_rotated, cayley, cayley_neumann, drop_blocks, skew_symmetric
 from peft.registry import PeftType
-from peft.values import Fraction, PositiveFloat, PositiveInt
+from peft.values import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 def _is_older(version: Any, than: str) -> bool:
@@ -53,8 +53,8 @@ class OFTConfig(LayoutConfig, peft_type=PeftType.OFT):
         init_weights: start with Q at zero, without effect; False starts it at random.
     """
 
-    r: int = 0
-    oft_block_size: int = 32
+    r: NonNegativeInt = 0
+    oft_block_size: NonNegativeInt = 32
     module_dropout: Fraction = 0.0
     init_weights: bool = True
     coft: bool = False
@@ -67,9 +67,9 @@ class OFTConfig(LayoutConfig, peft_type=PeftType.OFT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = f"got r={self.r} and oft_block_size={self.oft_block_size}"
-        if self.r < 0 or self.oft_block_size < 0 or (self.r == 0) == (self.oft_block_size == 0):
-            raise ValueError(f"Give a positive r or a positive oft_block_size, and 0 for the other; {sizes}.")
+        if bool(self.r) == bool(self.oft_block_size):
+            sizes = f"r={self.r} and oft_block_size={self.oft_block_size}"
+            raise ValueError(f"Give a positive r or a positive oft_block_size, and 0 for the other; got {sizes}.")
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

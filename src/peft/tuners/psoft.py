@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from peft.ops.memo import remember
 from peft.ops.orthogonal import cayley, cayley_neumann, skew_symmetric
 from peft.ops.principal import principal_factors, scaled_change
 from peft.registry import PeftType
-from peft.values import Fraction, NonNegativeInt, PositiveInt
+from peft.values import Fraction, NonNegativeInt, PositiveInt, Range
 
 
 @dataclass
@@ -60,18 +60,15 @@ class PsoftConfig(LayoutConfig, peft_type=PeftType.PSOFT):
     psoft_mag_a: bool = True
     use_cayley_neumann: bool = False
     num_cayley_neumann_terms: PositiveInt = 5
-    cayley_neumann_eps: float | None = None
+    cayley_neumann_eps: Annotated[float, Range("must be between 0 and 1", lambda norm: 0 < norm < 1)] | None = None
     init_weights: bool = True
 
     beyond_reference = ("target_parameters", "bias")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cayley_neumann_eps is not None:
-            if not 0 < self.cayley_neumann_eps < 1:
-                raise ValueError(f"cayley_neumann_eps must be between 0 and 1, got {self.cayley_neumann_eps}.")
-            if not self.use_cayley_neumann:
-                warn("cayley_neumann_eps has no effect without use_cayley_neumann.")
+        if self.cayley_neumann_eps is not None and not self.use_cayley_neumann:
+            warn("cayley_neumann_eps has no effect without use_cayley_neumann.")
 
 
 class PsoftRotation(nn.Module):
@@ -146,7 +143,7 @@ class PsoftLayer(AdapterLayer):
     def check(cls, config: PsoftConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         if config.r > min(op.in_features, op.out_features):
             raise ValueError(
-                f"r={config.r} is more than the shorter side of the weight of {key!r}, which is {op.out_features} x"
+                f"r={config.r} is more than the shorter side of the weight of {key!r}, {op.out_features} x"
                 f" {op.in_features}; choose a smaller r, or leave the module out."
             )
 

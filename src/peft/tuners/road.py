@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.rotations import rotate_pairs
 from peft.registry import PeftType
-from peft.values import PositiveInt
+from peft.values import Range
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
 #: variant -> angles (and as many scales) for each pair of outputs
@@ -40,15 +40,11 @@ class RoadConfig(LayerConfig, peft_type=PeftType.ROAD):
     """
 
     variant: RoadVariant = "road_1"
-    group_size: PositiveInt = 64
+    group_size: Annotated[int, Range("must be a positive even number", lambda size: size > 0 and size % 2 == 0)] = 64
     init_weights: bool = True
 
     beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group_size % 2:
-            raise ValueError(f"group_size must be an even number, got {self.group_size}.")
 
 
 class RoadLayer(AdapterLayer):

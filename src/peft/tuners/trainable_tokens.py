@@ -40,8 +40,6 @@ class TrainableTokensConfig(LayerConfig, peft_type=PeftType.TRAINABLE_TOKENS):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(not isinstance(index, int) for index in self.token_indices):
-            raise TypeError(f"token_indices must be a list of integers, got {self.token_indices!r}.")
         self.token_indices = list(self.token_indices)
 
 

@@ -18,7 +18,7 @@ from peft.core.slots import FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Matrix
 from peft.ops.sparse import Entries, check_frequencies, draw_places
-from peft.ops.wavelets import FAMILIES, Wavelets, filters
+from peft.ops.wavelets import Wavelets, filters
 from peft.registry import PeftType
 from peft.values import PositiveInt
 
@@ -54,10 +54,7 @@ class WaveFTConfig(LayoutConfig, peft_type=PeftType.WAVEFT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.wavelet_family not in FAMILIES:
-            raise ValueError(
-                f"wavelet_family={self.wavelet_family!r} is not known; there are the wavelets {', '.join(FAMILIES)}."
-            )
+        filters(self.wavelet_family)  # which knows them from here on
 
 
 class WaveFTLayer(AdapterLayer):
@@ -73,7 +70,6 @@ class WaveFTLayer(AdapterLayer):
 
     def create(self, name: str, config: WaveFTConfig) -> None:
         count = self.waveft_n_frequency[name]
-        filters(config.wavelet_family)  # kept from here on
         start = torch.zeros(count) if config.init_weights else 0.01 * torch.randn(count)
         self.waveft_spectrum[name] = nn.Parameter(start)
 

@@ -125,10 +125,6 @@ class FactorLayer(ScaledLayer):
             change.low, change.high = partial(_call, a), partial(_call, b)
         return change
 
-    def product(self, name: str) -> Tensor:
-        """scaling B A as a matrix: [out, in]."""
-        return self.low_rank(name).delta()
-
     def dropout_of(self, name: str) -> float:
         """Probability of dropout on the adapter's input at present."""
         modules: Any = self._modules

@@ -111,7 +111,7 @@ class LoraConfig(LayoutConfig, peft_type=PeftType.LORA):
         own_class: Any = type(self)
         for name, kind in field_types(own_class).items():
             settings = dataclass_in(kind)
-            if settings is not None and name != "loftq_config":  # which stays as it is given
+            if settings is not None and name != "loftq_config":
                 setattr(self, name, as_settings(name, getattr(self, name), settings))
         self.runtime_config = self.runtime_config or LoraRuntimeConfig()
         if isinstance(self.init_lora_weights, str):
@@ -124,6 +124,8 @@ class LoraConfig(LayoutConfig, peft_type=PeftType.LORA):
             raise ValueError(f"lora_bias=True needs init_lora_weights=True or False, got {self.init_lora_weights!r}.")
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             raise ValueError("init_lora_weights='loftq' needs loftq_config, such as LoftQConfig(loftq_bits=4).")
+        if self.init_lora_weights == "loftq":
+            as_settings("loftq_config", self.loftq_config, LoftQConfig)  # which checks it; it stays as it is given
         if self.init_lora_weights == "eva" and self.eva_config is None:
             self.eva_config = EvaConfig()
         if self.init_lora_weights == "lora_ga" and self.lora_ga_config is None:

@@ -12,6 +12,7 @@ from peft.core.base_op import ParameterOp
 from peft.core.change import Bias, Change, LowRank, Weight
 from peft.core.slots import Slot
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.factors import load
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.parallel import LoraParallelLinear
 
@@ -116,14 +117,8 @@ class ParamWrapper(LoraLayer):
         self.lora_A[name] = nn.Linear(self.in_features, r * experts, bias=False)
         self.lora_B[name] = nn.Linear(r * experts, self.op.expert_out_features, bias=False)
 
-    def stacks(self, name: str) -> tuple[Tensor, Tensor]:
-        """A and B by expert: [experts, r, in] and [experts, out, r]."""
-        a, b = self.factors(name)
-        experts, r = self.op.num_experts, self.r[name]
-        return a.view(experts, r, -1), b.view(b.shape[0], r, experts).permute(2, 0, 1)
-
     def low_rank(self, name: str) -> LowRank:
-        return LowRank(*self.stacks(name), self.scaling[name], self.dropout_of(name))
+        return LowRank(*load(self, name), self.scaling[name], self.dropout_of(name))
 
     @property
     def num_experts(self) -> int:

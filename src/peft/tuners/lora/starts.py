@@ -79,7 +79,7 @@ def without_product(layer: FactorLayer, name: str) -> Residual:
     """W - s B A, for the values that the factors have when it is asked for."""
 
     def residual(weight: Tensor) -> Tensor:
-        change = layer.product(name).to(weight.device)
+        change = layer.low_rank(name).delta().to(weight.device)
         return (weight.to(change.dtype) - change).to(weight.dtype)
 
     return residual
@@ -163,8 +163,7 @@ def _zero(layer: FactorLayer, name: str, config: LoraConfig) -> None:
 
 def _corda(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
     """Singular values and vectors of W C, C the covariance of the inputs, with C taken out again (arXiv:2406.05223)."""
-    base = layer.get_base_layer()
-    found = base.__dict__[CORDA]
+    found = layer.get_base_layer().__dict__[CORDA]
     fill_factors(layer, name, *in_two(found.U_WC, found.S_WC, found.V_WC.T, layer.scaling[name]))
     return without_product(layer, name)
 
@@ -234,10 +233,6 @@ def _check_lora_ga(config: LoraConfig, name: str, module: nn.Module, r: int) -> 
         )
 
 
-def _check_loftq(config: LoraConfig, name: str, module: nn.Module, r: int) -> None:
-    as_settings("loftq_config", config.loftq_config, LoftQConfig)  # which checks them
-
-
 STARTS: dict[str, Start] = {
     "pissa": Start(_pissa, changes_base=True, takes_product=True),
     "olora": Start(_olora, changes_base=True, takes_product=True),
@@ -245,7 +240,7 @@ STARTS: dict[str, Start] = {
     "mica": Start(_mica, embeddings=True, trains_b=False),
     "corda": Start(_corda, changes_base=True, takes_product=True, check=_check_corda),
     "lora_ga": Start(_lora_ga, changes_base=True, takes_product=True, check=_check_lora_ga),
-    "loftq": Start(_loftq, embeddings=True, changes_base=True, check=_check_loftq),
+    "loftq": Start(_loftq, embeddings=True, changes_base=True),
     # until `initialize_lora_eva_weights` gives A its values
     "eva": Start(_zero, frozenset(("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")), embeddings=True),
 }
@@ -285,6 +280,5 @@ def check_start(config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r:
             f" {min(op.out_features, op.in_features)} on {name!r} [{op.out_features}, {op.in_features}], got r={r}."
         )
     start.check(config, name, module, r)
-    storage = storage_of(module, op.weight_name)
     if start.changes_base:
-        storage.check_write(module, op.weight_name)
+        storage_of(module, op.weight_name).check_write(module, op.weight_name)

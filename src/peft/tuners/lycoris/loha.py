@@ -28,11 +28,6 @@ class LoHaConfig(LycorisConfig, peft_type=PeftType.LOHA):
     and w1_b, w2_b [r, in] on their two sides.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_weights not in (True, False):
-            raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}.")
-
 
 class LoHaLayer(LycorisLayer):
     """A module with Hadamard products of low-rank matrices added to its weight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from peft.ops.kronecker import Kron, factorization
 from peft.ops.starts import started
 from peft.registry import PeftType
 from peft.tuners.lycoris.scaled import LycorisConfig, LycorisLayer
+from peft.values import Range
 
 
 @dataclass
@@ -37,14 +38,10 @@ class LoKrConfig(LycorisConfig, peft_type=PeftType.LOKR):
     """
 
     decompose_both: bool = False
-    decompose_factor: int = -1
+    decompose_factor: Annotated[int, Range("must be a positive integer or -1", lambda n: n > 0 or n == -1)] = -1
     rank_dropout_scale: bool = False
     init_weights: bool | Literal["lycoris"] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decompose_factor != -1 and self.decompose_factor < 1:
-            raise ValueError(f"decompose_factor must be a positive integer or -1, got {self.decompose_factor}.")
 
 
 class LoKrLayer(LycorisLayer):

@@ -39,7 +39,7 @@ class LycorisConfig(LayerConfig):
     rank_dropout: Fraction = 0.0
     module_dropout: Fraction = 0.0
     use_effective_conv2d: bool = False
-    init_weights: bool | str = True
+    init_weights: bool = True
 
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
     beyond_reference = ("target_parameters", "bias")
