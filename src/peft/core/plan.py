@@ -122,6 +122,12 @@ class Plan:
         return layers
 
     @property
+    def largest(self) -> tuple[int, int]:
+        """As many outputs, and as many inputs, as the targets have at most."""
+        ops = [target.op for target in self.targets]
+        return max(op.out_features for op in ops), max(op.in_features for op in ops)
+
+    @property
     def parameter_names(self) -> list[str]:
         return [target.name for target in self.targets if target.parameter_name is not None]
 

@@ -224,7 +224,7 @@ def _check_fit(modules: Mapping[str, Mapping[str, AdapterLayer]], rank: int) -> 
 
 def decompose(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u [blocks, out, k], s [blocks, k] and vh [blocks, k, in] of a change [blocks, out, in]."""
-    return torch.linalg.svd(change, full_matrices=False)
+    return torch.linalg.svd(_full_precision(change), full_matrices=False)
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def _changed(
     factors = change_factors(layer, name)
     if factors is None:
         change = change_blocks(layer, name)
-        parts = split(_full_precision(change))
+        parts = split(change)
     else:
         change, parts = factors[1], svd_of_product(*(_full_precision(factor) for factor in factors))
     u, s, vh = (part.to(change.dtype) for part in parts)

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def draw_projections(*sizes: tuple[int, int], seed: int) -> list[Tensor]:
+    """Random matrices of these sizes, one after the other, uniform in +-sqrt(6 / columns)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.init.kaiming_uniform_(torch.empty(size), generator=generator) for size in sizes]
+
+
 def draw_bases(r: int, narrow: int, wide: int, seed: int, sparsity: float | None = None) -> tuple[Tensor, Tensor]:
     """Random A [r, 1, narrow] and B [wide, ceil(narrow / r), r] of standard deviation 1, the same for the same seed.
 

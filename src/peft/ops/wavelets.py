@@ -52,7 +52,7 @@ def filters(family: str) -> Filters:
     if family in _KNOWN:  # always so while a graph is traced, which cannot look into NumPy
         return _KNOWN[family]
     if family not in FAMILIES:
-        raise ValueError(f"Unknown wavelet_family={family!r}; there are {', '.join(FAMILIES)}.")
+        raise ValueError(f"wavelet_family={family!r} is not known; there are {', '.join(FAMILIES)}.")
     name, order = re.fullmatch(r"([a-z]+)([0-9]+)", family).groups()  # type: ignore[union-attr]
     if name == "coif":
         low = np.array(_COIFLETS[order])

@@ -90,14 +90,10 @@ class GloraLayer(AdapterLayer):
         a, b, c, d, e = (self.part(slot, name) for slot in _PARTS)
         if a:
             yield Add(Made(self.weight_change, (*a, *b), self.column_changes, self.changed_weight))
-        shift: Tensor | None = None
         if d and (bias := self.original_bias()) is not None:
-            shift = bias.detach() * d[0] + e[0]
+            yield Bias(bias.detach() * d[0] + e[0])
         if c:
-            added = self.remembered(lambda: product_with(_whole(c).T, lambda: self.original_matrix().T), *c)[0]
-            shift = added if shift is None else shift + added
-        if shift is not None:
-            yield Bias(shift)
+            yield Bias(self.remembered(lambda: product_with(_whole(c).T, lambda: self.original_matrix().T), *c)[0])
 
     def weight_change(self, *tensors: Tensor) -> Tensor:
         """W * A + B."""

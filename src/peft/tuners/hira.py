@@ -67,10 +67,7 @@ class HiraLayer(AdapterLayer):
             nn.init.zeros_(a)
             nn.init.normal_(b)
         elif config.init_weights:
-            if config.init_weights == "gaussian":
-                nn.init.normal_(a, std=1 / r)
-            else:
-                a = uniform(*a.shape)
+            a = torch.randn(a.shape) / r if config.init_weights == "gaussian" else uniform(*a.shape)
             nn.init.zeros_(b)
         slots = (self.hira_embedding_A, self.hira_embedding_B) if embedding else (self.hira_A, self.hira_B)
         slots[0][name], slots[1][name] = nn.Parameter(a), nn.Parameter(b)

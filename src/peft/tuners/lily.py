@@ -71,10 +71,9 @@ class LilyLayer(AdapterLayer):
         # A B_e is held as [r, out], one on top of the other.
         sizes = (self.in_features, config.r), (self.out_features, config.num_B * config.r), (config.r, config.num_B)
         a, b, router = (nn.Linear(*size, bias=False) for size in sizes)
-        for factor in (a, router) if config.init_weights else (a, router, b):
-            nn.init.kaiming_uniform_(factor.weight, a=5**0.5)
-        if config.init_weights:
-            nn.init.zeros_(b.weight)
+        for factor in (a, router):  # drawn anew, as by huggingface/peft, for the same start from the same seed
+            factor.reset_parameters()
+        nn.init.zeros_(b.weight) if config.init_weights else b.reset_parameters()
         self.lily_A[name], self.lily_B[name] = self.first("lily_A", name, a), self.first("lily_B", name, b)
         self.lily_router[name] = router
 

@@ -63,10 +63,7 @@ class PeanutLayer(AdapterLayer):
         encoders, decoders = ([nn.Linear(r, r, bias=False) for _ in range(config.depth)] for _ in range(2))
         for layer in (a, *encoders, *decoders):  # drawn anew, in the order in which huggingface/peft draws them
             layer.reset_parameters()
-        if config.init_weights:
-            nn.init.zeros_(b.weight)
-        else:
-            b.reset_parameters()
+        nn.init.zeros_(b.weight) if config.init_weights else b.reset_parameters()
         self.peanut_A[name], self.peanut_B[name] = a, b
         if config.depth:
             self.peanut_encoders[name], self.peanut_decoders[name] = nn.ModuleList(encoders), nn.ModuleList(decoders)

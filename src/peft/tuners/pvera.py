@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import LayoutConfig
-from peft.core.base_op import BaseOp
 from peft.core.call import calling, fact
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
@@ -22,6 +21,7 @@ from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.internals import backward_pass
 from peft.ops.lora import compute_dtype, needs_plain
+from peft.ops.random_bases import draw_projections
 from peft.registry import PeftType
 from peft.values import Fraction, PositiveInt
 
@@ -122,14 +122,9 @@ class PveraMethod(Method):
         return calling(pvera_last={})
 
     def share(self, plan: Plan, config: PveraConfig, adapter_name: str) -> dict[str, Tensor]:
-        ops: list[BaseOp] = [target.op for target in plan.targets]
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
-        a = torch.empty(2 * config.r, max(op.in_features for op in ops))
-        b = torch.empty(max(op.out_features for op in ops), config.r)
-        return {
-            "pvera_A": nn.init.kaiming_uniform_(a, generator=generator),
-            "pvera_B": nn.init.kaiming_uniform_(b, generator=generator),
-        }
+        rows, columns = plan.largest
+        a, b = draw_projections((2 * config.r, columns), (rows, config.r), seed=config.projection_prng_key)
+        return {"pvera_A": a, "pvera_B": b}
 
 
 class PveraModel(BaseTuner, layer=PveraLayer, method=PveraMethod, prefix="pvera_lambda_"):

@@ -93,8 +93,7 @@ class RandLoraMethod(Method):
     common_fields = ("projection_prng_key", "save_projection")
 
     def share(self, plan: Plan, config: RandLoraConfig, adapter_name: str) -> dict[str, Tensor]:
-        ops = [target.op for target in plan.targets]
-        narrow, wide = sorted((max(op.in_features for op in ops), max(op.out_features for op in ops)))
+        narrow, wide = sorted(plan.largest)
         sparsity = math.sqrt(narrow) if config.very_sparse else 3 if config.sparse else None
         a, b = draw_bases(config.r, narrow, wide, config.projection_prng_key, sparsity)
         return {"randlora_A": a, "randlora_B": b}

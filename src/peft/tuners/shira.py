@@ -90,7 +90,7 @@ class ShiraLayer(ScaledLayer):
     def change(self, name: str) -> Add:
         positions = self.shira_indices[name]
         if not torch.compiler.is_compiling():
-            remember(positions, "placed", lambda: _checked(positions, name))
+            remember(positions, "placed", lambda: _check_placed(positions, name))
         values = self.scaling[name] * self.shira_weight[name]
         return Add(Entries(positions, values, (self.out_features, self.in_features)))
 
@@ -112,13 +112,12 @@ class ShiraLayer(ScaledLayer):
             raise ValueError(f"r={config.r} asks for {count} values on {key!r}, more than the {total} of its weight.")
 
 
-def _checked(positions: Tensor, name: str) -> Tensor:
+def _check_placed(positions: Tensor, name: str) -> None:
     if positions.shape[1] and int(positions[0, 0]) < 0:
         raise ValueError(
             f"Adapter {name!r} does not know which entries of the weight it changes: set config.mask_fn before it is"
             " made, or load it from a file."
         )
-    return positions
 
 
 class ShiraModel(BaseTuner, layer=ShiraLayer, prefix="shira_"):

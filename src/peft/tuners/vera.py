@@ -14,6 +14,7 @@ from peft.core.method import Method
 from peft.core.plan import Plan
 from peft.core.slots import Dropout, FixedSlot, Slot
 from peft.core.tuner import BaseTuner
+from peft.ops.random_bases import draw_projections
 from peft.registry import PeftType
 from peft.values import Fraction, PositiveInt
 
@@ -73,10 +74,8 @@ class VeraMethod(Method):
     common_fields = ("projection_prng_key", "save_projection")
 
     def share(self, plan: Plan, config: VeraConfig, adapter_name: str) -> dict[str, Tensor]:
-        ops = [target.op for target in plan.targets]
-        sizes = (config.r, max(op.in_features for op in ops)), (max(op.out_features for op in ops), config.r)
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
-        a, b = (nn.init.kaiming_uniform_(torch.empty(size), generator=generator) for size in sizes)
+        rows, columns = plan.largest
+        a, b = draw_projections((config.r, columns), (rows, config.r), seed=config.projection_prng_key)
         return {"vera_A": a, "vera_B": b}
 
 

@@ -16,7 +16,6 @@ from peft.core.method import Method
 from peft.core.plan import Plan
 from peft.core.slots import FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.matrix import Matrix
 from peft.ops.sparse import Entries, check_frequencies, draw_places
 from peft.ops.wavelets import Wavelets, filters
 from peft.registry import PeftType
@@ -78,15 +77,12 @@ class WaveFTLayer(AdapterLayer):
             self.out_features, self.in_features, self.waveft_n_frequency[name], config.random_loc_seed
         )
 
-    def matrix(self, name: str) -> Matrix:
-        """What adapter `name` adds to the weight."""
+    def change(self, name: str) -> Add:
         values, places = self.waveft_spectrum[name] * self.waveft_scaling[name], self.waveft_indices[name]
         if self.waveft_use_idwt[name]:
-            return Wavelets(values, places, self.waveft_wavelet_family[name], self.out_features, self.in_features)
-        return Entries.at(places, values, (self.out_features, self.in_features))
-
-    def change(self, name: str) -> Add:
-        return Add(self.matrix(name))
+            family = self.waveft_wavelet_family[name]
+            return Add(Wavelets(values, places, family, self.out_features, self.in_features))
+        return Add(Entries.at(places, values, (self.out_features, self.in_features)))
 
     @classmethod
     def check(cls, config: WaveFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:

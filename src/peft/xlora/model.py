@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft.core.call import calling, current, fact
 from peft.core.layer import AdapterLayer
+from peft.core.model_config import read_model_config
 from peft.core.part import check_adapter_name, trained_in
 from peft.core.storage.sharded import agree, average_gradients
 from peft.core.wrappers import state_names
@@ -57,10 +58,8 @@ class XLoraMethod(LoraMethod):
                 f"X-LoRA needs a decoder of transformers, whose outputs have hidden_states; got a"
                 f" {type(self.model).__name__}."
             )
-        text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-        found = getattr(text_config, "hidden_size", None)
-        if config.hidden_size is None:
-            config.hidden_size = found
+        found = read_model_config(self.model, "token_dim")
+        config.hidden_size = config.hidden_size or found
         if config.hidden_size is None or found not in (None, config.hidden_size):
             raise ValueError(f"hidden_size={config.hidden_size}, but that of the model is {found or 'not known'}.")
         if not config.adapters:
@@ -77,11 +76,10 @@ class XLoraMethod(LoraMethod):
         }
         if config._saved_in is not None:
             source, options = config._saved_in
-            for name, candidates in places.items():
+            for name, named in places.items():
                 subfolder = "/".join(part for part in (options.get("subfolder"), name) if part)
-                candidates.insert(0, (source, {**options, "subfolder": subfolder}))
-                if is_said_by_file(config, "adapters"):
-                    del candidates[1:]
+                saved = source, {**options, "subfolder": subfolder}
+                places[name] = [saved] if is_said_by_file(config, "adapters") else [saved, *named]
         return places
 
     def owner(self, adapter_name: str) -> str | None:
@@ -140,8 +138,7 @@ class XLoraMethod(LoraMethod):
         share = float(config.scaling_pass_value * config.global_scaling_weight)
         with torch.no_grad(), calling(**{WEIGHTS: share}):
             hidden = module(*args, **first).hidden_states[-1]
-        scalings = classifier(hidden)
-        self.tuner.mixture.scalings = scalings
+        self.tuner.mixture.scalings = scalings = classifier(hidden)
         if self.tuner._is_logging:
             self.tuner._log.append(scalings.detach())
         if config.top_k_lora is not None or config.enable_softmax_topk:

@@ -49,12 +49,9 @@ def find_word_embeddings(model: nn.Module) -> nn.Module:
 
 def embedding_width(embeddings: nn.Module) -> int | None:
     """Width of the vectors that word embeddings give; None for a module that is no table of vectors."""
-    width = getattr(embeddings, "embedding_dim", None)
-    if width is None:
-        weight = getattr(embeddings, "weight", None)
-        shape = () if weight is None else shape_of(weight)
-        width = shape[1] if len(shape) == 2 else None
-    return width
+    weight = getattr(embeddings, "weight", None)
+    shape = () if weight is None else shape_of(weight)
+    return getattr(embeddings, "embedding_dim", shape[1] if len(shape) == 2 else None)
 
 
 def lengthen(inputs: dict[str, Any], name: str, front: Tensor) -> None:

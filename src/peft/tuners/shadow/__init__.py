@@ -22,7 +22,6 @@ from peft.core.plan import Plan
 from peft.core.slots import ModuleSlot, Setting
 from peft.core.storage import place_of
 from peft.core.tuner import BaseTuner
-from peft.core.wrappers import state_names
 from peft.registry import PeftType, TaskType
 from peft.tuners.shadow import detached, network
 from peft.values import Fraction, NonNegativeFloat, PositiveInt
@@ -141,9 +140,7 @@ class ShadowLayer(AdapterLayer):
             raise ValueError(f"One SHADOW adapter at a time can be active, not {len(names)} ({', '.join(names)}).")
 
     def key_map(self, name: str) -> dict[str, str]:
-        # In files, what is in these modules stands below "default", whatever the adapter's name.
-        keys = super().key_map(name)
-        return {live.replace(f".{name}.", ".default.", 1): live for live in keys.values()}
+        return _in_files(super().key_map(name), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The block's forward; takes and returns what that takes and returns."""
@@ -179,6 +176,11 @@ class ShadowLayer(AdapterLayer):
         return beside[name] if name in beside else super().of_module(name)
 
 
+def _in_files(keys: dict[str, str], name: str) -> dict[str, str]:
+    """In files, what is in these modules stands below "default", whatever the adapter's name."""
+    return {live.replace(f".{name}.", ".default.", 1): live for live in keys.values()}
+
+
 @dataclass
 class _Beside:
     """The state that runs beside a call: `start` [batch, length, width], and `now`, what the blocks have made of it."""
@@ -211,19 +213,17 @@ class ShadowMethod(Method):
         _, backbone = network.find_blocks(self.model)
         device, dtype = place_of(self.model)
         with torch.device("meta") if device is not None and device.type == "meta" else torch.device("cpu"):
-            projection: nn.Module | None = None
-            if config.shadow_model == "mirror":
-                small: Any = network.mirror(backbone, config)
-            else:
-                small, projection = network.load_network(config.shadow_model)
+            name = None if config.shadow_model == "mirror" else config.shadow_model
+            found: Any = network.load_network(name) if name else (network.mirror(backbone, config), None)
+            small, projection = found
             widths = network.width_of(small), network.width_of(self.model)
-            if isinstance(projection, nn.Linear) and (projection.in_features, projection.out_features) != widths:
+            if projection is None:
+                projection = nn.Linear(*widths, bias=False) if widths[0] != widths[1] else nn.Identity()
+            elif (projection.in_features, projection.out_features) != widths:
                 raise ValueError(
                     f"The projection of {config.shadow_model!r} goes from {projection.in_features} to"
                     f" {projection.out_features}; it has to go from {widths[0]} to {widths[1]}, the width of the model."
                 )
-            if projection is None:
-                projection = nn.Linear(*widths, bias=False) if widths[0] != widths[1] else nn.Identity()
         if self._lends_embeddings(config, small) and "embed_tokens" in small._modules:
             del small.embed_tokens
         made = {"shadow_backbone": small, "shadow_projection": projection, "shadow_head": self._own_head(config)}
@@ -247,12 +247,7 @@ class ShadowMethod(Method):
     removed = added
 
     def key_map(self, adapter_name: str, config: ShadowConfig) -> dict[str, str]:
-        return {
-            f"{slot}.default.{leaf}": f"{slot}.{adapter_name}.{leaf}"
-            for slot, container in self.shared.items()
-            if adapter_name in container
-            for leaf in state_names(container[adapter_name])
-        }
+        return _in_files(super().key_map(adapter_name, config), adapter_name)
 
     # ---- while the model runs
 
@@ -323,12 +318,9 @@ class ShadowMethod(Method):
         if beside is None:
             return output
         end()
-        labels, loss = kwargs.get("labels"), getattr(output, "loss", None)
-        if labels is None or loss is None:
-            return output
-        name = self.tuner.active_adapters[0]
+        labels, loss, name = kwargs.get("labels"), getattr(output, "loss", None), self.tuner.active_adapters[0]
         config, head = self.configs[name], self.head(name)
-        if head is None:
+        if labels is None or loss is None or head is None:
             return output
         if config.task_type == TaskType.CAUSAL_LM:
             own = network.language_loss(head(beside.start), labels)
@@ -364,17 +356,14 @@ class ShadowMethod(Method):
         take: Any = deepcopy if copy else lambda module: module
         small = take(self.network("backbone")[name])
         projection, head = take(self.network("projection")[name]), take(self.head(name))
-        lent = None
-        if self._lends_embeddings(self.configs[name], small):
-            model: Any = self.model
-            if copy:
-                embeddings = deepcopy(model.get_input_embeddings())
-                if "embed_tokens" in network.find_blocks(model)[1]._modules:
-                    small.embed_tokens = embeddings
-                else:
-                    small.set_input_embeddings(embeddings)
+        model: Any = self.model
+        lent = model.get_input_embeddings() if self._lends_embeddings(self.configs[name], small) else None
+        if lent is not None and copy:
+            if "embed_tokens" in network.find_blocks(model)[1]._modules:
+                small.embed_tokens = deepcopy(lent)
             else:
-                lent = model.get_input_embeddings()
+                small.set_input_embeddings(deepcopy(lent))
+            lent = None
         is_classification = self.configs[name].task_type == TaskType.SEQ_CLS
         return detached.DetachedShadowModel(small, projection, head, is_classification, lent)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from copy import deepcopy
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from peft.core.model_config import read_model_config
 from peft.core.walk import live_modules
 from peft.hub import fetch
+from peft.untrusted import read_json
 
 #: a setting of the mirror -> what configurations of base models call it
 MIRRORED = {
@@ -80,18 +80,15 @@ def load_network(name: str) -> tuple[nn.Module, nn.Linear | None]:
     from transformers import AutoConfig, AutoModel
 
     path = fetch(name, "config.json")
-    content = {}
-    if path is not None:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+    content = {} if path is None else read_json(path)
     if content.get("model_type") != _PROJECTED:
         return AutoModel.from_pretrained(name), None
     from safetensors.torch import load_file
 
     inner = dict(content["shadow_model_config"])
     network = AutoModel.from_config(AutoConfig.for_model(inner.pop("model_type"), **inner))
-    weights_path = fetch(name, "model.safetensors")
-    weights = {} if weights_path is None else load_file(weights_path)
+    path = fetch(name, "model.safetensors")
+    weights = {} if path is None else load_file(path)
     key = "shadow_hidden_projection.weight"
     if key not in weights:
         raise ValueError(f"{name!r} is a network with a projection, but has no {key!r} in model.safetensors.")

@@ -108,8 +108,7 @@ class Invocations:
     def prompt(self, ids: Tensor | None) -> dict[str, Any]:
         """The fact of a generation that goes on from a prompt [samples, tokens]."""
         if ids is None:
-            if self.tokens():
-                _warn()
+            _warn()
             return {_PROMPT: {}}
         return {_PROMPT: {tokens: find(tokens, ids if ids.dim() > 1 else ids[None]) for tokens in self.tokens()}}
 

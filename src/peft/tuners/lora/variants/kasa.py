@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -46,9 +47,7 @@ class Kasa(Variant):
 
     def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)
-        change.up = change.up * layer.lora_diag[name]
-        change.low = change.high = None
-        return change
+        return replace(change, up=change.up * layer.lora_diag[name], low=None, high=None)
 
     def penalty(self, layer: FactorLayer, name: str) -> Tensor:
         """beta ||d||^2 + gamma (||B^T B - I|| + ||A A^T - I||), a number, in float32."""
