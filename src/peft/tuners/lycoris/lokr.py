@@ -40,7 +40,7 @@ class LoKrConfig(LycorisConfig, peft_type=PeftType.LOKR):
     decompose_both: bool = False
     decompose_factor: Annotated[int, Range("must be a positive integer or -1", lambda n: n > 0 or n == -1)] = -1
     rank_dropout_scale: bool = False
-    init_weights: bool | Literal["lycoris"] = True
+    init_weights: bool | Literal["lycoris"] = True  # type: ignore[assignment]
 
 
 
