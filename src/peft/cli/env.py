@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 PACKAGES = """
-    peft torch transformers accelerate datasets trl safetensors huggingface_hub bitsandbytes torchao hqq triton
+    peft torch transformers accelerate datasets trl safetensors huggingface_hub bitsandbytes torchao hqq
     tokenizers numpy jsonargparse
 """
 

@@ -52,14 +52,14 @@ def _memory() -> float:
 
 def measure(options: Any, fields: Mapping[str, Any]) -> tuple[Sizes, Sizes]:
     """(bytes by what they are for, which are not all there at one time; the peak, parameters and the file's size)"""
-    method, config = method_named(options.method), models.config_of(models.locate(options.model, print))
-    task, layers = models.writer_of(config), config.get_text_config()
-    length = min(options.length, getattr(layers, "max_position_embeddings", None) or options.length)  # as in training
-    configured = configure(method, fields, task.peft, 100, layers=layers)
+    method, source = method_named(options.method), models.locate(options.model)
+    config = models.config_of(source)
     quantised = BITS4 if options.load_in_4bit else BITS8 if options.load_in_8bit else None
-    dtype = models.dtype_of(options.dtype) or (torch.bfloat16 if quantised else config.dtype or torch.float32)
+    task, length = models.writer_of(config), min(options.length, models.longest(config))  # as in training
+    configured = configure(method, fields, task.peft, 100, layers=config.get_text_config())
+    dtype = models.placed(options)["dtype"] or (torch.bfloat16 if quantised else config.dtype or torch.float32)
+    base = models.skeleton(source, task.auto, dtype)
     with torch.device("meta"):
-        base = getattr(models.transformers(), task.auto).from_config(config, dtype=dtype)
         everything = sum(p.numel() for p in base.parameters())
         base.config.use_cache = False  # as in training
         head = base.get_output_embeddings()
@@ -112,7 +112,7 @@ def _trained(model: Any, options: Any, length: int) -> tuple[int, int]:
 
     live, forward = Live(), model
     if options.dtype == "bfloat16" or (options.dtype == "float16" and options.device != "cpu"):  # as Trainer does
-        forward = convert_outputs_to_fp32(torch.autocast("cpu", models.dtype_of(options.dtype))(model))
+        forward = convert_outputs_to_fp32(torch.autocast("cpu", getattr(torch, options.dtype))(model))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
         model.get_base_model().tie_weights()

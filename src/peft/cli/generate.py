@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,33 +18,33 @@ from peft.cli.records import read_records, turns_of
 def run(options: Any, *_: Any) -> None:
     asked = list(_questions(options))  # what is wrong with them is said before a model is loaded
     model, tokenizer = _load(options)
-    chat = bool(tokenizer.chat_template) if options.chat is None else options.chat
-    if chat and not tokenizer.chat_template:
-        raise ValueError("--chat: the tokenizer has no chat template")
+    chat = bool(tokenizer.chat_template) if options.chat is None or not asked else options.chat
+    if not tokenizer.chat_template and (options.chat or not asked):
+        raise ValueError("the tokenizer has no chat template: no --chat, and --prompt is needed")
     system = [{"role": "system", "content": options.system}] if options.system else []
-    draw = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "seed")}
     for messages in asked:
-        last, stream = messages[-1]["content"], not options.prompts
-        text = write(model, tokenizer, [*system, *messages] if chat else last, **draw, stream=stream)
-        if not stream:
+        last = messages[-1]["content"]
+        text = write(model, tokenizer, [*system, *messages] if chat else last, options)
+        if options.prompts:
             print(json.dumps({"prompt": last, "answer": text}, ensure_ascii=False), flush=True)
-    if not asked:
-        talk(model, tokenizer, system, **draw)
+    with suppress(EOFError):  # a conversation on a terminal, until an empty line or the end of input
+        while not asked and (line := input("> ").strip()):
+            system = [*system, {"role": "user", "content": line}]
+            system.append({"role": "assistant", "content": write(model, tokenizer, system, options)})
 
 
 def _questions(options: Any) -> Iterator[list[dict[str, str]]]:
     """What is asked, as conversations."""
     if options.prompts:
         for where, row in read_records([options.prompts]):
-            if "messages" in row or "prompt" in row:
-                try:
-                    yield turns_of(row.get("messages", [{"role": "user", "content": row.get("prompt")}]))
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from error
-            elif Path(options.prompts).suffix in (".jsonl", ".json", ".csv", ".tsv"):
+            lines = [row["prompt"]] if "prompt" in row else str(row.get("text", "")).splitlines()
+            if not lines and "messages" not in row:
                 raise ValueError(f"{where}: neither prompt nor messages, but {', '.join(row)}")
-            else:
-                yield from ([{"role": "user", "content": line}] for line in row["text"].splitlines() if line.strip())
+            asked = [[{"role": "user", "content": line}] for line in lines if line is None or line.strip()]
+            try:
+                yield from map(turns_of, [row["messages"]] if "messages" in row else asked)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
     elif options.prompt is not None or not sys.stdin.isatty():
         text = sys.stdin.read() if options.prompt in (None, "-") else options.prompt
         if not text:
@@ -57,51 +56,34 @@ def _load(options: Any) -> tuple[Any, Any]:
     """(an adapted or plain model, its tokenizer)"""
     name = options.adapter
     if (os.path.isdir(name) and not os.path.isfile(os.path.join(name, "adapter_config.json"))) or name == models.SMOLLM:
-        base = models.locate(name, lambda words: print(words, file=sys.stderr))
-        task = models.writer_of(models.config_of(base)).auto
+        task = models.writer_of(models.config_of(base := models.locate(name))).auto
         return models.load_base(base, task, **models.placed(options)), models.load_processor(base)
     model = models.load_adapted(name, options)
     return model, models.tokenizer_of(name, model)
 
 
-def talk(model: Any, tokenizer: Any, messages: list[dict[str, str]], **draw: Any) -> None:
-    """A conversation on a terminal, until an empty line or the end of input."""
-    if not tokenizer.chat_template:
-        raise ValueError("--prompt is needed: the tokenizer has no chat template to talk in")
-    with suppress(EOFError):
-        while line := input("> ").strip():
-            messages = [*messages, {"role": "user", "content": line}]
-            messages.append({"role": "assistant", "content": write(model, tokenizer, messages, **draw, stream=True)})
-
-
-def write(
-    model: Any, tokenizer: Any, asked: Any, max_new_tokens: int, temperature: float = 0.0, top_k: int = 50,
-    seed: int = 0, stream: bool = False,
-) -> str:  # fmt: skip
-    """What the model writes: the answer to a conversation, or a text and how it goes on.
+def write(model: Any, tokenizer: Any, asked: Any, options: Any) -> str:
+    """What the model writes: the answer to a conversation, or a text and how it goes on; printed while it comes.
 
     Args:
         model: in transformers' way, adapted or not.
         tokenizer: of the model.
         asked: a text, or messages with `role` and `content`.
-        max_new_tokens, temperature, top_k, seed: how to draw, as the command's options say.
-        stream: print it while it comes.
+        options: how to draw; with `prompts`, nothing is printed.
     """
     library, chat = models.transformers(), not isinstance(asked, str)
     text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) if chat else asked
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
     inputs.pop("token_type_ids", None)
-    answers = model.config.is_encoder_decoder
-    draw: dict[str, Any] = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    if temperature > 0:
-        draw = dict(do_sample=True, temperature=temperature, top_k=top_k)
-    if stream:
-        draw["streamer"] = library.TextStreamer(tokenizer, skip_prompt=chat or answers, skip_special_tokens=True)
-    torch.manual_seed(seed)
+    answers, hot = model.config.is_encoder_decoder, options.temperature > 0
+    draw = {"temperature": options.temperature, "top_k": options.top_k} if hot else {}
+    streamer = library.TextStreamer(tokenizer, skip_prompt=chat or answers, skip_special_tokens=True)
+    torch.manual_seed(options.seed)
     model.eval()
     with torch.no_grad():
         tokens = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **draw
-        )[0]
+            **inputs, **draw, do_sample=hot, max_new_tokens=options.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+            streamer=None if options.prompts else streamer,
+        )[0]  # fmt: skip
     start = inputs["input_ids"].shape[1] if chat and not answers else 0
     return tokenizer.decode(tokens[start:], skip_special_tokens=True)

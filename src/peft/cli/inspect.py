@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas
 import torch
 
 from peft import PeftConfig, load_peft_weights
-from peft.cli.plots import NO_PICTURE, layers
+from peft.cli.plots import layers
 from peft.ops.merging import svd_of_product
 from peft.registry import METHODS
 from peft.tuners.lora.layer import alpha_of, rank_of
@@ -37,9 +38,7 @@ def run(options: Any, *_: Any) -> None:
         _show(found, key, label)
     png = options.png or (None if options.json else f"{name}-norms.png")
     if png:
-        drawn = layers(found["modules"], key, f"{name}: {found['method']}", label, png)
-        if not options.json:
-            print(f"Picture: {png}" if drawn else NO_PICTURE)
+        layers(found["modules"], key, f"{name}: {found['method']}", label, png)
 
 
 def examine(adapter: str) -> Found:
@@ -49,11 +48,11 @@ def examine(adapter: str) -> Found:
         adapter: a folder or a hub id.
 
     Returns:
-        `method`, `base_model`, `task_type`, `rank` (or None), `target_modules`, `parameters`, `bytes`, `dtypes`,
-        `config`, and `modules`: of each its `name`, `layer` (index or None), `kind` (its name without the layer),
-        `full` (stored whole, not as an adapter), `parameters`, `norm` (Frobenius, of all its tensors together),
-        `update_norm` and `singular_values` (of LoRA's scaling * B A, else None), `rank_90` (how many of them have 90 %
-        of its energy), and `tensors`: `name`, `shape`, `dtype`, `norm`.
+        `method`, `rank` (or None), `parameters`, `bytes`, `dtypes`, `config`, and `modules`: of each its `name`,
+        `layer` (index or None), `kind` (its name without the layer), `full` (stored whole, not as an adapter),
+        `parameters`, `norm` (Frobenius, of all its tensors together), `update_norm` and `singular_values` (of LoRA's
+        scaling * B A, else None), `rank_90` (how many of them have 90 % of its energy), and `tensors`: `name`, `shape`,
+        `dtype`, `norm`.
 
     Raises:
         ValueError: there is no adapter.
@@ -88,10 +87,7 @@ def examine(adapter: str) -> Found:
         })  # fmt: skip
     return {
         "method": method,
-        "base_model": config.get("base_model_name_or_path"),
-        "task_type": config.get("task_type"),
         "rank": next((config[field] for field in RANKS if config.get(field)), None),
-        "target_modules": config.get("target_modules"),
         "parameters": sum(row["parameters"] for row in rows),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
         "dtypes": sorted({_dtype(tensor) for tensor in weights.values()}),
@@ -114,15 +110,12 @@ def _split(key: str, method: str) -> tuple[str, str]:
 
 
 def _short(names: Iterable[str]) -> dict[str, str]:
-    """The last parts of each name without the layer's index, as many as it takes to tell it from the others."""
-    words = {name: tuple(re.sub(r"\.\d+(?=\.)", "", name, count=1).split(".")) for name in names}
-    kinds = set(words.values())
-
-    def short(own: tuple[str, ...]) -> str:
-        lengths = range(1, len(own) + 1)
-        return ".".join(own[-next((n for n in lengths if sum(k[-n:] == own[-n:] for k in kinds) == 1), len(own)) :])
-
-    return {name: short(own) for name, own in words.items()}
+    """Names without the layer's index, and without what those in layers have in common before their last part."""
+    words = {name: re.sub(r"\.\d+(?=\.)", "", name, count=1) for name in names}
+    layered = [word.split(".")[:-1] for name, word in words.items() if word != name]
+    alike = takewhile(lambda parts: len({*parts}) == 1, zip(*layered, strict=False))
+    shared = "".join(f"{parts[0]}." for parts in alike)
+    return {name: word.removeprefix(shared) for name, word in words.items()}
 
 
 def _dtype(tensor: torch.Tensor) -> str:
@@ -149,14 +142,14 @@ def _spectrum(name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> to
 
 
 def _show(found: Found, key: str, label: str) -> None:
-    frame, targets, config = pandas.DataFrame(found["modules"]), found["target_modules"], found["config"]
-    full = frame.full.astype(bool)
+    frame, config = pandas.DataFrame(found["modules"]), found["config"]
+    full, targets = frame.full.astype(bool), config.get("target_modules")
     alpha = f" (lora_alpha {config['lora_alpha']})" if config.get("lora_alpha") is not None else ""
     for name, value in {
         "method": found["method"],
-        "base model": found["base_model"],
-        "task": found["task_type"],
-        "rank" if "num_virtual_tokens" not in config else "virtual tokens": found["rank"] and f"{found['rank']}{alpha}",
+        "base model": config.get("base_model_name_or_path"),
+        "task": config.get("task_type"),
+        "virtual tokens" if "num_virtual_tokens" in config else "rank": found["rank"] and f"{found['rank']}{alpha}",
         "targets": ", ".join(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, list) else targets,
         "trained in full": ", ".join(frame.name[full]),
         "modules": (~frame.name.isin([SHARED, PROMPT])).sum(),
@@ -165,15 +158,14 @@ def _show(found: Found, key: str, label: str) -> None:
     }.items():
         if value:
             print(f"{name:<16} {value}")
-    ranks = frame.rank_90.dropna()
-    if len(ranks):
+    ranks = frame.rank_90
+    if ranks.notna().any():
         print(f"90 % of a change are in rank {ranks.min():.0f} to {ranks.max():.0f} (see `peft resize`)")
     form: Any = dict(float_format="{:.3g}".format, na_rep="", line_width=shutil.get_terminal_size().columns)
     layered = frame[frame.layer.notna() & ~full].astype({key: float, "layer": "Int64"})
-    others = frame.drop(layered.index)[["name", "norm", "parameters"]]
     if len(layered):
         table = layered.pivot_table(key, "layer", "kind", sort=False)
         table["parameters"] = layered.groupby("layer").parameters.sum()
         print(f"\n{label}, by layer\n{table.rename_axis(index=None, columns=None).to_string(**form)}")
-    if len(others):
-        print(f"\n{others.to_string(index=False, **form)}")
+    if len(layered) < len(frame):
+        print(f"\n{frame.drop(layered.index)[['name', 'norm', 'parameters']].to_string(index=False, **form)}")

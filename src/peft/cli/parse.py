@@ -94,28 +94,22 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
         OptionError: something in them cannot be read.
     """
     own: Any = COMMANDS[command]
-    owners, known = [own], init_types(own)
-    split = _split(argv)
-    given = {_canonical(name, known): " ".join(words) for name, words in split}
-    content, path = {}, given.get("config")
-    if command == "train" and (path or "resume" in given):
-        option = "--config" if path else "--resume"
-        path = path or os.path.join(given.get("output") or own.output, SETTINGS)
-        content = _read_yaml(path, option)
-    if "method" in known:
-        method = given.get("method") or content.get("method") or own.method
-        owners.append(METHODS[method_named(method)].config_class)
-        known = _known(owners)
-    unknown = {name for name in [*given, *content] if name and _canonical(name, known) not in known}
-    if command in ("train", "tune") and unknown:
+    owners, split, content, path = [own], _split(argv), {}, ""
+    given = {ALIASES.get(name, name): " ".join(words) for name, words in split}
+    if command == "train" and ("config" in given or "resume" in given):
+        path = given.get("config") or os.path.join(given.get("output") or own.output, SETTINGS)
+        content = _read_yaml(path, "--config" if "config" in given else "--resume")
+    if "method" in init_types(own):
+        owners.append(METHODS[method_named(given.get("method") or content.get("method") or own.method)].config_class)
+    if command in ("train", "tune"):
         from transformers import TrainingArguments
 
         owners.append(TrainingArguments)
-        known = _known(owners)
+    known = _known(owners)
     values: Values = {}
     for name, value in content.items():
+        name = _checked(name, known, f"{path}: ")
         if value is not None:
-            name = _checked(name, known, f"{path}: ")
             values[name] = _value(known[name], [value]) if isinstance(value, str) else value
     needed = [f.name for f in fields(own) if f.default is MISSING and f.default_factory is MISSING]
     values |= _assigned(split, known, needed)
@@ -125,11 +119,10 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     parts: list[Values] = [{}, {}, {}]
     for name, value in _typed(parser_of(command, *owners), known, values).items():
         parts[next(i for i, owner in enumerate(owners) if name in init_types(owner))][name] = value
-    for name in own.positive:
-        value = parts[0].get(name)
-        if any(number is not None and not number > 0 for number in (value if isinstance(value, list) else [value])):
-            raise OptionError(f"--{name.replace('_', '-')} has to be more than 0, got {value}")
-    return own(**parts[0]), parts[1], parts[2]
+    try:
+        return own(**parts[0]), parts[1], parts[2]
+    except (TypeError, ValueError) as error:  # a number out of range
+        raise OptionError(str(error)) from error
 
 
 def complete(line: str) -> None:
@@ -145,9 +138,7 @@ def complete(line: str) -> None:
             owners.append(METHODS[method].config_class)
         parser, known = parser_of(words[1], *owners), _known(owners)
         for action in parser._actions:
-            members = _members(known.get(action.dest))
-            values = [str(value) for member in members if get_origin(member) is Literal for value in get_args(member)]
-            values += ["true", "false"] * (bool in members)
+            values = _choices(known.get(action.dest))
             action.completer = ChoicesCompleter(dict.fromkeys(values, "")) if values else FilesCompleter()
         rest = line.split(maxsplit=1)[1]  # a command stands in the place of the program
         os.environ.update(COMP_LINE=rest, COMP_POINT=str(len(rest)))
@@ -158,24 +149,16 @@ def complete(line: str) -> None:
 
 def _known(owners: Sequence[Any]) -> Values:
     """The options by name, with their types; the third owner's count where the command has no name of its own."""
-    found: Values = {}
-    for number, owner in enumerate(owners):
-        mine = init_types(owner).items()
-        found = {name: kind for name, kind in mine if number < 2 or name not in ALIASES} | found
-    return found
-
-
-def _canonical(name: str, known: Mapping[str, Any]) -> str:
-    """The name here of an option; one that is known as it is comes before those of other programs."""
-    alias = ALIASES.get(name, name)
-    return name if name in known or alias not in known else alias
+    found = {name: kind for name, kind in init_types(owners[-1]).items() if len(owners) < 3 or name not in ALIASES}
+    return found | {name: kind for owner in reversed(owners[:2]) for name, kind in init_types(owner).items()}
 
 
 def _checked(name: str, known: Mapping[str, Any], where: str = "") -> str:
-    name = _canonical(name, known)
-    if name not in known:
+    """The name here of an option; one that is known as it is comes before those of other programs."""
+    alias = name if name in known else ALIASES.get(name, name)
+    if alias not in known:
         raise OptionError(f"{where}there is no option {name!r}{nearest(name, [*known, *ALIASES])}")
-    return name
+    return alias
 
 
 def _split(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -194,29 +177,30 @@ def _split(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
 def _assigned(split: Iterable[tuple[str, list[str]]], known: Mapping[str, Any], needed: Sequence[str]) -> Values:
     """The options of a command line and their values; words that no option takes go to `needed`, one by one."""
     found: Values = {}
-    places, loose = list(needed), []
+    loose: list[str] = []
     for name, words in split:
-        if name.startswith("no_") and _is_flag(known.get(name[3:])):
-            found[name[3:]] = "false"
-            loose += words
-        elif name:
-            name = _checked(name, known)
-            count = len(words) if _takes_many(known[name]) else 1
-            if _is_flag(known[name]) and words and words[0].lower() not in ("true", "false"):
-                count = 0
-            mine, loose = words[:count], loose + words[count:]
-            if not mine and bool not in _members(known[name]):  # a setting that may be more than a flag, too
-                raise OptionError(f"--{name} needs a value")
-            found[name] = _value(known[name], mine or ["true"])
-        else:
-            loose += words
-    while loose:
-        if not places:
-            raise OptionError(f"unexpected argument {loose[0]!r}: a value belongs behind an option")
-        name = places.pop(0)
-        count = len(loose) if _takes_many(known[name]) else 1
-        found[name], loose = _value(known[name], loose[:count]), loose[count:]
+        off = name.startswith("no_") and _is_flag(known.get(name[3:]))
+        name = name and _checked(name[3:] if off else name, known)
+        count = _count(known[name], words) if name and not off else 0
+        mine, loose = words[:count], loose + words[count:]
+        if name and not mine and bool not in _members(known[name]):  # a setting that may be more than a flag, too
+            raise OptionError(f"--{name} needs a value")
+        if name:
+            found[name] = _value(known[name], mine or ["false" if off else "true"])
+    for name in needed if loose else ():
+        count = _count(known[name], loose)
+        if count and name not in found:
+            found[name], loose = _value(known[name], loose[:count]), loose[count:]
+    if loose:
+        raise OptionError(f"unexpected argument {loose[0]!r}: a value belongs behind an option")
     return found
+
+
+def _count(kind: Any, words: list[str]) -> int:
+    """How many of the words behind an option are its own."""
+    if _is_flag(kind):
+        return int(bool(words) and words[0].lower() in ("true", "false"))
+    return len(words) if _takes_many(kind) else min(1, len(words))
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -254,17 +238,16 @@ def _typed(parser: Any, known: Mapping[str, Any], values: Values) -> Values:
         words = re.sub(r"\s+", " ", str(error))
         key = re.search(r'Parser key "(\w+)', words)
         if key and key[1] in values:
-            words = f"{key[1]} has to be {_spell(known[key[1]])}, got {values[key[1]]!r}"
+            kinds = [kind for kind in _members(known[key[1]]) if kind is not types.NoneType]
+            names = _choices(known[key[1]]) or [getattr(kind, "__name__", str(kind)) for kind in kinds]
+            words = f"{key[1]} has to be {' or '.join(names)}, got {values[key[1]]!r}"
         raise OptionError(words) from error
 
 
-def _spell(kind: Any) -> str:
-    """A type in the words of the command line."""
-    words: list[str] = []
-    for member in _members(kind):
-        literal = get_origin(member) is Literal
-        words += map(str, get_args(member)) if literal else [getattr(member, "__name__", str(member))]
-    return " or ".join(word for word in words if word != "NoneType")
+def _choices(kind: Any) -> list[str]:
+    """The values of a type that has few."""
+    literals = [value for member in _members(kind) if get_origin(member) is Literal for value in get_args(member)]
+    return [*map(str, literals), *["true", "false"] * (bool in _members(kind))]
 
 
 def _read_yaml(path: str, option: str) -> Values:
@@ -274,7 +257,7 @@ def _read_yaml(path: str, option: str) -> Values:
     except FileNotFoundError as error:
         raise OptionError(f"{option}: there is no {path}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise OptionError(f"{option} {path}: {error}") from error
+        raise OptionError(f"{option} {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise OptionError(f"{option} {path}: a mapping of options and fields is needed, got {type(content).__name__}")
     if "config" in content:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 import pandas
 
 INK, FAINT, ACCENT = "#1f3a5f", "#b9c7d8", "#d1495b"
-NO_PICTURE = "No picture: matplotlib is not installed here (pip install matplotlib)"
 
 
 def figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Any, list[Any]]:
-    """(a figure, its axes), without a frame and with a faint grid; (None, []) where there is no matplotlib."""
+    """(a figure, its axes), without a frame; (None, []), and a note, where there is no matplotlib."""
     if find_spec("matplotlib") is None:
+        print("No picture: matplotlib is not installed here (pip install matplotlib)", file=sys.stderr)
         return None, []
     from matplotlib.figure import Figure
 
@@ -28,8 +29,8 @@ def figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tupl
     return made, axes
 
 
-def loss_curve(log: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> bool:
-    """The loss over the steps: of training, its running mean, and of evaluation. False where there is no matplotlib.
+def loss_curve(log: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> None:
+    """The loss over the steps: of training, its running mean, and of evaluation.
 
     Args:
         log: entries with `step`, and `loss` or `eval_loss`; of further `eval_` metrics those from 0 to 1 are drawn.
@@ -37,32 +38,26 @@ def loss_curve(log: Sequence[Mapping[str, Any]], title: str, path: str | Path) -
         path: where the PNG goes.
     """
     found = pandas.DataFrame(log).set_index("step")
-    metrics = found.columns.intersection(["eval_accuracy", "eval_f1", "eval_r2"])
-    made, axes = figure(7 + 3 * bool(len(metrics)), 4, 1 + bool(len(metrics)))
+    metrics = found[found.columns.intersection(["eval_accuracy", "eval_f1", "eval_r2", "eval_wer"])]
+    made, axes = figure(7 + 3 * bool(metrics.size), 4, 1 + bool(metrics.size))
     if not made:
-        return False
-    axis, empty = axes[0], pandas.Series(dtype=float)
+        return
+    empty = pandas.Series(dtype=float)
     train, held_out = found.get("loss", empty).dropna(), found.get("eval_loss", empty).dropna()
-    if len(train):
-        axis.plot(train, color=FAINT, linewidth=1, label="training")
-        mean = train.ewm(alpha=1 / max(1.0, len(train) / 20), adjust=False).mean()
-        axis.plot(mean, color=INK, linewidth=2, label="training, running mean")
+    axes[0].plot(train, color=FAINT, linewidth=1, label="training")
+    mean = train.ewm(alpha=1 / max(1.0, len(train) / 20), adjust=False).mean()
+    axes[0].plot(mean, color=INK, linewidth=2, label="training, running mean")
     if len(held_out):
-        axis.plot(held_out, "o-", color=ACCENT, markersize=5, linewidth=1.5, label="held out")
-        for step in held_out.index[[0, -1]]:
-            place = dict(textcoords="offset points", xytext=(0, 8), ha="center", color=ACCENT)
-            axis.annotate(f"{held_out[step]:.2f}", (step, held_out[step]), **place)
-    axis.set(title=title, xlabel="optimizer step", ylabel="loss")
-    axis.margins(y=0.12)
+        axes[0].plot(held_out, "o-", color=ACCENT, markersize=5, linewidth=1.5, label="held out")
+    axes[0].set(title=title, xlabel="optimizer step", ylabel="loss")
     for name in metrics:
-        axes[1].plot(found[name].dropna(), "o-", markersize=4, label=name.removeprefix("eval_"))
+        axes[1].plot(metrics[name].dropna(), "o-", markersize=4, label=name.removeprefix("eval_"))
     for axis in axes:
         axis.legend(frameon=False)
     made.savefig(path, dpi=140)
-    return True
 
 
-def layers(modules: Sequence[Mapping[str, Any]], key: str, title: str, label: str, path: str | Path) -> bool:
+def layers(modules: Sequence[Mapping[str, Any]], key: str, title: str, label: str, path: str | Path) -> None:
     """Norms by layer (a line for each kind of module, bars for modules outside the layers) and the spectra of LoRA.
 
     Args:
@@ -71,9 +66,6 @@ def layers(modules: Sequence[Mapping[str, Any]], key: str, title: str, label: st
         title: above the picture.
         label: what the norm is of.
         path: where the PNG goes.
-
-    Returns:
-        False where there is no matplotlib.
     """
     frame = pandas.DataFrame(modules).dropna(subset=key).astype({key: float})
     lines = frame[frame.layer.notna()].pivot_table(key, "layer", "kind", sort=False).sort_index()
@@ -81,7 +73,7 @@ def layers(modules: Sequence[Mapping[str, Any]], key: str, title: str, label: st
     shares = [width for width, there in ((3.0, lines), (1.5, bars), (3.0, spectra)) if len(there)]
     made, axes = figure(5 + 2 * len(shares), max(4.0, 0.25 * len(bars)), len(shares), width_ratios=shares)
     if not made:
-        return False
+        return
     colours = {kind: f"C{number % 10}" for number, kind in enumerate(lines.columns)}
     if len(lines):
         lines.plot(ax=axes[0], style="o-", color=colours, markersize=5, xlabel="layer", ylabel=label, ylim=(0, None))
@@ -95,4 +87,3 @@ def layers(modules: Sequence[Mapping[str, Any]], key: str, title: str, label: st
         axes[-1].set(xlabel="rank", ylabel="singular value by the largest", ylim=(1e-4, 1.5))
     made.suptitle(title)
     made.savefig(path, dpi=140)
-    return True

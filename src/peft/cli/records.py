@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import mimetypes
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from peft.cli.options import COLUMNS, COLUMNS_OF_WORDS, ROLES
+from peft.hub import is_path
 
 Message = dict[str, str]
 Row = Mapping[str, Any]
@@ -18,18 +19,9 @@ Row = Mapping[str, Any]
 Record = tuple[str, dict[str, Any]]
 
 TABLES = {".csv": ",", ".tsv": "\t"}
-#: names of speakers in the formats that are about -> those of chat templates
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "prompter": "user"}
-#: role of a field -> names that it often has; of words, labels go by other names
-NAMES = {
-    "messages": ("conversations", "conversation"), "text": ("sentence", "transcription"), "image": ("img",),
-    "label": ("labels", "fine_label"),
-}  # fmt: skip
-OF_WORDS = {"label": ("ner_tags", "tags", "labels")}
 
 
-@dataclass
-class Format:
+class Format(NamedTuple):
     """A kind of record.
 
     Attributes:
@@ -68,7 +60,7 @@ def _asked(question: str, answer: str, system: str | None = None) -> dict[str, A
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
-    question = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+    question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
     return _asked(question, row["output"], row.get("system") or None)
 
 
@@ -133,13 +125,11 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         return
     text = text_of(path)
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"line {number}", _json(line, path, number)
+        lines = enumerate(text.split("\n"), 1)
+        yield from ((f"line {number}", _json(line, path, number)) for number, line in lines if line.strip())
     elif path.suffix == ".json":
         content = _json(text, path, 1) if text.strip() else []
-        if isinstance(content, dict) and isinstance(content.get("data"), list):
-            content = content["data"]
+        content = content.get("data", content) if isinstance(content, dict) else content
         if not isinstance(content, list):
             raise ValueError(f"{path}: a list of records is needed, got {type(content).__name__}")
         yield from ((f"record {number}", row) for number, row in enumerate(content, 1))
@@ -166,11 +156,9 @@ def text_of(path: Path) -> str:
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is no UTF-8; if this is a text in another encoding,"
-            f" convert it first (iconv -f latin1 -t utf-8)"
-        ) from error
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        hint = "if it is in another encoding, convert it first (iconv -f latin1 -t utf-8)"
+        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is no UTF-8; {hint}") from error
 
 
 def _json(text: str, path: Path, line: int) -> Any:
@@ -188,23 +176,16 @@ def first_line(error: Exception) -> str:
 
 def _data_set(source: str) -> Iterator[tuple[str, Any]]:
     name, _, split = source.partition(":")
-    what: list[Any] = [name]
-    where = "is no file here, and no data set that the hub gives"
-    if os.path.isdir(name):
-        kinds = {(mimetypes.guess_type(file)[0] or "").partition("/")[0] for file in Path(name).rglob("*")}
-        found, where = kinds & {"image", "audio"}, "is a folder; name the files in it"
-        if len(found) != 1:
-            raise ValueError(f"{source} {where} (only one with images, or one with audio, is read as it is)")
-        what = [f"{found.pop()}folder", None, name]
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix:
+    if not os.path.isdir(name) and (is_path(name) or Path(name).suffix):
         raise ValueError(f"{source} is not there")
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(*what, split=split or "train")
+        rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # of the hub's client there are many
-        raise ValueError(f"{source} {where} ({first_line(error)})") from error
+        what = "a folder without data" if os.path.isdir(name) else "no file here, and no data set that the hub gives"
+        raise ValueError(f"{source} is {what} ({first_line(error)})") from error
     yield from _of_data_set(rows)
 
 
@@ -212,15 +193,13 @@ def _of_data_set(rows: Any) -> Iterator[tuple[str, Any]]:
     """Rows with the names of classes in place of their numbers, and images and audio as they are stored."""
     from datasets import Audio, ClassLabel, Image
 
-    names = {}
     for field, kind in rows.features.items():
         if isinstance(kind, (Audio, Image)):
             rows = rows.cast_column(field, type(kind)(decode=False))
-        if isinstance(kind, ClassLabel):
-            names[field] = kind.names
+    classes = {field: kind.names for field, kind in rows.features.items() if isinstance(kind, ClassLabel)}
     for number, row in enumerate(rows, 1):
-        known = {field: row[field] for field in names if row[field] is not None and row[field] >= 0}
-        yield f"row {number}", row | {field: names[field][value] for field, value in known.items()}
+        known = [field for field in classes if row[field] is not None and row[field] >= 0]
+        yield f"row {number}", row | {field: classes[field][row[field]] for field in known}
 
 
 def understand(records: Sequence[Record], columns: Mapping[str, str], task: str | None) -> tuple[str, list[Record]]:
@@ -234,23 +213,25 @@ def understand(records: Sequence[Record], columns: Mapping[str, str], task: str 
     Raises:
         ValueError: the records are not of a kind that is known, or one of them is not like the first; says which.
     """
-    first = _renamed(records[0][1], columns)
-    kinds = [kind for kind in FORMATS if first.keys() >= set(kind.fields) and (task is None or task in kind.tasks)]
+    where, first = records[0]
+    absent = [name for name in columns.values() if name not in first]
+    if absent:
+        raise ValueError(f"{where}: --columns names {', '.join(absent)}, but the fields are {', '.join(first)}")
+    first = _renamed(first, columns)
+    kinds = [kind for kind in FORMATS if first.keys() >= set(kind.fields) and task in (None, *kind.tasks)]
     if not kinds:
         known = "; ".join(" with ".join(kind.fields) for kind in FORMATS)
         raise ValueError(
-            f"{records[0][0]}: the fields {', '.join(map(repr, records[0][1]))} are not those of"
-            f" {'a task that is known' if task is None else task}. Known are: {known}. Other names go with --columns,"
+            f"{where}: the fields {', '.join(map(repr, records[0][1]))} are not those of"
+            f" {task or 'a task that is known'}. Known are: {known}. Other names go with --columns,"
             " as --columns text=body,label=class"
         )
-    kind, understood = kinds[0], []
-    for where, row in records:
-        read = _read(kind, where, _renamed(row, columns))
-        if task == "chat" and "prompt" in read:
-            read = _asked(read["prompt"], read["completion"])
-        understood.append((where, read))
-    found = "chat" if "messages" in understood[0][1] else kind.tasks[0]
-    if "regression" in kind.tasks and all(isinstance(row["label"], float) for _, row in understood):
+    understood = [(where, _read(kinds[0], where, _renamed(row, columns))) for where, row in records]
+    if task == "chat":
+        asked = ((where, row, row.get("prompt")) for where, row in understood)
+        understood = [(where, _asked(prompt, row["completion"]) if prompt else row) for where, row, prompt in asked]
+    found = "chat" if "messages" in understood[0][1] else kinds[0].tasks[0]
+    if "regression" in kinds[0].tasks and all(isinstance(row["label"], float) for _, row in understood):
         found = "regression"
     return task or found, understood
 
@@ -258,9 +239,8 @@ def understand(records: Sequence[Record], columns: Mapping[str, str], task: str 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     """A record with its fields by role: named by the user, or by the names that are about."""
     row = dict(row)
-    usual = NAMES | (OF_WORDS if "tokens" in row else {})
-    for role, names in [*((role, (name,)) for role, name in columns.items()), *usual.items()]:
-        found = next((name for name in names if name in row), None)
+    for role, names in [*columns.items(), *(COLUMNS_OF_WORDS if "tokens" in row else COLUMNS).items()]:
+        found = next((name for name in ([names] if role in columns else names.split()) if name in row), None)
         if found and (role not in row or role in columns):
             row[role] = row.pop(found)
     return row
@@ -269,20 +249,16 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
 def _read(kind: Format, where: str, row: dict[str, Any]) -> dict[str, Any]:
     for name in kind.fields:
         value = row.get(name)
-        if value is None:
-            state = "is null" if name in row else f"is not there, but {', '.join(map(repr, row)) or 'nothing'}"
-            raise ValueError(f"{where}: field {name!r} {state}")
-        if isinstance(value, (str, list)) and not (value.strip() if isinstance(value, str) else value):
-            raise ValueError(f"{where}: field {name!r} is empty")
+        if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+            there = f"is not there, but {', '.join(map(repr, row)) or 'nothing'}" if name not in row else "is null"
+            raise ValueError(f"{where}: field {name!r} {there if value is None else 'is empty'}")
+        if name in ("text", "prompt", "completion") and not isinstance(value, (str, list)):
+            raise ValueError(f"{where}: field {name!r} has to be a text, got {value!r}")
         if name in ("image", "audio") and isinstance(value, str) and not os.path.isfile(value):
             beside = os.path.join(os.path.dirname(where), value)  # beside the file that names it
             row[name] = beside if os.path.isfile(beside) else value
     try:
         read = kind.read(row) if kind.read else {name: row[name] for name in kind.fields}
-        read |= {"task_ids": int(row["task_id"])} if "task_id" in row else {}
+        return read | ({"task_ids": int(row["task_id"])} if "task_id" in row else {})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: {' with '.join(map(repr, kind.fields))}: {error}") from error
-    for name in ("text", "prompt", "completion"):
-        if name in read and not isinstance(read[name], (str, list)):
-            raise ValueError(f"{where}: field {name!r} has to be a text, got {read[name]!r}")
-    return read

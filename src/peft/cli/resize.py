@@ -16,8 +16,5 @@ def run(options: Any, *_: Any) -> None:
     saved = PeftConfig.from_pretrained(options.adapter)
     factors = saved.peft_type == "LORA" and not getattr(saved, "use_dora", False)  # which tell the change by themselves
     model = models.load_adapted(options.adapter, options, empty=factors)
-    config, tensors = found = convert_to_lora(model, options.rank or float(options.energy or 0), progressbar=True)
-    models.write(options.output, config, tensors)
-    ranks = [config.r, *config.rank_pattern.values()]
-    print(f"LoRA of rank {' to '.join(map(str, sorted({min(ranks), max(ranks)})))}: {options.output}")
-    print(models.lost(found.errors))
+    found = convert_to_lora(model, options.rank or float(options.energy or 0), progressbar=True)
+    models.write_lora(options.output, found)

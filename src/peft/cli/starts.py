@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 import peft
+from peft.tuners.lora.preprocess import preprocess_corda
 
 #: batches that a start sees
 BATCHES = 16
@@ -26,18 +27,16 @@ def data_driven(base: Any, plan: Any, collator: Any, out: Any) -> Any:
         peft.initialize_lora_eva_weights(model, batches)
         return model
 
-    def over(learn: bool) -> None:
+    learns = start == "lora_ga"
+
+    def over() -> None:
         for batch in tqdm(batches, start, leave=False, disable=not out.is_terminal or out.quiet):
-            with torch.set_grad_enabled(learn):
+            with torch.set_grad_enabled(learns):
                 loss = base(**{name: value.to(base.device) for name, value in batch.items()}).loss
-            if learn:
+            if learns:
                 loss.backward()
 
-    if start == "corda":
-        from peft.tuners.lora.preprocess import preprocess_corda
-
-        preprocess_corda(base, config, lambda: over(False))
-    else:
+    if learns:
         config.lora_ga_config = config.lora_ga_config or peft.LoraGAConfig()
-        peft.preprocess_loraga(base, config, lambda: over(True))
+    (peft.preprocess_loraga if learns else preprocess_corda)(base, config, over)
     return peft.get_peft_model(base, config)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from peft.cli import options
@@ -25,11 +26,13 @@ class Task(NamedTuple):
 
     Attributes:
         auto: class of transformers that loads a model with the head for it.
+        encode: what makes an example of a record: a method of `Encoder`.
         peft: its name for `task_type`, if there is one.
         processor: class of transformers that loads what makes numbers of its data.
     """
 
     auto: str
+    encode: str
     peft: str | None = None
     processor: str = "AutoTokenizer"
 
@@ -46,13 +49,11 @@ class Encoded:
             audio as they are stored.
         cut: how many of them are not whole.
         dropped: how many had nothing left to learn.
-        labels: names of the classes, in the order of their numbers.
     """
 
     examples: list[Example]
     cut: int = 0
     dropped: int = 0
-    labels: list[str] = field(default_factory=list)
 
 
 class Encoder:
@@ -63,6 +64,9 @@ class Encoder:
         tokenizer: of the model; the processor that has it, for speech.
         length: tokens of one example at most.
         numbered: whether examples say their `task_ids`, as methods for several tasks need.
+
+    Attributes:
+        labels: names of the classes, in the order of their numbers; those of the first records that are encoded.
     """
 
     def __init__(self, task: str, tokenizer: Any, length: int, numbered: bool = False):
@@ -79,25 +83,23 @@ class Encoder:
         if self.task == "preference":
             return Encoded([row for _, row in records])
         if self.task == "causal-lm" and all("text" in row for _, row in records):
-            return self._blocks(row["text"] for _, row in records)
+            return Encoded(self._blocks(row["text"] for _, row in records))
         if "classification" in self.task and not self.labels:
             self.labels = _names(row["label"] for _, row in records)
-        encode: Callable[[Row], tuple[Example, int]] = {
-            "chat": self._chat, "causal-lm": self._answer, "seq2seq": self._pair, "token-classification": self._tokens,
-            "image-classification": self._image, "speech": self._speech, "ctc": self._speech,
-        }.get(self.task, self._sequence)  # fmt: skip
-        found = Encoded([], labels=self.labels)
+        encode: Callable[[Row], Example] = getattr(self, TASKS[self.task].encode)
+        found = Encoded([])
         for where, row in records:
             try:
-                example, tokens = encode(row)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{where}: {error.args[0] if error.args else error}") from error
+                example = encode(row)
+            except Exception as error:  # of tokenizers and their templates, too
+                raise ValueError(f"{where}: {error}") from error
+            lists = {name: value for name, value in example.items() if isinstance(value, list)}
+            example |= {name: value[: self.length] for name, value in lists.items()}
             example |= {"task_ids": row.get("task_ids", 0)} if self.numbered else {}
             learns = "label" in example or any(label != IGNORED for label in example["labels"])
-            found.cut += tokens > self.length
+            found.cut += any(len(value) > self.length for value in lists.values())
             found.dropped += not learns
-            if learns:
-                found.examples.append(example)
+            found.examples += [example] * learns
         if not found.examples:
             raise ValueError(f"nothing is left to learn within --max-length {self.length} tokens")
         return found
@@ -105,83 +107,70 @@ class Encoder:
     def _ids(self, text: str, special: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
-    def _cut(self, ids: list[int], labels: list[int]) -> tuple[Example, int]:
-        """The beginnings of both, and how long the longer one is."""
-        longest = max(len(ids), len(labels))
-        return {"input_ids": ids[: self.length], "labels": labels[: self.length]}, longest
-
-    def _blocks(self, texts: Iterable[str]) -> Encoded:
+    def _blocks(self, texts: Iterable[str]) -> list[Example]:
         """Texts one after the other, with the end-of-text token between them, cut into blocks."""
         stream = [token for text in texts for token in self._ids(text) + self.end]
         blocks = [stream[start : start + self.length] for start in range(0, len(stream), self.length)]
         # the first token of a block is given, not learnt
         task = {"task_ids": 0} if self.numbered else {}
-        return Encoded([{"input_ids": block, "labels": block, **task} for block in blocks if len(block) > 1])
+        return [{"input_ids": block, "labels": block, **task} for block in blocks if len(block) > 1]
 
-    def _answer(self, row: Row) -> tuple[Example, int]:
+    def _answer(self, row: Row) -> Example:
         """The answer alone is learnt; where both are too long, the prompt loses its beginning first."""
         prompt, answer = self._ids(row["prompt"], special=True), self._ids(row["completion"]) + self.end
         if prompt[-1:] == self.end:
             prompt = prompt[:-1]
-        tokens, answer = 1 + len(answer), answer[: self.length - 1]
-        prompt = prompt[-(self.length - len(answer)) :]
-        return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}, tokens
+        prompt = prompt[-max(1, self.length - len(answer)) :]
+        return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
-    def _pair(self, row: Row) -> tuple[Example, int]:
-        return self._cut(self._ids(row["prompt"], special=True), self._ids(row["completion"]) + self.end)
+    def _pair(self, row: Row) -> Example:
+        return {"input_ids": self._ids(row["prompt"], special=True), "labels": self._ids(row["completion"]) + self.end}
 
-    def _chat(self, row: Row) -> tuple[Example, int]:
+    def _chat(self, row: Row) -> Example:
         """The conversation in the tokenizer's template; what the assistant says is learnt, with the end of its turn."""
         messages: list[Message] = row["messages"]
         ids: list[int] = []
         labels: list[int] = []
-        for number, turn in enumerate(messages, 1):
+        for number, turn in enumerate(messages):
             if turn["role"] != "assistant":
                 continue
-            asked = self._template(messages[: number - 1], True)
-            said = self._template(messages[:number], False)
-            if said[: len(asked)] != asked:  # a template that leads an answer in with words of its own
-                asked = asked[: next(i for i, token in enumerate(asked) if token != said[i : i + 1][0])]
+            asked, said = self._template(messages[:number], True), self._template(messages[: number + 1], False)
+            # without words that a template leads an answer in with, and the answer itself then does not have
+            differ = (i for i, (one, other) in enumerate(zip(asked, said, strict=False)) if one != other)
+            asked = asked[: next(differ, None)]
             if asked[: len(ids)] != ids:
                 raise ValueError("the chat template changes earlier turns of a conversation; split it into single ones")
             labels += [IGNORED] * (len(asked) - len(labels)) + said[len(asked) :]
             ids = said
-        return self._cut(ids, labels)
+        return {"input_ids": ids, "labels": labels}
 
     def _template(self, messages: Sequence[Message], prompt: bool) -> list[int]:
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # of the template's own
-            raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
-        return self._ids(text)
+        return self._ids(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
 
     def _number(self, label: Any) -> int:
         if str(label) not in self.labels:
             raise ValueError(f"label {label!r} is not one of {', '.join(self.labels)}")
         return self.labels.index(str(label))
 
-    def _sequence(self, row: Row) -> tuple[Example, int]:
-        ids = self._ids(row["text"], special=True)
-        try:
-            label = float(row["label"]) if self.task == "regression" else self._number(row["label"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"field 'label': {error}") from error
-        return {"input_ids": ids[: self.length], "label": label}, len(ids)
+    def _sequence(self, row: Row) -> Example:
+        label = float(row["label"]) if self.task == "regression" else self._number(row["label"])
+        return {"input_ids": self._ids(row["text"], special=True), "label": label}
 
-    def _tokens(self, row: Row) -> tuple[Example, int]:
+    def _tokens(self, row: Row) -> Example:
         """The first piece of each word has its label, the others are not learnt."""
         encoded = self.tokenizer(row["tokens"], is_split_into_words=True, verbose=False)
         words = encoded.word_ids()
         firsts = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
         labels = [self._number(row["label"][w]) if first else IGNORED for w, first in zip(words, firsts, strict=True)]
-        return self._cut(encoded["input_ids"], labels)
+        return {"input_ids": encoded["input_ids"], "labels": labels}
 
-    def _image(self, row: Row) -> tuple[Example, int]:
-        return {"image": _stored(row["image"]), "label": self._number(row["label"])}, 0
+    def _image(self, row: Row) -> Example:
+        return {"image": _stored(row["image"]), "label": self._number(row["label"])}
 
-    def _speech(self, row: Row) -> tuple[Example, int]:
-        ids = self.tokenizer.tokenizer(row["text"])["input_ids"]
-        return {"audio": _stored(row["audio"]), "labels": ids[: self.length]}, len(ids)
+    def _speech(self, row: Row) -> Example:
+        import soundfile  # noqa: F401  needed in training, and missed here
+
+        return {"audio": _stored(row["audio"]), "labels": self.tokenizer.tokenizer(row["text"])["input_ids"]}
 
 
 def _names(labels: Iterable[Any]) -> list[str]:
@@ -206,32 +195,52 @@ def shown(example: Example, tokenizer: Any) -> str:
 
     from rich.markup import escape
 
-    pairs = zip(example["labels"], example["input_ids"], strict=True)
-    parts = [
-        (learnt, tokenizer.decode([token for _, token in part]))
-        for learnt, part in groupby(pairs, lambda pair: pair[0] != IGNORED)
-    ]
-    return "".join(f"[{'green' if learnt else 'dim'}]{escape(text)}[/]" for learnt, text in parts)
+    parts = groupby(zip(example["labels"], example["input_ids"], strict=True), lambda pair: pair[0] != IGNORED)
+    texts = ((learnt, tokenizer.decode([token for _, token in part])) for learnt, part in parts)
+    return "".join(f"[{'green' if learnt else 'dim'}]{escape(text)}[/]" for learnt, text in texts)
 
 
-def metrics_for(task: str) -> Callable[[Any], dict[str, float]] | None:
-    """What `Trainer` calls with predictions and labels: accuracy and F1, or the errors of a regression."""
-    if "classification" not in task and task != "regression":
-        return None
+def measures(task: str, processor: Any) -> dict[str, Any]:
+    """What `Trainer` takes to measure the outcome of a task: accuracy and F1; errors of a regression; of words."""
+    heard = TASKS[task].encode == "_speech"
+    if not heard and "classification" not in task and task != "regression":
+        return {}
+    tokenizer: Any = getattr(processor, "tokenizer", None)
     import numpy as np
     from sklearn.metrics import accuracy_score, f1_score, r2_score, root_mean_squared_error
 
     def measure(outcome: Any) -> dict[str, float]:
-        scores = outcome.predictions[0] if isinstance(outcome.predictions, tuple) else outcome.predictions
-        wanted = np.asarray(outcome.label_ids).reshape(-1)
+        found, wanted = outcome.predictions, np.asarray(outcome.label_ids)
+        if heard:
+            wanted, found = (np.where(ids == IGNORED, tokenizer.pad_token_id, ids) for ids in (wanted, found))
+            ctc = task == "ctc"  # whose tokenizer takes letters in a row for one, unless a blank is between them
+            said = tokenizer.batch_decode(wanted, **({"group_tokens": False} if ctc else {"skip_special_tokens": True}))
+            return {"wer": word_error_rate(said, tokenizer.batch_decode(found, skip_special_tokens=not ctc))}
+        found, wanted = found.reshape(-1), wanted.reshape(-1)
         if task == "regression":
-            r2 = float(r2_score(wanted, scores.reshape(-1))) if len(wanted) > 1 else 0.0
-            return {"rmse": float(root_mean_squared_error(wanted, scores.reshape(-1))), "r2": r2}
-        found = scores.argmax(-1).reshape(-1)[wanted != IGNORED]
-        wanted = wanted[wanted != IGNORED]
+            r2 = float(r2_score(wanted, found)) if len(wanted) > 1 else 0.0
+            return {"rmse": float(root_mean_squared_error(wanted, found)), "r2": r2}
+        found, wanted = found[wanted != IGNORED], wanted[wanted != IGNORED]
         return {"accuracy": accuracy_score(wanted, found), "f1": f1_score(wanted, found, average="macro")}
 
-    return measure
+    def likeliest(scores: Any, labels: Any) -> Any:
+        return (scores[0] if isinstance(scores, tuple) else scores).argmax(-1)
+
+    scores = task not in ("regression", "speech")  # speech is generated
+    return {"compute_metrics": measure, "preprocess_logits_for_metrics": likeliest if scores else None}
+
+
+def word_error_rate(wanted: Iterable[str], found: Iterable[str]) -> float:
+    """Words to replace, leave out and put in to make what is wanted of what was found, per word that is wanted."""
+    errors = total = 0
+    for said, heard in ((one.split(), other.split()) for one, other in zip(wanted, found, strict=True)):
+        row = list(range(len(heard) + 1))  # edits from no word to the first so many of `heard`
+        for i, word in enumerate(said, 1):
+            before, row[0] = row[0], i
+            for j, other in enumerate(heard, 1):
+                before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (word != other))
+        errors, total = errors + row[-1], total + len(said)
+    return errors / max(1, total)
 
 
 def collator_for(task: str, processor: Any, start: int | None = None) -> Any:
@@ -244,18 +253,15 @@ def collator_for(task: str, processor: Any, start: int | None = None) -> Any:
     """
     import transformers
 
-    if TASKS[task].peft == "SEQ_CLS":
-        return transformers.DataCollatorWithPadding(processor)
-    if task == "token-classification":
-        return transformers.DataCollatorForTokenClassification(processor)
-    if task == "image-classification":
-        return lambda rows: _images(rows, processor)
+    if TASKS[task].processor == "AutoImageProcessor":
+        return partial(_images, processor)
     if TASKS[task].processor == "AutoProcessor":
-        return lambda rows: _sounds(rows, processor, start)
-    return transformers.DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+        return partial(_sounds, processor, start)
+    one_label = TASKS[task].peft == "SEQ_CLS"
+    return (transformers.DataCollatorWithPadding if one_label else transformers.DataCollatorForSeq2Seq)(processor)
 
 
-def _images(rows: Sequence[Mapping[str, Any]], processor: Any) -> Mapping[str, Any]:
+def _images(processor: Any, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     import torch
     from datasets import Image
 
@@ -263,15 +269,14 @@ def _images(rows: Sequence[Mapping[str, Any]], processor: Any) -> Mapping[str, A
     return {**processor(images, return_tensors="pt"), "labels": torch.tensor([row["label"] for row in rows])}
 
 
-def _sounds(rows: Sequence[Mapping[str, Any]], processor: Any, start: int | None) -> Mapping[str, Any]:
+def _sounds(processor: Any, start: int | None, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     import torch
 
-    extractor = processor.feature_extractor
-    fixed = hasattr(extractor, "nb_max_frames")  # whisper's encoder takes 30 seconds, neither more nor less
-    sounds = [_samples(row["audio"], extractor.sampling_rate) for row in rows]
-    batch = extractor(
-        sounds, sampling_rate=extractor.sampling_rate, padding="max_length" if fixed else True, return_tensors="pt"
-    )
+    extractor, rate = processor.feature_extractor, processor.feature_extractor.sampling_rate
+    # whisper's encoder takes 30 seconds, neither more nor less
+    padding = "max_length" if hasattr(extractor, "nb_max_frames") else True
+    sounds = [_samples(row["audio"], rate) for row in rows]
+    batch = extractor(sounds, sampling_rate=rate, padding=padding, return_tensors="pt")
     labels = [torch.tensor(row["labels"][row["labels"][0] == start :]) for row in rows]
     return {**batch, "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
 

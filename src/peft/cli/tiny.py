@@ -32,16 +32,6 @@ def library_sources() -> list[Record]:
     return [(str(path), {"text": path.read_text(encoding="utf-8")}) for path in paths]
 
 
-def _make_tokenizer(texts: list[str]) -> Any:
-    from tokenizers import ByteLevelBPETokenizer
-
-    made = ByteLevelBPETokenizer()
-    made.train_from_iterator(texts, vocab_size=2048, special_tokens=[END], show_progress=False)
-    return models.transformers().PreTrainedTokenizerFast(
-        tokenizer_object=made._tokenizer, eos_token=END, pad_token=END, model_max_length=BLOCK
-    )
-
-
 def base_model(folder: Path, out: Any) -> str:
     """Path of the tiny base model in `folder`; made there if it is not there yet."""
     from accelerate import PartialState
@@ -56,8 +46,12 @@ def base_model(folder: Path, out: Any) -> str:
 def _make(path: Path, out: Any) -> None:
     from pydoc_data.topics import topics
 
-    library = models.transformers()
-    tokenizer = _make_tokenizer(list(topics.values()))
+    from tokenizers import ByteLevelBPETokenizer
+
+    library, words = models.transformers(), ByteLevelBPETokenizer()
+    words.train_from_iterator(list(topics.values()), vocab_size=2048, special_tokens=[END], show_progress=False)
+    named = dict(eos_token=END, pad_token=END, model_max_length=BLOCK)
+    tokenizer = library.PreTrainedTokenizerFast(tokenizer_object=words._tokenizer, **named)
     library.set_seed(0)
     model = library.LlamaForCausalLM(library.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
@@ -76,7 +70,7 @@ def _make(path: Path, out: Any) -> None:
         )  # fmt: skip
         trainer = library.Trainer(
             model, arguments, collator_for("causal-lm", tokenizer), examples, processing_class=tokenizer,
-            callbacks=[Watch(out, None, STEPS)],
+            callbacks=[Watch(out)],
         )  # fmt: skip
         trainer.remove_callback(library.PrinterCallback)
         trainer.train()

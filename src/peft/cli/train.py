@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,15 @@ import torch
 import yaml
 
 from peft.cli import models
+from peft.cli.options import FREE
 from peft.cli.parse import SETTINGS, OptionError, settings_of
 from peft.cli.plan import OPTIMIZERS, Plan, prepare
-from peft.cli.plots import NO_PICTURE, loss_curve
+from peft.cli.plots import loss_curve
 from peft.cli.starts import data_driven
-from peft.cli.tasks import TASKS, collator_for, metrics_for
+from peft.cli.tasks import TASKS, collator_for, measures
 from peft.cli.watch import Watch, last_checkpoint
 
 CURVE = "loss.png"
-#: what may change when a run is gone on with; everything else is in the checkpoint, or decided what is in it
-FREE = {
-    "max_steps", "epochs", "eval_steps", "patience", "report_to", "push_to_hub", "device", "logging_steps",
-    "save_steps", "save_total_limit", "dataloader_num_workers",
-}  # fmt: skip
-
-
-def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-    train(options, fields, trainer, console())
 
 
 def console() -> Any:
@@ -41,14 +32,14 @@ def console() -> Any:
     return Console(quiet=int(os.environ.get("RANK", 0)) > 0, soft_wrap=True, highlight=False, markup=False)
 
 
-def train(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any], out: Any) -> Any:
-    """Trains as the options say, saves the adapter with a curve, a card and the settings, and returns the trainer.
+def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Trains as the options say, and saves the adapter with a curve, a card and the settings.
 
     Raises:
         ValueError: an option that does not fit the model or the data; nothing is written then.
         RuntimeError: an adapter tensor gets no gradient, or the loss is no longer a number.
     """
-    output, state = Path(options.output), _processes(options)
+    output, state, out = Path(options.output), _processes(options), console()
     _check_output(options, output)
     plan = prepare(options, fields, given, out)
     settings = settings_of(plan.options, fields, given)
@@ -63,7 +54,6 @@ def train(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any], out
     fit(trainer, checkpoint)
     if state.is_main_process:
         _finish(plan, trainer.state.log_history, settings, output, out)
-    return trainer
 
 
 def _processes(options: Any) -> Any:
@@ -98,8 +88,8 @@ def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | No
     before = yaml.safe_load((output / SETTINGS).read_text(encoding="utf-8")) or {}
     changed = {name for name in {*before, *settings} if before.get(name) != settings.get(name)}
     words = [f"{name} {before.get(name, 'default')} -> {settings.get(name, 'default')}" for name in sorted(changed)]
-    if changed - FREE:
-        free = ", ".join(sorted(FREE))
+    if changed - {*FREE}:
+        free = ", ".join(FREE)
         raise OptionError(f"--resume: a run goes on only as it was: {', '.join(words)}. What may change is {free}")
     found = last_checkpoint(output)
     step = found.rpartition("-")[2] if found else "0, for it has no checkpoint"
@@ -113,30 +103,29 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
     options, arguments, preference = plan.options, plan.arguments, plan.task == "preference"
     library.set_seed(options.seed)
     arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
-    fields = {"num_labels": 1, "problem_type": "regression"} if plan.task == "regression" else {}
-    if plan.labels:
-        fields = {"id2label": dict(enumerate(plan.labels)), "label2id": {name: i for i, name in enumerate(plan.labels)}}
+    names = dict(enumerate(plan.labels))
+    fields = {"id2label": names, "label2id": {name: number for number, name in names.items()}} if names else {}
+    fields |= {"num_labels": 1} if plan.task == "regression" else {}
     base = models.load_for_training(plan.base, TASKS[plan.task], options, fields)
     if getattr(base.config, "pad_token_id", None) is None:
         base.config.pad_token_id = getattr(plan.tokenizer, "pad_token_id", None)
     base.config.use_cache = False  # of no use in training, and X-LoRA and checkpointing want it so
-    if plan.labels and TASKS[plan.task].peft is None:  # where no class for the task knows the new head
-        heads = dict(base.named_children())
-        heads.pop(base.base_model_prefix, None)
-        plan.config.modules_to_save = plan.config.modules_to_save or list(heads)
-    more: dict[str, Any] = {"peft_config": plan.config} if preference else {"compute_metrics": metrics_for(plan.task)}
+    if names and TASKS[plan.task].peft is None:  # where no class for the task knows the new head
+        heads = [name for name, _ in base.named_children() if name != base.base_model_prefix]
+        plan.config.modules_to_save = plan.config.modules_to_save or heads
     collator = collator_for(plan.task, plan.tokenizer, getattr(base.config, "decoder_start_token_id", None))
+    more: dict[str, Any] = {"peft_config": plan.config} if preference else measures(plan.task, plan.tokenizer)
     model = base if preference else data_driven(base, plan, collator, out)
     if options.gradient_checkpointing and not preference:
         model.enable_input_require_grads()
-    if plan.trainer[0] == "transformers":
+    if plan.trainer.__module__.startswith("transformers"):
         more["data_collator"] = collator
     if options.optim in OPTIMIZERS:
         more["optimizers"] = (_optimizer(model, plan), None)
-    callbacks: list[Any] = [Watch(out, checkpoint, plan.total)]
+    callbacks: list[Any] = [Watch(out, checkpoint)]
     if getattr(options, "patience", None):
         callbacks.append(library.EarlyStoppingCallback(options.patience))
-    trainer = getattr(import_module(plan.trainer[0]), plan.trainer[1])(
+    trainer = plan.trainer(
         model=model, args=arguments, train_dataset=plan.training, eval_dataset=plan.held_out,
         processing_class=plan.tokenizer, callbacks=callbacks, **more,
     )  # fmt: skip
@@ -170,17 +159,14 @@ def _optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
 
 def _finish(plan: Plan, log: Sequence[Any], settings: Mapping[str, Any], output: Path, out: Any) -> None:
     """The curve and the card beside the adapter, and a word on where they are."""
-    curve = loss_curve(log, f"{plan.options.method} on {os.path.basename(plan.base)}", output / CURVE)
-    if not curve:
-        out.print(NO_PICTURE)
+    loss_curve(log, f"{plan.options.method} on {os.path.basename(plan.base)}", output / CURVE)
     held_out = [entry for entry in log if "eval_loss" in entry]
     best: dict[str, Any] = min(held_out, key=lambda entry: entry["eval_loss"], default={})
     measured = {name.removeprefix("eval_"): f"{value:.4g}" for name, value in best.items() if name.startswith("eval_")}
     rows = "".join(f"| {name} | {value} |\n" for name, value in {**settings, **measured}.items())
-    card = output / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    text += f"\n## Training\n\n`peft train --config {SETTINGS}`\n\n| | |\n| --- | --- |\n{rows}"
-    card.write_text(text + (f"\n![Loss]({CURVE})\n" if curve else ""), encoding="utf-8")
+    with (output / "README.md").open("a", encoding="utf-8") as card:
+        card.write(f"\n## Training\n\n`peft train --config {SETTINGS}`\n\n| | |\n| --- | --- |\n{rows}")
+        card.write(f"\n![Loss]({CURVE})\n" if (output / CURVE).is_file() else "")
     size = sum(path.stat().st_size for path in output.glob("adapter_*"))
-    what = f"Adapter ({size / 1000:,.0f} kB), {f'{CURVE}, ' if curve else ''}card and checkpoints"
-    out.print(f"{what} are in {output}, after {log[-1]['train_runtime']:.0f} s")
+    seconds = log[-1]["train_runtime"]
+    out.print(f"Adapter ({size / 1000:,.0f} kB), curve, card and checkpoints are in {output}, after {seconds:.0f} s")

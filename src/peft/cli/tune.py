@@ -28,14 +28,17 @@ STEPS = 60
 def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
     out = console()
     options = replace(options, max_steps=options.max_steps or STEPS)
+    if any(rate <= 0 for rate in options.lrs):
+        raise OptionError(f"--lrs must be positive, got {options.lrs}")
     plan = prepare(options, fields, trainer, out)
     if plan.held_out is None:
         raise OptionError("--eval-split: candidates are compared on what is held out, and nothing is")
     middle = learning_rate(method_named(options.method), models.config_of(plan.base))
     rates = options.lrs or [middle * 3.0**power for power in (-2, -1, 0, 1, 2)]
     rows: list[dict[str, Any]] = []
-    for rank, rate in product(options.ranks or [None], rates):
-        rows.append({"lr": rate, "rank": rank, "loss": _tried(plan, rate, rank)})
+    configs = {rank: replace(plan.config, r=rank) for rank in options.ranks} or {None: plan.config}
+    for (rank, config), rate in product(configs.items(), rates):
+        rows.append({"lr": rate, "rank": rank, "loss": _tried(plan, rate, copy(config))})
         words = f", rank {rank}" if rank else ""
         out.print(f"learning rate {rate:.2g}{words}: held out {rows[-1]['loss']:.4f}")
     best = min(rows, key=lambda row: row["loss"])
@@ -50,20 +53,18 @@ def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> 
     out.print(f"Best: {words}" + ("; it is the last of the candidates: try --lrs beyond it too" if edge else ""))
 
 
-def _tried(plan: Plan, rate: float, rank: int | None) -> float:
+def _tried(plan: Plan, rate: float, config: Any) -> float:
     """The lowest loss on what is held out; infinite where the loss was no number."""
-    config = replace(plan.config, r=rank) if rank else copy(plan.config)
     plan = replace(plan, config=config, arguments=copy(plan.arguments))
     plan.arguments.learning_rate = rate
     with tempfile.TemporaryDirectory() as plan.arguments.output_dir:
         try:
-            trainer = build(plan, Console(quiet=True))
-            fit(trainer)
+            fit(trainer := build(plan, Console(quiet=True)))
         except RuntimeError as error:
             if "the loss is" not in str(error):
                 raise
             return math.inf
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    losses = (entry.get("eval_loss", math.inf) for entry in trainer.state.log_history)
     return min(filter(math.isfinite, losses))
 
 
@@ -73,6 +74,5 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
         for rank, points in pandas.DataFrame(rows).groupby("rank", dropna=False, sort=False):
             axis.plot("lr", "loss", "o-", data=points, label=f"rank {rank}")
         axis.set(xscale="log", xlabel="learning rate", ylabel="loss on what is held out", title="Short runs")
-        if len(axis.lines) > 1:
-            axis.legend(frameon=False)
+        axis.legend(frameon=False)
         made.savefig(path, dpi=140)

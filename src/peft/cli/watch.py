@@ -8,30 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import TrainerCallback
 
+from peft.cli.options import SHOWN
 from peft.core.tuner import BaseTuner
 from peft.errors import listed
 
 #: beside a checkpoint: the adapter's files of some methods hold what their training parameters come to
 STATE = "trainable.pt"
-#: seconds between two lines where there is no terminal
-PAUSE = 15.0
-#: of what an evaluation gives, by the words for it
-SHOWN = {
-    "loss": "held out", "accuracy": "accuracy", "f1": "F1", "rmse": "RMSE", "r2": "R²",
-    "mean_token_accuracy": "token accuracy", "rewards/accuracies": "preferred", "rewards/margins": "margin",
-}  # fmt: skip
+#: seconds between two lines
+PAUSE = 5.0
 
 
 def last_checkpoint(output: Path) -> str | None:
     """The last checkpoint that is whole: a killed process may have left one that is not."""
-    found = sorted(output.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for name in (STATE, "trainer_state.json"):  # sharded training keeps what trains in files of its own
-        whole = [path for path in found if (path / name).is_file()]
+        whole = [path.parent for path in output.glob(f"checkpoint-[0-9]*/{name}")]
         if whole:
-            return str(whole[-1])
+            return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
     return None
 
 
@@ -41,26 +35,20 @@ class Watch(TrainerCallback):
     Args:
         console: a rich console.
         checkpoint: what the run goes on from, or None.
-        total: steps of the run.
     """
 
-    def __init__(self, console: Any, checkpoint: str | None, total: int):
-        self.console, self.checkpoint, self.total = console, checkpoint, total
+    def __init__(self, console: Any, checkpoint: str | None = None):
+        self.console, self.checkpoint = console, checkpoint
         self.said, self.loss = time.monotonic(), ""
-        quiet = not console.is_terminal or console.quiet
-        self.bar = tqdm(total=total, desc="training", leave=False, dynamic_ncols=True, disable=quiet)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.first, self.begun = state.global_step, time.monotonic()
         path = Path(self.checkpoint or "") / STATE
         if self.checkpoint and path.is_file():
             kept = torch.load(path, map_location="cpu", weights_only=True)
-            mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            if {name: p.shape for name, p in mine.items()} != {name: p.shape for name, p in kept.items()}:
+            if kept.keys() != {name for name, p in model.named_parameters() if p.requires_grad}:
                 raise ValueError(f"--resume: {self.checkpoint} is of another model, or of a method with other fields")
-            with torch.no_grad():
-                for name, parameter in mine.items():
-                    parameter.copy_(kept[name])
+            model.load_state_dict(kept, strict=False)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Raises RuntimeError where a tensor that should train has no gradient in the first step."""
@@ -91,10 +79,6 @@ class Watch(TrainerCallback):
         if hasattr(getattr(model, "base_model", None), "update_and_allocate"):
             model.base_model.update_and_allocate(state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.set_postfix_str(self.loss, refresh=False)
-        self.bar.update(state.global_step - self.bar.n)
-
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Raises RuntimeError where the loss is no longer a number."""
         loss = logs.get("loss")
@@ -102,20 +86,16 @@ class Watch(TrainerCallback):
             if not math.isfinite(loss):
                 raise RuntimeError(f"the loss is {loss} at step {state.global_step}: a lower --lr may help")
             self.loss = f"loss {loss:.4f}"
-        evaluated = "eval_loss" in logs
+        evaluated, total = "eval_loss" in logs, state.max_steps
         if evaluated or (loss is not None and not control.should_evaluate and time.monotonic() - self.said > PAUSE):
-            words = [f"step {state.global_step:>{len(str(self.total))}}/{self.total}", *[self.loss] * bool(self.loss)]
+            words = [f"step {state.global_step:>{len(str(total))}}/{total}", *[self.loss] * bool(self.loss)]
             words += [f"{SHOWN[k]} {logs[f'eval_{k}']:.4f}" for k in SHOWN if f"eval_{k}" in logs]
             done = state.global_step - self.first
-            if 0 < done < self.total - self.first:
-                left = (time.monotonic() - self.begun) / done * (self.total - state.global_step)
+            if 0 < done < total - self.first:
+                left = (time.monotonic() - self.begun) / done * (total - state.global_step)
                 words.append(f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
-            self.bar.clear()
             self.console.print("  ".join(words))
             self.said = time.monotonic()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -7,8 +7,10 @@ what several processes hold parts of.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,8 +90,9 @@ def onloaded(module: nn.Module) -> Iterator[None]:
     without their changes, which `Storage.write` puts in; a call of all processes. (In a forward pass of its engine,
     DeepSpeed gathers what is asked for by itself.)
     """
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None or not getattr(hook, "offload", False):
+    hook: Any = getattr(module, "_hf_hook", None)
+    away = getattr(hook, "offload", False) and any(tensor.is_meta for tensor in module.parameters())
+    if not away:  # or there for a caller
         running = getattr(module._parameters, "_in_forward", False)
         with together(() if running else module._parameters.values()):
             yield
@@ -107,9 +110,16 @@ def _keep_offloaded(weights_map: Any, weights: dict[str, Tensor]) -> None:
     """Puts weights back into accelerate's map of offloaded tensors: a dict, or a view with a prefix on a loader."""
     prefix = getattr(weights_map, "prefix", "")
     target = getattr(weights_map, "dataset", weights_map)
-    target = getattr(target, "state_dict", target)
-    for key, value in weights.items():
-        target[prefix + key] = value
+    folder, index = getattr(target, "save_folder", None), getattr(target, "index", {})
+    for name, value in weights.items():
+        key = prefix + name
+        if torch.equal(weights_map[name].to(value), value):
+            continue
+        if folder is None or key not in index:
+            getattr(target, "state_dict", target)[key] = value
+        else:  # what is on the disk stays there, in a new file: the old one may be mapped into memory
+            Path(folder, f"{key}.dat").unlink(missing_ok=True)
+            sys.modules["accelerate.utils"].offload_weight(value, key, folder, index)
 
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
