@@ -7,6 +7,7 @@ with the promises that held and what was found where one did not.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ import tiny_models
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.registry import METHODS
 from processes import Pool
-from shardings import COLUMNS, RATE, ROWS, SHARDINGS, Sharding, mean, shared_folder, shares, values, whole
+from shardings import COLUMNS, RATE, ROWS, SHARDINGS, Sharding, Zero, mean, shared_folder, shares, values, whole
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 #: some that are among the samples
@@ -402,6 +403,31 @@ def resumed() -> None:
         other = shardings.fsdp2(again)
         set_model_state_dict(other, state)
         assert torch.equal(other(**batch("")).loss.detach(), expected)
+
+
+def limited_in_half_precision() -> None:
+    """A limit on the size of tensors leaves what is trained in full precision as it is, but for that size."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    half = Zero("ZeRO-2", 2), Zero("ZeRO-3", 3)
+    for way in half:
+        way.config["bf16"] = {"enabled": True}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fsdp2 = Sharding("FSDP2", lambda model: fully_shard(model, mp_policy=policy))
+    for sharding, method in itertools.product((fsdp2, *half), ("CPT", "OFT constrained")):
+        model = filled(adapted(base_model(), method, COLUMNS))
+        runs = sharding.shared(model)
+        read = shardings.deepspeed().utils.safe_get_full_fp32_param if sharding in half else whole
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        before = {name: read(p).detach().clone() for name, p in trained.items()}
+        loss_of(sharding, runs, method)
+        if sharding is fsdp2:
+            runs.reshard()
+        for name, p in model.named_parameters():
+            if name in before:
+                share = read(p).detach() / before[name]
+                assert_close(f"{sharding.name} {method} {name}", share, share[:, :1].expand_as(share))
+                assert share.min() < 0.9
 
 
 def cut_up() -> None:

@@ -73,7 +73,7 @@ def test_trainer():
     assert [answer[:2] for answer in answers] == [("seen", None)] * 2
 
 
-@pytest.mark.parametrize("task", [runs.dropout_is_the_same, runs.resumed, runs.cut_up])
+@pytest.mark.parametrize("task", [runs.dropout_is_the_same, runs.resumed, runs.cut_up, runs.limited_in_half_precision])
 def test_what_is_special(pools, task):
     answers = pools[2].run(task, LIMIT)
     assert [answer[:2] for answer in answers] == [("seen", None)] * 2

@@ -15,7 +15,7 @@ from peft.core.change import OnInput, OnOutput
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import ModuleSlot, Setting
-from peft.core.storage.shared import put_in_forward
+from peft.core.storage.shared import scale_in_forward
 from peft.core.tuner import BaseTuner
 from peft.errors import warn
 from peft.ops.memo import remember
@@ -103,7 +103,7 @@ class OFTRotation(nn.Module):
         """Its blocks minus the identity, [blocks, b, b]."""
         if self.radius is not None and self.weight.requires_grad:
             with torch.no_grad():
-                put_in_forward(self.weight, self.weight * self.shrinkage(self.weight))
+                scale_in_forward(self.weight, self.shrinkage(self.weight))
         change = remember(self.weight, dtype, lambda: self.compute().to(dtype))
         return drop_blocks(change, self.dropout) if training and self.dropout else change
 

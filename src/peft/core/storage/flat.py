@@ -91,6 +91,11 @@ class Mastered(Shared):
         super().put(tensor, value)
         sys.modules["deepspeed"].utils.safe_set_full_fp32_param(tensor, value.detach())
 
+    def scale(self, tensor: Any, factor: Tensor) -> None:
+        super().scale(tensor, factor)
+        here = tensor._hp_mapping.lp_fragment_address
+        tensor._hp_mapping.get_hp_fragment().mul_(factor.flatten()[here.start :][: here.numel])
+
     def gradient(self, tensor: Any) -> Tensor | None:
         return sys.modules["deepspeed"].utils.safe_get_full_grad(tensor)
 
@@ -131,6 +136,15 @@ class Partitioned(Mastered):
             sys.modules["deepspeed"].utils.safe_set_local_fp32_param(tensor, part)
         if not is_apart(tensor):
             tensor.data.copy_(value)
+
+    def scale(self, tensor: Any, factor: Tensor) -> None:
+        Shared.scale(self, tensor, factor)
+        if tensor.requires_grad and hasattr(tensor, "_z3_optimizer"):
+            own, kept = self.split(tensor, factor), sys.modules["deepspeed"].utils.safe_get_local_fp32_param(tensor)
+            kept[: own.numel()].mul_(own)
+            sys.modules["deepspeed"].utils.safe_set_local_fp32_param(tensor, kept)
+        if not is_apart(tensor):
+            tensor.data.mul_(factor)
 
     def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
         return together(parameter for module in modules for parameter in module.parameters())

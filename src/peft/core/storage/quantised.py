@@ -29,6 +29,7 @@ class Quantised(Storage):
     """What these kinds have in common."""
 
     backend: str
+
     def holds(self, module: nn.Module, name: str, weight: Any) -> bool:
         """Whether the weight `name` of `module`, which is `weight` if it is an attribute, is held in this way."""
         raise NotImplementedError

@@ -54,6 +54,11 @@ class Shared(Storage):
         """Gives a tensor another whole value."""
         self.part(tensor).copy_(self.split(tensor, value.detach()))
 
+    def scale(self, tensor: Any, factor: Tensor) -> None:
+        """Multiplies a tensor, and what an optimizer keeps of it in a higher precision, by factors for the whole."""
+        part, own = self.part(tensor), self.split(tensor, factor)
+        part[: len(own)].mul_(own)  # the last process's may be padded
+
     def gradient(self, tensor: Any) -> Tensor | None:
         """The gradient of `tensor`, shared out as that is, or whole."""
         return tensor.grad
@@ -215,8 +220,10 @@ def rebuilt(module: nn.Module, values: Mapping[str, Any], prefix: str = "") -> A
 # ---- in forward passes
 
 
-def put_in_forward(parameter: Any, value: Tensor) -> None:
-    """Gives a trained parameter another value in the middle of a forward pass, as a limit on its size does.
+def scale_in_forward(parameter: Any, factor: Tensor) -> None:
+    """Multiplies a trained parameter in the middle of a forward pass, as a limit on its size does.
+
+    Where the pass has it in a lower precision, its values in full precision are not replaced by those.
 
     Raises:
         NotImplementedError: FSDP1 has it in its flat parameter, where nobody else writes meanwhile.
@@ -226,10 +233,11 @@ def put_in_forward(parameter: Any, value: Tensor) -> None:
             "This method limits the size of its tensors in each forward pass, which FullyShardedDataParallel does not"
             " allow. Use DDP, DeepSpeed or fully_shard, or train without the limit."
         )
-    shards = sharded_of(parameter)  # else the value would be lost when `fully_shard` puts the parameter away
-    if shards is not None:
-        put(shards, value)
-    put(parameter, value)
+    factor = factor.expand(shape_of(parameter))
+    shards = sharded_of(parameter)  # else the change would be lost when `fully_shard` puts the parameter away
+    for tensor in (parameter,) if shards is None else (parameter, shards):
+        kind = kind_of(tensor)
+        tensor.mul_(factor) if kind is None else kind.scale(tensor, factor)
 
 
 def run_with(module: Any, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

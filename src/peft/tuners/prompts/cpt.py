@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft.config import PromptLearningConfig
 from peft.core.storage import place_of
 from peft.core.storage.sharded import call_whole
-from peft.core.storage.shared import put_in_forward
+from peft.core.storage.shared import scale_in_forward
 from peft.registry import PeftType, TaskType
 from peft.tuners.prompts.base import IGNORED, VirtualTokens, embedding_width
 from peft.values import NonNegativeFloat
@@ -122,7 +122,7 @@ class CPTEmbedding(VirtualTokens):
             norms = delta.norm(dim=1, keepdim=True)
             # With a little room, so that what has been shortened is not shortened again for its rounding.
             shorter = torch.where(norms > self.bounds * (1 + 1e-6), self.bounds / norms, 1.0)
-            put_in_forward(delta, delta * shorter)
+            scale_in_forward(delta, shorter)
         return vectors + F.embedding(indices, torch.where(self.bounds > 0, delta, delta.detach()))
 
     def mask(self, batch_size: int) -> Tensor:
