@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from torch import nn
 
 from peft import (
     HRAConfig,
@@ -20,6 +21,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.errors import NoMatchingPeftModuleError
 from tiny_models import MLP, assert_same_state, fill_adapter, llama, state, tokens
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(5))
@@ -86,6 +88,29 @@ def test_a_state_dict_decides_where_the_adapter_goes():
     tensors = {key: value for key, value in get_peft_model_state_dict(wide).items() if key.startswith("lin1")}
     narrow = inject_adapter_in_model(LoraConfig(target_modules=["lin0", "lin1"]), MLP(), state_dict=tensors)
     assert [name for name, module in narrow.named_modules() if hasattr(module, "lora_A")] == ["lin1"]
+
+
+def test_a_state_dict_of_a_peft_model_decides_too():
+    model = fill_adapter(get_peft_model(MLP(), LoraConfig(target_modules=["lin0"])))
+    tensors = get_peft_model_state_dict(model)
+    plain = inject_adapter_in_model(LoraConfig(target_modules=["lin1"]), MLP(), state_dict=tensors)
+    assert set_peft_model_state_dict(plain, tensors).unexpected_keys == []
+    assert torch.equal(plain(X), model(X))
+
+
+def test_a_state_dict_with_parameters_as_targets_puts_one_layer_on_each():
+    config = LoraConfig(target_modules=[], target_parameters=["lin0.weight"])
+    tensors = get_peft_model_state_dict(fill_adapter(inject_adapter_in_model(config, MLP())))
+    model = inject_adapter_in_model(config, MLP(), state_dict=tensors)
+    assert set_peft_model_state_dict(model, tensors) == ([], [])
+
+
+def test_a_state_dict_of_another_model_is_refused():
+    tensors = get_peft_model_state_dict(inject_adapter_in_model(LoraConfig(target_modules=["lin0"]), MLP()))
+    other = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(NoMatchingPeftModuleError, match=r"No module of Sequential .* tensors of the adapter on lin0"):
+        inject_adapter_in_model(LoraConfig(target_modules=["0"]), other, state_dict=tensors)
+    assert not hasattr(other, "peft_config")
 
 
 def test_adapters_of_two_methods_can_be_injected():

@@ -57,16 +57,25 @@ def test_base_weights_in_a_file_are_refused_and_named(tmp_path):
     assert changed == {"lin0.bias"}, "a bias that the configuration says was trained"
 
 
-def test_embeddings_that_a_file_replaces_are_said(tmp_path):
-    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (LoraConfig(target_modules=["q_proj"]), "model__model__embed_tokens__weight"),
+        (LoraConfig(trainable_token_indices=[1]), "model__model__embed_tokens__token_adapter__base_layer__weight"),
+        (peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "model__embed_tokens__weight"),
+    ],
+    ids=["LoRA", "trained tokens", "soft prompt"],
+)
+def test_embeddings_that_a_file_replaces_are_said(tmp_path, config, name):
     folder = saved(tmp_path / "a", config, tiny_models.llama(), save_embedding_layers=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PeftWarning)
         PeftModel.from_pretrained(tiny_models.llama(), folder)  # the same ones
-    with_tensors(folder, base_model__model__model__embed_tokens__weight=torch.ones(40, 32))
+    assert f"base_model__{name}".replace("__", ".") in load_file(folder / WEIGHTS)
+    with_tensors(folder, **{f"base_model__{name}": torch.ones(40, 32)})
     with pytest.warns(PeftWarning, match=r"replaces embeddings of the base model, \S*embed_tokens"):
         loaded = PeftModel.from_pretrained(tiny_models.llama(), folder)
-    assert loaded.get_input_embeddings().weight.eq(1).all()
+    assert tiny_models.base_state(loaded)["model.embed_tokens.weight"].eq(1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -226,6 +227,20 @@ def train_a_little(model: nn.Module, data: torch.Tensor) -> None:
         (model(data) - 1).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal"])
+def test_a_start_that_changes_base_weights_under_other_adapters_says_so(start):
+    model = get_peft_model(mlp(), config_of(False, target_modules=["up"]), "first")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        get_peft_model(mlp(), config_of(start))  # alone: nothing to say
+        model.add_adapter("second", config_of(start, target_modules=["down"]))
+        assert not said
+        model.add_adapter("third", config_of(start))
+    assert ["so first, second will act differently" in str(one.message) for one in said] == [True] * (
+        start != "orthogonal"
+    )
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "corda", "lora_ga"])

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from peft.checkpoint.gather import Location, prompt_tensors, unaliased, values_of
-from peft.core.auxiliary import AuxiliaryTrainingWrapper
+from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
 from peft.core.model_config import embeddings_of
 from peft.core.storage.sharded import reshard
 from peft.core.storage.shared import put, shape_of
+from peft.core.tokens import TrainableTokensWrapper
 from peft.core.tuner import BaseTuner
 from peft.core.undo import is_adding
 from peft.core.walk import live_modules, parts_of
@@ -101,8 +102,7 @@ def get_peft_model_state_dict(
     tensors: dict[str, Tensor] = {}
     if config.is_prompt_learning and isinstance(model, PromptHost):
         tensors = prompt_tensors(model, adapter_name, state_dict)
-    else:
-        locations.update(_embeddings_to_save(model, config, save_embedding_layers))
+    locations.update(_embeddings_to_save(model, config, save_embedding_layers))
     tensors |= values_of(model, locations, state_dict)
     method = getattr(method_of(config.peft_type).model_class, "method_class", None)
     return unaliased(tensors if method is None else method.write_tensors(model, adapter_name, tensors))
@@ -153,7 +153,12 @@ def _embedding_locations(model: nn.Module) -> tuple[dict[str, Location], dict[st
         layer: Any = embeddings_of(model, side)
         layer = None if layer is None else unwrapped(layer)
         path = next((path for path, module in live_modules(model) if module is layer), None)
-        if path is None or isinstance(layer, AuxiliaryTrainingWrapper):  # which is trained, and saved in full already
+        if path is None or isinstance(layer, ModulesToSaveWrapper):  # which is trained, and saved in full already
+            continue
+        if isinstance(layer, TrainableTokensWrapper):
+            live = f"{path}.token_adapter.base_layer.weight"
+            kept = layer.token_adapter.ledger.originals
+            locations[_in_files(model, live)] = Location(live, layer.original_module, "weight", None, kept)
             continue
         depth = 1 + layer.count_below() if isinstance(layer, AdapterLayer) else 0
         base, kept = (layer.get_base_layer(), layer.ledger.originals) if depth else (layer, {})
@@ -279,7 +284,7 @@ class Places:
         self._biases: dict[tuple[int, str], Location] = {}
         for key, location in _bias_locations(model, adapter_name).items():
             self._biases[_place(base_location(model, key) or location)] = location
-        plain, adapted = ({}, {}) if config.is_prompt_learning else _embedding_locations(model)
+        plain, adapted = _embedding_locations(model)
         self._adapted = {_place(location): location for location in adapted.values()}
         self._embeddings = {_place(location) for location in plain.values()}
         self._raw = self._raw_names(adapter_name, [*keys])

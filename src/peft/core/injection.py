@@ -91,10 +91,7 @@ class Injector(Adapters):
                 save_modules(model, plan.save, adapter_name, tied)
                 train_tokens(model, adapter_name, tokens)
             self._join(adapter_name, config, plan, tied, before, autocast_adapter_dtype)
-            for layer in self.layers():
-                changed = layer.change_base(adapter_name)
-                if changed is not None:
-                    undo.callback(layer.restore_base, changed)
+            self._change_base(adapter_name, undo)
             for part in self.layers() if self._stays else ():
                 part.leave_shared()
             keep_open(module for _, module in live_modules(model))
@@ -278,6 +275,26 @@ class Injector(Adapters):
         average_gradients(model)
         average_gradients(self)  # which may hold more
         model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    def _change_base(self, name: str, undo: ExitStack) -> None:
+        """Takes out of the base weights what the start of an adapter has taken from them."""
+        changed = set()
+        for layer in self.layers():
+            before = layer.change_base(name)
+            if before is not None:
+                undo.callback(layer.restore_base, before)
+                changed.add(layer.get_base_layer())
+        there = (
+            other for layer in self.layers() if layer.get_base_layer() in changed for other in layer.adapter_names()
+        )
+        others = [other for other in dict.fromkeys(there) if other != name]
+        if others:
+            warn(
+                f"Adapter {name!r} starts with a part of the base weights, which do without it from now on: so"
+                f" {', '.join(others)} will act differently, and {name!r} too if it was saved on the base model as that"
+                " once was. Give each a base model of its own, or save them as plain LoRAs"
+                " (path_initial_model_for_weight_conversion).",
+            )
 
     def _freeze_base(self, before: Before) -> None:
         """Freezes the base model, but for the biases that adapters have trained in place of its own."""

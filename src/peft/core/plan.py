@@ -31,7 +31,7 @@ from peft.core.targets import (
     saved_as,
     target_name,
 )
-from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, warn
+from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, listed, warn
 from peft.patterns import get_pattern_key
 from peft.target_tables import LINEAR_INSIDE
 
@@ -176,10 +176,12 @@ def make_plan(
             used.add(entry)
             inside_saved = f"{key}."
             continue
-        if parameters:
-            plan.targets += _parameter_targets(Target(key, module, parent, child), parameters, used)
-        by_name = also_target if only is None else only
-        target_entry = key if key in by_name else matches(config, key) if only is None else None
+        in_parts = _parameter_targets(Target(key, module, parent, child), parameters, used) if parameters else []
+        plan.targets += in_parts
+        if only is None:
+            target_entry = key if key in also_target else matches(config, key)
+        else:  # a layer around those of its parameters has a name of its own
+            target_entry = key if key + ".base_layer" * len(in_parts) in only else None
         if target_entry and key:  # the model itself is in no module that could hold a layer in its place
             used.add(target_entry)
             plan.targets.append(_target_at(key, module, parent, child))
@@ -280,6 +282,9 @@ def _check_matches(
     asked = sorted(config.target_modules) if isinstance(config.target_modules, (set, list)) else config.target_modules
     if not plan.targets and config.target_modules != DUMMY_TARGET_MODULES and only is None:
         raise NoMatchingPeftModuleError(_nothing_matches(plan, config, asked, where, names, model))
+    if only is not None and not plan.targets and not plan.save:
+        found = f"which has tensors of the adapter on {listed(sorted(only)) or 'none'}"
+        raise NoMatchingPeftModuleError(f"No module of {where} is among those of the state dict, {found}.")
     parameters = set(getattr(config, "target_parameters", None) or ())
     # An entry may fit only what another, longer one or another setting takes; that is a match all the same.
     if not {*(asked if isinstance(asked, list) else ()), *parameters, *(config.modules_to_save or ())} <= used:

@@ -206,5 +206,6 @@ def _tails(name: str) -> Iterator[str]:
 
 
 def state_dict_targets(state_dict: Iterable[str], prefix: str) -> set[str]:
-    """Names of the modules that have tensors of a method in a state dict."""
-    return {key.rpartition(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
+    """Names of the modules that have tensors of a method in a state dict, also in one of a `PeftModel`."""
+    keys = (key.removeprefix("base_model.model.") for key in state_dict)
+    return {key.rpartition(f".{prefix}")[0] for key in keys if f".{prefix}" in key}
