@@ -36,18 +36,14 @@ def run(options: Any, fields: Mapping[str, Any], *_: Any) -> None:
     print(f"{options.method} on {options.model}: {facts['trainable']:,} of {facts['parameters']:,} parameters train;"
           f" the adapter's file has {facts['file'] / 1e6:,.1f} MB")  # fmt: skip
     print(f"For {options.batch_size} x {facts['length']} tokens:")
-    for name, size in parts.items():
+    for name, size in {**parts, "peak": facts["peak"]}.items():
         print(f"  {name:<28} {size / GB:8.3f} GB")
-    memory = options.memory * GB if options.memory else _memory()
-    verdict = "fits" if facts["peak"] < 0.95 * memory else "does not fit"
-    print(f"  {'peak':<28} {facts['peak'] / GB:8.3f} GB, beside what torch itself takes;"
-          f" {verdict} into {memory / GB:.1f} GB")  # fmt: skip
-
-
-def _memory() -> float:
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        here = torch.cuda.get_device_properties(0).total_memory
+    memory = options.memory or here / GB
+    verdict = "fits" if facts["peak"] < 0.95 * memory * GB else "does not fit"
+    print(f"That {verdict} into {memory:.1f} GB; torch itself takes some more")
 
 
 def measure(options: Any, fields: Mapping[str, Any]) -> tuple[Sizes, Sizes]:

@@ -137,8 +137,7 @@ def _spectrum(name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> to
     if a.shape[0] != rank or b.shape[1] != rank:
         return None  # the experts of a fused parameter, the groups of a convolution
     scaling = alpha_of(config, name) / (rank**0.5 if config.use_rslora else rank)
-    wide = rank > min(a.shape[1], b.shape[0])
-    return abs(scaling) * (torch.linalg.svdvals(b @ a) if wide else svd_of_product(b, a)[1])
+    return abs(scaling) * svd_of_product(b, a)[1]
 
 
 def _show(found: Found, key: str, label: str) -> None:

@@ -62,7 +62,8 @@ def placed(options: Any) -> dict[str, Any]:
 
 def cache() -> Path:
     """Where converted models are kept: `PEFT_HOME`, by default `~/.cache/peft`."""
-    return Path(os.environ.get("PEFT_HOME") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peft")
+    kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peft"
+    return Path(os.environ.get("PEFT_HOME") or kept).absolute()
 
 
 def locate(model: str) -> str:
@@ -80,7 +81,7 @@ def locate(model: str) -> str:
     if path.suffix == ".gguf" and path.is_file():
         folder = cache() / path.stem
         if not folder.is_dir():
-            print(f"Converting {path.name} for torch, once, into {folder} (some half a minute)", file=sys.stderr)
+            print(f"Converting {path.name} for torch, once, into {folder} (about a minute)", file=sys.stderr)
             _convert(path, folder)
         return str(folder)
     if not path.is_dir() and (is_path(model) or path.suffix == ".gguf"):
@@ -180,8 +181,7 @@ def load_processor(source: str, kind: str = "AutoTokenizer", template: str | Non
     try:
         found = getattr(transformers(), kind).from_pretrained(source)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        what = "tokenizer" if kind == "AutoTokenizer" else "processor"
-        raise ValueError(f"{source} has no {what} that can be read ({first_line(error)})") from error
+        raise ValueError(f"{source} has no {kind[4:].lower()} that can be read ({first_line(error)})") from error
     if kind == "AutoProcessor" and not hasattr(found, "feature_extractor"):
         raise ValueError(f"{source} has no processor with a feature extractor and a tokenizer, which speech needs")
     if kind == "AutoTokenizer" and found.pad_token_id is None:

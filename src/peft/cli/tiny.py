@@ -36,7 +36,7 @@ def base_model(folder: Path, out: Any) -> str:
     """Path of the tiny base model in `folder`; made there if it is not there yet."""
     from accelerate import PartialState
 
-    path = (folder / f"tiny-{STEPS}").absolute()
+    path = folder / f"tiny-{STEPS}"
     with PartialState().main_process_first():
         if not path.is_dir():
             _make(path, out)
