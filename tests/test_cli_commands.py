@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
 from peft.cli import main, tiny
-from peft.cli.options import COMMANDS
-from peft.cli.tasks import CHATML
+from peft.cli.options import CHATML, COMMANDS
 from tiny_models import bert, byte_tokenizer, llama
 
 Estimate = COMMANDS["estimate"]
@@ -332,6 +331,9 @@ WRONG = {
     "merge {one} --model {deep} --by-shard --output x": (1, "the adapter is not of the model"),
     "resize {one} --rank 0 --output x": (2, "rank must be a positive integer, got 0"),
     "generate {bert} --prompt a": (1, "a bert model has no head for causal-lm"),
+    "generate nowhere --prompt a": (1, "nowhere is no folder here, and no model that the hub gives"),
+    "generate ./nowhere --prompt a": (1, "no model ./nowhere: no such folder"),
+    "generate folder --prompt a": (1, "folder"),
     "generate {broken} --prompt a": (1, "broken cannot be loaded: Error while deserializing header"),
     "generate {base} --prompts folder": (1, "neither prompt nor messages, but peft_type, r"),
     "generate {base} --prompts null.jsonl": (1, "null.jsonl, line 2: a list of turns is needed, got [None]"),

@@ -13,11 +13,11 @@ import pytest
 from transformers import LlamaConfig, Wav2Vec2CTCTokenizer
 
 from peft.cli.models import check_task, device_of, locate
-from peft.cli.options import ALIASES, COMMANDS
+from peft.cli.options import ALIASES, CHATML, COMMANDS
 from peft.cli.parse import OptionError, init_types, read, settings_of
 from peft.cli.plan import learning_rate
 from peft.cli.records import read_records, understand
-from peft.cli.tasks import CHATML, Encoder, measures, word_error_rate
+from peft.cli.tasks import Encoder, measures, word_error_rate
 from peft.registry import METHODS
 from tiny_models import byte_tokenizer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from peft import PeftConfig
 from peft.cli import models
 from peft.cli.records import read_records, turns_of
 
@@ -55,7 +55,11 @@ def _questions(options: Any) -> Iterator[list[dict[str, str]]]:
 def _load(options: Any) -> tuple[Any, Any]:
     """(an adapted or plain model, its tokenizer)"""
     name = options.adapter
-    if (os.path.isdir(name) and not os.path.isfile(os.path.join(name, "adapter_config.json"))) or name == models.SMOLLM:
+    try:
+        plain = name == models.SMOLLM or not PeftConfig.from_pretrained(name)
+    except ValueError:  # there is none, or it is damaged, which is said by what reads it now
+        plain = True
+    if plain:
         task = models.writer_of(models.config_of(base := models.locate(name))).auto
         return models.load_base(base, task, **models.placed(options)), models.load_processor(base)
     model = models.load_adapted(name, options)

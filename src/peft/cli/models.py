@@ -23,8 +23,9 @@ from peft import (
     prepare_model_for_kbit_training,
 )  # fmt: skip
 from peft.checkpoint.files import write_adapter
+from peft.cli.options import CHATML
 from peft.cli.records import first_line, text_of
-from peft.cli.tasks import CHATML, TASKS, Task
+from peft.cli.tasks import TASKS, Task
 from peft.errors import PeftWarning
 from peft.hub import is_path
 

@@ -19,8 +19,9 @@ TYPES: dict[str, Any] = {str(kind): kind for kind in (list[str], list[int], list
 TYPES |= {kind.__name__: kind for kind in (str, int, float, bool)}
 TYPES |= {"int > 0": PositiveInt, "float > 0": PositiveFloat, "float >= 0": NonNegativeFloat, "share": Fraction}
 _TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
-_DATA = ("tasks", "rates", "arguments", "shown", "free", "roles", "columns", "columns_of_words")
-TASKS, RATES, FIXED, SHOWN, FREE, ROLES, COLUMNS, COLUMNS_OF_WORDS = map(_TABLE.pop, _DATA)
+_DATA = ("tasks", "rates", "arguments", "shown", "free", "roles", "columns", "columns_of_words", "chatml",
+         "not_for_users")
+TASKS, RATES, FIXED, SHOWN, FREE, ROLES, COLUMNS, COLUMNS_OF_WORDS, CHATML, HIDDEN = map(_TABLE.pop, _DATA)
 TYPES["tasks"] = Literal[tuple(TASKS)]
 #: the options of sections that commands have in common -> which of these come first, after the command's own
 _SHARED = {key: n for n, name in enumerate(("base", "trained", "adapted", "placed"), 1) for key in _TABLE.pop(name)}

@@ -13,14 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from peft.cli.options import ALIASES, COMMANDS
+from peft.cli.options import ALIASES, COMMANDS, HIDDEN
 from peft.registry import METHODS
 
-#: fields that the library or the command fills in itself
-NOT_FOR_USERS = {
-    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode", "task_type", "revision",
-    "left_out",
-}  # fmt: skip
 #: settings of a run, written into its folder; what `--resume` reads
 SETTINGS = "train.yaml"
 #: what decides nothing about a run
@@ -53,7 +48,7 @@ def method_named(text: str) -> str:
 
 def init_types(owner: Any) -> Values:
     """The fields of a dataclass that a user may set, with their types."""
-    kinds, hidden = get_type_hints(owner), NOT_FOR_USERS if hasattr(owner, "from_peft_type") else ()
+    kinds, hidden = get_type_hints(owner), HIDDEN if hasattr(owner, "from_peft_type") else ()
     return {f.name: kinds[f.name] for f in fields(owner) if f.init and f.name not in hidden}
 
 

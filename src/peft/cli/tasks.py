@@ -14,11 +14,6 @@ from peft.cli.records import Message, Record, Row
 
 IGNORED = -100
 Example = dict[str, Any]
-#: the usual format where a tokenizer has no chat template
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 class Task(NamedTuple):
