@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from peft.core.base_op import NormOp, base_op
 from peft.core.layer import AdapterLayer
-from peft.core.part import as_names
 from peft.core.slots import Buffers
 from peft.core.storage import onloaded, storage_of
 from peft.core.targets import ALL_LINEAR, CLASSIFIER_NAMES, named_targets
@@ -102,11 +101,7 @@ def get_in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
 
 def check_adapters_to_merge(module: AdapterLayer, adapter_names: Sequence[str] | str | None = None) -> list[str]:
     """Which adapters a merge of `adapter_names` (None: of the active ones) has to add; a warning for those that are."""
-    names = module.active_adapters if adapter_names is None else as_names(adapter_names)
-    merged = [name for name in names if name in module.merged_adapters]
-    if merged:
-        warn(f"Adapter {', '.join(merged)} is merged already.")
-    return [name for name in names if name not in merged]
+    return module.names_to_merge(adapter_names)
 
 
 def maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:

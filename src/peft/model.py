@@ -144,10 +144,8 @@ class PeftModel(SavedAdapters, Delegated):
                 for part in parts:
                     part.enable_adapters(on)
                 self._prompt_disabled = not on
-        elif on:
-            self._tuner.enable_adapter_layers()
         else:
-            self._tuner.disable_adapter_layers()
+            self._tuner.enable_adapter_layers() if on else self._tuner.disable_adapter_layers()
 
     # ---- being the model
 

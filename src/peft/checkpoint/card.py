@@ -82,9 +82,14 @@ def _bring_up_to_date(card: Any, method: str, base_id: str | None, task_type: st
     """Lets the card's metadata say what is known of the adapter."""
     data = card.data
     data["library_name"] = "peft"
-    data["tags"] = _tags(_as_list(data.get("tags")), method, base_id, tags)
-    if base_id is not None and base_id not in _as_list(data.get("base_model")):
-        data["base_model"] = base_id
+    kept, new = _as_list(data.get("tags")), {*tags, *(["lora"] if method == "LORA" else [])}
+    if base_id is not None:
+        ours = _ADAPTER_TAG + base_id
+        kept = [tag for tag in kept if tag == ours or not tag.startswith(_ADAPTER_TAG)]  # those for others go
+        new.add(ours)
+        if base_id not in _as_list(data.get("base_model")):
+            data["base_model"] = base_id
+    data["tags"] = [*kept, *sorted(new.difference(kept))]
     if not data.get("pipeline_tag") and TASKS[task_type][1]:
         data["pipeline_tag"] = TASKS[task_type][1]
 
@@ -123,18 +128,6 @@ def _new_card(method: str, base_model: str | None, base_id: str | None, task_typ
 
 def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
-
-
-def _tags(kept: list[str], method: str, base_id: str | None, further: Iterable[str]) -> list[str]:
-    """The tags of the card, then those that are new; a tag for another base model goes."""
-    new = set(further)
-    if method == "LORA":
-        new.add("lora")
-    if base_id is not None:
-        ours = _ADAPTER_TAG + base_id
-        kept = [tag for tag in kept if tag == ours or not tag.startswith(_ADAPTER_TAG)]
-        new.add(ours)
-    return [*kept, *sorted(new.difference(kept))]
 
 
 def _with_quantization(text: str, quantization: Mapping[str, Any] | None) -> str:

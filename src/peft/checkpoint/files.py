@@ -39,7 +39,6 @@ def write_adapter(
     *,
     card: str | None = None,
     safe_serialization: bool = True,
-    metadata: Mapping[str, str] | None = None,
     more: Mapping[str, bytes] | None = None,
 ) -> None:
     """Saves one adapter: configuration, weights and model card replace what is there all at once, or not at all.
@@ -53,7 +52,6 @@ def write_adapter(
         tensors: weights by the name they have in the file. Tensors that share memory are written in full each.
         card: text of `README.md`; None leaves it as it is.
         safe_serialization: write `adapter_model.safetensors`; False writes `adapter_model.bin`, a pickle.
-        metadata: further entries for the header of the safetensors file.
         more: further files, by name.
 
     Raises:
@@ -66,7 +64,7 @@ def write_adapter(
 
     def write_safetensors(path: str) -> None:
         try:
-            save_file(stored, path, metadata={"format": "pt", **(metadata or {})})
+            save_file(stored, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{os.fspath(folder)!r}: the weights could not be written ({error}).") from error
 

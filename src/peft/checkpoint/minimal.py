@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -141,22 +143,13 @@ def _made_again(tuner: Any, adapter_name: str) -> dict[str, list[Tensor]]:
 
 
 def _drawn(layer: AdapterLayer, adapter_name: str, config: Any, names: list[str]) -> dict[str, list[Tensor]]:
-    """What a layer draws for slots; it is left with what it has."""
-    containers: Any = layer._modules
-    held = {name: containers[name][adapter_name] for name in layer.slots if adapter_name in containers.get(name, ())}
-    for name in names:
-        if name in held:
-            del containers[name][adapter_name]
-    try:
-        with torch.device("cpu"):
-            layer.draw(adapter_name, config)
-        drawn = {name: containers[name][adapter_name] for name in names if adapter_name in containers[name]}
-        return {name: list(_tensors(value)) for name, value in drawn.items()}
-    except (ValueError, KeyError):  # it has nothing to draw them from
-        return {}
-    finally:
-        for name, value in held.items():
-            containers[name][adapter_name] = value
+    """What a layer draws for slots: into those of a copy, which has all else of it."""
+    twin, empty = copy.copy(layer), {name: layer.slots[name].container() for name in names}
+    twin.__dict__["_modules"] = {**layer._modules, **empty}
+    made: Any = empty
+    with suppress(ValueError, KeyError), torch.device("cpu"):  # where it has nothing to draw them from
+        twin.draw(adapter_name, config)
+    return {name: list(_tensors(made[name][adapter_name])) for name in names if adapter_name in made[name]}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

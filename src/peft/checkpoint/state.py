@@ -295,11 +295,8 @@ class Places:
         """The names that a model's own state dict has, with an adapter's name in them -> those that files have."""
         if all(key in self._locations for key in keys):
             return {}
-        by_rest: dict[tuple[str, str], str] = {}
-        for file_name, location in self._locations.items():
-            for before, part, after in _cuts(location.live_name):
-                if part == adapter_name:
-                    by_rest[before, after] = file_name
+        cuts = ((name, cut) for name, location in self._locations.items() for cut in _cuts(location.live_name))
+        by_rest = {(before, after): name for name, (before, part, after) in cuts if part == adapter_name}
         raw: dict[str, dict[str, str]] = {}
         for key in keys:
             for before, part, after in _cuts(key) if key not in self._locations else ():

@@ -151,22 +151,18 @@ def rewrite(layer: AdaptedModule, entries: list[Entry], safe: bool = False, own:
         values = _values(base, ledger, entries)
         if safe:
             _check_finite(values, (name for _, name in entries))
-        undone = [name for name in ledger.originals if name not in values]
-        before = {name: storage_of(base, name).keep(base, name) for name in (*values, *undone)}
         originals = dict(ledger.originals)
+        before = {name: storage_of(base, name).keep(base, name) for name in originals}
         try:
             for name, value in values.items():
                 storage, alone = storage_of(base, name), own and name not in (*ledger.originals, *base._buffers)
                 ledger.originals.setdefault(name, storage.keep(base, name, alone))
                 storage.write(base, name, value, alone)
-            for name in undone:
-                storage_of(base, name).restore(base, name, ledger.originals[name])
+            for name in (name for name in originals if name not in values):
+                storage_of(base, name).restore(base, name, originals[name])
         except BaseException:
-            for name, value in before.items():
-                if name in originals:
-                    storage_of(base, name).restore(base, name, value)
-                elif name in ledger.originals:
-                    storage_of(base, name).restore(base, name, ledger.originals[name])
+            for name, original in ledger.originals.items():
+                storage_of(base, name).restore(base, name, before.get(name, original))
             ledger.originals = originals
             raise
         ledger.entries, ledger.own = entries, own

@@ -171,13 +171,13 @@ class Method:
                 made = self.share(plan, config, adapter_name)
         device = place_of(plan.targets[0].base)[0]
 
-        def placed(tensor: Tensor) -> Tensor:
-            return tensor if device is None or device.type == "meta" or tensor.is_meta else tensor.to(device)
+        def placed(value: Any) -> Any:
+            return value if device is None or device.type == "meta" or _is_blank(value) else value.to(device)
 
         for name, value in made.items():
             container = self.shared[name]
             if isinstance(value, nn.Module):
-                container[adapter_name] = value if device is None else value.to(device)
+                container[adapter_name] = placed(value)
             elif isinstance(value, Tensor):
                 container[adapter_name] = nn.Parameter(placed(value)) if self.slot(name).trained else placed(value)
             else:

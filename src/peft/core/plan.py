@@ -247,7 +247,6 @@ def _parameter_targets(place: Target, wanted: set[str], used: set[str]) -> list[
 
 
 def _check_target(target: Target, config: LayerConfig, layer_class: type[AdapterLayer]) -> None:
-    module = target.module
     if target.parameter_name is not None and not target.key:
         raise ValueError(
             f"target_parameters={target.parameter_name!r} is a top-level parameter of the model, which cannot"
@@ -294,8 +293,8 @@ def _check_matches(
         left = sorted(set(entries) - used)[:_MANY]
         return [f"{field} entry {entry!r}" + _did_you_mean(entry, known) for entry in left]
 
-    unmatched = missed("target_modules", asked, names) if isinstance(asked, list) and only is None else []
-    unmatched = [] if getattr(config, "_targets_are_defaults", False) else unmatched
+    chosen = only is None and not getattr(config, "_targets_are_defaults", False)
+    unmatched = missed("target_modules", asked, names) if isinstance(asked, list) and chosen else []
     if parameters:
         unmatched += missed("target_parameters", parameters, [name for name, _ in model.named_parameters()])
     unmatched += missed("modules_to_save", set(config.modules_to_save or ()) - HEAD_NAMES, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,47 +28,46 @@ class Watch:
     def __init__(self) -> None:
         self.is_over = False
         self._called: set[int] = set()
-        self._passes = 0
-        self._is_done_with_calls = False
+        self._tries = _TRIES
         self._reached: set[int] | None = None
         self._went_back = False
         self._handles: list[Any] = []
 
     def run(self, tuner: Adapters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output."""
+        run = partial(tuner.model, *args, **kwargs)
         if torch.compiler.is_compiling() or is_transformed() or current_route() is not None or tuner.disabled:
-            return tuner.model(*args, **kwargs)
-        if backward_pass() != -1:  # checkpointing runs the model once more; its gradients are still to come
-            return tuner.model(*args, **kwargs)
+            return run()
         trains = tuner.training and torch.is_grad_enabled()
-        if self._is_done_with_calls and not (trains and (self._reached is None or self._went_back)):
-            return tuner.model(*args, **kwargs)
+        is_done = not self._tries and not (trains and (self._reached is None or self._went_back))
+        # Checkpointing runs the model once more; its gradients are still to come.
+        if is_done or backward_pass() != -1:
+            return run()
         if not _can_be_watched(tuner.model):
             self._end(tuner)
-            return tuner.model(*args, **kwargs)
+            return run()
         if trains and self._went_back:
             self._report_gradients(tuner)
-        if trains and self._reached is None:
-            for method in tuner.methods():
-                method.check_before_training()
-        output = tuner.model(*args, **kwargs) if self._is_done_with_calls else self._watch_calls(tuner, args, kwargs)
-        if trains and self._reached is None and tuner.__dict__.get("_watch") is self:
+        starts = trains and self._reached is None
+        for method in tuner.methods() if starts else ():
+            method.check_before_training()
+        output = self._watch_calls(tuner, run) if self._tries else run()
+        if starts and tuner.__dict__.get("_watch") is self:
             self._watch_gradients(tuner, output)
         return output
 
-    def _watch_calls(self, tuner: Adapters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _watch_calls(self, tuner: Adapters, run: Callable[[], Any]) -> Any:
         layers = [(key, layer) for key, layer in _outer_layers(tuner) if id(layer) not in self._called]
         for _, layer in layers:
             layer.__dict__["forward"] = partial(_note_call, layer, self._called)
         try:
-            output = tuner.model(*args, **kwargs)
+            output = run()
         finally:
             for _, layer in layers:
                 layer.__dict__.pop("forward", None)
         missed = [key for key, layer in layers if id(layer) not in self._called]
-        self._passes += 1
-        self._is_done_with_calls = not missed or not tuner.training or self._passes == _TRIES
-        if missed and self._is_done_with_calls:
+        self._tries = self._tries - 1 if missed and tuner.training else 0
+        if missed and not self._tries:
             warn(
                 f"Adapters on {_listed(missed)} were not called in a forward pass of the whole model, so they had no"
                 " part in it. They may be for inputs of another kind; or the model does not call these modules at all."
@@ -101,7 +100,7 @@ class Watch:
         if dead:
             _warn_of_gradients(dead)
         self._went_back = False
-        if self._is_done_with_calls:
+        if not self._tries:
             self._end(tuner)
         self.let_go()
 

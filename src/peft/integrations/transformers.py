@@ -307,25 +307,25 @@ def convert_peft_adapter_state_dict_for_transformers(
             result[f"base_model.model.{weight.removesuffix('.weight')}.{rest}"] = tensor
         else:
             result[key] = tensor
+    targeted = _targeted(peft_config, stacks.values())
     for (weight, side), tensors in experts.items():
         stack = stacks[weight]
         # Experts that the adapter leaves alone get a change of zero.
         nothing, every = torch.zeros_like(next(iter(tensors.values()))), range(stack.count)
         factors = [[tensors.get((name, expert), nothing) for expert in every] for name in stack.rule.projections]
-        wrapper = _wrapper(stack.key, stack.rule.parameter, _targeted(peft_config, stacks.values()))
+        wrapper = _wrapper(stack.key, stack.rule.parameter, targeted)
         result[f"base_model.model.{wrapper}.{side}.weight"] = _FUSE[side](factors)
     return result
 
 
 def _targeted(config: Any, stacks: Iterable[ExpertStack]) -> list[str]:
     """The fused parameters that a configuration means, in the order in which they get their layers."""
-    wanted = config.target_parameters or ()
-    names = dict.fromkeys(stack.rule.parameter for stack in stacks)
-    return [name for name in names if any(entry.rpartition(".")[2] == name for entry in wanted)]
+    wanted = {entry.rpartition(".")[2] for entry in config.target_parameters or ()}
+    return list(dict.fromkeys(stack.rule.parameter for stack in stacks if stack.rule.parameter in wanted))
 
 
 def _wrapper(key: str, parameter: str, targeted: Sequence[str]) -> str:
-    """The name of the layer that adapts `parameter` of module `key`: the first parameter's is the innermost."""
+    """The name of the layer that adapts `parameter` of module `key`: the first of those targeted is the innermost."""
     inside = len(targeted) - 1 - targeted.index(parameter) if parameter in targeted else 0
     return key + ".base_layer" * inside
 

@@ -21,7 +21,7 @@ from peft.core.storage.flat import Mastered, Partitioned, Window, check_whole, t
 from peft.core.storage.parametrised import Parametrised, is_parametrised
 from peft.core.storage.quantised import QUANTISED
 from peft.core.storage.sharded import SHARDED
-from peft.core.storage.shared import KINDS, kind_of, shape_of, whole
+from peft.core.storage.shared import ALONE, KINDS, kind_of, shape_of, whole
 
 _PLAIN, _PARAMETRISED = Storage(), Parametrised()
 KINDS[:] = SHARDED, Partitioned(), Mastered(), Window()
@@ -39,7 +39,8 @@ def storage_of(module: nn.Module, name: str) -> Storage:
             return _PARAMETRISED
         weight = getattr(module, name, None)
     if _is_usual(weight):
-        return kind_of(weight) or _PLAIN
+        kind = kind_of(weight)
+        return _PLAIN if kind is ALONE else kind
     if SHARDED.holds(weight) and weight.is_floating_point():
         return SHARDED
     for storage in QUANTISED:

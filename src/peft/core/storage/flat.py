@@ -82,8 +82,6 @@ def _feed(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 class Mastered(Shared):
     """Parameters that are whole, and of which a ZeRO-1 or ZeRO-2 engine trains a copy, a part on each process."""
 
-    apart = False
-
     def holds(self, tensor: Any) -> bool:
         return getattr(tensor, "_hp_mapping", None) is not None
 
@@ -171,8 +169,6 @@ class Partitioned(Mastered):
 
 class Window(Shared):
     """Parameters that are a part of a larger tensor, and so are written in place."""
-
-    apart = False
 
     def holds(self, tensor: Any) -> bool:
         """Whether it may be part of a larger tensor, so that replacing its data would be lost on that."""

@@ -37,6 +37,8 @@ def shared_out(value: Tensor, mesh: Any, placements: Iterable[Any]) -> Any:
 class Sharded(Shared):
     """Weights that are DTensors; `fully_shard` holds the same memory, so they are written in place."""
 
+    apart = True
+
     def holds(self, tensor: Any) -> bool:
         return is_dtensor(tensor)
 

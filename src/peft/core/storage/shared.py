@@ -21,10 +21,13 @@ from peft.ops.internals import sharded_of
 
 
 class Shared(Storage):
-    """A way to share tensors out. Reading gathers, so all processes read together; each writes its own part."""
+    """A way to share tensors out. Reading gathers, so all processes read together; each writes its own part.
+
+    What is not overridden is as for tensors that are not shared out.
+    """
 
     #: whether a module has none of the whole's values, so that copies of it have to be made of the whole
-    apart = True
+    apart = False
 
     def holds(self, tensor: Any) -> bool:
         """Whether a tensor is shared out in this way."""
@@ -113,6 +116,8 @@ class Shared(Storage):
 
 #: filled by `peft.core.storage`; the first that holds a tensor is asked
 KINDS: list[Shared] = []
+#: of tensors that none of them holds
+ALONE = Shared()
 
 
 def is_one_of_many() -> bool:
@@ -120,49 +125,40 @@ def is_one_of_many() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def kind_of(tensor: Any) -> Shared | None:
-    """How a tensor is shared out; None if it is not."""
-    return next((kind for kind in KINDS if kind.holds(tensor)), None)
+def kind_of(tensor: Any) -> Shared:
+    """How a tensor is shared out; `ALONE` if it is not."""
+    return next((kind for kind in KINDS if kind.holds(tensor)), ALONE)
 
 
 def shape_of(tensor: Any) -> torch.Size:
     """The shape of a tensor when it is whole."""
-    kind = kind_of(tensor)
-    return tensor.shape if kind is None else kind.shape(tensor)
+    return kind_of(tensor).shape(tensor)
 
 
 def shaped(tensor: Tensor) -> Tensor:
     """A tensor of the whole's shape; of one that is shared out, one without values."""
     kind = kind_of(tensor)
-    return tensor if kind is None else torch.empty(kind.shape(tensor), dtype=tensor.dtype, device="meta")
+    return tensor if kind is ALONE else torch.empty(kind.shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without its share-out: gathered from all processes that share it, which all call this."""
-    kind = kind_of(tensor)
-    return tensor if kind is None else kind.whole(tensor)
+    return kind_of(tensor).whole(tensor)
 
 
 def put(tensor: Tensor, value: Tensor) -> None:
     """Copies a whole value into a tensor that may be shared out; without gradient."""
-    kind = kind_of(tensor)
-    if kind is None:
-        tensor.copy_(value)
-    else:
-        kind.put(tensor, value)
+    kind_of(tensor).put(tensor, value)
 
 
 def part_of(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: the memory itself, without gradient."""
-    kind = kind_of(tensor)
-    return tensor.detach() if kind is None else kind.part(tensor)
+    return kind_of(tensor).part(tensor)
 
 
 def with_gradient(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
     """A parameter and its gradient after a backward pass, each shared out as a DTensor or whole."""
     kind = kind_of(parameter)
-    if kind is None:
-        return parameter, parameter.grad
     gradient = kind.gradient(parameter)
     return (parameter if isinstance(gradient, type(parameter)) else kind.whole(parameter)), gradient
 
@@ -182,7 +178,7 @@ def whole_copy(module: nn.Module) -> nn.Module:
     wholes: dict[int, nn.Parameter] = {}
     for parameter in module.parameters():
         kind = kind_of(parameter)
-        if kind is not None and kind.apart:
+        if kind.apart:
             wholes[id(parameter)] = nn.Parameter(kind.whole(parameter).detach(), parameter.requires_grad)
     named = module.named_parameters(remove_duplicate=False) if wholes else ()
     values = {plain_name(name): wholes[id(parameter)] for name, parameter in named if id(parameter) in wholes}
