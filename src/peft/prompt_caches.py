@@ -59,8 +59,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
             f"The cache has seen {seen} tokens and holds the last {held} (a sliding window): the first ones are gone."
             " Use a shorter text."
         )
-    rows = [tensor[0, :, :num_virtual_tokens].transpose(0, 1) for tensor in tensors]
-    return torch.stack(rows, dim=1).flatten(1)
+    return torch.stack([tensor[0, :, :num_virtual_tokens].transpose(0, 1) for tensor in tensors], dim=1).flatten(1)
 
 
 @torch.no_grad()

@@ -108,5 +108,4 @@ class Source:
 
 def warn_of_unknown(names: set[str], function: str) -> None:
     if names:
-        listed = ", ".join(map(repr, sorted(names)))
-        warn(f"{function} does not know the argument {listed}; ignored.")
+        warn(f"{function} does not know the argument {', '.join(map(repr, sorted(names)))}; ignored.")

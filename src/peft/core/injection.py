@@ -218,9 +218,7 @@ class Injector(Adapters):
             any_kind=any_kind, matches=self._check_target_module_exists,
         )  # fmt: skip
         method.check_plan(plan, config)
-        united = unite_embeddings(model, plan)
-        if united is not None:
-            undo.callback(united)
+        unite_embeddings(model, plan, undo)
         tokens = token_rows(config, model)
         warn_of_tied_targets(plan.module_names, config, model)
         _note_layout(config, plan)

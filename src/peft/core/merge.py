@@ -39,8 +39,7 @@ def changed(layer: AdaptedModule, changes: Sequence[Change]) -> tuple[Tensor, Te
     else:
         native, bias = layer.get_base_weight(), layer.get_base_bias()
     bias = apply_to_bias(changes, bias)
-    weight = apply(layer, changes, native)
-    return weight, bias if bias is None else bias.to(native.dtype)
+    return apply(layer, changes, native), bias if bias is None else bias.to(native.dtype)
 
 
 def difference(layer: AdaptedModule, name: str) -> Tensor:

@@ -65,8 +65,7 @@ class Method:
     @property
     def configs(self) -> dict[str, Any]:
         """The configurations of the method's adapters."""
-        configs = self.tuner.peft_config
-        return {name: config for name, config in configs.items() if self.tuner.method(config) is self}
+        return {name: config for name, config in self.tuner.peft_config.items() if self.tuner.method(config) is self}
 
     # ---- before the first layer
 
@@ -104,8 +103,7 @@ class Method:
         """Raises ValueError where an adapter does not go together with those that are there."""
         others = [other for name, other in self.configs.items() if name != adapter_name]
         for field in self.common_fields:
-            values = {getattr(other, field) for other in (*others, config)}
-            if len(values) > 1:
+            if len({getattr(other, field) for other in (*others, config)}) > 1:
                 kind, there, new = config.peft_type.value, getattr(others[0], field), getattr(config, field)
                 raise ValueError(
                     f"All {kind} adapters of a model need the same {field}: {there!r} is there, {adapter_name!r} has"

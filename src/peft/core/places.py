@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -15,14 +16,11 @@ from peft.core.targets import base_of
 from peft.core.walk import live_key, live_modules
 
 
-def unite_embeddings(model: Any, plan: Plan) -> Callable[[], None] | None:
+def unite_embeddings(model: Any, plan: Plan, undo: ExitStack) -> None:
     """Puts the input embedding, if it gets an adapter or is trained in full, in place of those that are the same.
 
     T5 and BART look tokens up in `encoder.embed_tokens` and `decoder.embed_tokens`, modules with the weight of
-    `shared`, which nobody calls. Modules that are named themselves are left alone.
-
-    Returns:
-        What undoes it; None where there is nothing to do.
+    `shared`, which nobody calls. Modules that are named themselves are left alone. `undo` gets what undoes it.
     """
     embedding: Any = embeddings_of(model)
     named = {id(target.base) for target in plan.targets} | {
@@ -30,7 +28,7 @@ def unite_embeddings(model: Any, plan: Plan) -> Callable[[], None] | None:
     }
     weight = getattr(embedding, "_parameters", {}).get("weight")
     if id(embedding) not in named or weight is None:
-        return None
+        return
     others = [
         (holder, name, child)
         for _, holder in live_modules(model)
@@ -38,14 +36,9 @@ def unite_embeddings(model: Any, plan: Plan) -> Callable[[], None] | None:
         if child is not None and type(child) is type(embedding) and child._parameters.get("weight") is weight
         and id(child) not in named
     ]  # fmt: skip
-    for holder, name, _ in others:
+    for holder, name, child in others:
+        undo.callback(holder._modules.__setitem__, name, child)
         holder._modules[name] = embedding
-
-    def undo() -> None:
-        for holder, name, child in others:
-            holder._modules[name] = child
-
-    return undo if others else None
 
 
 def put_everywhere(model: nn.Module) -> None:

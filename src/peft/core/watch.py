@@ -95,8 +95,7 @@ class Watch:
             self._handles += [p.register_hook(partial(note, id(part))) for p in _trained_parameters(part)]
 
     def _report_gradients(self, tuner: Adapters) -> None:
-        reached = self._reached or set()
-        dead = [key for key, part in _trained_parts(tuner) if id(part) not in reached]
+        dead = [key for key, part in _trained_parts(tuner) if id(part) not in (self._reached or ())]
         if dead:
             _warn_of_gradients(dead)
         self._went_back = False

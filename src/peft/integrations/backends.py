@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -21,30 +21,25 @@ ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 
 
-def _is_available(package: str) -> Callable[[], bool]:
-    """A function that says whether `package` is installed; it looks when it is first called."""
-
-    @lru_cache(maxsize=1)
-    def is_available() -> bool:
-        # Looking for `a.b` imports `a`, so `a` must be there.
-        return find_spec(package.partition(".")[0]) is not None and find_spec(package) is not None
-
-    is_available.__doc__ = f"Whether `{package}` is installed."
-    return is_available
+@cache
+def _is_installed(package: str) -> bool:
+    # Looking for `a.b` imports `a`, so `a` must be there.
+    return find_spec(package.partition(".")[0]) is not None and find_spec(package) is not None
 
 
-is_aqlm_available = _is_available("aqlm")
-is_bnb_available = _is_available("bitsandbytes")
+#: whether a package is installed; looked for when it is first asked
+is_aqlm_available = partial(_is_installed, "aqlm")
+is_bnb_available = partial(_is_installed, "bitsandbytes")
 is_bnb_4bit_available = is_bnb_available
-is_diffusers_available = _is_available("diffusers")
-is_eetq_available = _is_available("eetq")
-is_gptqmodel_available = _is_available("gptqmodel")
-is_hqq_available = _is_available("hqq")
-is_inc_available = _is_available("neural_compressor")
-is_optimum_available = _is_available("optimum")
-is_te_available = _is_available("transformer_engine")
-is_te_pytorch_available = _is_available("transformer_engine.pytorch")
-is_torchao_available = _is_available("torchao")
+is_diffusers_available = partial(_is_installed, "diffusers")
+is_eetq_available = partial(_is_installed, "eetq")
+is_gptqmodel_available = partial(_is_installed, "gptqmodel")
+is_hqq_available = partial(_is_installed, "hqq")
+is_inc_available = partial(_is_installed, "neural_compressor")
+is_optimum_available = partial(_is_installed, "optimum")
+is_te_available = partial(_is_installed, "transformer_engine")
+is_te_pytorch_available = partial(_is_installed, "transformer_engine.pytorch")
+is_torchao_available = partial(_is_installed, "torchao")
 
 
 def is_xpu_available() -> bool:
