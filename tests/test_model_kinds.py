@@ -112,8 +112,8 @@ KINDS = [
 
 
 def tensor_of(output) -> Tensor:
-    """The first tensor of floating-point values of an output."""
-    for value in output.values():
+    """The first tensor of floating-point values of an output; Mask2Former's may be the backbone's, without adapters."""
+    for value in (output.get("transformer_decoder_last_hidden_state"), *output.values()):
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
             return value
     raise AssertionError("the model gives no tensor")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny_models import VOCABULARY, bert, fill_adapter, gpt2, llama, t5, tokens
@@ -20,6 +21,8 @@ SMALL = dict(
 
 def gemma4(**fields) -> nn.Module:
     """Wide keys in layer 2 (of 0 to 3); layers 4 and 5 take those of layers before them."""
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this version of transformers has no Gemma 4")
     torch.manual_seed(0)
     layers = [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL]
     config = transformers.Gemma4TextConfig(**SMALL, layer_types=layers, global_head_dim=16, **fields)
@@ -104,6 +107,10 @@ CHECKPOINTED = {
 }  # fmt: skip
 
 
+@pytest.mark.skipif(
+    not hasattr(GradientCheckpointingLayer, "_can_checkpoint_with_cache"),
+    reason="older transformers take the cache from checkpointed layers",
+)
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_checkpointing_changes_nothing(name):
     task, build = CHECKPOINTED[name]

@@ -119,7 +119,7 @@ def test_load_adapter_reads_what_this_package_saved(saved, caplog):
     model = tiny.llama()
     with caplog.at_level(logging.WARNING, logger="transformers"):
         info = model.load_adapter(str(folder), adapter_name="red")
-    assert not info.missing_keys and not info.unexpected_keys
+    assert info is None or not (info.missing_keys or info.unexpected_keys)  # None before 5.0
     assert torch.equal(output(model), expected)
     assert not [name for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     with pytest.raises(ValueError, match="already exists"):
@@ -163,6 +163,7 @@ def test_a_pipeline_takes_a_peft_model(saved):
     assert generate("abc", max_new_tokens=5, do_sample=False)[0]["generated_text"] == expected
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="load_adapter has no hotswap there")
 def test_hotswapping_puts_new_weights_into_a_loaded_adapter(saved, tmp_path):
     _, folder, expected = saved
     other = tiny.fill_adapter(get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM", **QV)), seed=7).eval()

@@ -247,8 +247,12 @@ class GeneratingModel(TaskModel):
         inputs = prepare(pad(input_ids, (filled, 0)), **kwargs)
         # Positions count as in `forward`, where models tell them from the mask, if at all: transformers would have the
         # padding of a batch share them, and makes a mask of four dimensions for some caches.
+        positions = f"{side}position_ids"
         if prompt.adds_tokens:
-            inputs.pop(f"{side}position_ids", None)
+            inputs.pop(positions, None)
+        elif inputs.get(positions) is not None:  # which older transformers cut beside a cache alone
+            read = inputs[vectors] if inputs.get(ids) is None else inputs[ids]
+            inputs[positions] = inputs[positions][..., -read.shape[1] :]
         if f"{side}attention_mask" in inputs and mask is not None:
             inputs[f"{side}attention_mask"] = kwargs[f"{side}attention_mask"]
         if not prompt.adds_tokens:

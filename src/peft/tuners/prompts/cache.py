@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -83,7 +83,9 @@ class CachedTokens(VirtualTokens):
     @classmethod
     def shapes(cls, config: Any, model: Any, word_embeddings: nn.Module) -> dict[str, Any]:
         method, kind = config.peft_type.value, type(model).__name__
-        if not any("past_key_values" in inspect.signature(type(m).forward).parameters for m in model.modules()):
+        passed_on = any(argument.kind is argument.VAR_KEYWORD for argument in _arguments(model).values())
+        takers = model.modules() if passed_on else [model]
+        if not any("past_key_values" in _arguments(module) for module in takers):
             raise ValueError(
                 f"{method} puts keys and values into the model's cache, but {kind} takes no past_key_values."
             )
@@ -169,6 +171,10 @@ class CachedTokens(VirtualTokens):
         if tuple(prompt_embeddings.shape) != wanted:
             raise ValueError(f"The prompt has the shape {wanted}, got {tuple(prompt_embeddings.shape)}.")
         self.load_stored({"prompt_embeddings": prompt_embeddings})
+
+
+def _arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(module).forward).parameters
 
 
 def _cut(layer: Tensor, shape: tuple[int, int] | None) -> Tensor | tuple[None, None]:
