@@ -515,6 +515,18 @@ def test_arrow_sends_a_token_to_the_expert_that_changes_it_most(experts):
         torch.testing.assert_close(layer(direction), layer.base_layer(direction) + direction @ change.T)
 
 
+def test_arrow_finds_directions_without_chance(experts):
+    first, second = (create_arrow_model(mlp(), experts, peft.ArrowConfig(top_k=2)).eval() for _ in range(2))
+    state = torch.get_rng_state()
+    assert torch.equal(first(X), second(X)) and torch.equal(torch.get_rng_state(), state)
+    layer = first.base_model.model.up
+    variant = layer.lora_variant["arrow_router"]
+    for name in ("task_0", "task_1"):
+        a, b = layer.factors(name)
+        exact = torch.linalg.svd(b @ a).Vh[0]
+        torch.testing.assert_close((variant._direction(a, b) @ exact).abs(), torch.tensor(1.0))
+
+
 def test_arrow_takes_in_experts_that_come_later(experts):
     model = create_arrow_model(mlp(), experts[:2], peft.ArrowConfig(rng_seed=0)).eval()
     model(X)

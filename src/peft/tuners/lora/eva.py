@@ -183,7 +183,11 @@ def _watched(
 
 
 def _ranks_found(
-    watched: Mapping[str, _Inputs], batches: Iterable[Any], run: Callable[[Any], None], budget: int, tau: float,
+    watched: Mapping[str, _Inputs],
+    batches: Iterable[Any],
+    run: Callable[[Any], None],
+    budget: int,
+    tau: float,
     show: bool,
 ) -> dict[str, int]:
     """Goes through the data until the components that count stay as they are; returns the ranks of the layers."""

@@ -76,7 +76,6 @@ class CordaConfig(Settings):
     prune_temporary_fields: bool = True
 
 
-
 @dataclass
 class LoraGAConfig(Settings):
     """Settings of the LoRA-GA start (arXiv:2407.05000).
@@ -138,7 +137,7 @@ class ArrowConfig(Settings):
         router_temperature: temperature of the softmax over them.
         use_gks: take the mean of the general adapters out of the experts first (GenKnowSub, arXiv:2505.10939).
         task_adapter_names, gks_adapter_names: the experts and the general adapters; `create_arrow_model` sets them.
-        rng_seed: seed of the power iteration that finds an expert's direction.
+        rng_seed: find an expert's direction nearly, by a power iteration with this seed; None finds it exactly.
     """
 
     top_k: PositiveInt = 3
