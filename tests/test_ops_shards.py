@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft.ops.shards import shard_sums, tile_columns, transform_shards
+from peft.ops.shards import Tiled, shard_sums, transform_shards
 
 small = st.integers(1, 5)
 
@@ -16,7 +16,7 @@ small = st.integers(1, 5)
 def test_sums_of_shards_make_the_product_with_the_tiled_block(out, r, extra, seed):
     generator = torch.Generator().manual_seed(seed)
     block, x = torch.randn(r, out, generator=generator), torch.randn(2, 3, r + extra, generator=generator)
-    tiled = tile_columns(block, r + extra)
+    tiled = Tiled(block, r + extra).dense()
     assert torch.equal(tiled, torch.stack([block[j % r] for j in range(r + extra)], dim=1))
     torch.testing.assert_close(shard_sums(x, r) @ block, x @ tiled.T, rtol=1e-4, atol=1e-5)
 

@@ -36,23 +36,6 @@ def diagonal_sums(matrix: Tensor, rows: int, b: int) -> Tensor:
     return twice.as_strided(blocks.shape, (first, second + 1, third, 1)).sum(1)
 
 
-def circulant_product(x: Tensor, kernel: Tensor) -> Tensor:
-    """x M^T for the matrix M of `circulant_blocks`: [..., columns * b] to [..., rows * b].
-
-    The product with a circulant block is a product of each wave with a number, so there is one small product for
-    each of b / 2 waves.
-
-    Args:
-        x: in any floating dtype; the result has that of `kernel`.
-        kernel: [rows, columns, b], in single or double precision, the only ones that have transforms.
-    """
-    _, columns, b = kernel.shape
-    with torch.autocast(x.device.type, enabled=False):
-        waves = torch.fft.rfft(x.reshape(-1, columns, b).to(kernel.dtype)).permute(2, 0, 1)
-        product = waves @ torch.fft.rfft(kernel).permute(2, 0, 1).mH
-        return torch.fft.irfft(product.permute(1, 2, 0), n=b).reshape(*x.shape[:-1], -1)
-
-
 class BlockCirculant(Matrix):
     """The matrix of `circulant_blocks`, for a kernel [rows, columns, b] in single or double precision.
 
@@ -80,7 +63,15 @@ class BlockCirculant(Matrix):
         return (diagonal_sums(grad.T @ seen, kernel.shape[0], kernel.shape[2]),)
 
     def apply(self, x: Tensor) -> Tensor:
-        return self.linear(x) if torch.is_grad_enabled() else circulant_product(x, self.tensors[0]).to(x.dtype)
+        if torch.is_grad_enabled():
+            return self.linear(x)
+        # The product with a circulant block is one of each wave with a number: a small product for each of b / 2 waves.
+        (kernel,) = self.tensors
+        _, columns, b = kernel.shape
+        with torch.autocast(x.device.type, enabled=False):
+            waves = torch.fft.rfft(x.reshape(-1, columns, b).to(kernel.dtype)).permute(2, 0, 1)
+            product = (waves @ torch.fft.rfft(kernel).permute(2, 0, 1).mH).permute(1, 2, 0)
+            return torch.fft.irfft(product, n=b).reshape(*x.shape[:-1], -1).to(x.dtype)
 
     def columns(self, index: Tensor) -> Tensor:
         (kernel,) = self.tensors

@@ -38,22 +38,17 @@ def draw_mask(numel: int, p: float, device: torch.device) -> Tensor:
         p: probability of "drop", rounded to `DIGITS` binary digits.
         device: where; its default generator is drawn from.
     """
+    count, digits = -(-numel // 64), rounded(p)
     if device.type == "cpu":
         # torch draws word by word here, from the Mersenne Twister; this generator takes a fifth of that time.
         seed = int(torch.empty((), dtype=torch.int64).random_())
         source = np.random.SFC64(seed)
-
-        def fair() -> Tensor:
-            return torch.from_numpy(source.random_raw(words).view(np.int64))
+        words = (torch.from_numpy(source.random_raw(count).view(np.int64)) for _ in digits)
     else:
-
-        def fair() -> Tensor:
-            return torch.empty(words, dtype=torch.int64, device=device).random_(-(2**63), None)
-
-    words = -(-numel // 64)
-    dropped = fair()  # the last digit is 1
-    for digit in rounded(p)[1:]:
-        dropped = dropped.bitwise_or_(fair()) if digit else dropped.bitwise_and_(fair())
+        words = (torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None) for _ in digits)
+    dropped = next(words)  # the last digit is 1
+    for digit, fair in zip(digits[1:], words, strict=True):
+        dropped = dropped.bitwise_or_(fair) if digit else dropped.bitwise_and_(fair)
     return dropped.bitwise_not_().view(torch.uint8)
 
 

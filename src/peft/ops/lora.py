@@ -63,22 +63,6 @@ def add_low_rank(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor
     return result
 
 
-def lora_linear_plain(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    result: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-    p: float,
-) -> Tensor:
-    """The formula itself. `result` is x W^T + b, computed from `weight` and `bias` if None."""
-    if result is None:
-        result = F.linear(x, weight, bias)  # type: ignore[arg-type]
-    return result + F.linear(F.linear(F.dropout(x, p), a), b) * scaling
-
-
 def lora_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -104,7 +88,8 @@ def lora_linear(
         overwrite: whether `result` is nobody else's and may be overwritten.
     """
     if needs_plain(x, a, b, weight if result is None else result):
-        return lora_linear_plain(x, weight, bias, result, a.to(x.dtype), b.to(x.dtype), scaling, p)
+        result = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
+        return result + F.linear(F.linear(F.dropout(x, p), a.to(x.dtype)), b.to(x.dtype)) * scaling
     if p == 0 and not torch.is_grad_enabled() and 0 < x.numel() < a.numel() and not x.is_cuda:
         own = result if result is None or overwrite else result.clone(memory_format=torch.contiguous_format)
         return _few(x, weight, bias, own, a, b, scaling)

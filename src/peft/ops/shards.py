@@ -9,15 +9,10 @@ from torch import Tensor
 from peft.ops.matrix import Matrix
 
 
-def tile_columns(block: Tensor, columns: int) -> Tensor:
-    """[out, columns] out of a block [r, out]: its transpose over and over, the last one cut off at the end."""
-    return block.T.repeat(1, -(-columns // block.shape[0]))[:, :columns]
-
-
 def shard_sums(x: Tensor, r: int) -> Tensor:
     """The sum of all shards of `r` entries of the last dimension: [..., n] to [..., r]; the last may be shorter.
 
-    `shard_sums(x, r) @ block` is x @ tile_columns(block, n).T.
+    `shard_sums(x, r) @ block` is the product of x with the matrix that `Tiled` makes of the block.
     """
     whole = x.shape[-1] // r * r
     total = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
@@ -26,14 +21,15 @@ def shard_sums(x: Tensor, r: int) -> Tensor:
 
 
 class Tiled(Matrix):
-    """`tile_columns` of a block [r, out]: its transpose over and over, up to so many columns."""
+    """[out, columns] out of a block [r, out]: its transpose over and over, the last one cut off at the end."""
 
     def __init__(self, block: Tensor, columns: int):
         super().__init__(block)
         self.count = columns
 
     def dense(self) -> Tensor:
-        return tile_columns(self.tensors[0], self.count)
+        (block,) = self.tensors
+        return block.T.repeat(1, -(-self.count // len(block)))[:, : self.count]
 
     def apply(self, x: Tensor) -> Tensor:
         (block,) = self.tensors

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft.ops.matrix import Matrix
 from peft.ops.memo import remember
-from peft.ops.sparse import Entries, sampled_product, sparse_product
+from peft.ops.sparse import Entries, csr, sampled_product
 
 
 def common_basis(matrices: Sequence[Tensor], ridge: float) -> Tensor:
@@ -69,24 +69,20 @@ class Framed(Matrix):
         super().__init__(*core.tensors, diagonal)
         self.left, self.core, self.right, self.transposed = left, core, right, transposed
 
-    def _rows(self, left: Tensor) -> Tensor:
-        """left (S + diag(d)) V^T, for some rows of U."""
-        return left @ self._framed_core()
-
     def _framed_core(self) -> Tensor:
         """(S + diag(d)) V^T."""
         values, diagonal = self.tensors
         core, right = self.core.of((values,)), self._turned()
         if torch.is_grad_enabled() or right.device.type != "cpu" or not torch.backends.mkl.is_available():
             return right * diagonal[:, None] + core.dense() @ right
-        return sparse_product(core.positions, values, core.shape, right).addcmul_(right, diagonal[:, None])
+        return (csr(core.positions, values, core.shape) @ right).addcmul_(right, diagonal[:, None])
 
     def _turned(self) -> Tensor:
         """V^T, which layers share, as it lies best for all these products."""
         return remember(self.right, "turned", lambda: self.right.T.contiguous())
 
     def dense(self) -> Tensor:
-        rows = self._rows(self.left)
+        rows = self.left @ self._framed_core()
         return rows.T if self.transposed else rows
 
     def added_to(self, weight: Tensor) -> Tensor:
@@ -109,7 +105,9 @@ class Framed(Matrix):
         return sampled_product(half, right.T, self.core.positions), (half * right).sum(1)
 
     def columns(self, index: Tensor) -> Tensor:
-        return self._rows(F.embedding(index, self.left)) if self.transposed else super().columns(index)
+        if not self.transposed:
+            return super().columns(index)
+        return F.embedding(index, self.left) @ self._framed_core()
 
 
 def keeping_off(parameter: Tensor, basis: Tensor) -> Tensor:

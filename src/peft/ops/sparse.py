@@ -102,17 +102,12 @@ def sampled_product(a: Tensor, b: Tensor, positions: Tensor) -> Tensor:
     if dense or torch.is_grad_enabled():
         return (a @ b).reshape(-1).index_select(0, flat_index(positions, b.shape[1]))
     dtype = torch.promote_types(a.dtype, torch.float32)
-    entries = _csr(positions, a.new_zeros(count, dtype=dtype), (rows, columns))
+    entries = csr(positions, a.new_zeros(count, dtype=dtype), (rows, columns))
     return torch.sparse.sampled_addmm(entries, a.to(dtype).contiguous(), b.to(dtype), beta=0).values()
 
 
-def sparse_product(positions: Tensor, values: Tensor, shape: tuple[int, int], b: Tensor) -> Tensor:
-    """S b for a sparse S of `shape` with `values` at `positions`, which are in the order of rows; no gradients."""
-    return _csr(positions, values, shape) @ b
-
-
-def _csr(positions: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The sparse matrix with `values` [k] at `positions` [2, k], which are in the order of rows."""
+def csr(positions: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The sparse tensor with `values` [k] at `positions` [2, k], which are in the order of rows; no gradients."""
     starts = remember(positions, ("starts", shape[0]), lambda: _row_starts(positions[0], shape[0]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sparse tensors are called a beta feature

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -34,6 +36,14 @@ def lora_pairs(model: nn.Module) -> list[Pair]:
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """What is trained in a model."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """The loss that `closure` evaluates anew, with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def check_optimizer_class(optimizer_cls: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft.errors import warn
-from peft.optimizers.factors import Pair, lora_pairs, trainable
+from peft.optimizers.factors import Pair, lora_pairs, loss_of, trainable
 
 
 class LoraFAOptimizer(Optimizer):
@@ -36,10 +36,7 @@ class LoraFAOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure` evaluates the loss anew."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         pairs = {pair.b: pair for pair in self.pairs}
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peft.optimizers.factors import Pair, check_optimizer_class, lora_pairs, trainable
+from peft.optimizers.factors import Pair, check_optimizer_class, lora_pairs, loss_of, trainable
 
 
 def create_riemannian_optimizer(
@@ -60,10 +60,7 @@ class Riemannian(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure` evaluates the loss anew and is called once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         own: list[tuple[nn.Parameter, Tensor | None]] = []
         # All of them first: the gradient of one factor depends on the values of the other.
         for parameter, gradient in list(self._preconditioned()):
