@@ -185,9 +185,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, dict[str, Adapt
     trained = tuple(f"{path}." for path, part in parts if isinstance(part, AuxiliaryTrainingWrapper))
     layers = {path: part for path, part in parts if isinstance(part, AdapterLayer) and not path.startswith(trained)}
     if not layers:
-        raise TypeError(
-            f"{type(model).__name__} has no adapter layers, so there is nothing for a conversion to LoRA to start from."
-        )
+        raise TypeError(f"{type(model).__name__} has no adapter layers, of which a LoRA could be made.")
     config = config_of(model, adapter_name)
     layers = {path: layer for path, layer in layers.items() if layer.has(adapter_name)}
     other = sorted({layer.op.kind for layer in layers.values() if not layer.supports_lora_conversion(adapter_name)})
@@ -198,9 +196,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, dict[str, Adapt
             f" conversion to LoRA: what it does{where} is no change of a whole weight matrix."
         )
     if any(layer.merged for layer in layers.values()):
-        raise ValueError(
-            "Adapters are merged into the base weights, so those are not known; call unmerge_adapter() first."
-        )
+        raise ValueError("Adapters are merged, so the base weights are not known; call unmerge_adapter() first.")
     modules: dict[str, dict[str, AdapterLayer]] = {}
     for path, layer in layers.items():
         modules.setdefault(target_name(path.removeprefix(_ROOT), layer), {})[path] = layer

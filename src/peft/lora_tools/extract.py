@@ -98,10 +98,7 @@ def _check_structure(base: nn.Module, tuned: nn.Module) -> None:
     ours, theirs = ({name: p.shape for name, p in model.named_parameters()} for model in (base, tuned))
     different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if different:
-        raise ValueError(
-            f"{type(base).__name__} and {type(tuned).__name__} differ in structure: {listed(different, 4)} is not"
-            " in both, or not of the same shape."
-        )
+        raise ValueError(f"The two models differ in structure, or in the shape of parameters: {listed(different, 4)}.")
 
 
 def _report_rest(base: nn.Module, tuned: nn.Module, covered: set[str]) -> None:
@@ -109,7 +106,4 @@ def _report_rest(base: nn.Module, tuned: nn.Module, covered: set[str]) -> None:
     left = {name: value for name, value in base.named_parameters() if name not in covered}
     rest = [name for name, value in left.items() if not torch.equal(value, tuned.get_parameter(name).to(value))]
     if rest:
-        warn(
-            f"The LoRA leaves out {len(rest)} parameters that differ too ({listed(rest, 3)}): add them to"
-            " target_modules or modules_to_save."
-        )
+        warn(f"The LoRA leaves out {len(rest)} parameters that differ too: {listed(rest, 3)}. Add them to its targets.")

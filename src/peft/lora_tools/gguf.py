@@ -123,9 +123,7 @@ def _names(base: Any) -> tuple[Any, str, bool]:
     import gguf
 
     if base.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"How llama.cpp holds a {base.model_type} model is not known here; known are {', '.join(ARCHITECTURES)}."
-        )
+        raise ValueError(f"llama.cpp's {base.model_type} is not known here; known are {', '.join(ARCHITECTURES)}.")
     name, permuted = ARCHITECTURES[base.model_type]
     arch = gguf.MODEL_ARCH[name]
     return gguf.get_tensor_name_map(arch, base.num_hidden_layers), gguf.MODEL_ARCH_NAMES[arch], permuted

@@ -50,10 +50,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     for key in CONFIG_KEYS_TO_CHECK[PeftType.LORA]:
         values = [getattr(config, key) for config in (config0, config1)]
         if values[0] != values[1]:
-            raise ValueError(
-                f"The adapters cannot take each other's place: {key} is {values[0]!r} in one and {values[1]!r} in the"
-                " other."
-            )
+            raise ValueError(f"Adapters cannot replace each other: their {key} are {values[0]!r} and {values[1]!r}.")
 
 
 def hotswap_adapter(
@@ -164,9 +161,7 @@ def prepare_model_for_compiled_hotswap(
     plain = _plain(model)
     names = dict.fromkeys(name for layer in _layers_of(plain).values() for name in layer.adapter_names())
     if not names:
-        raise ValueError(
-            f"{type(plain).__name__} has no LoRA; load the first adapter before the call, others after it."
-        )
+        raise ValueError(f"{type(plain).__name__} has no LoRA: load the first adapter before this, others after.")
     if target_rank is not None:
         for path, layer in _layers_of(plain).items():
             _check_room(path, layer, target_rank)

@@ -49,9 +49,7 @@ def reduce_intruder_dimension(
     check_combination(method, [old_adapter_name], [1.0], new_adapter_name)
     layers: dict[Any, str] = layers_with(method, [old_adapter_name])
     if any(layer.merged for layer in layers):
-        raise ValueError(
-            "Adapters are merged into the base weights, so those are not known; call unmerge_adapter() first."
-        )
+        raise ValueError("Adapters are merged, so the base weights are not known; call unmerge_adapter() first.")
     tensors = {}
     for layer, key in layers.items():
         change, found = _without_intruders(layer, old_adapter_name, top_k, threshold_epsilon, mitigation_lambda)

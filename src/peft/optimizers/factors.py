@@ -49,6 +49,4 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
 def check_optimizer_class(optimizer_cls: Any) -> None:
     """Raises TypeError where something is no class of optimizers."""
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
-        raise TypeError(
-            f"optimizer_cls must be a class of torch optimizers, such as torch.optim.AdamW; got {optimizer_cls!r}."
-        )
+        raise TypeError(f"optimizer_cls must be a class of optimizers, as torch.optim.AdamW is; got {optimizer_cls!r}.")

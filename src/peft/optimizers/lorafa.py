@@ -102,10 +102,7 @@ def _compare(model: Any, given: dict[str, Any], use_rslora: bool | None) -> None
     """Raises or warns where the model's configurations say something else."""
     for name, config in getattr(model, "peft_config", {}).items():
         if use_rslora is not None and config.use_rslora != use_rslora:
-            raise ValueError(
-                f"use_rslora={use_rslora}, but the configuration of adapter {name!r} has {config.use_rslora}; leave the"
-                " argument out."
-            )
+            raise ValueError(f"use_rslora={use_rslora}, but adapter {name!r} has {config.use_rslora}; leave it out.")
         other = [key for key, value in given.items() if getattr(config, key) != value]
         if other:
             warn(

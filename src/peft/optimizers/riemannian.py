@@ -41,9 +41,7 @@ def create_riemannian_optimizer(
         raise ValueError(f"reg must be positive, got {reg}.")
     pairs = [pair for pair in lora_pairs(model) if pair.a.requires_grad or pair.b.requires_grad]
     if not pairs:
-        raise ValueError(
-            f"{type(model).__name__} has no trainable pair of lora_A and lora_B, which this optimizer is for."
-        )
+        raise ValueError(f"{type(model).__name__} has no trainable lora_A and lora_B, which this optimizer is for.")
     made: Any = _class_for(optimizer_cls)  # type: ignore[arg-type]
     optimizer = made(trainable(model), lr=lr, **kwargs)
     optimizer.pairs, optimizer.reg = pairs, reg

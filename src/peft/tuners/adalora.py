@@ -103,10 +103,7 @@ class AdaLoraConfig(LayoutConfig, peft_type=PeftType.ADALORA):
         if self.total_step is None or self.total_step < 1:
             raise ValueError(f"AdaLoRA needs total_step, the number of training steps, got {self.total_step}.")
         if self.tinit >= self.total_step - self.tfinal:
-            raise ValueError(
-                f"The steps before and after the allocation (tinit={self.tinit}, tfinal={self.tfinal}) leave none of"
-                f" total_step={self.total_step} for it."
-            )
+            raise ValueError(f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step}.")
         self.alpha_pattern = self.alpha_pattern or {}
         names = [one.name for one in fields(self)]
         idle = [name for name in names[names.index("r") :] if not self._is_default(name)]
@@ -299,10 +296,7 @@ class AdaLoraMethod(Method):
     def check_config(self, adapter_name: str, config: AdaLoraConfig) -> None:
         others = [name for name, other in self.configs.items() if name != adapter_name and not other.inference_mode]
         if others and not config.inference_mode and isinstance(self.tuner, AdaLoraModel):
-            raise ValueError(
-                f"AdaLoraModel supports only 1 trainable adapter, and {others[0]!r} is one already; set"
-                " inference_mode=True for all others."
-            )
+            raise ValueError(f"AdaLoraModel supports only 1 trainable adapter, {others[0]!r}; set inference_mode=True.")
 
     def added(self, adapter_name: str) -> None:
         config, known = self.configs[adapter_name], self.allocators.get(adapter_name)

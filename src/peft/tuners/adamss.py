@@ -92,10 +92,7 @@ class AdamssConfig(LayerConfig, peft_type=PeftType.ADAMSS):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive with use_asa, got {getattr(self, name)}.")
         if self.init_warmup >= self.final_warmup:
-            raise ValueError(
-                f"init_warmup={self.init_warmup} must be less than final_warmup={self.final_warmup} with use_asa, for"
-                " subspaces are dropped between them."
-            )
+            raise ValueError(f"init_warmup={self.init_warmup} must be less than final_warmup={self.final_warmup}.")
 
 
 class AdamssLayer(AdapterLayer):

@@ -151,9 +151,7 @@ class AdaptionPromptMethod(Method):
     def check_config(self, adapter_name: str, config: AdaptionPromptConfig) -> None:
         model_type = model_config_of(self.model).get("model_type")
         if model_type not in ATTENTION_OF:
-            raise ValueError(
-                f"Unsupported model type for adaption prompt: {model_type!r}; use one of {', '.join(ATTENTION_OF)}."
-            )
+            raise ValueError(f"Adaption prompt is for the model types {', '.join(ATTENTION_OF)}; got {model_type!r}.")
         for name in ("adapter_len", "adapter_layers"):
             if getattr(config, name) is None:
                 raise ValueError(f"AdaptionPromptConfig needs {name}; got None.")
@@ -162,9 +160,7 @@ class AdaptionPromptMethod(Method):
     def check_plan(self, plan: Plan, config: AdaptionPromptConfig) -> None:
         count, wanted = len(plan.targets), config.adapter_layers or 0
         if count < wanted:
-            raise ValueError(
-                f"adapter_layers={wanted}, but the model has only {count} layers with {config.target_modules!r}."
-            )
+            raise ValueError(f"adapter_layers={wanted}, but there are {count} layers with {config.target_modules!r}.")
         del plan.targets[: count - wanted]
 
 

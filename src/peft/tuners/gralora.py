@@ -87,11 +87,9 @@ class GraloraLayer(AdapterLayer):
 
     @classmethod
     def check(cls, config: GraloraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if op.in_features % config.gralora_k or op.out_features % config.gralora_k:
-            raise ValueError(
-                f"gralora_k={config.gralora_k} must divide both sides of the weight of {key!r}, which is"
-                f" {op.out_features} x {op.in_features}."
-            )
+        k = config.gralora_k
+        if op.in_features % k or op.out_features % k:
+            raise ValueError(f"gralora_k={k} must divide both sides of {key!r}, {op.out_features} x {op.in_features}.")
 
 
 def granular_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,9 +89,7 @@ class IA3Method(Method):
             if getattr(config, "_targets_are_defaults", False):
                 config.feedforward_modules = set(FEEDFORWARD_TARGETS[model_config["model_type"]])
             else:
-                raise ValueError(
-                    "Please specify `feedforward_modules` along with `target_modules`; [] if there are none."
-                )
+                raise ValueError("Please specify `feedforward_modules` along with `target_modules`; [] for none.")
 
     def make_layer(self, config: IA3Config, target: nn.Module, parameter_name: str | None, key: str) -> IA3Layer:
         name = key if parameter_name is None else f"{key}.{parameter_name}"

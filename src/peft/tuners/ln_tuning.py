@@ -56,10 +56,7 @@ class LNTuningLayer(AdapterLayer):
     def check_active(self, names: Sequence[str]) -> None:
         here = [name for name in names if self.has(name)]
         if len(here) > 1 and self.statistics():
-            raise ValueError(
-                f"{', '.join(here)} all have statistics of a {type(self.get_base_layer()).__name__}; one of them at a"
-                " time can be active."
-            )
+            raise ValueError(f"{', '.join(here)} have statistics of their own here; one at a time can be active.")
 
     def change(self, name: str) -> Iterator[Change]:
         copies = self.ln_tuning_layers[name]

@@ -142,10 +142,7 @@ class PsoftLayer(AdapterLayer):
     @classmethod
     def check(cls, config: PsoftConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         if config.r > min(op.in_features, op.out_features):
-            raise ValueError(
-                f"r={config.r} is more than the shorter side of the weight of {key!r}, {op.out_features} x"
-                f" {op.in_features}; choose a smaller r, or leave the module out."
-            )
+            raise ValueError(f"r={config.r} is more than a side of {key!r}, {op.out_features} x {op.in_features}.")
 
 
 class PsoftModel(BaseTuner, layer=PsoftLayer, prefix="psoft_"):

@@ -95,10 +95,7 @@ class SupertuningLayer(AdapterLayer):
     @classmethod
     def check(cls, config: SupertuningConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         if not values_of(op, config):
-            raise ValueError(
-                f"sparsity={config.sparsity} leaves none of the {op.out_features * op.in_features} entries of {key!r}"
-                " to be trained; choose less."
-            )
+            raise ValueError(f"sparsity={config.sparsity} leaves no entry of {key!r} to be trained; choose less.")
         if config.lora_dropout and not op.multiplies:
             raise ValueError(f"lora_dropout needs modules whose input it can drop; {key!r} is a {op.kind}.")
 

@@ -99,10 +99,7 @@ class VBLoRALayer(AdapterLayer):
     def check(cls, config: VBLoRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         for side, size in (("in_features", op.in_features), ("out_features", op.out_features)):
             if size % config.vector_length:
-                raise ValueError(
-                    f"{side}={size} of {key!r} must be divisible by vector_length={config.vector_length}; choose"
-                    " another vector_length, or leave the module out."
-                )
+                raise ValueError(f"vector_length={config.vector_length} must divide {side}={size} of {key!r}.")
 
 
 def _new_bank(config: VBLoRAConfig) -> Tensor:

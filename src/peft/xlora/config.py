@@ -64,10 +64,7 @@ class XLoraConfig(PeftConfig, peft_type=PeftType.XLORA):
         if self.enable_softmax_topk and self.top_k_lora is None:
             warn("enable_softmax_topk without top_k_lora is a softmax over all experts.")
         if self.enable_softmax_topk and self.enable_softmax:
-            warn(
-                "enable_softmax_topk applies a second softmax to what enable_softmax gives, which evens the weights"
-                " out; set enable_softmax=False."
-            )
+            warn("enable_softmax_topk is a second softmax, which evens weights out; set enable_softmax=False.")
 
     def check_top_k(self) -> None:
         """Raises ValueError where `top_k_lora` is more than there are experts, if those are given."""

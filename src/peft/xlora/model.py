@@ -44,20 +44,12 @@ class XLoraMethod(LoraMethod):
 
     def members(self, adapter_name: str, config: XLoraConfig) -> dict[str, list[tuple[str, dict[str, Any]]]]:
         if self.tuner.xlora_name is not None:
-            raise ValueError(
-                f"The model has an X-LoRA adapter ({self.tuner.xlora_name!r}); there cannot be a second one."
-            )
+            raise ValueError(f"The model has an X-LoRA adapter, {self.tuner.xlora_name!r}; there cannot be a second.")
         model_config: Any = getattr(self.model, "config", None)
         if getattr(model_config, "use_cache", False):
-            raise ValueError(
-                "X-LoRA needs model.config.use_cache = False: it runs every token through the model twice, with other"
-                " keys and values each time."
-            )
+            raise ValueError("X-LoRA runs all tokens twice, with keys of each: set model.config.use_cache = False.")
         if model_config is None or getattr(model_config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"X-LoRA needs a decoder of transformers, whose outputs have hidden_states; got a"
-                f" {type(self.model).__name__}."
-            )
+            raise ValueError(f"X-LoRA needs a decoder of transformers; got a {type(self.model).__name__}.")
         found = read_model_config(self.model, "token_dim")
         config.hidden_size = config.hidden_size or found
         if config.hidden_size is None or found not in (None, config.hidden_size):
@@ -97,10 +89,7 @@ class XLoraMethod(LoraMethod):
         super().check_config(adapter_name, config)
         for setting in (*VARIANTS, "lora_bias"):
             if getattr(config, setting):
-                raise ValueError(
-                    f"Expert {adapter_name!r} has {setting}={getattr(config, setting)!r}; X-LoRA mixes plain LoRA"
-                    " adapters."
-                )
+                raise ValueError(f"X-LoRA mixes plain LoRA; expert {adapter_name!r} has {setting}.")
 
     def key_map(self, adapter_name: str, config: Any) -> dict[str, str]:
         if adapter_name != self.tuner.xlora_name:
@@ -212,10 +201,7 @@ class XLoraModel(LoraModel, layer=XLoraLayer, method=XLoraMethod, prefix="xlora_
             super().set_adapter(names, inference_mode)
             return
         if names != [self.xlora_name]:
-            raise ValueError(
-                f"Only the mixture {self.xlora_name!r} can be active, not {', '.join(map(repr, names))}: it has all"
-                " experts at work."
-            )
+            raise ValueError(f"Only the mixture {self.xlora_name!r} can be active, with all its experts; got {names}.")
         trains_experts = self.xlora_config.use_trainable_adapters and not inference_mode
         super().set_adapter(self.mixture.experts, inference_mode=not trains_experts)
         self.internal_xlora_classifier.requires_grad_(not inference_mode)

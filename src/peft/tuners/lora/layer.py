@@ -162,10 +162,7 @@ class LoraLayer(FactorLayer):
     def check_merge(self, name: str) -> None:
         super().check_merge(name)
         if self.lora_bias[name] and self.get_base_bias() is None:
-            raise ValueError(
-                f"Adapter {name!r} has a bias (lora_bias=True), but the {self.op.kind} has none that it could"
-                " be merged into."
-            )
+            raise ValueError(f"Adapter {name!r} has a bias (lora_bias=True); there is none here to merge it into.")
         variant = self.lora_variant.get(name)
         if variant is not None and variant.cannot_merge:
             raise NotImplementedError(variant.cannot_merge.format(name=name))
@@ -191,10 +188,8 @@ class LoraLayer(FactorLayer):
         if variant is not None:
             kind = "Parameter" if isinstance(op, ParameterOp) else op.kind
             if kind not in variant.kinds:
-                raise ValueError(
-                    f"{variant.label} is not supported on {name!r}, a {kind}; it works on"
-                    f" {', '.join(sorted(variant.kinds))}."
-                )
+                known = ", ".join(sorted(variant.kinds))
+                raise ValueError(f"{variant.label} is not supported on {name!r}, a {kind}; it works on {known}.")
             variant.check(config, name, module, op, r)
 
 

@@ -45,10 +45,7 @@ def check_parallel(config: LoraConfig, key: str, module: Any, op: ParallelLinear
     """Raises ValueError where a LoRA cannot go on a parallel layer."""
     what = f"{key!r}, a {type(module).__name__} of Megatron,"
     if not config.megatron_config:
-        raise ValueError(
-            f"{what} needs megatron_config in the LoraConfig: the settings of Megatron's TransformerConfig, as a"
-            " dictionary."
-        )
+        raise ValueError(f"{what} needs megatron_config, the settings of Megatron's TransformerConfig as a dictionary.")
     if config.lora_bias:
         raise ValueError(f"lora_bias=True is not supported for {what.rstrip(',')}.")
     layers = _part(config, "tensor_parallel")
@@ -56,9 +53,7 @@ def check_parallel(config: LoraConfig, key: str, module: Any, op: ParallelLinear
         raise ValueError(f"{what} is not of megatron_core={config.megatron_core!r} but of {type(module).__module__}.")
     asked, found = (bool(settings.sequence_parallel) for settings in (transformer_config(config), module.config))
     if asked != found:
-        raise ValueError(
-            f"megatron_config says sequence_parallel={asked}, but {what} was made with sequence_parallel={found}."
-        )
+        raise ValueError(f"megatron_config says sequence_parallel={asked}, but {what} has sequence_parallel={found}.")
     if getattr(module, "is_expert", False) and op.processes > 1:
         raise ValueError(
             f"{what} is an expert that {op.processes} processes share. Its output is summed up outside of it, so the"

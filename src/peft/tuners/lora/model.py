@@ -61,10 +61,7 @@ class LoraMethod(Method):
                 continue
             if bool(getattr(other, "kasa_config", None)) != bool(config.kasa_config):
                 one, no = (adapter_name, name) if config.kasa_config else (name, adapter_name)
-                raise ValueError(
-                    f"KaSA (kasa_config) changes the base weights, so either all adapters use it or none: {one!r} does,"
-                    f" {no!r} does not."
-                )
+                raise ValueError(f"KaSA changes base weights, so all use it or none: {one!r} does, {no!r} does not.")
             if config.layer_replication and not same_stack(config, other):
                 raise ValueError(
                     f"layer_replication={config.layer_replication} changes the layers that adapter {name!r} is on"
@@ -75,10 +72,7 @@ class LoraMethod(Method):
         modules = [target for target in plan.targets if target.parameter_name is None] if config.lora_bias else []
         bare = [target.key for target in modules if getattr(target.base, target.op.bias_name or "", 0) is None]
         if bare:
-            warn(
-                f"lora_bias=True, and {len(bare)} modules, such as {bare[0]!r}, have no bias: the adapter cannot be"
-                " merged into them."
-            )
+            warn(f"lora_bias=True: {len(bare)} modules, such as {bare[0]!r}, have no bias to merge it into.")
 
     def layer_settings(self, config: LoraConfig, key: str) -> dict[str, Any]:
         return {"key": key}

@@ -38,10 +38,7 @@ def replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> Callabl
     parent, name, layers = stacks[0]
     order = [index for start, end in ranges for index in range(start, end)]
     if not order or max(order) >= len(layers):
-        raise ValueError(
-            f"layer_replication={ranges} asks for layers that {type(model).__name__} does not have"
-            f" ({len(layers)} layers)."
-        )
+        raise ValueError(f"layer_replication={ranges} goes beyond the {len(layers)} layers of {type(model).__name__}.")
     replicated = nn.ModuleList().train(layers.training)
     for index in order:
         replicated.append(_sharing_copy(layers[index]) if layers[index] in list(replicated) else layers[index])

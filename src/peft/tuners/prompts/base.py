@@ -122,10 +122,7 @@ class VirtualTokens(nn.Module):
             # Not always the hidden size: some models project their embeddings.
             found["token_dim"] = width
             if config.token_dim not in (None, width):
-                raise ValueError(
-                    f"token_dim={config.token_dim}, but the word embeddings of {type(model).__name__} are {width} wide."
-                    " Leave token_dim out to have it read from the model."
-                )
+                raise ValueError(f"token_dim={config.token_dim}, but word embeddings are {width} wide; leave it out.")
         given = {field: getattr(config, field) for field in found if getattr(config, field) is not None}
         return {**found, **given}
 
@@ -360,10 +357,7 @@ class PromptHost(nn.Module):
         inputs = dict(inputs)
         given = [name for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                "A soft prompt goes before the input's tokens: exactly one of input_ids and inputs_embeds is needed,"
-                f" got {' and '.join(given) or 'neither'}."
-            )
+            raise ValueError(f"A soft prompt goes before input_ids or inputs_embeds; got {given or 'neither'}.")
         encoder: Any = self._prompt
         batch = inputs[given[0]].shape[0]
         task_ids = inputs.pop("task_ids", None)

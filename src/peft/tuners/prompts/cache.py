@@ -86,9 +86,7 @@ class CachedTokens(VirtualTokens):
         passed_on = any(argument.kind is argument.VAR_KEYWORD for argument in _arguments(model).values())
         takers = model.modules() if passed_on else [model]
         if not any("past_key_values" in _arguments(module) for module in takers):
-            raise ValueError(
-                f"{method} puts keys and values into the model's cache, but {kind} takes no past_key_values."
-            )
+            raise ValueError(f"{method} puts keys and values into a cache, but {kind} takes no past_key_values.")
         others = set(read_model_config(model, "layer_types") or ()) - _ATTENTION
         if others:
             raise ValueError(f"{method} needs attention in every layer; {kind} also has {', '.join(sorted(others))}.")

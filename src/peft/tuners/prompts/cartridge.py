@@ -35,10 +35,7 @@ class CartridgeConfig(PromptLearningConfig, peft_type=PeftType.CARTRIDGE):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_virtual_tokens is not None and self.num_frozen_tokens > self.num_virtual_tokens:
-            raise ValueError(
-                f"num_frozen_tokens={self.num_frozen_tokens} must be at most num_virtual_tokens="
-                f"{self.num_virtual_tokens}: it counts those of them that are not trained."
-            )
+            raise ValueError(f"num_frozen_tokens={self.num_frozen_tokens} are more than all {self.num_virtual_tokens}.")
 
 
 class CartridgeEncoder(CachedTokens):

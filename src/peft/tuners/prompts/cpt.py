@@ -60,10 +60,7 @@ class CPTConfig(PromptLearningConfig, peft_type=PeftType.CPT):
         self.cpt_tokens_type_mask = [1] * len(ids) if kinds is None else list(kinds)
         lengths = len(ids), len(self.cpt_mask), len(self.cpt_tokens_type_mask)
         if not ids or len({*lengths}) > 1:
-            raise ValueError(
-                "cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length, at least 1; got"
-                f" {lengths[0]}, {lengths[1]} and {lengths[2]}."
-            )
+            raise ValueError(f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must be of one length, not {lengths}.")
         self.num_virtual_tokens = len(ids)
         self.num_transformer_submodules = 1
 
@@ -134,9 +131,7 @@ class CPTEmbedding(VirtualTokens):
     def make_room(self, inputs: dict[str, Any], batch_size: int, seen: int, side: str = "") -> None:
         kinds, labels = inputs.pop("input_type_mask", None), inputs.get("labels")
         if kinds is not None and labels is not None and kinds.shape != labels.shape:
-            raise ValueError(
-                f"input_type_mask must have the shape of labels, {tuple(labels.shape)}; got {tuple(kinds.shape)}."
-            )
+            raise ValueError(f"input_type_mask has the shape {tuple(kinds.shape)}, labels have {tuple(labels.shape)}.")
         super().make_room(inputs, batch_size, seen, side)
 
     def finish(self, output: Any, labels: Tensor | None, given: dict[str, Any]) -> Any:

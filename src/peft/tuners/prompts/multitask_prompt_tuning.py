@@ -58,10 +58,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig, peft_type=PeftType.MULTITA
         super().__post_init__()
         start: Any = self.prompt_tuning_init
         if "SOURCE" in start and not self.prompt_tuning_init_state_dict_path:
-            raise ValueError(
-                f"prompt_tuning_init={start.value!r} needs prompt_tuning_init_state_dict_path, the file"
-                " of the prompt trained on source tasks."
-            )
+            raise ValueError(f"prompt_tuning_init={start.value!r} needs prompt_tuning_init_state_dict_path, a file.")
 
 
 class MultitaskPromptEmbedding(PromptEmbedding):

@@ -52,10 +52,7 @@ class PromptTuningConfig(PromptLearningConfig, peft_type=PeftType.PROMPT_TUNING)
             if from_text and not getattr(self, name):
                 raise ValueError(f"prompt_tuning_init='TEXT' needs {name}; got {getattr(self, name)!r}.")
         if self.tokenizer_kwargs and not from_text:
-            raise ValueError(
-                "tokenizer_kwargs has no effect: a tokenizer is only loaded with prompt_tuning_init='TEXT', and it is"
-                f" {start.value!r} here."
-            )
+            raise ValueError(f"tokenizer_kwargs has no effect without prompt_tuning_init='TEXT'; got {start.value!r}.")
 
 
 class PromptEmbedding(VirtualTokens):

@@ -34,10 +34,7 @@ class BdLora(Variant):
             )
         width = op.in_features if which == "lora_A" else op.out_features
         if which is not None and (r % setting.nblocks or width % setting.nblocks):
-            raise ValueError(
-                f"nblocks={setting.nblocks} must divide both the rank ({r}) and the width ({width}) of the"
-                f" block-diagonal factor of {name!r}."
-            )
+            raise ValueError(f"nblocks={setting.nblocks} must divide rank ({r}) and width ({width}) of {name!r}.")
 
     def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
         which = blocked(self.setting, self.key)

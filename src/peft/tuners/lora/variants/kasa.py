@@ -30,10 +30,7 @@ class Kasa(Variant):
     @classmethod
     def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
         if r >= min(op.out_features, op.in_features):
-            raise ValueError(
-                f"KaSA needs a rank below {min(op.out_features, op.in_features)} on {name!r} [{op.out_features},"
-                f" {op.in_features}], so that something of the weight is left; got r={r}."
-            )
+            raise ValueError(f"r={r} is all of {name!r} [{op.out_features}, {op.in_features}]; KaSA leaves some of it.")
 
     def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
         a, _ = layer.factors(name)

@@ -28,11 +28,8 @@ class Qalora(Variant):
     def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
         if not by_groups(module, op):
             warn("use_qalora is for layers that GPTQ has quantised; those that are none get a plain LoRA.")
-        elif op.in_features % config.qalora_group_size:
-            raise ValueError(
-                f"qalora_group_size={config.qalora_group_size} must divide the {op.in_features} input features of"
-                f" {name!r}."
-            )
+        elif op.in_features % (width := config.qalora_group_size):
+            raise ValueError(f"qalora_group_size={width} must divide the {op.in_features} input features of {name!r}.")
 
     def applies(self, layer: FactorLayer) -> bool:
         return by_groups(layer.get_base_layer(), layer.op)
