@@ -185,7 +185,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, dict[str, Adapt
     trained = tuple(f"{path}." for path, part in parts if isinstance(part, AuxiliaryTrainingWrapper))
     layers = {path: part for path, part in parts if isinstance(part, AdapterLayer) and not path.startswith(trained)}
     if not layers:
-        raise TypeError(f"{type(model).__name__} has no adapter layers, of which a LoRA could be made.")
+        raise TypeError(f"{type(model).__name__} has no adapter layers for a conversion to LoRA.")
     config = config_of(model, adapter_name)
     layers = {path: layer for path, layer in layers.items() if layer.has(adapter_name)}
     other = sorted({layer.op.kind for layer in layers.values() if not layer.supports_lora_conversion(adapter_name)})

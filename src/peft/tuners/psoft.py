@@ -141,8 +141,9 @@ class PsoftLayer(AdapterLayer):
 
     @classmethod
     def check(cls, config: PsoftConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if config.r > min(op.in_features, op.out_features):
-            raise ValueError(f"r={config.r} is more than a side of {key!r}, {op.out_features} x {op.in_features}.")
+        side = min(op.out_features, op.in_features)
+        if config.r > side:
+            raise ValueError(f"r={config.r} is more than the shorter side of {key!r}, which is {side}.")
 
 
 class PsoftModel(BaseTuner, layer=PsoftLayer, prefix="psoft_"):

@@ -99,7 +99,7 @@ class VBLoRALayer(AdapterLayer):
     def check(cls, config: VBLoRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         for side, size in (("in_features", op.in_features), ("out_features", op.out_features)):
             if size % config.vector_length:
-                raise ValueError(f"vector_length={config.vector_length} must divide {side}={size} of {key!r}.")
+                raise ValueError(f"{side}={size} of {key!r} is not divisible by vector_length={config.vector_length}.")
 
 
 def _new_bank(config: VBLoRAConfig) -> Tensor:

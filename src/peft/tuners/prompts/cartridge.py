@@ -34,8 +34,9 @@ class CartridgeConfig(PromptLearningConfig, peft_type=PeftType.CARTRIDGE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_virtual_tokens is not None and self.num_frozen_tokens > self.num_virtual_tokens:
-            raise ValueError(f"num_frozen_tokens={self.num_frozen_tokens} are more than all {self.num_virtual_tokens}.")
+        frozen, count = self.num_frozen_tokens, self.num_virtual_tokens
+        if count is not None and frozen > count:
+            raise ValueError(f"num_frozen_tokens={frozen} must be at most num_virtual_tokens={count}.")
 
 
 class CartridgeEncoder(CachedTokens):

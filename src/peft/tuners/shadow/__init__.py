@@ -74,7 +74,7 @@ class ShadowConfig(LayerConfig, peft_type=PeftType.SHADOW):
         super().__post_init__()
         sizes = [name for name in ("shadow_num_hidden_layers", *network.MIRRORED) if getattr(self, name) is not None]
         if self.shadow_model != "mirror" and sizes:
-            raise ValueError(f"shadow_model={self.shadow_model!r} has sizes; {', '.join(sizes)} are for a mirror.")
+            raise ValueError(f"shadow_model={self.shadow_model!r} has its sizes: leave out {', '.join(sizes)}.")
         if self.target_parameters:
             raise ValueError("SHADOW goes around blocks of a model; target_parameters has no meaning for it.")
 
