@@ -38,7 +38,6 @@ _LAYOUTS = {
     "mlx-lm, whose folder is to be named": r"\.(lora_[ab]|m)$",
 }
 _ROOT = "base_model.model."
-_KOHYA = re.compile(r"^lora_(?P<part>[a-z0-9]+)_(?P<name>.+?)\.(?P<leaf>lora_\w+\.weight|alpha|dora_scale)$")
 _LEAVES = {
     "lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "dora_scale": "lora_magnitude_vector",
     "lora.down.weight": "lora_A.weight", "lora.up.weight": "lora_B.weight", "alpha": "alpha",
@@ -97,7 +96,7 @@ def read_lora_file(
             has no whole LoRA.
     """
     tensors, metadata = load_tensors(path)
-    found = _kohya_modules(tensors, names) if format_of(tensors) == "kohya" else _diffusers_modules(tensors)
+    found = _modules_of(tensors, names, format_of(tensors))
     if part is None and len(found) > 1:
         raise ValueError(f"{os.fspath(path)!r} holds LoRAs for {', '.join(sorted(found))}: say which part is wanted.")
     part = part or next(iter(found))
@@ -121,33 +120,26 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 Modules = dict[str, dict[str, dict[str, Tensor]]]
 
 
-def _kohya_modules(tensors: Mapping[str, Tensor], names: Iterable[str] | None) -> Modules:
-    if names is None:
+def _modules_of(tensors: Mapping[str, Tensor], names: Iterable[str] | None, format: str) -> Modules:
+    """Part of a pipeline -> module -> its tensors, by the names that this library's files have for them."""
+    is_kohya = format == "kohya"
+    if is_kohya and names is None:
         raise ValueError("kohya's files have underscores for dots: the names of the base model's modules are needed.")
-    dotted = {name.replace(".", "_"): name for name in names}
-    found: Modules = {}
-    for key, value in tensors.items():
-        match = _KOHYA.match(key)
-        leaf = None if match is None else _LEAVES.get(match["leaf"])
-        if match is None or leaf is None:
-            raise ValueError(f"{key!r} is no part of a LoRA that can be converted.")
-        if match["name"] not in dotted:
-            raise ValueError(f"{key!r}: the base model has no module {match['name']!r} (dots as underscores).")
-        part = PARTS.get(match["part"], match["part"])
-        if leaf == "lora_magnitude_vector":  # [out, 1, ...] there; here [out], or [1, out, 1, ...] for convolutions
-            value = value.flatten() if value.dim() < 3 else value.transpose(0, 1)
-        found.setdefault(part, {}).setdefault(dotted[match["name"]], {})[leaf] = value
-    return found
-
-
-def _diffusers_modules(tensors: Mapping[str, Tensor]) -> Modules:
+    dotted = {name.replace(".", "_"): name for name in names or ()}
     found: Modules = {}
     for key, value in tensors.items():
         leaf = next((old for old in sorted(_LEAVES, key=len, reverse=True) if key.endswith(f".{old}")), None)
-        part, _, name = key.partition(".")
+        stem = key.removesuffix(f".{leaf}")
+        part, _, name = stem.removeprefix("lora_").partition("_") if is_kohya else stem.partition(".")
         if leaf is None or not name:
             raise ValueError(f"{key!r} is no part of a LoRA that can be converted.")
-        found.setdefault(part, {}).setdefault(name.removesuffix(f".{leaf}"), {})[_LEAVES[leaf]] = value
+        if is_kohya:
+            if name not in dotted:
+                raise ValueError(f"{key!r}: the base model has no module {name!r} (dots as underscores).")
+            part, name = PARTS.get(part, part), dotted[name]
+        if leaf == "dora_scale":  # [out, 1, ...] there; here [out], or [1, out, 1, ...] for convolutions
+            value = value.flatten() if value.dim() < 3 else value.transpose(0, 1)
+        found.setdefault(part, {}).setdefault(name, {})[_LEAVES[leaf]] = value
     return found
 
 

@@ -92,9 +92,8 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         check_allowed(config, "prompt_tuning_init_state_dict_path")
         path, start = config.prompt_tuning_init_state_dict_path, config.prompt_tuning_init
         source = _read(path)
-        wanted = ["prompt_embeddings"]
-        if start != MultitaskPromptTuningInit.ONLY_SOURCE_SHARED:
-            wanted += self.stored_beside
+        factors_too = start != MultitaskPromptTuningInit.ONLY_SOURCE_SHARED
+        wanted = ["prompt_embeddings", *(self.stored_beside if factors_too else ())]
         lacking = [name for name in wanted if name not in source]
         if lacking:
             raise ValueError(f"{path} is no prompt of source tasks: it lacks {', '.join(lacking)}.")
