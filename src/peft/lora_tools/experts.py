@@ -64,10 +64,7 @@ def split_experts(config: Any, tensors: Mapping[str, Tensor], model: nn.Module) 
             continue
         rank = rank_of(config, f"{stack.key}.{stack.rule.parameter}")
         if a.shape[0] != stack.count * rank or b.shape[1] != stack.count * rank:
-            raise ValueError(
-                f"{key}: factors of {list(a.shape)} and {list(b.shape)} are not those of {stack.count} experts of rank"
-                f" {rank}; what layout that is cannot be told."
-            )
+            raise ValueError(f"{key}: {[*a.shape]} and {[*b.shape]} do not fit {stack.count} experts of rank {rank}.")
         part, found = _split(_names(model, stack), rank, a, b)
         share = part / rank
         alpha = alpha_of(config, f"{stack.key}.{stack.rule.parameter}") * (share**0.5 if config.use_rslora else share)

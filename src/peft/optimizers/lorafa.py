@@ -105,7 +105,5 @@ def _compare(model: Any, given: dict[str, Any], use_rslora: bool | None) -> None
             raise ValueError(f"use_rslora={use_rslora}, but adapter {name!r} has {config.use_rslora}; leave it out.")
         other = [key for key, value in given.items() if getattr(config, key) != value]
         if other:
-            warn(
-                f"{', '.join(f'{key}={given[key]}' for key in other)} is not what the configuration of adapter {name!r}"
-                " says, which is what counts."
-            )
+            said = ", ".join(f"{key}={given[key]}" for key in other)
+            warn(f"{said} is not what the configuration of adapter {name!r} says, which is what counts.")

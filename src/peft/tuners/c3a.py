@@ -75,10 +75,7 @@ class C3ALayer(AdapterLayer):
         # The projections of attention, and experts, have blocks of their own.
         rows = getattr(op, "expert_out_features", op.out_features // op.projections)
         if rows % b or op.in_features % b:
-            raise ValueError(
-                f"The block size must be a factor of both sides of a weight; {b} is none for {key!r}, which is"
-                f" {rows} x {op.in_features}. Choose another block_size, or one for this module in block_size_pattern."
-            )
+            raise ValueError(f"The block size {b} is no factor of both sides of {key!r}, {rows} x {op.in_features}.")
 
 
 class C3AModel(BaseTuner, layer=C3ALayer, prefix="c3a_"):

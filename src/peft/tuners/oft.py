@@ -74,10 +74,7 @@ class OFTConfig(LayoutConfig, peft_type=PeftType.OFT):
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         if "oft_block_size" not in kwargs:
-            raise ValueError(
-                "This OFT adapter is of a form that huggingface/peft had before version 0.14 (its configuration has no"
-                " oft_block_size); this version cannot read it. Load it with peft 0.13, or train it again."
-            )
+            raise ValueError("OFT files of peft before 0.14 (no oft_block_size) cannot be read; use peft 0.13.")
         if kwargs.get("use_cayley_neumann") and _is_older(kwargs.get("peft_version"), "0.18.0"):
             warn(
                 f"This OFT adapter was written by peft {kwargs.get('peft_version') or 'before 0.18'}; the Neumann"
@@ -170,10 +167,7 @@ class OFTMethod(Method):
     @classmethod
     def read_tensors(cls, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if any(".oft_r." in key for key in tensors):
-            raise ValueError(
-                "This is an OFT checkpoint of huggingface/peft before version 0.16 (it has tensors called oft_r), which"
-                " this version cannot read. Load it with peft 0.15.2, or train the adapter again."
-            )
+            raise ValueError("OFT files of peft before 0.16 (with oft_r) cannot be read; use peft 0.15.2.")
         return tensors
 
 

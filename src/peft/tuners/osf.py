@@ -103,10 +103,7 @@ class OSFLayer(AdapterLayer):
     def check(cls, config: OSFConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         wanted, side = config.effective_rank, min(op.out_features, op.in_features)
         if wanted is not None and kept_directions(wanted, op) < 1:
-            raise ValueError(
-                f"effective_rank={wanted} leaves {key!r}, whose smaller side is {side}, no direction that stays; it"
-                " should be a positive number, and a fraction at least 1 / side."
-            )
+            raise ValueError(f"effective_rank={wanted} leaves {key!r}, {side} wide, no direction that stays.")
 
 
 class OSFMethod(Method):

@@ -81,10 +81,7 @@ class ShiraLayer(ScaledLayer):
             mask = config.mask_fn(self.get_base_layer(), config.r)
         positions = self.op.matrix(mask).nonzero().T.int().contiguous()
         if positions.shape[1] != count:
-            raise ValueError(
-                f"The mask function of adapter {name!r} must return a mask with r (in + out) = {count} ones for a"
-                f" {self.op.kind} of width {self.in_features} and {self.out_features}, got {positions.shape[1]}."
-            )
+            raise ValueError(f"mask_fn of {name!r} must return r (in + out) = {count} ones, got {positions.shape[1]}.")
         return positions
 
     def change(self, name: str) -> Add:
@@ -114,10 +111,7 @@ class ShiraLayer(ScaledLayer):
 
 def _check_placed(positions: Tensor, name: str) -> None:
     if positions.shape[1] and int(positions[0, 0]) < 0:
-        raise ValueError(
-            f"Adapter {name!r} does not know which entries of the weight it changes: set config.mask_fn before it is"
-            " made, or load it from a file."
-        )
+        raise ValueError(f"Adapter {name!r} lacks its entries: set config.mask_fn before making it, or load a file.")
 
 
 class ShiraModel(BaseTuner, layer=ShiraLayer, prefix="shira_"):

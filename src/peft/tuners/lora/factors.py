@@ -105,10 +105,7 @@ def check_plain(layer: Any, name: str) -> None:
     more = set(layer.key_map(name)) - {*FACTOR_KEYS, "lora_B.bias"}
     more = more or (set() if variant is None else {variant.label})
     if more:
-        raise ValueError(
-            f"Adapter {name!r} has {', '.join(sorted(more))} beside its factors, so its change is not their product,"
-            " and this cannot be done with it. convert_to_lora makes a plain LoRA of it first."
-        )
+        raise ValueError(f"Adapter {name!r} has {', '.join(sorted(more))} beside its factors: convert_to_lora first.")
 
 
 def check_own(layer: AdapterLayer) -> None:

@@ -52,10 +52,7 @@ class LoraMethod(Method):
     def check_config(self, adapter_name: str, config: LoraConfig) -> None:
         check_config(config)
         if config.alora_invocation_tokens and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            raise ValueError(
-                f"aLoRA (alora_invocation_tokens) does not work on {type(self.model).__name__}, an encoder-decoder: its"
-                " layers see two sequences, and what calls for the adapter is looked for in one."
-            )
+            raise ValueError(f"aLoRA does not work on {type(self.model).__name__}, an encoder-decoder.")
         for name, other in self.configs.items():
             if name == adapter_name:
                 continue
@@ -63,10 +60,7 @@ class LoraMethod(Method):
                 one, no = (adapter_name, name) if config.kasa_config else (name, adapter_name)
                 raise ValueError(f"KaSA changes base weights, so all use it or none: {one!r} does, {no!r} does not.")
             if config.layer_replication and not same_stack(config, other):
-                raise ValueError(
-                    f"layer_replication={config.layer_replication} changes the layers that adapter {name!r} is on"
-                    f" (its layer_replication is {other.layer_replication}); all adapters need the same."
-                )
+                raise ValueError(f"layer_replication of {name!r} is another one, and all adapters need the same.")
 
     def check_plan(self, plan: Plan, config: LoraConfig) -> None:
         modules = [target for target in plan.targets if target.parameter_name is None] if config.lora_bias else []

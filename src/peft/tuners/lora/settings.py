@@ -171,10 +171,7 @@ class BdLoraConfig(Settings):
         super().__post_init__()
         both = set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ())
         if both:
-            raise ValueError(
-                f"target_modules_bd_a and target_modules_bd_b overlap in {', '.join(sorted(both))}: one of a module's"
-                " factors can be block-diagonal, not both."
-            )
+            raise ValueError(f"target_modules_bd_a and target_modules_bd_b overlap in {', '.join(sorted(both))}.")
 
 
 @dataclass

@@ -269,16 +269,12 @@ def check_start(config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r:
     start = start_of(config.init_lora_weights, op.kind)
     if start is None:
         return
+    asked, most = f"init_lora_weights={config.init_lora_weights!r}", min(op.out_features, op.in_features)
     if op.kind not in (*start.kinds, "Embedding") or getattr(op, "num_experts", 1) > 1:
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} does not work on {name!r}, a {op.kind}; it works on"
-            f" {', '.join(sorted(start.kinds))}."
-        )
-    if r > min(op.out_features, op.in_features) and start.fill not in (_zero, _orthogonal):
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} needs a rank of at most"
-            f" {min(op.out_features, op.in_features)} on {name!r} [{op.out_features}, {op.in_features}], got r={r}."
-        )
+        known = ", ".join(sorted(start.kinds))
+        raise ValueError(f"{asked} does not work on {name!r}, a {op.kind}; it works on {known}.")
+    if r > most and start.fill not in (_zero, _orthogonal):
+        raise ValueError(f"{asked} needs a rank of at most {most} on {name!r}, got r={r}.")
     start.check(config, name, module, r)
     if start.changes_base:
         storage_of(module, op.weight_name).check_write(module, op.weight_name)

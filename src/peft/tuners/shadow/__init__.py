@@ -146,10 +146,8 @@ class ShadowLayer(AdapterLayer):
             return self.base_layer(hidden_states, *args, **kwargs)
         name, state = self._live[0], beside.now()
         if state.shape != hidden_states.shape:
-            raise ValueError(
-                f"The shadow network gives states {tuple(state.shape)}, the block gets {tuple(hidden_states.shape)}:"
-                " both have to see the same tokens."
-            )
+            shapes = f"{tuple(state.shape)} of the shadow network, {tuple(hidden_states.shape)} of the block"
+            raise ValueError(f"States have the shapes {shapes}: both have to see the same tokens.")
         output = self.base_layer(self.corrected(name, hidden_states, state), *args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         beside.now = lambda: self.updated(name, hidden, state)  # made when the next block asks, so not after the last

@@ -53,10 +53,7 @@ def width_of(model: Any) -> int:
 def _set(config: Any, names: tuple[str, ...], value: int) -> None:
     name = next((name for name in names if hasattr(config, name)), None)
     if name is None:
-        raise ValueError(
-            f"{type(config).__name__} says nothing of {' or '.join(names)}, so a smaller mirror of the model cannot be"
-            " made; name a model in shadow_model instead."
-        )
+        raise ValueError(f"The model has no {' or '.join(names)} to be mirrored; name a model in shadow_model instead.")
     setattr(config, name, value)
 
 
