@@ -66,7 +66,7 @@ class LoraMethod(Method):
         modules = [target for target in plan.targets if target.parameter_name is None] if config.lora_bias else []
         bare = [target.key for target in modules if getattr(target.base, target.op.bias_name or "", 0) is None]
         if bare:
-            warn(f"lora_bias=True: {len(bare)} modules, such as {bare[0]!r}, have no bias to merge it into.")
+            warn(f"{len(bare)} modules have no bias, as {bare[0]!r}: lora_bias cannot be merged into them.")
 
     def layer_settings(self, config: LoraConfig, key: str) -> dict[str, Any]:
         return {"key": key}
