@@ -75,7 +75,7 @@ class _ConvNd(LoraLayer):
     def check_merge(self, name: str) -> None:
         super().check_merge(name)
         if self.get_base_layer().groups > 1:
-            raise NotImplementedError("LoRA over all groups of a convolution cannot be merged into its weight.")
+            raise NotImplementedError("LoRA on a convolution with groups cannot be merged: its A sees all channels.")
 
 
 class Conv1d(_ConvNd):
