@@ -273,3 +273,19 @@ def test_a_file_that_lacks_a_tensor_loads_with_a_warning_or_is_refused(method, t
         assert model(inputs_of(model)).isfinite().all()
         now = get_peft_model_state_dict(model)
         assert all(torch.equal(now[key], value) for key, value in rest.items())
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig, peft.HRAConfig])
+def test_what_is_filled_in_is_not_rounded_to_the_dtype_of_the_base_model(config):
+    models = []
+    for without_memory in (False, True):
+        net = torch.nn.Sequential(torch.nn.Linear(8, 8)).bfloat16()
+        torch.manual_seed(0)
+        model = get_peft_model(net, config(target_modules=["0"]), low_cpu_mem_usage=without_memory)
+        torch.manual_seed(0)
+        model.base_model.fill_in("default")
+        models.append(get_peft_model_state_dict(model))
+    fresh, filled = models
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in fresh.values())
+    for key, value in fresh.items():
+        assert torch.equal(value, filled[key]), key

@@ -21,7 +21,7 @@ from peft.core.call import current_route
 from peft.core.part import Part, as_names, keep_values, tensors_in
 from peft.core.routing import Route
 from peft.core.run import run, run_routed
-from peft.core.storage import onloaded, place_of, storage_of
+from peft.core.storage import onloaded, storage_of
 from peft.errors import warn
 
 
@@ -168,11 +168,11 @@ class AdapterLayer(AdaptedModule):
     def fill_in(self, name: str, config: Any, own: Any, **settings: Any) -> None:
         """Gives those tensors of an adapter that have no memory the values of a fresh adapter."""
         before = tensors_in(self.containers(), name)
-        drawn = any(tensor.is_meta for _, tensor in self._fixed(name))
-        self.create(name, own, **settings)
-        if drawn:
+        if any(tensor.is_meta for _, tensor in self._fixed(name)):
             self._draw(name, config)
-        self.move(name, *place_of(self.get_base_layer()))
+        if self.lacks(name):  # so for what `create` makes
+            self.create(name, own, **settings)
+        self.move(name, self.place()[0])
         keep_values(before, tensors_in(self.containers(), name))
 
     def _draw(self, name: str, config: Any) -> None:

@@ -47,7 +47,9 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
             return True
         if isinstance(module, blocks):
             return id(module) not in whole
-        return _is_trainable_leaf(module) and id(module) not in read
+        weight = getattr(module, "weight", None)
+        is_trained = isinstance(weight, Tensor) and weight.requires_grad
+        return is_trained and next(module.children(), None) is None and id(module) not in read
 
     return wraps
 
@@ -86,10 +88,3 @@ def _read_modules(model: nn.Module) -> set[int]:
             slots = [slot for slot in module.slots if slot not in module.unit_slots and slot in module._modules]
             read += [module.get_submodule(slot) for slot in slots]
     return {id(module) for each in read for module in each.modules()}
-
-
-def _is_trainable_leaf(module: nn.Module) -> bool:
-    if next(module.children(), None) is not None:
-        return False
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.requires_grad

@@ -237,7 +237,9 @@ def _is_freed(tensor: Tensor) -> bool:
 def weight_of(module: Any) -> Tensor:
     """The weight of a module of an adapter that FSDP1 may have made a unit of its own: whole, with gradients."""
     unit = module if "_fsdp_wrapped_module" in module._modules else None
-    if unit is None or not getattr(unit, "_has_params", False) or _is_summoned(unit):
+    if unit is None or not getattr(unit, "_has_params", False):
+        return module.weight
+    if unit._handle._training_state.name == "SUMMON_FULL_PARAMS":
         return module.weight
     if unit._is_root is not False:
         raise RuntimeError(f"FullyShardedDataParallel has not run yet, or with this module alone: {SUMMON}.")
@@ -272,7 +274,3 @@ def _in_forward(unit: Any, compute: Callable[[], Any]) -> Any:
         return unit()
     finally:
         del inner.__dict__["forward"]
-
-
-def _is_summoned(unit: Any) -> bool:
-    return unit._handle._training_state.name == "SUMMON_FULL_PARAMS"

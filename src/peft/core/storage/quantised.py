@@ -88,11 +88,9 @@ class Quantised(Storage):
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """The plain tensors in a weight and what belongs to it."""
-    if isinstance(value, (tuple, list)):
-        for item in value:
+    if isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
     elif isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
         yield from (getattr(value, name) for name in value.__tensor_flatten__()[0])
     elif isinstance(value, Tensor):
@@ -111,7 +109,7 @@ def _to(value: Any, device: torch.device) -> Any:
     if type(value).__name__ == "QuantState":
         value.to(device)
         return value
-    if isinstance(value, nn.Parameter) and type(value) is nn.Parameter:
+    if type(value) is nn.Parameter:
         return nn.Parameter(value.data.to(device), requires_grad=value.requires_grad)
     return value.to(device) if isinstance(value, Tensor) else value
 
