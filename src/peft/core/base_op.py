@@ -130,8 +130,9 @@ class LinearOp(_LastDimension):
             return super().features(module)
 
     def run(self, module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        own = self.own_forward
-        return super().run(module, weight, bias, *args, **kwargs) if own else F.linear(args[0], weight, bias)
+        if self.own_forward:
+            return super().run(module, weight, bias, *args, **kwargs)
+        return F.linear(args[0], weight, bias)
 
 
 class EetqOp(LinearOp):
@@ -173,8 +174,7 @@ class ConvOp(BaseOp):
     def low_rank(self, module: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         # LoRA's A sees the channels of all groups, and B has those of the ranks that belong to the output's group. As a
         # change of the matrix, all ranks are seen by each group, in its own channels.
-        shared = down.shape[1] != self.in_features
-        groups = 1 if shared or module.groups == 1 else module.groups
+        groups = module.groups if down.shape[1] == self.in_features else 1
         window = (module.in_channels // groups, *module.kernel_size)
         low = _convolve(module, x, down.reshape(-1, *window).repeat(groups, *[1] * len(window)), groups)
         conv = _CONVOLUTIONS[len(module.kernel_size) - 1]

@@ -354,12 +354,11 @@ def _nothing_matches(
         return (
             f"The model is a {where} itself, and adapters go on modules inside a model: wrap it, in nn.Sequential say."
         )
-    linear = len(linear_modules(model))
     first = asked if isinstance(asked, str) else next(iter(asked), "")
     hint = _did_you_mean(first, names)
     if hint and isinstance(asked, str):
         hint = f" A str is a regular expression for the whole name; a list, [{asked!r}], matches last parts.{hint}"
-    return f"Target modules {asked} not found in {where} ({linear} linear layers).{hint}"
+    return f"Target modules {asked} not found in {where} ({len(linear_modules(model))} linear layers).{hint}"
 
 
 def _did_you_mean(entry: str, names: Iterable[str]) -> str:
