@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -104,6 +105,8 @@ def test_what_reads_a_weight_sees_the_adapter(case, method):
     with torch.no_grad():
         before = result(base, x)
     if case == "convolution of a mixer" and method in ("lora", "dora"):
+        if transformers.__version__ < "5":
+            pytest.skip("the convolution is called there")
         # The change of a convolution with groups is none of its weight.
         model = get_peft_model(base, LoraConfig(r=32, target_modules=[target], use_dora=method == "dora"))
         with pytest.raises(NotImplementedError, match="groups"):

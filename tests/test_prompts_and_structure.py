@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
 
 import peft
@@ -456,6 +457,7 @@ def test_a_source_that_does_not_fit(source):
             get_peft_model(llama(), MultitaskPromptTuningConfig(task_type="CAUSAL_LM", **given))
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="BERT's classifier passes no cache on there")
 def test_a_classifier_with_a_prefix_learns():
     model = adapted("prefix", lambda: bert(num_labels=3), "SEQ_CLS")
     first, last = train(model, "prefix", steps=25, lr=0.05, **inputs_of("prefix"), labels=torch.tensor([0, 1, 2]))

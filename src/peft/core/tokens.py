@@ -231,14 +231,15 @@ def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:
                     " leave out one of them."
                 )
             check_rows(key, module, indices)
+    wanted = _by_module(model, rows)
     if getattr(config, "ensure_weight_tying", False):
-        _check_tied(model, rows)
+        _check_tied(model, wanted)
     return dict(rows)
 
 
-def _check_tied(model: nn.Module, rows: Mapping[str, Sequence[int]]) -> None:
+def _check_tied(model: nn.Module, wanted: Mapping[str, Sequence[int]]) -> None:
     """Raises ValueError where tied modules are to train different rows."""
-    wanted, tied = _by_module(model, rows), tied_embedding_modules(model)
+    tied = tied_embedding_modules(model)
     named = {key: list(wanted[key]) for key in tied if key in wanted}
     if any(indices != next(iter(named.values())) for indices in named.values()):
         raise ValueError(
@@ -274,6 +275,7 @@ def train_tokens(model: nn.Module, adapter_name: str, rows: Mapping[str, Sequenc
     if tied and tied[0] in wanted:
         indices = wanted.pop(tied[0])
         modules = {key: model.get_submodule(live_key(model, key)) for key in tied}
+        tied = [key for key in tied if not any(modules[key] is modules[other] for other in tied[: tied.index(key)])]
         apart = any(isinstance(module, AdapterLayer) for module in modules.values())
         layer = _train_tokens_of(model, tied[0], adapter_name, indices)
         for key in tied[1:]:
@@ -286,9 +288,22 @@ def train_tokens(model: nn.Module, adapter_name: str, rows: Mapping[str, Sequenc
 
 
 def _by_module(model: nn.Module, rows: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """The rows to train by the whole names of the modules."""
-    keys = [key for key, _ in model_modules(model)] if rows else []
-    return {key: indices for name, indices in rows.items() for key in keys if ends_with(key, {name})}
+    """The rows to train by the whole names of the modules; of a module with several places, the first.
+
+    Raises:
+        ValueError: different rows of one module are named.
+    """
+    first: dict[int, str] = {}
+    wanted: dict[str, Sequence[int]] = {}
+    for key, module in model_modules(model) if rows else ():
+        place = first.setdefault(id(module), key)
+        for indices in (indices for name, indices in rows.items() if ends_with(key, {name})):
+            if list(wanted.setdefault(place, indices)) != list(indices):
+                raise ValueError(
+                    f"trainable_token_indices names {list(wanted[place])} of {place!r} and {list(indices)} of"
+                    f" {key!r}, which are one module; name its rows once."
+                )
+    return wanted
 
 
 def _train_tokens_of(
