@@ -66,3 +66,17 @@ def test_pattern_and_plain_entries():
 def test_settings_that_mean_nothing(settings, message):
     with pytest.raises(ValueError, match=message):
         peft.WaveFTConfig(target_modules=["0"], **settings)
+
+
+def test_shares_by_size_reach_the_output_projection_of_attention(tmp_path):
+    def attention() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "small": nn.Linear(8, 2)})
+
+    config = peft.WaveFTConfig(target_modules=["attn", "small"], n_frequency=10, proportional_parameters=True)
+    model = peft.get_peft_model(attention(), config)
+    found = [len(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert sorted(found) == [2, 18, 18], "192 and 16 of the entries that are counted, and as many beside the first"
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(attention(), tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()

@@ -14,8 +14,9 @@ from peft.checkpoint.files import opened_weights
 from peft.core.storage import backend_of
 from peft.model import PeftModel
 from peft.ops.principal import truncated_svd
+from peft.tuners.lora.factors import in_two
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.starts import fill_factors, in_two
+from peft.tuners.lora.starts import fill_factors
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def draw_places(rows: int, columns: int, count: int, seed: int | None) -> Tensor
 def check_frequencies(count: int, key: str, rows: int, columns: int) -> None:
     """Raises ValueError where the weight of a module has fewer entries than trained coefficients (`n_frequency`)."""
     if count > rows * columns:
-        raise ValueError(f"n_frequency={count} is more than the {rows} x {columns} entries of {key!r}; choose less.")
+        raise ValueError(f"n_frequency={count} is more than the entries of the weight of {key!r}, {rows} x {columns}.")
 
 
 def flat_index(positions: Tensor, columns: int) -> Tensor:

@@ -85,6 +85,14 @@ def store(layer: AdapterLayer, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
 
 
+def in_two(u: Tensor, s: Tensor, vh: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+    """A and B that share the singular values evenly, with scaling B A = u diag(s) vh; or stacks of these."""
+    if not scaling > 0:
+        raise ValueError(f"A start from singular values needs a scale above zero, and lora_alpha makes it {scaling}.")
+    root = (s / scaling).sqrt()
+    return root[..., None] * vh, u * root[..., None, :]
+
+
 def of_svd(layer: AdapterLayer, u: Tensor, s: Tensor, vh: Tensor, rank: int) -> dict[str, Tensor]:
     """The tensors of the LoRA of that rank per block nearest to u s vh; A and B share the singular values evenly.
 
@@ -94,8 +102,7 @@ def of_svd(layer: AdapterLayer, u: Tensor, s: Tensor, vh: Tensor, rank: int) -> 
         rank: where it is more than k, the rest is zero.
     """
     missing = max(rank - s.shape[1], 0)
-    root = s[:, :rank].sqrt()
-    a, b = root[..., None] * vh[:, :rank], u[..., :rank] * root[:, None]
+    a, b = in_two(u[..., :rank], s[:, :rank], vh[:, :rank])
     return store(layer, pad(a, (0, 0, 0, missing)), pad(b, (0, missing)))
 
 

@@ -23,6 +23,7 @@ from peft.ops.principal import randomised_svd, seeded, truncated_svd
 from peft.ops.quantise import int8_rounded, nf4_rounded
 from peft.tuners.lora.base import FactorLayer, Residual
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.factors import in_two
 from peft.tuners.lora.settings import LoftQConfig, LoraGAConfig
 
 #: where `preprocess` leaves what it found on a base module
@@ -83,14 +84,6 @@ def without_product(layer: FactorLayer, name: str) -> Residual:
         return (weight.to(change.dtype) - change).to(weight.dtype)
 
     return residual
-
-
-def in_two(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """A and B that share the singular values evenly, with s B A = u diag(s) vh."""
-    if not scaling > 0:
-        raise ValueError(f"A start from singular values needs a scale above zero, and lora_alpha makes it {scaling}.")
-    root = (s / scaling).sqrt()
-    return root[:, None] * vh, u * root
 
 
 def settle_seed(config: LoraConfig) -> None:
