@@ -160,7 +160,11 @@ class AdaptedModule(Part):
         """The bias of the module that this layer is around, with what the layers below make of it."""
         below = self.below
         if below is None:
-            return self.get_base_bias()
+            bias = self.get_base_bias()
+            if bias is not None and bias.is_meta:  # offloaded
+                with onloaded(self.get_base_layer()):
+                    bias = self.get_base_bias()
+            return bias
         return apply_to_bias(below.changes(below.acting()), below.bias_below())
 
     def adapter_dtype(self) -> torch.dtype | None:

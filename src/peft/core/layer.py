@@ -232,10 +232,14 @@ class AdapterLayer(AdaptedModule):
         live = self.live()
         if not live:
             return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
+        if "_hf_hook" in self._modules["base_layer"].__dict__:
+            self.bring_back()
         return run(self, live, x, *args, **kwargs)
 
     def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the samples of each adapter with that adapter."""
+        if "_hf_hook" in self._modules["base_layer"].__dict__:
+            self.bring_back()
         return run_routed(self, route, x, *args, **kwargs)
 
     def effective(self, names: Sequence[str] | None = None) -> tuple[Tensor, Tensor | None]:

@@ -175,9 +175,20 @@ class Part(nn.Module):
         """All tensors that adapter `name` has here, trained or fixed, those that it shares among them."""
         return tensors_in((self._modules[slot] for slot in self.slots if slot in self._modules), name)
 
+    def bring_back(self) -> None:
+        """Brings tensors of the adapters back that accelerate has offloaded, to stay: nobody calls their modules."""
+        containers = (self._modules[slot] for slot in self.slots if slot in self._modules)
+        for module in (inner for container in containers if container is not None for inner in container.modules()):
+            hook: Any = module.__dict__.get("_hf_hook")
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            if getattr(hook, "offload", False) and any(tensor is not None and tensor.is_meta for tensor in tensors):
+                hook.pre_forward(module)
+
     def gathered(self) -> AbstractContextManager[None]:
         """While it lasts, the tensors of the adapters here are whole, also where processes share them out."""
         modules: Any = self._modules
+        if "_hf_hook" in self.wrapped.__dict__:
+            self.bring_back()
         return gathered(modules[slot] for slot in self.slots if slot in modules)
 
     def leave_shared(self) -> None:

@@ -34,6 +34,10 @@ class Rows(Change):
     index: Tensor
     values: Tensor
 
+    @property
+    def needs_bias(self) -> bool:
+        return True
+
     def acts(self, op: BaseOp) -> bool:
         return op.kind in ("Embedding", "Linear") and self.index.numel() > 0
 
@@ -41,8 +45,7 @@ class Rows(Change):
         # They go to their places in the output: that is less than putting them into the weight.
         values, index = self.values.to(y.dtype), self.index
         if op.kind != "Embedding":
-            bias = module.bias if module.bias is None else module.bias[index]
-            return y.index_copy(-1, index, F.linear(x.to(y.dtype), values, bias))
+            return y.index_copy(-1, index, F.linear(x.to(y.dtype), values, None if bias is None else bias[index]))
         places = torch.full((op.in_features,), -1, device=x.device)
         places[index] = torch.arange(len(index), device=x.device)
         place, padding = places[x], module.padding_idx

@@ -113,6 +113,8 @@ class AdaptedAttention(AdapterLayer):
             return output
         if current_route() is not None:
             raise ValueError("Adaption prompts cannot differ from sample to sample (adapter_names); use set_adapter().")
+        if "_hf_hook" in vars(self.adaption_prompts):
+            self.bring_back()
         hidden = args[0] if args else kwargs["hidden_states"]
         places = kwargs.get("position_embeddings", args[1] if len(args) > 1 and not self.fused else None)
         first = output[0]

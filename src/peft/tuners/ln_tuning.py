@@ -13,6 +13,7 @@ from peft.core.change import Add, Bias, Change, Statistics
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import ModuleSlot
+from peft.core.storage import onloaded
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Dense
 from peft.registry import PeftType
@@ -41,10 +42,11 @@ class LNTuningLayer(AdapterLayer):
     label = "ln_tuning.{name}"
 
     def create(self, name: str, config: LNTuningConfig) -> None:
-        copies = {self.op.weight_name: self.get_base_weight(), self.op.bias_name: self.get_base_bias()}
-        held = nn.ParameterDict({key: value.detach().clone() for key, value in copies.items() if value is not None})
-        for key in self.statistics():
-            held.register_buffer(key, self._original(key).detach().clone())
+        with onloaded(self.get_base_layer()):
+            copies = {self.op.weight_name: self.get_base_weight(), self.op.bias_name: self.get_base_bias()}
+            held = nn.ParameterDict({key: value.detach().clone() for key, value in copies.items() if value is not None})
+            for key in self.statistics():
+                held.register_buffer(key, self._original(key).detach().clone())
         self.ln_tuning_layers[name] = held
 
     def statistics(self) -> list[str]:

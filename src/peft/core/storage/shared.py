@@ -243,6 +243,13 @@ def run_with(module: Any, tensors: Mapping[str, Tensor], args: Sequence[Any], kw
     # What DeepSpeed or fully_shard has put around the module wants its own parameters.
     if hasattr(module, "ds_id") or hasattr(module, "_get_fsdp_state"):
         return _twin(module, tensors).forward(*args, **kwargs)
+    hook = vars(module).get("_hf_hook")  # of accelerate, which would put its own parameters in their place
+    if getattr(hook, "offload", False):
+        hook.pre_forward(module)
+        try:
+            return type(module).forward(_twin(module, tensors), *args, **kwargs)
+        finally:
+            hook.post_forward(module, torch.empty(0))
     if any(name in vars(owner) for owner, name in zip(owners, names, strict=True)):  # as FSDP1 has it in a forward pass
         return _twin(module, tensors)(*args, **kwargs)
     return functional_call(module, dict(tensors), tuple(args), dict(kwargs))
