@@ -29,7 +29,10 @@ def draw_places(rows: int, columns: int, count: int, seed: int | None) -> Tensor
 def check_frequencies(count: int, key: str, rows: int, columns: int) -> None:
     """Raises ValueError where the weight of a module has fewer entries than trained coefficients (`n_frequency`)."""
     if count > rows * columns:
-        raise ValueError(f"n_frequency={count} is more than the entries of the weight of {key!r}, {rows} x {columns}.")
+        raise ValueError(
+            f"n_frequency={count} is more than the entries of the weight of {key!r}, {rows} x {columns}; choose less,"
+            " for this module alone in n_frequency_pattern."
+        )
 
 
 def flat_index(positions: Tensor, columns: int) -> Tensor:

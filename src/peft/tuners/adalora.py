@@ -296,7 +296,10 @@ class AdaLoraMethod(Method):
     def check_config(self, adapter_name: str, config: AdaLoraConfig) -> None:
         others = [name for name, other in self.configs.items() if name != adapter_name and not other.inference_mode]
         if others and not config.inference_mode and isinstance(self.tuner, AdaLoraModel):
-            raise ValueError(f"AdaLoraModel supports only 1 trainable adapter, {others[0]!r}; set inference_mode=True.")
+            raise ValueError(
+                f"AdaLoraModel supports only 1 trainable adapter, and {others[0]!r} is one already; set"
+                " inference_mode=True for all others."
+            )
 
     def added(self, adapter_name: str) -> None:
         config, known = self.configs[adapter_name], self.allocators.get(adapter_name)

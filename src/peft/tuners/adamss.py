@@ -92,7 +92,8 @@ class AdamssConfig(LayerConfig, peft_type=PeftType.ADAMSS):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive with use_asa, got {getattr(self, name)}.")
         if self.init_warmup >= self.final_warmup:
-            raise ValueError(f"init_warmup={self.init_warmup} must be less than final_warmup={self.final_warmup}.")
+            first, last = f"init_warmup={self.init_warmup}", f"final_warmup={self.final_warmup}"
+            raise ValueError(f"{first} must be less than {last} with use_asa: subspaces are dropped between them.")
 
 
 class AdamssLayer(AdapterLayer):

@@ -46,7 +46,10 @@ class BeftLayer(AdapterLayer):
 
     def check_merge(self, name: str) -> None:
         if self.get_base_bias() is None:
-            raise ValueError(f"{name!r} adds to the bias; a {self.op.kind} without one it cannot be merged into.")
+            raise ValueError(
+                f"Adapter {name!r} adds to the bias, and there is a {self.op.kind} without bias that it cannot be"
+                " merged into. Keep the adapter, or leave such modules out of target_modules."
+            )
 
 
 class BeftModel(BaseTuner, layer=BeftLayer, prefix="beft_"):

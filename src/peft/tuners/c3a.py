@@ -75,7 +75,10 @@ class C3ALayer(AdapterLayer):
         # The projections of attention, and experts, have blocks of their own.
         rows = getattr(op, "expert_out_features", op.out_features // op.projections)
         if rows % b or op.in_features % b:
-            raise ValueError(f"The block size {b} is no factor of both sides of {key!r}, {rows} x {op.in_features}.")
+            raise ValueError(
+                f"The block size {b} is no factor of both sides of {key!r}, {rows} x {op.in_features}. Choose another"
+                " block_size, or one for this module in block_size_pattern."
+            )
 
 
 class C3AModel(BaseTuner, layer=C3ALayer, prefix="c3a_"):

@@ -47,7 +47,10 @@ class XLoraMethod(LoraMethod):
             raise ValueError(f"The model has an X-LoRA adapter, {self.tuner.xlora_name!r}; there cannot be a second.")
         model_config: Any = getattr(self.model, "config", None)
         if getattr(model_config, "use_cache", False):
-            raise ValueError("X-LoRA runs all tokens twice, with keys of each: set model.config.use_cache = False.")
+            raise ValueError(
+                "X-LoRA needs model.config.use_cache = False: it runs every token through the model twice, with other"
+                " keys and values each time."
+            )
         if model_config is None or getattr(model_config, "is_encoder_decoder", False):
             raise ValueError(f"X-LoRA needs a decoder of transformers; got a {type(self.model).__name__}.")
         found = read_model_config(self.model, "token_dim")

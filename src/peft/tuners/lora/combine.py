@@ -107,7 +107,10 @@ def _check_factors(adapters: Sequence[str], layers: Mapping[Any, str], how: Comb
             check_own(layer)
         if not how.on_product and how.method != "cat" and len(set(ranks.values())) > 1:
             listed = ", ".join(f"{name}: r={r}" for name, r in ranks.items())
-            raise ValueError(f"{how.name!r} needs the same r, on {key!r} are {listed}: use 'cat' or an svd type.")
+            raise ValueError(
+                f"combination_type {how.name!r} needs adapters of the same r, but on {key!r} they have {listed}. Use"
+                " 'cat' or one of the svd types."
+            )
 
 
 def _skip_start_values(adapters: Sequence[str], layers: Iterable[Any], rank: int) -> None:

@@ -112,7 +112,10 @@ def check_plain(layer: Any, name: str) -> None:
     more = set(layer.key_map(name)) - {*FACTOR_KEYS, "lora_B.bias"}
     more = more or (set() if variant is None else {variant.label})
     if more:
-        raise ValueError(f"Adapter {name!r} has {', '.join(sorted(more))} beside its factors: convert_to_lora first.")
+        raise ValueError(
+            f"Adapter {name!r} has {', '.join(sorted(more))} beside its factors, so its change is not their product."
+            " convert_to_lora makes a plain LoRA of it, which works here."
+        )
 
 
 def check_own(layer: AdapterLayer) -> None:

@@ -357,7 +357,8 @@ class PromptHost(nn.Module):
         inputs = dict(inputs)
         given = [name for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
         if len(given) != 1:
-            raise ValueError(f"A soft prompt goes before input_ids or inputs_embeds; got {given or 'neither'}.")
+            found = " and ".join(given) or "neither"
+            raise ValueError(f"A soft prompt needs either input_ids or inputs_embeds to go before, got {found}.")
         encoder: Any = self._prompt
         batch = inputs[given[0]].shape[0]
         task_ids = inputs.pop("task_ids", None)

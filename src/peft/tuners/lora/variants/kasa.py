@@ -30,7 +30,8 @@ class Kasa(Variant):
     @classmethod
     def check(cls, config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
         if r >= min(op.out_features, op.in_features):
-            raise ValueError(f"r={r} is all of {name!r} [{op.out_features}, {op.in_features}]; KaSA leaves some of it.")
+            shape = f"[{op.out_features}, {op.in_features}]"
+            raise ValueError(f"KaSA needs r below the sides of {name!r} {shape}, to leave some of it; got r={r}.")
 
     def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
         a, _ = layer.factors(name)
