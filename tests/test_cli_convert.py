@@ -226,7 +226,7 @@ SHARDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "settings"), SHARDS, ids=str)
+@pytest.mark.parametrize(("make", "settings"), SHARDS, ids=["saved", "dora", "plain", "tied", "experts"])
 def test_a_merge_by_shard_is_the_merge_in_memory(tmp_path, make, settings):
     adapter, model = saved(tmp_path, make(), r=4, **{"target_modules": ["q_proj", "down_proj"], **settings})
     base = model.get_base_model().from_pretrained(tmp_path / "base")
