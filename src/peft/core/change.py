@@ -128,9 +128,7 @@ class LowRank(Change):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """A and B with what stands between and behind them, the scale aside."""
-        up = self.up
-        if self.middle is not None:
-            up = up * self.middle
+        up = self.up if self.middle is None else self.up * self.middle
         return self.down, up if self.factors is None else up * self.factors[..., None]
 
     def leave(self, op: BaseOp, module: Any, x: Tensor, y: Tensor, bias: Tensor | None, fresh: bool = False) -> Tensor:
@@ -340,11 +338,7 @@ class OnOutput(_OfOutput):
 
 @dataclass(slots=True, eq=False)
 class Weight(Change):
-    """y of f(W): whatever else changes a matrix.
-
-    Attributes:
-        map: f, of a matrix [out, in].
-    """
+    """y of f(W), for a `map` f of matrices [out, in]: whatever else changes one."""
 
     map: Callable[[Tensor], Tensor]
 
