@@ -69,8 +69,9 @@ def run(options: Any, *_: Any) -> int:
 
 def _name() -> str:
     """What the user calls the command by."""
-    called = os.path.relpath(sys.argv[0])
-    return "python -m peft" if called.endswith(".py") else "peft" if shutil.which("peft") else called
+    if Path(sys.argv[0]).stem != "peft":  # `python -m peft`, or a program that calls it
+        return "python -m peft"
+    return "peft" if shutil.which("peft") else os.path.relpath(sys.argv[0])
 
 
 def _peft(*words: Any) -> str:
