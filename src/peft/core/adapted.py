@@ -84,6 +84,9 @@ class AdaptedModule(Part):
     one's.
     """
 
+    base_layer: Any
+    #: the kind of module that the base module is
+    op: BaseOp
     parameter_name: str | None
     is_read: bool  # whether modules around it read `weight` and `bias`: what they see is with the adapters
     with_attention: bool  # whether it is the output projection of an attention module with a layer around it

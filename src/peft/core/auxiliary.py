@@ -25,7 +25,7 @@ class AuxiliaryTrainingWrapper(Part):
 
     @property
     def wrapped(self) -> nn.Module:
-        return self.original_module
+        return self.original_module  # type: ignore[return-value]  # a module, or a property of the kind
 
     def current_module(self) -> nn.Module:
         """The module that the next forward pass runs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -82,21 +82,23 @@ class Part(nn.Module):
             _disable_adapters=False, _trained_before_disable=[],
         )  # fmt: skip
 
-    def __getattr__(self, name: str) -> Any:
-        """What a part lacks is what its module has, for modules around it: weights as adapted, sizes, methods.
+    if not TYPE_CHECKING:
 
-        Not so what hooks leave on a module: private things that are neither of its class nor plain values.
-        """
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or not self.__dict__.get("_modules"):
-                raise
-            value = self.of_module(name)
-            is_own = isinstance(value, (int, float, str)) or hasattr(type(self.wrapped), name)
-            if name.startswith("_") and not is_own:
-                raise
-            return value
+        def __getattr__(self, name: str) -> Any:
+            """What a part lacks is what its module has, for modules around it: weights as adapted, sizes, methods.
+
+            Not so what hooks leave on a module: private things that are neither of its class nor plain values.
+            """
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("__") or not self.__dict__.get("_modules"):
+                    raise
+                value = self.of_module(name)
+                is_own = isinstance(value, (int, float, str)) or hasattr(type(self.wrapped), name)
+                if name.startswith("_") and not is_own:
+                    raise
+                return value
 
     def of_module(self, name: str) -> Any:
         """An attribute of the module that this one is in place of, as it is in effect; AttributeError without one."""

@@ -44,7 +44,7 @@ class Route:
             self.samples.setdefault(name, []).append(place)
         self._groups: dict[tuple[int, torch.device, int | None], list[tuple[str, Tensor]]] = {}
         self._blocks: dict[Any, tuple[Tensor, Tensor, Tensor] | None] = {}
-        self._orders: dict[tuple[int, torch.device, int], tuple[Tensor | None, Tensor | None, list[int]]] = {}
+        self._orders: dict[Any, tuple[Tensor | None, Tensor | None, list[int]]] = {}
 
     def groups(self, rows: int, device: torch.device, rounds: int | None = 1) -> list[tuple[str, Tensor]]:
         """(adapter, indices of its rows) for a tensor of `rows` rows.
@@ -66,7 +66,9 @@ class Route:
             self._groups[key] = [(name, torch.tensor(i, device=device)) for name, i in indices.items()]
         return self._groups[key]
 
-    def order(self, rows: int, device: torch.device, rounds: int = 1) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    def order(
+        self, rows: int, device: torch.device, rounds: int | None = 1
+    ) -> tuple[Tensor | None, Tensor | None, list[int]]:
         """Rows in the order of `groups`, their way back, and how many there are of each; None where they are in order.
 
         Raises:

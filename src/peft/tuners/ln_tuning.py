@@ -64,7 +64,7 @@ class LNTuningLayer(AdapterLayer):
         copies = self.ln_tuning_layers[name]
         weight, bias = self.original_weight().detach(), self.original_bias()
         yield Add(Dense(self.op.matrix(copies[self.op.weight_name] - weight)))
-        if bias is not None:
+        if bias is not None and self.op.bias_name:
             yield Bias(copies[self.op.bias_name] - bias.detach())
         if copies._buffers:
             yield Statistics(dict(copies.named_buffers()))

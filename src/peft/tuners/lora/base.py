@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,10 @@ class FactorLayer(ScaledLayer):
     use_dora = Setting[bool]()
     lora_bias = Setting[bool]()
     lora_residual = Setting[Residual]()
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the slots of variants
 
     def initial_scaling(self, name: str) -> float:
         r = self.r[name]
