@@ -53,8 +53,10 @@ class BOFTConfig(LayoutConfig, peft_type=PeftType.BOFT):
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.boft_block_size) == bool(self.boft_block_num):
-            sizes = f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}"
-            raise ValueError(f"Give a positive number for one of them, and 0 for the other; got {sizes}.")
+            raise ValueError(
+                "Give a positive boft_block_size or a positive boft_block_num, and 0 for the other; got"
+                f" boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}."
+            )
 
     @property
     def factors(self) -> int:
