@@ -153,7 +153,7 @@ def rates(method: str, base: Any, tried: list[Row]) -> Iterator[float]:
     middle = learning_rate(method, base.config)
     yield middle
     yield 4 * middle
-    losses = {row["rate"]: row["held_out"] for row in tried}
+    losses = {row["rate"]: row["held_out"] for row in tried if "held_out" in row}
     if middle in losses and 4 * middle in losses:
         better = _finite(losses[4 * middle]) < _finite(losses[middle])
         yield 16 * middle if better else middle / 4

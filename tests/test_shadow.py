@@ -133,6 +133,18 @@ def test_the_loss_has_the_networks_own(weight):
     assert trained == {name for name, p in model.named_parameters() if p.requires_grad and last not in name}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_trains(dtype):
+    ids, reached, losses = tiny.tokens(), [], []
+    for base in (tiny.llama(), tiny.llama().to(dtype)):
+        model = adapted(base).train()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+        reached.append({key for key, parameter in model.named_parameters() if parameter.grad is not None})
+    assert reached[0] == reached[1] and losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_lowers_the_loss(checkpointing):
     model, ids = adapted(shadow_dropout=0.0).train(), tiny.tokens()

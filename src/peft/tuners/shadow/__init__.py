@@ -317,10 +317,11 @@ class ShadowMethod(Method):
         config, head = self.configs[name], self.head(name)
         if labels is None or loss is None or head is None:
             return output
+        states = beside.start.to(place_of(head)[1] or beside.start.dtype)  # the model's may be in halves
         if config.task_type == TaskType.CAUSAL_LM:
-            own = network.language_loss(head(beside.start), labels)
+            own = network.language_loss(head(states), labels)
         else:
-            own = network.classes_loss(head(network.pooled(beside.start, kwargs.get("attention_mask"))), labels)
+            own = network.classes_loss(head(network.pooled(states, kwargs.get("attention_mask"))), labels)
         self.last_shadow_loss = output.shadow_loss = own.detach()
         if config.auxiliary_loss_weight:
             output.loss = loss + config.auxiliary_loss_weight * own.to(loss.device)
