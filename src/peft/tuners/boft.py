@@ -55,7 +55,7 @@ class BOFTConfig(LayoutConfig, peft_type=PeftType.BOFT):
         if bool(self.boft_block_size) == bool(self.boft_block_num):
             raise ValueError(
                 "Give a positive boft_block_size or a positive boft_block_num, and 0 for the other; got"
-                f" boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}."
+                f" {self.boft_block_size} and {self.boft_block_num}."
             )
 
     @property
