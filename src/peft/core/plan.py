@@ -163,14 +163,12 @@ def make_plan(
     used, inside_saved = set[str](), ""
     saved = {*(config.modules_to_save or ()), *also_save}
     parameters = set(getattr(config, "target_parameters", None) or ())
-    names: list[str] = []
-    saved_modules: dict[str, nn.Module] = {}
+    names, saved_modules = list[str](), dict[str, nn.Module]()
     for key, module, parent, child in model_places(model):
         names.append(key)
         if inside_saved and key.startswith(inside_saved):
             continue
-        entry = saved_as(key, saved)
-        if entry is not None:
+        if (entry := saved_as(key, saved)) is not None:
             _check_saved(key, module)
             saved_modules[key] = module
             used.add(entry)
