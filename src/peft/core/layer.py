@@ -226,20 +226,18 @@ class AdapterLayer(AdaptedModule):
         names = kwargs.pop("adapter_names", None) if kwargs else None
         if self._disable_adapters:
             return self.base_layer(x, *args, **kwargs)
+        if "_hf_hook" in self._modules["base_layer"].__dict__:
+            self.bring_back()
         route = current_route() if names is None else Route(names)
         if route is not None:
             return self._forward_routed(route, x, *args, **kwargs)
         live = self.live()
         if not live:
             return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
-        if "_hf_hook" in self._modules["base_layer"].__dict__:
-            self.bring_back()
         return run(self, live, x, *args, **kwargs)
 
     def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the samples of each adapter with that adapter."""
-        if "_hf_hook" in self._modules["base_layer"].__dict__:
-            self.bring_back()
         return run_routed(self, route, x, *args, **kwargs)
 
     def effective(self, names: Sequence[str] | None = None) -> tuple[Tensor, Tensor | None]:

@@ -232,8 +232,7 @@ def scale_in_forward(parameter: Any, factor: Tensor) -> None:
     factor = factor.expand(shape_of(parameter))
     shards = sharded_of(parameter)  # else the change would be lost when `fully_shard` puts the parameter away
     for tensor in (parameter,) if shards is None else (parameter, shards):
-        kind = kind_of(tensor)
-        tensor.mul_(factor) if kind is None else kind.scale(tensor, factor)
+        kind_of(tensor).scale(tensor, factor)
 
 
 def run_with(module: Any, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
