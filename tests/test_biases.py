@@ -147,3 +147,20 @@ def test_biases_of_injected_adapters():
         if isinstance(module, Part):
             module.enable_adapters(True)
     assert torch.equal(logits(model), acting)
+
+
+@pytest.mark.parametrize("bias", ["all", "ia3_only"])
+def test_biases_saved_while_merged_are_those_of_the_adapter(bias, tmp_path):
+    """IA3 scales a bias with the output, so the one in the module is another while it is merged."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    config = peft.IA3Config(target_modules=["0", "1"], feedforward_modules=[], bias=bias)
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter.requires_grad * torch.randn(parameter.shape))
+    x = torch.randn(2, 4)
+    expected = model(x)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, tmp_path)(x), expected)

@@ -179,6 +179,24 @@ def test_an_interrupt_at_any_line_loses_no_base_weight(operation):
     assert n > 20
 
 
+def test_an_interrupted_deletion_of_a_merged_adapter_on_layers_around_each_other():
+    torch.manual_seed(0)
+    config = peft.HRAConfig(r=2, target_modules=["lin"], target_parameters=["lin.weight"])
+    start = randomise(get_peft_model(Net(), config, "a"))
+    start.add_adapter("b", config)
+    start.merge_adapter()
+    x, n = torch.randn(2, 8), 1
+    expected = start(x)
+    while True:
+        model = copy.deepcopy(start)
+        if not fails(lambda model=model: model.delete_adapter("a"), n, KeyboardInterrupt):
+            break
+        if "a" in model.peft_config:
+            torch.testing.assert_close(model(x), expected)
+        n += 3
+    assert n > 20
+
+
 def state_of(model):
     return (
         list(model.peft_config),

@@ -111,7 +111,7 @@ def get_peft_model_state_dict(
 def _bias_locations(model: nn.Module, adapter_name: str, copies: bool = False) -> dict[str, Location]:
     """The biases of the base model that an adapter has trained; with `copies`, see `stored_biases`."""
     biases = stored_biases(model, adapter_name, copies)
-    return {_in_files(model, key): Location(live, owner, name) for key, live, owner, name in biases}
+    return {_in_files(model, key): Location(live, owner, name, None, kept) for key, live, owner, name, kept in biases}
 
 
 def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | str) -> dict[str, Location]:

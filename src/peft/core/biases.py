@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,11 @@ class TrainedBiases(Part):
         for name in self._present:  # in the module it may be another parameter by now
             self._present[name] = self.module._parameters[name]
         return self._own if adapter_name is None else self._by_adapter[adapter_name]
+
+    def originals(self, adapter_name: str) -> Mapping[str, Any]:
+        """An adapter's biases, by name, as they were before adapters were merged into them; those alone."""
+        merged = self.around is not None and self._present is self._by_adapter[adapter_name]
+        return self.around.ledger.originals if merged else {}  # type: ignore[union-attr]
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return list(self._by_adapter[name].values()) if self.has(name) else []
@@ -167,8 +172,10 @@ def _modules_with_biases(
     return [(module, names) for module, names in biases.items() if names and id(module) not in in_full]
 
 
-def stored_biases(model: nn.Module, adapter_name: str, copies: bool) -> Iterator[tuple[str, str, nn.Module, str]]:
-    """The biases of an adapter: the name in files, the name in the model, what holds it, and its name there.
+def stored_biases(
+    model: nn.Module, adapter_name: str, copies: bool
+) -> Iterator[tuple[str, str, nn.Module, str, Mapping[str, Any]]]:
+    """The biases of an adapter: the name in files, the name in the model, what holds it, its name there, and originals.
 
     Args:
         model: the model.
@@ -180,11 +187,11 @@ def stored_biases(model: nn.Module, adapter_name: str, copies: bool) -> Iterator
         if isinstance(part, TrainedBiases) and part.has(adapter_name):
             for name in part.of(adapter_name):
                 live = f"{path.rpartition('.')[0]}.{name}"
-                yield live, live, part.of(adapter_name), name
+                yield live, live, part.of(adapter_name), name, part.originals(adapter_name)
         elif isinstance(part, ModulesToSaveWrapper) and copies and part.has(adapter_name):
             # Below the first level, files have the adapter's name too.
             for held, inner in (("modules_to_save", f"modules_to_save.{adapter_name}"), ("original_module",) * 2):
                 for place, owner in part.get_submodule(inner).named_modules():
                     for name in (name for name, _ in owner.named_parameters(recurse=False) if name.endswith("bias")):
                         tail = f".{place}.{name}" if place else f".{name}"
-                        yield f"{path}.{inner if place else held}{tail}", f"{path}.{inner}{tail}", owner, name
+                        yield f"{path}.{inner if place else held}{tail}", f"{path}.{inner}{tail}", owner, name, {}

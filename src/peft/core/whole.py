@@ -100,7 +100,13 @@ def whole(
         held: what has tensors of the adapters by name beside the parts: modules and dictionaries.
     """
     with alone(holder):
-        back = [_entries_of([*held, holder.peft_config]), *(_state_of(part, names, deleted) for part in parts)]
+        parts = list(parts)
+        containers = [*held, holder.peft_config]
+        for part in parts if deleted else ():
+            own = (*part.containers(), part.configs, *part.settings.values())
+            containers += [container for container in own if deleted in container]
+        # What any of them has comes back first: layers around one module merge what the others have.
+        back = [_entries_of(containers), *(_state_of(part, names, deleted) for part in parts)]
         modules = [container for container in held if isinstance(container, nn.Module)]
         grads = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
         active = getattr(holder, "_active", ())
@@ -121,13 +127,10 @@ def _state_of(part: Part, names: Sequence[str], deleted: str | None) -> Callable
     before = part._trained_before_disable
     touched = part.adapter_names() if deleted else {*names, *active, *trained} if names else ()
     grads = {parameter: parameter.requires_grad for name in touched for parameter in part.adapter_parameters(name)}
-    containers = (*part.containers(), part.configs, *part.settings.values()) if deleted else ()
-    put_back = _entries_of([container for container in containers if deleted in container])
     ledger = part.ledger if isinstance(part, AdapterLayer) else None
     entries, paused = (ledger.entries, ledger.paused) if ledger else ([], [])
 
     def take_back() -> None:
-        put_back()
         for parameter in before if disabled else part._trained_before_disable:
             parameter.requires_grad_(not disabled)
         part._active, part._trained, part._disable_adapters = active, trained, disabled
