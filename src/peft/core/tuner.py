@@ -124,7 +124,8 @@ class BaseTuner(Injector):
 
         For that, the original of every merged weight is kept: as much memory again as those weights take
         (`merge_memory()` says how much). A call that raises leaves all weights as they were. Adapters that are merged
-        act before those that are not: of several that do more than add to a weight, merge the first ones, or all.
+        act before those that are not: of several that do more than add to a weight, merge the first ones, or all; all
+        where a module and a parameter of it are targets, for then those that are merged act first on both.
 
         Raises:
             ValueError: `safe_merge`, and some weight would not be finite.
