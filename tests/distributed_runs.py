@@ -7,10 +7,9 @@ with the promises that held and what was found where one did not.
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -405,23 +404,28 @@ def resumed() -> None:
         assert torch.equal(other(**batch("")).loss.detach(), expected)
 
 
-def limited_in_half_precision() -> None:
-    """A limit on the size of tensors leaves what is trained in full precision as it is, but for that size."""
+def limited_in_half_precision_fsdp2() -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    half = Zero("ZeRO-2", 2), Zero("ZeRO-3", 3)
-    for way in half:
-        way.config["bf16"] = {"enabled": True}
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    fsdp2 = Sharding("FSDP2", lambda model: fully_shard(model, mp_policy=policy))
-    for sharding, method in itertools.product((fsdp2, *half), ("CPT", "OFT constrained")):
+    limited_in_half_precision(Sharding("FSDP2", lambda model: fully_shard(model, mp_policy=policy)), whole)
+
+
+def limited_in_half_precision_zero() -> None:
+    for sharding in (Zero("ZeRO-2", 2), Zero("ZeRO-3", 3)):
+        sharding.config["bf16"] = {"enabled": True}
+        limited_in_half_precision(sharding, shardings.deepspeed().utils.safe_get_full_fp32_param)
+
+
+def limited_in_half_precision(sharding: Sharding, read: Callable[[Tensor], Tensor]) -> None:
+    """A limit on the size of tensors leaves what is trained in full precision as it is, but for that size."""
+    for method in ("CPT", "OFT constrained"):
         model = filled(adapted(base_model(), method, COLUMNS))
         runs = sharding.shared(model)
-        read = shardings.deepspeed().utils.safe_get_full_fp32_param if sharding in half else whole
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         before = {name: read(p).detach().clone() for name, p in trained.items()}
         loss_of(sharding, runs, method)
-        if sharding is fsdp2:
+        if sharding.name == "FSDP2":
             runs.reshard()
         for name, p in model.named_parameters():
             if name in before:

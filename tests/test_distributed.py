@@ -73,8 +73,16 @@ def test_trainer():
     assert [answer[:2] for answer in answers] == [("seen", None)] * 2
 
 
-@pytest.mark.parametrize("task", [runs.dropout_is_the_same, runs.resumed, runs.cut_up, runs.limited_in_half_precision])
+TASKS = [
+    runs.dropout_is_the_same, runs.resumed, runs.cut_up,
+    runs.limited_in_half_precision_fsdp2, runs.limited_in_half_precision_zero,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_what_is_special(pools, task):
+    if task is runs.limited_in_half_precision_zero:
+        skip_without("deepspeed")
     answers = pools[2].run(task, LIMIT)
     assert [answer[:2] for answer in answers] == [("seen", None)] * 2
 
