@@ -194,11 +194,16 @@ class Laws(RuleBasedStateMachine):
         return self.case.rounds or (self.case.apart and self.merged != self.active) or self.is_out_of_turn()
 
     def is_out_of_turn(self) -> bool:
-        """Whether one that is merged acts before one that would come first: the order matters, unless both only add."""
+        """Whether one that is merged acts before one that would come first: the order matters, unless both only add.
+
+        Where a layer is around another, what is merged into either comes before what is not merged on both.
+        """
         live = self.live()
-        if live[: len(self.merged)] == tuple(name for name in live if name in self.merged):
-            return False
         layers = [part for _, part in parts_of(self.model.get_base_model()) if isinstance(part, AdapterLayer)]
+        nested = any(isinstance(layer.base_layer, AdapterLayer) for layer in layers)
+        in_turn = live[: len(self.merged)] == tuple(name for name in live if name in self.merged)
+        if in_turn and (not nested or len(self.merged) == len(live)):
+            return False
         names = {layer: [name for name in live if layer.has(name)] for layer in layers}
         return not all(change.additive for layer in layers for change in layer.changes(names[layer]))
 
