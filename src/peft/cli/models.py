@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -82,12 +85,29 @@ def locate(model: str) -> str:
     if path.suffix == ".gguf" and path.is_file():
         folder = cache() / path.stem
         if not folder.is_dir():
-            print(f"Converting {path.name} for torch, once, into {folder} (about a minute)", file=sys.stderr)
-            _convert(path, folder)
+            print(f"Converting {path.name} for torch, once, into {folder} (half a minute)", file=sys.stderr)
+            with speaking("... still converting"):
+                _convert(path, folder)
         return str(folder)
     if not path.is_dir() and (is_path(model) or path.suffix == ".gguf"):
         raise ValueError(f"there is no model {model}: no such folder")
     return str(path.absolute()) if path.is_dir() else model
+
+
+@contextmanager
+def speaking(words: str) -> Iterator[None]:
+    """Says `words` every ten seconds."""
+    over = threading.Event()
+
+    def speak() -> None:
+        while not over.wait(10):
+            print(words, file=sys.stderr, flush=True)
+
+    threading.Thread(target=speak, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 @contextmanager
@@ -102,10 +122,13 @@ def made_once(folder: Path) -> Iterator[Path]:
 
 
 def _convert(path: Path, folder: Path) -> None:
+    import gguf
+
     library, named = transformers(), {"gguf_file": path.name}
-    tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
-    read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
-    config = library.AutoConfig.from_pretrained(path.parent, **named)
+    with patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):  # slow, and called seven times
+        tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
+        read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
+        config = library.AutoConfig.from_pretrained(path.parent, **named)
     config._name_or_path = path.stem
     model = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())  # the model as it is read says that it is quantised, and is not

@@ -16,10 +16,11 @@ import pandas
 from rich.console import Console
 
 from peft.cli import models
-from peft.cli.parse import OptionError, method_named
+from peft.cli.parse import OptionError, init_types, method_named
 from peft.cli.plan import Plan, learning_rate, prepare
 from peft.cli.plots import figure
 from peft.cli.train import build, console, fit
+from peft.registry import METHODS
 
 #: steps of a candidate
 STEPS = 60
@@ -30,6 +31,9 @@ def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> 
     options = replace(options, max_steps=options.max_steps or STEPS)
     if any(rate <= 0 for rate in options.lrs):
         raise OptionError(f"--lrs must be positive, got {options.lrs}")
+    kind = METHODS[method_named(options.method)].config_class
+    if options.ranks and ("r" not in (own := init_types(kind)) or "target_r" in own):  # which AdaLoRA has in its place
+        raise OptionError(f"--ranks sets the field r, and {options.method} has none that counts ({kind.__name__})")
     plan = prepare(options, fields, trainer, out)
     if plan.held_out is None:
         raise OptionError("--eval-split: candidates are compared on what is held out, and nothing is")
