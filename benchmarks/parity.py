@@ -55,9 +55,10 @@ layers where it has targets to choose.
 
 The loss at the end is the mean of the last {last} steps; differences are the largest in any step. "yes" is below
 {same:g}. Where it is not, `own` is how far the reference is from itself when each base weight is off by its last bit,
-up or down: "within noise" is at most {spread:g} times that, in the first {first} steps and in all. Singular vectors,
-clusters and choices of the largest (DEFT, FRoD, TinyLoRA, VB-LoRA) turn a last bit into something that is seen. What
-else differs is in [Differences](differences.md).
+up or down: "within noise" is at most {spread:g} times that, in the first {first} steps and in all. In DEFT and
+FRoD, which are made of decompositions, a last bit is seen in the first steps. In the others training
+itself enlarges it, after {first} steps that agree; such a difference says nothing about which library learns better.
+What else differs is in [Differences](differences.md).
 
 Written by `python benchmarks/parity.py` on {date}: {versions}; {machine}.
 
