@@ -33,6 +33,15 @@ from peft.config import read_config_file
 from peft.errors import PeftWarning
 from peft.folder import COMMITTED, STAGED, find, read_at_rest, replace_files
 
+
+@pytest.fixture(scope="module", autouse=True)
+def pickles_are_read():
+    """With any torch; that one before 2.6 reads none unasked is tested in test_hostile_weights.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft.pickles.safe_pickles", lambda: True)
+        yield
+
+
 CONFIG, WEIGHTS, PICKLE, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

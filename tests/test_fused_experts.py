@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,6 +19,8 @@ from peft.integrations.transformers import (
     fuse_lora_b,
 )
 from tiny_models import VOCABULARY, _build
+
+IS_5_0 = transformers.__version__.startswith("5.0.")
 
 pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("transformers.conversion_mapping")
@@ -105,6 +108,7 @@ def test_an_adapter_of_before_acts_as_it_did(name, tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload()), want)
 
 
+@pytest.mark.skipif(IS_5_0, reason="transformers 5.0 reads such experts wrongly, and not at all with huggingface/peft")
 @pytest.mark.parametrize("name", ["mixtral", "qwen3"])
 def test_transformers_loads_an_adapter_of_before(name, tmp_path):
     build, *layers = MODELS[name]
@@ -177,7 +181,10 @@ def converted(build, target_modules, **fields):
         # The first layer keeps its own layers of these names.
         (qwen3, ["gate_proj", "up_proj"], {"gate_proj", "up_proj"}, ["gate_up_proj"]),
         # Here the names mean the shared expert; adapters made so must stay what they are.
-        (qwen2, ["gate_proj", "up_proj"], {"gate_proj", "up_proj"}, None),
+        pytest.param(
+            qwen2, ["gate_proj", "up_proj"], {"gate_proj", "up_proj"}, None,
+            marks=pytest.mark.skipif(IS_5_0, reason="transformers 5.0 has them mean the experts as well"),
+        ),
     ],
 )
 def test_what_a_configuration_means(build, targets, modules, parameters):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -390,6 +391,10 @@ def test_alora_acts_from_the_last_call_on():
     assert changed.tolist() == [[False] * 2 + [True] * 4, [False] * 6, [False] * 3 + [True] * 3]
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.6" and transformers.__version__ < "5",
+    reason="with an older torch, transformers 4.57 takes no past without an attention mask, adapted or not",
+)
 def test_alora_with_a_cache_computes_what_it_does_without():
     model = alora()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -25,7 +26,7 @@ class Kind:
     def build(self) -> nn.Module:
         torch.manual_seed(0)
         model_class = getattr(transformers, self.model)
-        return model_class(model_class.config_class(**self.fields)).eval()
+        return model_class(model_class.config_class(**copy.deepcopy(self.fields))).eval()
 
     def arguments(self) -> dict[str, Tensor]:
         torch.manual_seed(1)

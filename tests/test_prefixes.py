@@ -45,6 +45,10 @@ def qwen2_vl() -> nn.Module:
     return transformers.Qwen2VLForConditionalGeneration(config).eval()
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.6" and transformers.__version__ < "5",
+    reason="with an older torch, transformers 4.57 takes no past without an attention mask, adapted or not",
+)
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
@@ -134,6 +138,10 @@ def test_checkpointing_changes_nothing(name):
     torch.testing.assert_close(*outcomes)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.6" and transformers.__version__ < "5",
+    reason="with an older torch, transformers 4.57 takes no past without an attention mask, adapted or not",
+)
 def test_re_entrant_checkpointing_is_refused():
     model = get_peft_model(llama(), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

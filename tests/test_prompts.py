@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -257,6 +258,8 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generate_is_step_by_step(name, way):
+    if way == "in pieces" and transformers.__version__.startswith("5.0."):
+        pytest.skip("transformers 5.0 generates from no prompt in pieces, adapted or not")
     model, inputs = prompted(name), batch(name)
     before = dict(model.base_model.__dict__)
     result = model.generate(**inputs, **{"max_new_tokens": 5, **GREEDY, **WAYS[way]})

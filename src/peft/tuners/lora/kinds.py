@@ -102,6 +102,7 @@ class ParamWrapper(LoraLayer):
 
     op: ParameterOp
     label = "lora.{name}"
+    _swapped_in_out = True  # transformers 5.0 would swap the features, which are in the right order here
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str | None = None, parameter_name: str | None = None,
