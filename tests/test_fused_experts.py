@@ -239,3 +239,18 @@ def test_defaults_join_the_parameters_as_in_huggingface_peft(build, given, modul
     assert model.peft_config["default"].target_modules == modules
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert {".mlp." in name for name in names} == ({True, False} if modules else {True})
+
+
+def test_experts_after_transformers_has_changed_their_layer(monkeypatch):
+    """transformers 5.0 replaces `update_layer` with one that swaps the features, once it has loaded an adapter."""
+    from transformers.integrations import peft as theirs
+
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if not hasattr(theirs, "patch_moe_parameter_targeting"):
+        pytest.skip("this version of transformers leaves the layer as it is")
+    monkeypatch.setattr(ParamWrapper, "update_layer", ParamWrapper.update_layer)
+    model = mixtral()
+    before = logits(model)
+    theirs.patch_moe_parameter_targeting(model, None)
+    torch.testing.assert_close(logits(get_peft_model(model, LoraConfig(target_parameters=["down_proj"]))), before)
