@@ -357,6 +357,14 @@ WRONG = {
     "tune --model {base} --data text.txt --ranks 0": (1, "r must be a positive integer, got 0"),
     "tune --model {base} --data text.txt --ranks 4 --method ia3": (2, "--ranks sets the field r, and ia3 has none"),
     "tune --model {base} --data text.txt --ranks 4 --method adalora": (2, "and adalora has none that counts"),
+    "tune --model {base} --data text.txt --output text.txt": (2, "--output text.txt is a file"),
+    "generate {base} --prompt a --prompts text.txt": (2, "either --prompt or --prompts"),
+    "generate {base} --prompt a --system b": (1, "--system is said in a chat"),
+    "generate {base} --prompt a --seed -1": (2, "seed must be non-negative, got -1"),
+    "merge {one} {two} --weights a b --output x": (2, "weights has to be list[float], got ['a', 'b']"),
+    "train --model {base} --data text.txt --method prompt-tuning --num-virtual-tokens 9999": (2, "leaves no place"),
+    "train --model {base} --data bad.parquet": (1, "bad.parquet is damaged or no Parquet file"),
+    "train --model {base} --data text.txt --max-length 1": (1, "nothing is left to learn within --max-length 1"),
     "merge {one} {two} --weights 1 --output x": (2, "--weights: 1 of them for 2 adapters"),
     "merge {soft} --output x": (1, "soft prompt"),
     "merge {one} --model ./nowhere --output x": (1, "no model ./nowhere: no such folder"),
@@ -403,6 +411,7 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(made, tmp_path, 
     )
     (tmp_path / "latin.txt").write_bytes(b"model: a\nna\xefve: b\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "bad.parquet").write_bytes(b"abc")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "empty.safetensors").touch()
     (tmp_path / "unknown.yaml").write_text(f"model: {made.base}\nlora_alfa: 3\n")
@@ -432,6 +441,15 @@ def test_another_number_of_labels_is_the_head_of_the_adapter(made, tmp_path, cap
         assert main(words("merge", tmp_path / "three", "--model", base, "--output", output)) == 0
         saved = load_file(output / "model.safetensors")
         torch.testing.assert_close(saved["classifier.weight"], model.get_submodule("classifier").weight)
+
+
+def test_a_damaged_gguf_file_is_named(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("PEFT_HOME", str(tmp_path / "home"))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUFxxxx")
+    assert main(words("generate", tmp_path / "bad.gguf", "--prompt", "a")) == 1
+    assert "bad.gguf cannot be converted" in capsys.readouterr().err
+    assert not (tmp_path / "home").exists()
 
 
 def test_without_a_package_it_is_said_which(made, monkeypatch, capsys):

@@ -19,8 +19,10 @@ from importlib.util import find_spec
 from peft.cli.options import COMMANDS
 from peft.version import __version__
 
-#: libraries that warn, when they are imported, of things that no user of the command can change
-NOISY = ("torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects")
+#: libraries that warn, when they are imported, of things that no user of the command can change; or say an error twice
+NOISY = (
+    "torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects", "datasets.packaged_modules"
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         complete(os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])])
     argv = list(sys.argv[1:] if argv is None else argv)
     command, *rest = [token for token in argv if token != "--traceback"] or ["help"]
+    if command == "help" and rest:
+        command, rest = rest[0], ["--help"]
     if command in ("-h", "--help", "help", "--version"):
         print(f"peft {__version__}" if command == "--version" else _overview())
         return 0
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is said in a way of its own
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
     for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return _call(command, rest)
     except KeyboardInterrupt:

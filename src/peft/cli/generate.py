@@ -12,15 +12,20 @@ import torch
 
 from peft import PeftConfig
 from peft.cli import models
+from peft.cli.parse import OptionError
 from peft.cli.records import read_records, turns_of
 
 
 def run(options: Any, *_: Any) -> None:
+    if options.prompt is not None and options.prompts:
+        raise OptionError("either --prompt or --prompts, not both")
     asked = list(_questions(options))  # what is wrong with them is said before a model is loaded
     model, tokenizer = _load(options)
     chat = bool(tokenizer.chat_template) if options.chat is None or not asked else options.chat
     if not tokenizer.chat_template and (options.chat or not asked):
         raise ValueError("the tokenizer has no chat template: no --chat, and --prompt is needed")
+    if options.system and not chat:
+        raise ValueError("--system is said in a chat: it needs --chat, and a tokenizer with a chat template")
     system = [{"role": "system", "content": options.system}] if options.system else []
     for messages in asked:
         last = messages[-1]["content"]

@@ -125,10 +125,13 @@ def _convert(path: Path, folder: Path) -> None:
     import gguf
 
     library, named = transformers(), {"gguf_file": path.name}
-    with patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):  # slow, and called seven times
-        tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
-        read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
-        config = library.AutoConfig.from_pretrained(path.parent, **named)
+    try:
+        with patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):  # slow, and called seven times
+            tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
+            read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
+            config = library.AutoConfig.from_pretrained(path.parent, **named)
+    except Exception as error:  # of a reader that checks little
+        raise ValueError(f"{path} cannot be converted: {first_line(error)}") from error
     config._name_or_path = path.stem
     model = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())  # the model as it is read says that it is quantised, and is not
@@ -146,7 +149,7 @@ def config_of(model: str) -> Any:
     """
     if os.path.isfile(os.path.join(model, "adapter_config.json")):
         base = PeftConfig.from_pretrained(model).base_model_name_or_path
-        raise ValueError(f"{model} is an adapter; its base model is {base}")
+        raise ValueError(f"{model} is an adapter; its base model is {base or 'not named'}")
     try:
         return transformers().AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:

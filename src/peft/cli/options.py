@@ -13,11 +13,12 @@ from typing import Any, Literal
 import yaml
 
 from peft.fields import Settings
-from peft.values import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from peft.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 TYPES: dict[str, Any] = {str(kind): kind for kind in (list[str], list[int], list[float], dict[str, str])}
 TYPES |= {kind.__name__: kind for kind in (str, int, float, bool)}
-TYPES |= {"int > 0": PositiveInt, "float > 0": PositiveFloat, "float >= 0": NonNegativeFloat, "share": Fraction}
+TYPES |= {"int > 0": PositiveInt, "float > 0": PositiveFloat, "share": Fraction}
+TYPES |= {"int >= 0": NonNegativeInt, "float >= 0": NonNegativeFloat}
 _TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
 _DATA = ("tasks", "rates", "arguments", "shown", "free", "roles", "columns", "columns_of_words", "chatml",
          "not_for_users")

@@ -234,7 +234,7 @@ def _typed(parser: Any, known: Mapping[str, Any], values: Values) -> Values:
         key = re.search(r'Parser key "(\w+)', words)
         if key and key[1] in values:
             kinds = [kind for kind in _members(known[key[1]]) if kind is not types.NoneType]
-            names = _choices(known[key[1]]) or [getattr(kind, "__name__", str(kind)) for kind in kinds]
+            names = _choices(known[key[1]]) or [str(kind) if get_args(kind) else kind.__name__ for kind in kinds]
             words = f"{key[1]} has to be {' or '.join(names)}, got {values[key[1]]!r}"
         raise OptionError(words) from error
 

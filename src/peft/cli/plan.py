@@ -85,6 +85,8 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
 
     virtual = getattr(configured, "num_virtual_tokens", None) or 0
     length = min(options.max_length, models.longest(config, tokenizer) - virtual)
+    if length < 1:
+        raise OptionError(f"--num-virtual-tokens {virtual} leaves no place for text in {length + virtual} tokens")
     numbered = not {"num_tasks", "n_tasks"}.isdisjoint(init_types(METHODS[method].config_class))
     encoder = Encoder(task, tokenizer, length, numbered)
     training, held_out = _data_sets(options, encoder, records, out)

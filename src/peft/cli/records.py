@@ -121,7 +121,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".parquet":
         from datasets import Dataset
 
-        yield from _of_data_set(Dataset.from_parquet(str(path)))
+        try:
+            yield from _of_data_set(Dataset.from_parquet(str(path)))
+        except Exception as error:  # of pyarrow
+            raise ValueError(f"{path} is damaged or no Parquet file: {first_line(error)}") from error
         return
     text = text_of(path)
     if path.suffix == ".jsonl":

@@ -78,7 +78,7 @@ class Encoder:
         if self.task == "preference":
             return Encoded([row for _, row in records])
         if self.task == "causal-lm" and all("text" in row for _, row in records):
-            return Encoded(self._blocks(row["text"] for _, row in records))
+            return self._some(Encoded(self._blocks(row["text"] for _, row in records)))
         if "classification" in self.task and not self.labels:
             self.labels = _names(row["label"] for _, row in records)
         encode: Callable[[Row], Example] = getattr(self, TASKS[self.task].encode)
@@ -95,6 +95,9 @@ class Encoder:
             found.cut += any(len(value) > self.length for value in lists.values())
             found.dropped += not learns
             found.examples += [example] * learns
+        return self._some(found)
+
+    def _some(self, found: Encoded) -> Encoded:
         if not found.examples:
             raise ValueError(f"nothing is left to learn within --max-length {self.length} tokens")
         return found

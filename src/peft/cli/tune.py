@@ -31,6 +31,8 @@ def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> 
     options = replace(options, max_steps=options.max_steps or STEPS)
     if any(rate <= 0 for rate in options.lrs):
         raise OptionError(f"--lrs must be positive, got {options.lrs}")
+    if Path(options.output).is_file():
+        raise OptionError(f"--output {options.output} is a file")
     kind = METHODS[method_named(options.method)].config_class
     if options.ranks and ("r" not in (own := init_types(kind)) or "target_r" in own):  # which AdaLoRA has in its place
         raise OptionError(f"--ranks sets the field r, and {options.method} has none that counts ({kind.__name__})")
