@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Wav2Vec2CTCTokenizer
 
 from peft.cli.models import check_task, device_of, locate
 from peft.cli.options import ALIASES, CHATML, COMMANDS
-from peft.cli.parse import OptionError, init_types, read, settings_of
+from peft.cli.parse import OptionError, help_of, init_types, read, settings_of
 from peft.cli.plan import learning_rate
 from peft.cli.records import read_records, understand
 from peft.cli.tasks import Encoder, measures, word_error_rate
@@ -356,6 +356,12 @@ def test_every_option_has_a_line_of_help():
     for command, options in COMMANDS.items():
         missing = [name for name in init_types(options) if not re.search(rf"\n    {name}: \S.{{10}}", options.__doc__)]
         assert not missing, command
+
+
+def test_help_shows_no_objects_of_python():
+    asked = [("train", ["--fields", name.lower()]) for name in METHODS] + [(name, ["--help"]) for name in COMMANDS]
+    for command, argv in asked:
+        assert not re.search(r"<\w+ |0x[0-9a-f]", help_of(command, argv)), (command, argv)
 
 
 def test_the_data_of_the_demo_has_one_form_and_not_its_questions():

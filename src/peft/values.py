@@ -24,6 +24,9 @@ class Range:
     must: str
     holds: Callable[[Any], bool]
 
+    def __repr__(self) -> str:  # which help and documentation show beside the type
+        return self.must
+
     def check(self, name: str, value: Any, where: str = "") -> None:
         """Raises ValueError where the value of field `name` is a number outside."""
         if value is not None and not self.holds(value):
