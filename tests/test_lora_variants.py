@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import DoraCaching, MontecloraTrainerMixin, create_arrow_model
-from tiny_models import gpt2, llama, t5
+from tiny_models import gpt2, llama, needs_a_bare_past, t5
 
 
 class Mlp(nn.Module):
@@ -391,10 +390,7 @@ def test_alora_acts_from_the_last_call_on():
     assert changed.tolist() == [[False] * 2 + [True] * 4, [False] * 6, [False] * 3 + [True] * 3]
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.6" and transformers.__version__ < "5",
-    reason="with an older torch, transformers 4.57 takes no past without an attention mask, adapted or not",
-)
+@needs_a_bare_past()
 def test_alora_with_a_cache_computes_what_it_does_without():
     model = alora()
     with torch.no_grad():

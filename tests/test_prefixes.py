@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from tiny_models import VOCABULARY, bert, fill_adapter, gpt2, llama, t5, tokens
+from tiny_models import VOCABULARY, bert, fill_adapter, gpt2, llama, needs_a_bare_past, t5, tokens
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 SMALL = dict(
@@ -45,10 +45,7 @@ def qwen2_vl() -> nn.Module:
     return transformers.Qwen2VLForConditionalGeneration(config).eval()
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.6" and transformers.__version__ < "5",
-    reason="with an older torch, transformers 4.57 takes no past without an attention mask, adapted or not",
-)
+@needs_a_bare_past()
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
@@ -138,10 +135,7 @@ def test_checkpointing_changes_nothing(name):
     torch.testing.assert_close(*outcomes)
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.6" and transformers.__version__ < "5",
-    reason="with an older torch, transformers 4.57 takes no past without an attention mask, adapted or not",
-)
+@needs_a_bare_past()
 def test_re_entrant_checkpointing_is_refused():
     model = get_peft_model(llama(), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

@@ -93,10 +93,7 @@ def test_generation_with_a_cache_is_that_without(build, beams):
     assert torch.equal(plain, build().generate(input_ids=prompt, **options))
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.6" and transformers.__version__ < "5",
-    reason="with an older torch, transformers 4.57 takes no past without an attention mask, adapted or not",
-)
+@tiny.needs_a_bare_past()
 def test_steps_with_the_cache_of_the_user():
     model, ids = adapted(), tiny.tokens(batch=2, length=8)
     expected = model(ids).logits

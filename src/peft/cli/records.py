@@ -122,9 +122,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         from datasets import Dataset
 
         try:
-            yield from _of_data_set(Dataset.from_parquet(str(path)))
+            rows = Dataset.from_parquet(str(path))
         except Exception as error:  # of pyarrow
             raise ValueError(f"{path} is damaged or no Parquet file: {first_line(error)}") from error
+        yield from _of_data_set(rows)
         return
     text = text_of(path)
     if path.suffix == ".jsonl":
