@@ -154,9 +154,9 @@ def _two_dimensions(model: nn.Module) -> nn.Module:
 class Fsdp1(Sharding):
     """FSDP's first version: tensors are whole inside `summon_full_params`, the first process saves alone."""
 
-    def __init__(self, name: str, use_orig_params: bool):
+    def __init__(self, name: str, use_orig_params: bool, **settings: Any):
         super().__init__(name, _ddp)
-        self.original = use_orig_params
+        self.original, self.settings = use_orig_params, settings
 
     def shared(self, model: nn.Module) -> Any:
         from torch.distributed.fsdp import FullyShardedDataParallel
@@ -166,6 +166,7 @@ class Fsdp1(Sharding):
             auto_wrap_policy=fsdp_auto_wrap_policy(model),
             use_orig_params=self.original,
             device_id=torch.device("cpu"),
+            **self.settings,
         )
 
     def whole(self, runs: Any, gradients: bool = False) -> AbstractContextManager[Any]:

@@ -30,7 +30,7 @@ CELLS = EVERY if ALL else FEW
 #: what is refused, by what is said of it: the library does, but for torch's word on units of FSDP1
 REFUSED = [
     "is to train are shared out already", "works on the keys and values of all attention heads",
-    "limits the size of its tensors", "that tensor parallelism shares out", "uniform `requires_grad`",
+    "that tensor parallelism shares out", "uniform `requires_grad`",
     "which is not supported by",
 ]  # fmt: skip
 #: seconds for a cell; processes that take longer are ended
@@ -75,7 +75,7 @@ def test_trainer():
 
 TASKS = [
     runs.dropout_is_the_same, runs.resumed, runs.cut_up,
-    runs.limited_in_half_precision_fsdp2, runs.limited_in_half_precision_zero,
+    runs.limited_in_half_precision_fsdp1, runs.limited_in_half_precision_fsdp2, runs.limited_in_half_precision_zero,
 ]  # fmt: skip
 
 

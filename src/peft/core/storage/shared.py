@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from peft.core.storage.base import Storage
 from peft.core.wrappers import plain_name, unwrapped
-from peft.ops.internals import sharded_of
+from peft.ops.internals import sharded_of, window_of
 
 
 class Shared(Storage):
@@ -219,18 +219,19 @@ def rebuilt(module: nn.Module, values: Mapping[str, Any], prefix: str = "") -> A
 def scale_in_forward(parameter: Any, factor: Tensor) -> None:
     """Multiplies a trained parameter in the middle of a forward pass, as a limit on its size does.
 
-    Where the pass has it in a lower precision, its values in full precision are not replaced by those.
-
-    Raises:
-        NotImplementedError: FSDP1 has it in its flat parameter, where nobody else writes meanwhile.
+    Where the pass has it in a lower precision, its values in full precision are not replaced by those. What is kept for
+    the next pass is changed too: `fully_shard` and FSDP1 put away what they have gathered for this one.
     """
-    if not isinstance(parameter, nn.Parameter) and parameter._is_view():
-        raise NotImplementedError(
-            "This method limits the size of its tensors in each forward pass, which FullyShardedDataParallel does not"
-            " allow. Use DDP, DeepSpeed or fully_shard, or train without the limit."
-        )
     factor = factor.expand(shape_of(parameter))
-    shards = sharded_of(parameter)  # else the change would be lost when `fully_shard` puts the parameter away
+    window = window_of(parameter)
+    if window is not None:
+        kept, place = window
+        parameter.data.mul_(factor)  # not seen by autograd: for it, all that lies in the flat parameter would change
+        kept.mul_(factor.flatten()[place].to(kept.device))
+        if parameter.device.type != "cpu":  # FSDP1 may gather it again, on a stream that does not wait for this one
+            torch.get_device_module(parameter.device).current_stream().synchronize()
+        return
+    shards = sharded_of(parameter)
     for tensor in (parameter,) if shards is None else (parameter, shards):
         kind_of(tensor).scale(tensor, factor)
 
