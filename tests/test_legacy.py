@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from peft.utils import integrations, other, transpose
+from peft.utils import other, transpose
 from torch import nn
 
 import peft
@@ -108,25 +108,6 @@ def test_transposing():
     assert torch.equal(transpose(weight.data, True), weight.data.T)
 
 
-@pytest.mark.parametrize(
-    ("module", "widths"),
-    [
-        (nn.Linear(2, 3), (2, 3)),
-        (nn.Conv1d(4, 6, 3, groups=2), (4, 6)),
-        (nn.Embedding(5, 6), (5, 6)),
-        (nn.MultiheadAttention(8, 2), (8, 24)),
-    ],
-)
-def test_the_widths_of_a_module(module, widths):
-    assert tuners_utils._get_in_out_features(module) == widths
-
-
-@pytest.mark.parametrize("module", [nn.LayerNorm(3), nn.ReLU()])
-def test_the_widths_of_a_module_that_has_none(module):
-    with pytest.warns(PeftWarning, match="not known"):
-        assert tuners_utils._get_in_out_features(module) == (None, None)
-
-
 def test_offloaded_layers_are_there_for_a_while(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
@@ -138,50 +119,6 @@ def test_offloaded_layers_are_there_for_a_while(tmp_path):
         assert torch.equal(layer.base_layer.weight, weight)
         assert not layer.lora_A["default"].weight.is_meta
     assert layer.base_layer.weight.is_meta and layer.lora_A["default"].weight.is_meta
-
-
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
-def test_weights_of_bitsandbytes_are_read(kind):
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = bnb.nn.Linear4bit(64, 64) if kind == "4bit" else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-    nn.init.uniform_(layer.weight, -1, 1)
-    weight = layer.weight.data.clone()
-    layer = layer.to("cpu")
-    if kind == "8bit":
-        with torch.no_grad():
-            layer(torch.randn(1, 64))
-    read = integrations.dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
-    assert (read.float() - weight).abs().max() < 0.2 * weight.abs().max()
-    with pytest.raises(TypeError, match="parameters of bitsandbytes"):
-        integrations.dequantize_bnb_weight(nn.Parameter(weight))
-
-
-@pytest.mark.parametrize(("word", "value"), [("yes", 1), ("TRUE", 1), ("on", 1), ("0", 0), ("Off", 0), ("n", 0)])
-def test_words_for_true_and_false(word, value):
-    assert other.str_to_bool(word) == value
-    with pytest.raises(ValueError, match="neither true nor false"):
-        other.str_to_bool("maybe")
-
-
-def test_layers_by_device():
-    model = llama()
-    assert integrations.get_layer_device_map(model) is None
-    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 1}
-    assert integrations.get_layer_device_map(model) == {0: 0, 1: "cpu"}
-    model.hf_device_map = {"": 0}
-    assert integrations.get_layer_device_map(model) == {0: 0, 1: 0}
-
-
-def test_small_things(layer):
-    assert other._get_batch_size(torch.zeros(3, 2), None) == other._get_batch_size(None, torch.zeros(3, 2, 4)) == 3
-    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
-        other._get_batch_size(None, None)
-    other._freeze_adapter(layer, "default")
-    assert [name for name, p in layer.named_parameters() if p.requires_grad] == []
-    assert other.match_target_against_key(r".*\.q", "a.q") and not other.match_target_against_key("q", "a.q")
-    assert integrations.check_deepspeed_zero3_enabled() is False
-    with pytest.warns(PeftWarning, match="cannot be found out"):
-        assert other.check_file_exists_on_hf_hub("no such/repository/name", "x.json") is None
 
 
 def test_a_name_that_is_replaced_where_it_once_was_is_that_of_all_its_paths_until_the_replacement_goes():
