@@ -60,7 +60,7 @@ OLD_METHODS = _table("old methods")
 METHOD_PATHS = {
     f"peft.tuners.{method.module.rpartition('.')[2]}{part}": method.module
     for method in METHODS.values()
-    if not method.module.startswith(("peft.tuners.lora", "peft.tuners.shadow", "peft.xlora"))
+    if method.module not in ("peft.tuners.lora", "peft.tuners.shadow", "peft.xlora")
     for part in ("", ".config", ".layer", ".model")
 }
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from peft.errors import warn
 from peft.html import table
 from peft.patterns import get_pattern_key
-from peft.registry import PeftType, TaskType, method_of
+from peft.registry import METHODS, PeftType, TaskType, method_of, value_of
 from peft.values import check_value, dataclass_in, enum_in, field_types, is_of, ranges, shown
 from peft.version import __version__
 
@@ -82,8 +82,6 @@ class ConfigFields:
 
     #: the method of the class, which says it as `class HRAConfig(LayerConfig, peft_type=PeftType.HRA)`
     _method: ClassVar[PeftType | None] = None
-    #: fields that huggingface/peft's files do not have; written only where they differ from their default
-    beyond_reference: ClassVar[Collection[str]] = ()
     #: whether the base weights of embeddings that an adapter targets are stored along with it
     stores_embeddings: ClassVar[bool] = True
     #: fields that only matter in this process; never written
@@ -153,7 +151,8 @@ class ConfigFields:
 
     def _written(self) -> set[str]:
         """Names of the fields that a file has."""
-        beyond = {*self.beyond_reference, "left_out"}
+        row = METHODS.get(value_of(self._method))
+        beyond = {"left_out", *(row.beyond_reference if row else ())}
         names = {f.name for f in fields(self)}.difference(self.runtime_fields)
         return {name for name in names if name not in beyond or not self._is_default(name)}
 

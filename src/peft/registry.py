@@ -102,6 +102,8 @@ class Row:
         mixed: whether it may take part in a `PeftMixedModel`; soft prompts may not.
         prompt: whether it is a soft prompt.
         aliases: other public names, and what they are called in the module.
+        beyond_reference: fields that huggingface/peft's files do not have; written only where they differ from their
+            default.
     """
 
     module: str
@@ -111,6 +113,7 @@ class Row:
     mixed: bool = True
     prompt: bool = False
     aliases: Sequence[str] = ()
+    beyond_reference: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.mixed = self.mixed and not self.prompt

@@ -79,8 +79,6 @@ class AdamssConfig(LayerConfig, peft_type=PeftType.ADAMSS):
     random_seed: int = 0
     save_clusters: bool = False
 
-    beyond_reference = ("target_parameters", "exclude_modules", "bias", "save_clusters")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.init_weights = None if self.init_weights is False else self.init_weights

@@ -49,10 +49,6 @@ class AdaptionPromptConfig(LayerConfig, peft_type=PeftType.ADAPTION_PROMPT):
     adapter_len: PositiveInt | None = None
     adapter_layers: PositiveInt | None = None
 
-    beyond_reference = (
-        "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "modules_to_save", "bias",
-    )  # fmt: skip
-
     @property
     def is_adaption_prompt(self) -> bool:
         return True

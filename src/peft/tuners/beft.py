@@ -28,8 +28,6 @@ class BeftConfig(LayerConfig, peft_type=PeftType.BEFT):
 
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
-
 
 class BeftLayer(AdapterLayer):
     """A module with a vector added to its output; not an embedding or a bare parameter, where biases are none."""

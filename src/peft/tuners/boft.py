@@ -48,8 +48,6 @@ class BOFTConfig(LayoutConfig, peft_type=PeftType.BOFT):
     boft_dropout: Fraction = 0.0
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters", "boft_all_factors")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.boft_block_size) == bool(self.boft_block_num):

@@ -45,7 +45,6 @@ class C3AConfig(LayerConfig, peft_type=PeftType.C3A):
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
 
-    beyond_reference = ("target_parameters", "exclude_modules")
     pattern_fields: ClassVar[dict[str, str]] = {"block_size_pattern": "block_size"}
 
 

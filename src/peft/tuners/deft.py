@@ -46,8 +46,6 @@ class DeftConfig(LayoutConfig, peft_type=PeftType.DEFT):
     deft_dropout: Fraction = 0.0
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters",)
-
 
 class DeftLayer(AdapterLayer):
     """A module with a part of its weight exchanged."""

@@ -45,7 +45,6 @@ class DeloraConfig(LayerConfig, peft_type=PeftType.DELORA):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
 
-    beyond_reference = ("target_parameters",)
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
 
 

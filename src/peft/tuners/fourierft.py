@@ -40,7 +40,6 @@ class FourierFTConfig(LayoutConfig, peft_type=PeftType.FOURIERFT):
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
     init_weights: bool = False
 
-    beyond_reference = ("target_parameters",)
     pattern_fields: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
 
 

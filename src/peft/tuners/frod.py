@@ -64,8 +64,6 @@ class FrodConfig(LayoutConfig, peft_type=PeftType.FROD):
     progressbar: bool = True
     runtime_offload_base_weight: bool = False
 
-    beyond_reference = ("target_parameters", "exclude_modules")
-
 
 class FrodLayer(AdapterLayer):
     """A module whose weight is changed in the basis that its kind shares."""

@@ -51,8 +51,6 @@ class GloraConfig(LayerConfig, peft_type=PeftType.GLORA):
     config_D_E: Literal["vector", "constant", "none"] = "constant"
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if {self.config_A_B, self.config_C, self.config_D_E} == {"none"}:

@@ -43,8 +43,6 @@ class GraloraConfig(LayoutConfig, peft_type=PeftType.GRALORA):
     gralora_k: PositiveInt = 2
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters", "exclude_modules")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r % self.gralora_k:

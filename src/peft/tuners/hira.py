@@ -43,7 +43,6 @@ class HiraConfig(LayoutConfig, peft_type=PeftType.HIRA):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
 
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
-    beyond_reference = ("target_parameters", "bias")
 
 
 class HiraLayer(AdapterLayer):

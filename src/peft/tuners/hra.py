@@ -34,8 +34,6 @@ class HRAConfig(LayerConfig, peft_type=PeftType.HRA):
     apply_GS: bool = False
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters",)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init_weights and self.r % 2 and not self.inference_mode:

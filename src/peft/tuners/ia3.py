@@ -45,8 +45,6 @@ class IA3Config(LayoutConfig, peft_type=PeftType.IA3):
     feedforward_modules: list[str] | set[str] | str | None = None
     init_ia3_weights: bool = True
 
-    beyond_reference = ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.feedforward_modules, (list, tuple)):

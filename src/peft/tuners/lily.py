@@ -47,8 +47,6 @@ class LilyConfig(LayerConfig, peft_type=PeftType.LILY):
     scaling: float = 1.0
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters", "bias")
-
 
 class LilyLayer(AdapterLayer):
     """A linear layer with a router, and factors that it shares with other layers.

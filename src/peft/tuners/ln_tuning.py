@@ -28,8 +28,6 @@ class LNTuningConfig(LayerConfig, peft_type=PeftType.LN_TUNING):
     There one adapter at a time can be active, and of several that are merged the last one's statistics count.
     """
 
-    beyond_reference = ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
-
 
 class LNTuningLayer(AdapterLayer):
     """A module whose weight and bias are exchanged for trained ones, and its statistics if it gathers some.

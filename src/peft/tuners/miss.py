@@ -40,8 +40,6 @@ class MissConfig(LayerConfig, peft_type=PeftType.MISS):
     mini_r: PositiveInt = 1
     init_weights: bool | Literal["bat", "mini"] = True
 
-    beyond_reference = ("target_parameters",)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init_weights == "bat" and self.miss_dropout:

@@ -63,8 +63,6 @@ class OFTConfig(LayoutConfig, peft_type=PeftType.OFT):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: PositiveInt = 5
 
-    beyond_reference = ("target_parameters",)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.r) == bool(self.oft_block_size):

@@ -47,7 +47,6 @@ class OSFConfig(LayerConfig, peft_type=PeftType.OSF):
     target_svd_config: dict[str, int] | None = None
 
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "effective_rank"}
-    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
 
 
 def kept_directions(wanted: float | None, op: BaseOp) -> int:

@@ -43,8 +43,6 @@ class PeanutConfig(LayerConfig, peft_type=PeftType.PEANUT):
     scaling: float = 1.0
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters", "bias")
-
 
 class PeanutLayer(AdapterLayer):
     """A module with a change that a network makes of its weight."""

@@ -50,8 +50,6 @@ class PolyConfig(LayerConfig, peft_type=PeftType.POLY):
     n_skills: PositiveInt = 4
     n_splits: PositiveInt = 1
 
-    beyond_reference = ("target_parameters", "layers_to_transform", "layers_pattern", "bias")
-
 
 class PolyRouter(nn.Module):
     """How much of each skill each task takes: Z = sigmoid(`module_logits`) [tasks, splits * skills], divided by its

@@ -54,8 +54,6 @@ class PveraConfig(LayoutConfig, peft_type=PeftType.PVERA):
     sample_at_inference: bool = False
     generator_seed: int | None = None
 
-    beyond_reference = ("target_parameters", "exclude_modules")
-
 
 class PveraLayer(AdapterLayer):
     """A linear module with vectors that scale the shared projections. Each vector of its input has a z of its own."""

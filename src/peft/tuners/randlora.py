@@ -50,8 +50,6 @@ class RandLoraConfig(LayoutConfig, peft_type=PeftType.RANDLORA):
     randlora_alpha: NonNegativeFloat = 640
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters", "exclude_modules")
-
 
 class RandLoraLayer(AdapterLayer):
     """A module with scales for the shared bases."""

@@ -43,9 +43,6 @@ class RoadConfig(LayerConfig, peft_type=PeftType.ROAD):
     group_size: Annotated[int, Range("must be a positive even number", lambda size: size > 0 and size % 2 == 0)] = 64
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
-
-
 
 class RoadLayer(AdapterLayer):
     """A module whose outputs are rotated in pairs."""

@@ -45,8 +45,6 @@ class ShiraConfig(LayoutConfig, peft_type=PeftType.SHIRA):
     random_seed: int | None = None
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.mask_fn: MaskFunction | None = None

@@ -45,8 +45,6 @@ class SupertuningConfig(LayerConfig, peft_type=PeftType.SUPERTUNING):
     init_weights: bool = True
     save_precomputed_indices: bool = True
 
-    beyond_reference = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "bias")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r is None and self.lora_alpha is not None:

@@ -52,8 +52,6 @@ class TinyLoraConfig(LayoutConfig, peft_type=PeftType.TINYLORA):
     tinylora_dropout: Fraction = 0.0
     init_weights: bool | Literal["uniform"] = True
 
-    beyond_reference = ("target_parameters", "exclude_modules")
-
 
 class TinyLoraLayer(AdapterLayer):
     """A module with factors of its own weight, and a small mixed matrix between them."""

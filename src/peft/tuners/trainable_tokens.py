@@ -32,10 +32,6 @@ class TrainableTokensConfig(LayerConfig, peft_type=PeftType.TRAINABLE_TOKENS):
     token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
 
-    beyond_reference = (
-        "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "modules_to_save", "bias",
-    )  # fmt: skip
-
     stores_embeddings = False
 
     def __post_init__(self) -> None:

@@ -48,8 +48,6 @@ class UniLoraConfig(LayoutConfig, peft_type=PeftType.UNILORA):
     init_weights: bool = True
     save_indices: bool = False
 
-    beyond_reference = ("target_parameters", "exclude_modules")
-
 
 class UniLoraLayer(AdapterLayer):
     """A module with factors whose entries are those of the shared vector."""

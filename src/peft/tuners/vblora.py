@@ -55,8 +55,6 @@ class VBLoRAConfig(LayoutConfig, peft_type=PeftType.VBLORA):
     init_vector_bank_bound: NonNegativeFloat = 0.02
     init_logits_std: NonNegativeFloat = 0.1
 
-    beyond_reference = ("target_parameters",)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.topk > self.num_vectors:

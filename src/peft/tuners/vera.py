@@ -42,8 +42,6 @@ class VeraConfig(LayoutConfig, peft_type=PeftType.VERA):
     d_initial: float = 0.1
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters", "exclude_modules")
-
 
 class VeraLayer(AdapterLayer):
     """A module with vectors that scale the shared projections."""

@@ -48,7 +48,6 @@ class WaveFTConfig(LayoutConfig, peft_type=PeftType.WAVEFT):
     proportional_parameters: bool = False
     init_weights: bool = True
 
-    beyond_reference = ("target_parameters",)
     pattern_fields: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
 
     def __post_init__(self) -> None:

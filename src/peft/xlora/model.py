@@ -16,7 +16,7 @@ from peft.core.model_config import read_model_config
 from peft.core.part import check_adapter_name, trained_in
 from peft.core.storage.sharded import agree, average_gradients
 from peft.core.wrappers import state_names
-from peft.tuners.lora.config import LoraConfig
+from peft.registry import PeftType
 from peft.tuners.lora.model import LoraMethod, LoraModel
 from peft.tuners.lora.variants import VARIANTS
 from peft.untrusted import is_said_by_file
@@ -87,7 +87,7 @@ class XLoraMethod(LoraMethod):
         return layer
 
     def check_config(self, adapter_name: str, config: Any) -> None:
-        if not isinstance(config, LoraConfig):
+        if config.peft_type != PeftType.LORA:
             raise ValueError(f"Expert {adapter_name!r} is a {config.peft_type} adapter; X-LoRA mixes LoRA adapters.")
         super().check_config(adapter_name, config)
         for setting in (*VARIANTS, "lora_bias"):

@@ -102,7 +102,6 @@ class LoraConfig(LayoutConfig, peft_type=PeftType.LORA):
     ensure_weight_tying: bool = False
     init_seed: int | None = None
 
-    beyond_reference = ("init_seed",)
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     runtime_fields = ("runtime_config",)
 

@@ -42,7 +42,6 @@ class LycorisConfig(LayerConfig):
     init_weights: bool = True
 
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
-    beyond_reference = ("target_parameters", "bias")
 
 
 class LycorisLayer(ScaledLayer):

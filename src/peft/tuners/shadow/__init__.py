@@ -68,8 +68,6 @@ class ShadowConfig(LayerConfig, peft_type=PeftType.SHADOW):
     update_hidden_size: PositiveInt | None = None
     auxiliary_loss_weight: NonNegativeFloat = 0.05
 
-    beyond_reference = ("target_parameters", "bias")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = [name for name in ("shadow_num_hidden_layers", *network.MIRRORED) if getattr(self, name) is not None]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,18 @@ from peft.core.walk import layers_of
 from peft.errors import warn
 from peft.ops.rank_budget import budget_at, kept_ranks, orthogonality_gap, track_sensitivity, triplet_scores
 from peft.registry import PeftType
+from peft.tuners.lora.config import LoraConfig
 from peft.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 _SLOTS = ("lora_A", "lora_E", "lora_B")
+#: fields of LoRA that mean something here
+_USED = {
+    "rank_pattern", "lora_alpha", "lora_dropout", "init_lora_weights", "trainable_token_indices", "ensure_weight_tying",
+}  # fmt: skip
 
 
 @dataclass
-class AdaLoraConfig(LayoutConfig, peft_type=PeftType.ADALORA):
+class AdaLoraConfig(LoraConfig, peft_type=PeftType.ADALORA):
     """Adaptive budget allocation (arXiv:2303.10512): W' = W + lora_alpha / init_r * B (E * A).
 
     A [r, in] and B [out, r] are kept near to orthonormal by a penalty in the loss; E [r, 1] takes the part of singular
@@ -64,36 +69,11 @@ class AdaLoraConfig(LayoutConfig, peft_type=PeftType.ADALORA):
     beta2: Fraction = 0.85
     orth_reg_weight: NonNegativeFloat = 0.5
     total_step: int | None = None
-    rank_pattern: dict[str, list[bool]] | None = None
+    rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
     lora_alpha: NonNegativeFloat = 8
     lora_dropout: Fraction = 0.0
-    init_lora_weights: bool | str = True
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    ensure_weight_tying: bool = False
-    # From here on, LoRA's fields that files of AdaLoRA have too, and that mean nothing for it.
-    r: int = 8
-    use_rslora: bool = False
-    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
-    megatron_config: dict | None = None
-    megatron_core: str | None = "megatron.core"
-    loftq_config: Any = field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
-    use_dora: bool = False
-    velora_config: Any = None
-    alora_invocation_tokens: list[int] | None = None
-    use_qalora: bool = False
-    qalora_group_size: int = 16
-    monteclora_config: Any = None
-    layer_replication: list[tuple[int, int]] | None = None
-    runtime_config: Any = None
-    lora_bias: bool = False
-    use_bdlora: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
 
-    runtime_fields = ("runtime_config",)
+    pattern_fields: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,8 +85,8 @@ class AdaLoraConfig(LayoutConfig, peft_type=PeftType.ADALORA):
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step}.")
         self.alpha_pattern = self.alpha_pattern or {}
-        names = [one.name for one in fields(self)]
-        idle = [name for name in names[names.index("r") :] if not self._is_default(name)]
+        of_lora = {one.name for one in fields(LoraConfig)} - {one.name for one in fields(LayoutConfig)}
+        idle = [name for name in sorted(of_lora - _USED) if not self._is_default(name)]
         if idle:
             hint = " (the rank is set by init_r and target_r)" if "r" in idle else ""
             warn(f"AdaLoRA makes no use of {', '.join(idle)}{hint}.")
