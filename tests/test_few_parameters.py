@@ -297,9 +297,8 @@ def test_adalora_dropout_on_a_convolution_and_embedding_that_scales():
 
 
 def test_the_ecosystem_finds_adalora_where_it_was():
-    from peft.tuners.adalora.layer import RankAllocator as by_old_path
-
     from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
+    from peft.tuners.adalora.layer import RankAllocator as by_old_path
 
     model = peft.get_peft_model(build(), adalora())
     assert isinstance(model.base_model, AdaLoraModel)
