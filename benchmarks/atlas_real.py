@@ -47,6 +47,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"]},
     "SHADOW": {"target_modules": None},
 }
+#: whose first rate is that of their paper, as `peft train` has it; others begin with LoRA's
+PAPERS = ("ADAPTION_PROMPT", "CPT", "IA3", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING",
+          "VERA")  # fmt: skip
 #: X-LoRA mixes adapters that are trained before
 METHODS_HERE = tuple(name for name in METHODS if name != "XLORA")
 #: no prepared decompositions: these take longest before the first step
@@ -149,8 +152,8 @@ def _padded(rows: list[tuple[list[int], list[int]]]) -> Batch:
 
 
 def rates(method: str, base: Any, tried: list[Row]) -> Iterator[float]:
-    """The learning rates to try: that of `peft train`, four times that, and a third in the direction that is better."""
-    middle = learning_rate(method, base.config)
+    """The learning rates to try: LoRA's or the paper's, four times that, and a third on the side that is better."""
+    middle = learning_rate(method if method in PAPERS else "LORA", base.config)
     yield middle
     yield 4 * middle
     losses = {row["rate"]: row["held_out"] for row in tried if "held_out" in row}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
 from peft.cli import main, tiny
-from peft.cli.options import CHATML, COMMANDS
+from peft.cli.options import COMMANDS, TABLES
 from tiny_models import bert, byte_tokenizer, llama
 
 Estimate = COMMANDS["estimate"]
@@ -47,7 +47,7 @@ def made(tmp_path_factory) -> SimpleNamespace:
     for path in (files.base, files.chat):
         llama(vocab_size=259, max_position_embeddings=256).save_pretrained(path)
         tokenizer = byte_tokenizer()
-        tokenizer.chat_template = CHATML if path == files.chat else None
+        tokenizer.chat_template = TABLES.chatml if path == files.chat else None
         tokenizer.save_pretrained(path)
     llama(vocab_size=259, num_hidden_layers=4).save_pretrained(files.deep)
     llama(vocab_size=259).save_pretrained(files.broken)

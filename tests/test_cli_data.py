@@ -12,7 +12,7 @@ import pytest
 from transformers import LlamaConfig, Wav2Vec2CTCTokenizer
 
 from peft.cli.models import check_task, device_of, locate
-from peft.cli.options import ALIASES, CHATML, COMMANDS
+from peft.cli.options import ALIASES, COMMANDS, TABLES
 from peft.cli.parse import OptionError, help_of, init_types, read, settings_of
 from peft.cli.plan import learning_rate
 from peft.cli.records import read_records, understand
@@ -25,7 +25,7 @@ TALK = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
 SHAREGPT = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
 
 
-def encoder(task: str, length: int = 200, template: str | None = CHATML) -> Encoder:
+def encoder(task: str, length: int = 200, template: str | None = TABLES.chatml) -> Encoder:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     return Encoder(task, tokenizer, length)
@@ -149,7 +149,7 @@ def test_of_a_chat_the_turns_of_the_assistant_are_learnt():
 
 def test_a_template_that_leads_answers_in_with_words_of_its_own():
     """The prompt for an answer ends in what the answer itself does not have, as with templates that think."""
-    thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    thinking = TABLES.chatml.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     (example,) = encoder("chat", template=thinking)([("x", {"messages": TALK})]).examples
     assert learnt(example) == "b<|im_end|>\n"
 
@@ -253,6 +253,10 @@ def test_the_learning_rate_follows_from_method_and_width():
     assert learning_rate("LORA", LlamaConfig(hidden_size=2048)) == pytest.approx(4e-4)
     assert learning_rate("VERA", LlamaConfig(hidden_size=4096)) == pytest.approx(2e-3)
     assert learning_rate("PROMPT_TUNING", LlamaConfig(hidden_size=64)) == 0.3
+    assert learning_rate("OSF", LlamaConfig(hidden_size=2048)) == pytest.approx(4e-4 / 16)
+    known = {*TABLES.rates, *TABLES.factors}
+    assert known <= {*METHODS} and len(known) == len(TABLES.rates) + len(TABLES.factors)
+    assert all(0 < learning_rate(method, LlamaConfig()) < 1 for method in METHODS)
 
 
 def test_a_device_that_is_not_here():
@@ -324,6 +328,10 @@ def test_a_name_is_that_of_the_method_then_of_the_command_then_of_the_trainer():
         ("--r", "--r needs a value"),
         ("--peft_type IA3", "no option 'peft_type'"),
         ("--method lorra", "unknown method 'lorra'. Did you mean 'lora'"),
+        ("--weight-decay -1", "weight_decay -1.0: no such number may be negative"),
+        ("--max-grad-norm -1", "max_grad_norm -1.0: no such number may be negative"),
+        ("--adam-beta2 1", "adam_beta2 1.0: it has to be less than 1"),
+        ("--warmup-steps -1", "warmup_steps must be non-negative"),
         ("--config nowhere.yaml", "--config: there is no nowhere.yaml"),
         ("--resume --output nowhere", "--resume: there is no nowhere/train.yaml"),
     ],
@@ -365,12 +373,12 @@ def test_help_shows_no_objects_of_python():
 
 
 def test_the_data_of_the_demo_has_one_form_and_not_its_questions():
-    from peft.cli.demo import DATA, QUESTIONS
+    from peft.cli.demo import DATA
 
     task, rows = understand(read_records([str(DATA)]), {}, None)
     assert task == "chat"
     assert len(rows) > 200
     for where, row in rows:
         question, answer = row["messages"]
-        assert question["content"] not in QUESTIONS, where
+        assert question["content"] not in TABLES.demo["smollm2-135m"]["questions"], where
         assert [line.partition(":")[0] for line in answer["content"].split("\n")] == ["In short", "Why", "Check"], where

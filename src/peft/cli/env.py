@@ -6,17 +6,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = """
-    peft torch transformers accelerate datasets trl safetensors huggingface_hub bitsandbytes torchao hqq
-    tokenizers numpy jsonargparse
-"""
+from peft.cli.options import TABLES
 
 
 def run(*_: Any) -> None:
     import torch
 
     print(f"{'python':<16} {platform.python_version()} on {platform.platform()}")
-    for name in PACKAGES.split():
+    for name in TABLES.packages:
         try:
             print(f"{name:<16} {version(name)}")
         except PackageNotFoundError:

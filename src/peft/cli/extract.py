@@ -6,18 +6,16 @@ from typing import Any
 
 from peft import extract_lora
 from peft.cli import models
+from peft.cli.options import refuse
 
 
 def run(options: Any, *_: Any) -> None:
     models.check_empty(options.output)
     base, tuned = (models.config_of(name) for name in (options.base, options.tuned))
-    if base.model_type != tuned.model_type:
-        raise ValueError(
-            f"{options.base} is a {base.model_type} model, but {options.tuned} a {tuned.model_type} model"
-        )
+    words = f"{options.base} is a {base.model_type} model, but {options.tuned} a {tuned.model_type} model"
+    refuse(base.model_type != tuned.model_type, words)
     task = options.task_type or models.writer_of(tuned).peft
-    if task not in models.AUTO_CLASSES:
-        raise ValueError(f"--task-type takes {', '.join(models.AUTO_CLASSES)}, got {task!r}")
+    refuse(task not in models.AUTO_CLASSES, f"--task-type takes {', '.join(models.AUTO_CLASSES)}, got {task!r}")
     base, tuned = (models.load_base(name, models.AUTO_CLASSES[task], **models.placed(options), plain=True)
                    for name in (options.base, options.tuned))  # fmt: skip
     found = extract_lora(

@@ -12,20 +12,19 @@ import torch
 
 from peft import PeftConfig
 from peft.cli import models
-from peft.cli.parse import OptionError
+from peft.cli.options import OptionError, refuse
 from peft.cli.records import read_records, turns_of
 
 
 def run(options: Any, *_: Any) -> None:
-    if options.prompt is not None and options.prompts:
-        raise OptionError("either --prompt or --prompts, not both")
+    refuse(options.prompt is not None and options.prompts, "either --prompt or --prompts, not both", OptionError)
     asked = list(_questions(options))  # what is wrong with them is said before a model is loaded
     model, tokenizer = _load(options)
     chat = bool(tokenizer.chat_template) if options.chat is None or not asked else options.chat
-    if not tokenizer.chat_template and (options.chat or not asked):
-        raise ValueError("the tokenizer has no chat template: no --chat, and --prompt is needed")
-    if options.system and not chat:
-        raise ValueError("--system is said in a chat: it needs --chat, and a tokenizer with a chat template")
+    mute = not tokenizer.chat_template and (options.chat or not asked)
+    refuse(mute, "the tokenizer has no chat template: no --chat, and --prompt is needed")
+    lost = options.system and not chat
+    refuse(lost, "--system is said in a chat: it needs --chat, and a tokenizer with a chat template")
     system = [{"role": "system", "content": options.system}] if options.system else []
     for messages in asked:
         last = messages[-1]["content"]
@@ -43,8 +42,7 @@ def _questions(options: Any) -> Iterator[list[dict[str, str]]]:
     if options.prompts:
         for where, row in read_records([options.prompts]):
             lines = [row["prompt"]] if "prompt" in row else str(row.get("text", "")).splitlines()
-            if not lines and "messages" not in row:
-                raise ValueError(f"{where}: neither prompt nor messages, but {', '.join(row)}")
+            refuse(not lines and "messages" not in row, f"{where}: neither prompt nor messages, but {', '.join(row)}")
             asked = [[{"role": "user", "content": line}] for line in lines if line is None or line.strip()]
             try:
                 yield from map(turns_of, [row["messages"]] if "messages" in row else asked)
@@ -52,8 +50,7 @@ def _questions(options: Any) -> Iterator[list[dict[str, str]]]:
                 raise ValueError(f"{where}: {error}") from error
     elif options.prompt is not None or not sys.stdin.isatty():
         text = sys.stdin.read() if options.prompt in (None, "-") else options.prompt
-        if not text:
-            raise ValueError("the prompt is empty")
+        refuse(not text, "the prompt is empty")
         yield [{"role": "user", "content": text}]
 
 

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft.cli import models
-from peft.cli.parse import OptionError
+from peft.cli.options import OptionError, refuse
 from peft.core.part import Part
 
 
@@ -14,21 +14,20 @@ def run(options: Any, *_: Any) -> None:
     models.check_empty(options.output)
     first, *others = options.adapters
     weights = options.weights or [1.0] * len(options.adapters)
-    if len(weights) != len(options.adapters):
-        raise OptionError(f"--weights: {len(weights)} of them for {len(options.adapters)} adapters")
+    uneven = len(weights) != len(options.adapters)
+    refuse(uneven, f"--weights: {len(weights)} of them for {len(options.adapters)} adapters", OptionError)
     with TemporaryDirectory() as folder:
         where: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": folder} if options.by_shard else {}
         model = models.load_adapted(first, options, plain=True, **where)
         tokenizer = models.tokenizer_of(first, model)
         for number, path in enumerate(others):
             model.load_adapter(path, f"adapter{number}")
-        names = list(model.peft_config)
-        if any(config.is_prompt_learning for config in model.peft_config.values()):
-            raise ValueError("a soft prompt is not merged: there are no weights that it could be merged into")
+        names, configs = list(model.peft_config), model.peft_config.values()
+        soft = any(config.is_prompt_learning for config in configs)
+        refuse(soft, "a soft prompt is not merged: there are no weights that it could be merged into")
         if any(weight != 1 for weight in weights):
-            others = sorted({config.peft_type for config in model.peft_config.values()} - {"LORA"})
-            if others:
-                raise ValueError(f"--weights are for LoRA, not for {', '.join(others)}")
+            methods = ", ".join(sorted({config.peft_type for config in configs} - {"LORA"}))
+            refuse(methods, f"--weights are for LoRA, not for {methods}")
             model.add_weighted_adapter(names, weights, "weighted", combination_type="cat")
             names = ["weighted"]
         ends = model.get_input_embeddings(), model.get_output_embeddings()

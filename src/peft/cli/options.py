@@ -1,4 +1,4 @@
-"""The commands and their options, out of the table in options.yaml, as dataclasses.
+"""The commands and their options, out of options.yaml, as dataclasses; and what they know, out of tables.yaml.
 
 Nothing heavy is imported here, so that `peft --help` answers at once.
 """
@@ -8,26 +8,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from peft.fields import Settings
-from peft.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from peft.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
+
+class OptionError(ValueError):
+    """The command line asks for something that does not exist, or in a way that cannot be read."""
+
+
+def refuse(when: object, words: str, kind: type[ValueError] = ValueError) -> None:
+    """Raises an error with these words, if `when` holds."""
+    if when:
+        raise kind(words)
+
+
+def _read(name: str) -> dict[str, Any]:
+    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+#: what the commands know, by the names of the sections in tables.yaml
+TABLES = SimpleNamespace(**_read("tables.yaml"))
+#: names of other programs -> names here
+ALIASES = {other: own for own, others in TABLES.aliases.items() for other in others.split()}
 TYPES: dict[str, Any] = {str(kind): kind for kind in (list[str], list[int], list[float], dict[str, str])}
 TYPES |= {kind.__name__: kind for kind in (str, int, float, bool)}
 TYPES |= {"int > 0": PositiveInt, "float > 0": PositiveFloat, "share": Fraction}
 TYPES |= {"int >= 0": NonNegativeInt, "float >= 0": NonNegativeFloat}
-_TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
-_DATA = ("tasks", "rates", "arguments", "shown", "free", "roles", "columns", "columns_of_words", "chatml",
-         "not_for_users")
-TASKS, RATES, FIXED, SHOWN, FREE, ROLES, COLUMNS, COLUMNS_OF_WORDS, CHATML, HIDDEN = map(_TABLE.pop, _DATA)
-TYPES["tasks"] = Literal[tuple(TASKS)]
+TYPES["part"] = Annotated[float, Range("must be above 0 and at most 1", lambda number: 0 < number <= 1)]
+TYPES["tasks"] = Literal[tuple(TABLES.tasks)]
+_TABLE = _read("options.yaml")
 #: the options of sections that commands have in common -> which of these come first, after the command's own
 _SHARED = {key: n for n, name in enumerate(("base", "trained", "adapted", "placed"), 1) for key in _TABLE.pop(name)}
-#: names of other programs -> names here
-ALIASES = {other: own for own, others in _TABLE.pop("aliases").items() for other in others.split()}
 
 
 def _options(command: str, section: Mapping[str, Any]) -> Any:

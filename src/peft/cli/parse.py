@@ -7,13 +7,13 @@ import os
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from peft.cli.options import ALIASES, COMMANDS, HIDDEN
+from peft.cli.options import ALIASES, COMMANDS, TABLES, OptionError, refuse
 from peft.registry import METHODS
 
 #: settings of a run, written into its folder; what `--resume` reads
@@ -21,10 +21,6 @@ SETTINGS = "train.yaml"
 #: what decides nothing about a run
 PASSING = {"config", "fields", "resume", "overwrite", "output", "num_processes"}
 Values = dict[str, Any]
-
-
-class OptionError(ValueError):
-    """The command line asks for something that does not exist, or in a way that cannot be read."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -48,7 +44,7 @@ def method_named(text: str) -> str:
 
 def init_types(owner: Any) -> Values:
     """The fields of a dataclass that a user may set, with their types."""
-    kinds, hidden = get_type_hints(owner), HIDDEN if hasattr(owner, "from_peft_type") else ()
+    kinds, hidden = get_type_hints(owner), TABLES.not_for_users if hasattr(owner, "from_peft_type") else ()
     return {f.name: kinds[f.name] for f in fields(owner) if f.init and f.name not in hidden}
 
 
@@ -108,12 +104,16 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
             values[name] = _value(known[name], [value]) if isinstance(value, str) else value
     needed = [f.name for f in fields(own) if f.default is MISSING and f.default_factory is MISSING]
     values |= _assigned(split, known, needed)
-    missing = [name for name in needed if name not in values]
-    if missing:
-        raise OptionError(f"{' and '.join(missing)} missing: `peft {command} --help` says what is needed")
+    missing = " and ".join(name for name in needed if name not in values)
+    refuse(missing, f"{missing} missing: `peft {command} --help` says what is needed", OptionError)
     parts: list[Values] = [{}, {}, {}]
     for name, value in _typed(parser_of(command, *owners), known, values).items():
         parts[next(i for i, owner in enumerate(owners) if name in init_types(owner))][name] = value
+    numbers = {name: value for name, value in parts[2].items() if isinstance(value, (int, float))}
+    low = [f"{name} {value}" for name, value in numbers.items() if value < 0]  # transformers takes them
+    high = [f"{name} {numbers[name]}" for name in TABLES.below_one if numbers.get(name, 0) >= 1]
+    refuse(low, f"{', '.join(low)}: no such number may be negative", OptionError)
+    refuse(high, f"{', '.join(high)}: it has to be less than 1", OptionError)
     try:
         return own(**parts[0]), parts[1], parts[2]
     except (TypeError, ValueError) as error:  # a number out of range
@@ -186,8 +186,7 @@ def _assigned(split: Iterable[tuple[str, list[str]]], known: Mapping[str, Any], 
         count = _count(known[name], loose)
         if count and name not in found:
             found[name], loose = _value(known[name], loose[:count]), loose[count:]
-    if loose:
-        raise OptionError(f"unexpected argument {loose[0]!r}: a value belongs behind an option")
+    refuse(loose, f"unexpected argument {''.join(loose[:1])!r}: a value belongs behind an option", OptionError)
     return found
 
 
@@ -255,15 +254,12 @@ def _read_yaml(path: str, option: str) -> Values:
         raise OptionError(f"{option} {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise OptionError(f"{option} {path}: a mapping of options and fields is needed, got {type(content).__name__}")
-    if "config" in content:
-        raise OptionError(f"{option} {path}: a file cannot name another one ('config')")
+    refuse("config" in content, f"{option} {path}: a file cannot name another one ('config')", OptionError)
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
 def settings_of(options: Any, *more: Mapping[str, Any]) -> Values:
     """The settings of a run that differ from the defaults, flat, as a YAML file holds them."""
-    default, found = type(options)(), {}
-    for name, value in asdict(options).items():
-        if name not in PASSING and value != getattr(default, name):
-            found[name] = value
-    return {**found, **{name: value for part in more for name, value in part.items()}}
+    default, given = vars(type(options)()), vars(options).items()
+    found = {name: value for name, value in given if name not in PASSING and value != default[name]}
+    return found | {name: value for part in more for name, value in part.items()}

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from peft.cli import models, tiny
-from peft.cli.options import ALIASES, FIXED, RATES
-from peft.cli.parse import OptionError, init_types, method_named
+from peft.cli.options import ALIASES, TABLES, OptionError, refuse
+from peft.cli.parse import init_types, method_named
 from peft.cli.records import Record, read_records, understand
 from peft.cli.tasks import TASKS, Encoder, shown
 from peft.registry import METHODS
@@ -61,8 +61,8 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     """
     method = method_named(options.method)
     configured = configure(method, fields, "CAUSAL_LM", 100)  # a wrong field is said before anything is read
-    if getattr(options, "patience", None) and not (options.eval_split or options.eval_data):
-        raise OptionError("--patience counts evaluations, and nothing is held out to evaluate on: see --eval-split")
+    blind = getattr(options, "patience", None) and not (options.eval_split or options.eval_data)
+    refuse(blind, "--patience counts evaluations, and nothing is held out: see --eval-split", OptionError)
     data, others = ([os.path.abspath(file) if os.path.isfile(file) else file for file in files]
                     for files in (options.data, options.eval_data))  # fmt: skip
     records = read_records(data) if data else tiny.library_sources()
@@ -74,29 +74,26 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     if options.task is None and task not in heads and OTHERWISE.get(task) in heads:
         task = OTHERWISE[task]
     models.check_task(config, task)
-    if task == "seq2seq" and "prompt" not in records[0][1]:
-        raise ValueError(f"{records[0][0]}: an encoder-decoder learns answers: records need prompt and completion")
-    if TASKS[task].peft is None and METHODS[method].prompt:
-        raise OptionError(f"{options.method}: soft prompts are for models that read text, not for {task}")
+    where, first = records[0]
+    bare = task == "seq2seq" and "prompt" not in first
+    refuse(bare, f"{where}: an encoder-decoder learns answers: records need prompt and completion")
+    soft = METHODS[method].prompt and TASKS[task].peft is None
+    refuse(soft, f"{options.method}: soft prompts are for models that read text, not for {task}", OptionError)
     tokenizer = models.load_processor(base, TASKS[task].processor, options.chat_template)
-    chats = task == "chat" or isinstance(records[0][1].get("prompt"), list)
-    if chats and not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {base} has no chat template: --chat-template chatml, or a file with one")
-
+    mute = (task == "chat" or isinstance(first.get("prompt"), list)) and not tokenizer.chat_template
+    refuse(mute, f"the tokenizer of {base} has no chat template: --chat-template chatml, or a file with one")
     virtual = getattr(configured, "num_virtual_tokens", None) or 0
     length = min(options.max_length, models.longest(config, tokenizer) - virtual)
-    if length < 1:
-        raise OptionError(f"--num-virtual-tokens {virtual} leaves no place for text in {length + virtual} tokens")
+    words = f"--num-virtual-tokens {virtual} leaves no place for text in {length + virtual} tokens"
+    refuse(length < 1, words, OptionError)
     numbered = not {"num_tasks", "n_tasks"}.isdisjoint(init_types(METHODS[method].config_class))
     encoder = Encoder(task, tokenizer, length, numbered)
     training, held_out = _data_sets(options, encoder, records, out)
     batches = math.ceil(len(training) / (options.batch_size * int(os.environ.get("WORLD_SIZE", 1))))
     total = options.max_steps or math.ceil(options.epochs * math.ceil(batches / options.grad_accum))
-    if options.warmup_steps >= total:
-        raise OptionError(f"--warmup-steps {options.warmup_steps:g} is not less than the {total} steps of the run")
-    lr, rule = options.lr, ""
-    if lr is None:
-        lr, rule = learning_rate(method, config), " (by the rule in --help)"
+    words = f"--warmup-steps {options.warmup_steps:g} is not less than the {total} steps of the run"
+    refuse(options.warmup_steps >= total, words, OptionError)
+    lr, rule = options.lr or learning_rate(method, config), "" if options.lr else " (by the rule in --help)"
     trainer_class, kind = _trainer_classes(options, task, method, fields)
     arguments = _arguments(replace(options, lr=lr, max_steps=total), trainer, kind, task, held_out is not None)
     tasks = 1 + max((row.get("task_ids", 0) for _, row in records), default=0)
@@ -108,9 +105,7 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
         f"{task} with {options.method} on {base}: {len(training):,} examples of up to {length} tokens,"
         f" {len(held_out or ()):,} held out; {total:,} steps; learning rate {lr:.2g}{rule}"
     )
-    return Plan(
-        options, base, task, tokenizer, training, held_out, adapter, arguments, encoder.labels, trainer_class
-    )
+    return Plan(options, base, task, tokenizer, training, held_out, adapter, arguments, encoder.labels, trainer_class)
 
 
 def configure(
@@ -127,7 +122,7 @@ def configure(
 def learning_rate(method: str, config: Any) -> float:
     """The default of `--lr`; see there for the papers."""
     width = getattr(config.get_text_config(), "hidden_size", 4096)
-    return RATES.get(method, 2e-4 * 4096 / width * (10 if method == "VERA" else 1))
+    return TABLES.rates.get(method) or 2e-4 * 4096 / width * TABLES.factors.get(method, 1)
 
 
 def _data_sets(options: Any, encoder: Encoder, records: Sequence[Record], out: Any) -> tuple[Any, Any]:
@@ -140,8 +135,7 @@ def _data_sets(options: Any, encoder: Encoder, records: Sequence[Record], out: A
         out.print(f"{encoded.cut:,} of {total:,} examples are cut: --max-length is {encoder.length} tokens")
     if encoded.dropped:
         out.print(f"{encoded.dropped:,} of {total:,} examples are left out: nothing to learn is left of them")
-    if len(names) == 1:
-        raise ValueError(f"all {len(examples)} records have the label {names[0]!r}: there is nothing to tell apart")
+    refuse(len(names) == 1, f"all {total} records have the label {names}: there is nothing to tell apart")
     if encoder.task in ("chat", "causal-lm"):
         out.print(f"An example; what is learnt is green:\n{shown(examples[0], encoder.tokenizer)}", markup=True)
     data = Dataset.from_list(examples)
@@ -163,13 +157,13 @@ def _trainer_classes(options: Any, task: str, method: str, fields: Mapping[str, 
     """
     head = bool(fields.get("modules_to_save")) or "lm_head" in str(fields.get("target_modules"))
     fits, wanted = not (METHODS[method].prompt or head), options.packing or task == "preference"
-    if options.optim in OPTIMIZERS and "LORA" not in method:
-        raise OptionError(f"--optim {options.optim} is made for the two factors of LoRA, not for {options.method}")
-    if options.packing and task not in ("chat", "causal-lm"):
-        raise OptionError(f"--packing is for language models, not for {task}")
-    if wanted and not fits:
-        what = "--packing" if options.packing else f"the task {task}"
-        raise OptionError(f"{what} is done by trl, which takes no soft prompt and no adapted output layer")
+    what = "--packing" if options.packing else f"the task {task}"
+    words = f"--optim {options.optim} is made for the two factors of LoRA, not for {options.method}"
+    refuse(options.optim in OPTIMIZERS and "LORA" not in method, words, OptionError)
+    packs = options.packing and task not in ("chat", "causal-lm")
+    refuse(packs, f"--packing is for language models, not for {task}", OptionError)
+    words = f"{what} is done by trl, which takes no soft prompt and no adapted output layer"
+    refuse(wanted and not fits, words, OptionError)
     kind = "Seq2Seq" if task == "speech" else ""
     library, names = "transformers", (f"{kind}Trainer", f"{kind}TrainingArguments")
     if wanted or (task == "chat" and fits and find_spec("trl")):
@@ -185,7 +179,8 @@ def _arguments(options: Any, given: Mapping[str, Any], made: Any, task: str, eva
     """
     own = {name: getattr(options, ALIASES.get(name, name), None) for name in init_types(made)}
     every = getattr(options, "eval_steps", None) or math.ceil(options.max_steps / 10)
-    values: dict[str, Any] = {name: value for name, value in own.items() if value is not None} | FIXED | {
+    values: dict[str, Any] = {name: value for name, value in own.items() if value is not None} | TABLES.arguments
+    values |= {
         "per_device_eval_batch_size": options.batch_size,
         "optim": "adamw_torch" if options.optim in OPTIMIZERS else options.optim,
         "bf16": options.dtype == "bfloat16",

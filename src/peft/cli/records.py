@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft.cli.options import COLUMNS, COLUMNS_OF_WORDS, ROLES
+from peft.cli.options import TABLES, refuse
 from peft.hub import is_path
 
 Message = dict[str, str]
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 #: (where it stands, its fields); of a text file the field is `text`
 Record = tuple[str, dict[str, Any]]
 
-TABLES = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Format(NamedTuple):
@@ -37,20 +37,20 @@ class Format(NamedTuple):
 
 def turns_of(value: Any) -> list[Message]:
     """A conversation in OpenAI's or ShareGPT's words as messages with `role` and `content`."""
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise ValueError(f"a list of turns is needed, got {value!r:.60}")
+    fits = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
+    refuse(not fits, f"a list of turns is needed, got {value!r:.60}")
     turns = []
     for turn in value:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"a turn has to have role and content (or from and value), got {turn!r}")
-        turns.append({"role": ROLES.get(role, role), "content": content})
+        turns.append({"role": TABLES.roles.get(role, role), "content": content})
     return turns
 
 
 def _chat(messages: list[Message]) -> dict[str, Any]:
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
-        raise ValueError("no turn of the assistant has a text: there is nothing to learn")
+    answers = any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages)
+    refuse(not answers, "no turn of the assistant has a text: there is nothing to learn")
     return {"messages": messages}
 
 
@@ -76,11 +76,10 @@ def _preference(row: Row) -> dict[str, Any]:
 
 
 def _tagged(row: Row) -> dict[str, Any]:
-    if None in row["tokens"] or None in row["label"]:
-        raise ValueError("null among them")
-    if len(row["tokens"]) != len(row["label"]):
-        raise ValueError(f"{len(row['tokens'])} tokens, but {len(row['label'])} labels")
-    return {"tokens": row["tokens"], "label": row["label"]}
+    tokens, labels = row["tokens"], row["label"]
+    refuse(None in tokens or None in labels, "null among them")
+    refuse(len(tokens) != len(labels), f"{len(tokens)} tokens, but {len(labels)} labels")
+    return {"tokens": tokens, "label": labels}
 
 
 #: by the fields that tell them, the most telling first
@@ -108,11 +107,10 @@ def read_records(sources: Sequence[str]) -> list[Record]:
         path, before = Path(source), len(records)
         for where, row in _rows(path) if path.is_file() else _data_set(source):
             where = f"{source}, {where}" if where else source
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: an object with named fields is needed, got {type(row).__name__}")
+            words = f"{where}: an object with named fields is needed, got {type(row).__name__}"
+            refuse(not isinstance(row, dict), words)
             records.append((where, row))
-        if len(records) == before:
-            raise ValueError(f"{source} is empty: there is nothing in it to read")
+        refuse(len(records) == before, f"{source} is empty: there is nothing in it to read")
     return records
 
 
@@ -134,17 +132,15 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     elif path.suffix == ".json":
         content = _json(text, path, 1) if text.strip() else []
         content = content.get("data", content) if isinstance(content, dict) else content
-        if not isinstance(content, list):
-            raise ValueError(f"{path}: a list of records is needed, got {type(content).__name__}")
+        refuse(not isinstance(content, list), f"{path}: a list of records is needed, got {type(content).__name__}")
         yield from ((f"record {number}", row) for number, row in enumerate(content, 1))
-    elif path.suffix in TABLES:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[path.suffix], strict=True)
+    elif path.suffix in DELIMITERS:
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS[path.suffix], strict=True)
         try:
             for row in rows:
-                if None in row or None in row.values():
-                    raise csv.Error(f"not as many columns as the first line names ({len(row)})")
+                refuse(None in row or None in row.values(), f"not as many columns as the first line names ({len(row)})")
                 yield f"line {rows.line_num}", row
-        except csv.Error as error:
+        except (csv.Error, ValueError) as error:
             raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
     elif text.strip():
         yield "", {"text": text}
@@ -180,8 +176,7 @@ def first_line(error: Exception) -> str:
 
 def _data_set(source: str) -> Iterator[tuple[str, Any]]:
     name, _, split = source.partition(":")
-    if not os.path.isdir(name) and (is_path(name) or Path(name).suffix):
-        raise ValueError(f"{source} is not there")
+    refuse(not os.path.isdir(name) and (is_path(name) or Path(name).suffix), f"{source} is not there")
     import datasets
 
     datasets.disable_progress_bars()
@@ -218,9 +213,8 @@ def understand(records: Sequence[Record], columns: Mapping[str, str], task: str 
         ValueError: the records are not of a kind that is known, or one of them is not like the first; says which.
     """
     where, first = records[0]
-    absent = [name for name in columns.values() if name not in first]
-    if absent:
-        raise ValueError(f"{where}: --columns names {', '.join(absent)}, but the fields are {', '.join(first)}")
+    absent = ", ".join(name for name in columns.values() if name not in first)
+    refuse(absent, f"{where}: --columns names {absent}, but the fields are {', '.join(first)}")
     first = _renamed(first, columns)
     kinds = [kind for kind in FORMATS if first.keys() >= set(kind.fields) and task in (None, *kind.tasks)]
     if not kinds:
@@ -243,7 +237,7 @@ def understand(records: Sequence[Record], columns: Mapping[str, str], task: str 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     """A record with its fields by role: named by the user, or by the names that are about."""
     row = dict(row)
-    for role, names in [*columns.items(), *(COLUMNS_OF_WORDS if "tokens" in row else COLUMNS).items()]:
+    for role, names in [*columns.items(), *(TABLES.columns_of_words if "tokens" in row else TABLES.columns).items()]:
         found = next((name for name in ([names] if role in columns else names.split()) if name in row), None)
         if found and (role not in row or role in columns):
             row[role] = row.pop(found)

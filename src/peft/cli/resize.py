@@ -6,12 +6,11 @@ from typing import Any
 
 from peft import PeftConfig, convert_to_lora
 from peft.cli import models
-from peft.cli.parse import OptionError
+from peft.cli.options import OptionError, refuse
 
 
 def run(options: Any, *_: Any) -> None:
-    if (options.rank is None) == (options.energy is None):
-        raise OptionError("either --rank or --energy is needed")
+    refuse((options.rank is None) == (options.energy is None), "either --rank or --energy is needed", OptionError)
     models.check_empty(options.output)
     saved = PeftConfig.from_pretrained(options.adapter)
     factors = saved.peft_type == "LORA" and not getattr(saved, "use_dora", False)  # which tell the change by themselves

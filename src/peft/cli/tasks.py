@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from peft.cli import options
+from peft.cli.options import TABLES, refuse
 from peft.cli.records import Message, Record, Row
 
 IGNORED = -100
@@ -32,7 +32,7 @@ class Task(NamedTuple):
     processor: str = "AutoTokenizer"
 
 
-TASKS = {name: Task(**row) for name, row in options.TASKS.items()}
+TASKS = {name: Task(**row) for name, row in TABLES.tasks.items()}
 
 
 @dataclass
@@ -98,8 +98,7 @@ class Encoder:
         return self._some(found)
 
     def _some(self, found: Encoded) -> Encoded:
-        if not found.examples:
-            raise ValueError(f"nothing is left to learn within --max-length {self.length} tokens")
+        refuse(not found.examples, f"nothing is left to learn within --max-length {self.length} tokens")
         return found
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
@@ -136,8 +135,8 @@ class Encoder:
             # without words that a template leads an answer in with, and the answer itself then does not have
             differ = (i for i, (one, other) in enumerate(zip(asked, said, strict=False)) if one != other)
             asked = asked[: next(differ, None)]
-            if asked[: len(ids)] != ids:
-                raise ValueError("the chat template changes earlier turns of a conversation; split it into single ones")
+            rewritten = asked[: len(ids)] != ids
+            refuse(rewritten, "the chat template changes earlier turns of a conversation; split it into single ones")
             labels += [IGNORED] * (len(asked) - len(labels)) + said[len(asked) :]
             ids = said
         return {"input_ids": ids, "labels": labels}
@@ -146,8 +145,7 @@ class Encoder:
         return self._ids(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
 
     def _number(self, label: Any) -> int:
-        if str(label) not in self.labels:
-            raise ValueError(f"label {label!r} is not one of {', '.join(self.labels)}")
+        refuse(str(label) not in self.labels, f"label {label!r} is not one of {', '.join(self.labels)}")
         return self.labels.index(str(label))
 
     def _sequence(self, row: Row) -> Example:
@@ -180,10 +178,10 @@ def _names(labels: Iterable[Any]) -> list[str]:
 def _stored(value: Any) -> dict[str, Any]:
     """An image or audio as `datasets` has it, its file checked to be there."""
     value = {"path": value, "bytes": None} if isinstance(value, str) else value
-    if not isinstance(value, dict):
-        raise ValueError(f"images and audio are paths of files, or what `datasets` stores of them, got {value!r:.60}")
-    if value.get("bytes") is None and "array" not in value and not os.path.isfile(value["path"]):
-        raise ValueError(f"there is no file {value['path']}")
+    stored = isinstance(value, dict)
+    refuse(not stored, f"images and audio are paths of files, or what `datasets` stores of them, got {value!r:.60}")
+    absent = value.get("bytes") is None and "array" not in value and not os.path.isfile(value["path"])
+    refuse(absent, f"there is no file {value.get('path')}")
     return value
 
 

@@ -12,22 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from peft.cli import models
+from peft.cli.options import TABLES
 from peft.cli.records import Record
 from peft.cli.tasks import Encoder, collator_for
 from peft.cli.watch import Watch
 
 #: steps that its making takes; PEFT_TINY_STEPS is there for tests
 STEPS = int(os.environ.get("PEFT_TINY_STEPS", 500))
-BLOCK, END = 128, "<|end|>"
-MODULES = (
-    "argparse ast bisect calendar collections configparser csv dataclasses fractions functools gzip heapq"
-    " json.decoder json.encoder pathlib queue random shlex shutil statistics string tempfile textwrap threading typing"
-)
+BLOCK, END = TABLES.tiny["config"]["max_position_embeddings"], "<|end|>"
 
 
 def library_sources() -> list[Record]:
     """The source code of some modules of the standard library."""
-    found = [find_spec(name) for name in MODULES.split()]
+    found = [find_spec(name) for name in TABLES.tiny["modules"]]
     paths = [Path(spec.origin) for spec in found if spec is not None and spec.origin and spec.origin.endswith(".py")]
     return [(str(path), {"text": path.read_text(encoding="utf-8")}) for path in paths]
 
@@ -53,20 +50,15 @@ def _make(path: Path, out: Any) -> None:
     named = dict(eos_token=END, pad_token=END, model_max_length=BLOCK)
     tokenizer = library.PreTrainedTokenizerFast(tokenizer_object=words._tokenizer, **named)
     library.set_seed(0)
-    model = library.LlamaForCausalLM(library.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=BLOCK, tie_word_embeddings=True, initializer_range=0.08, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0,
-    ))  # fmt: skip
+    model = library.LlamaForCausalLM(library.LlamaConfig(vocab_size=len(tokenizer), **TABLES.tiny["config"]))
     out.print(f"No model is named: making one of {model.num_parameters():,} parameters from Python's help texts,"
               f" {STEPS} steps, once, in {path}")  # fmt: skip
     records: list[Record] = [(name, {"text": text}) for name, text in topics.items()]
     examples = Encoder("causal-lm", tokenizer, BLOCK)(records).examples
     with models.made_once(path) as unfinished:
         arguments = library.TrainingArguments(
-            str(unfinished), per_device_train_batch_size=8, learning_rate=1e-2, adam_beta2=0.95, weight_decay=0.1,
-            warmup_steps=min(20, STEPS // 2), max_steps=STEPS, save_strategy="no", report_to="none", disable_tqdm=True,
-            use_cpu=True, logging_steps=max(1, STEPS // 10),
+            str(unfinished), max_steps=STEPS, warmup_steps=min(20, STEPS // 2), logging_steps=max(1, STEPS // 10),
+            **TABLES.tiny["arguments"],
         )  # fmt: skip
         trainer = library.Trainer(
             model, arguments, collator_for("causal-lm", tokenizer), examples, processing_class=tokenizer,

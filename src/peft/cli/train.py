@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from peft.cli import models
-from peft.cli.options import FREE
-from peft.cli.parse import SETTINGS, OptionError, settings_of
+from peft.cli.options import TABLES, OptionError, refuse
+from peft.cli.parse import SETTINGS, settings_of
 from peft.cli.plan import OPTIMIZERS, Plan, prepare
 from peft.cli.plots import loss_curve
 from peft.cli.starts import data_driven
@@ -72,11 +72,10 @@ def _processes(options: Any) -> Any:
 
 
 def _check_output(options: Any, output: Path) -> None:
-    if output.is_file():
-        raise ValueError(f"--output {output} is a file")
+    refuse(output.is_file(), f"--output {output} is a file")
     there = any((output / name).exists() for name in (SETTINGS, "adapter_config.json"))
-    if there and not (options.resume or options.overwrite):
-        raise ValueError(f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
+    lost = there and not (options.resume or options.overwrite)
+    refuse(lost, f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
 
 
 def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | None:
@@ -88,9 +87,8 @@ def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | No
     before = yaml.safe_load((output / SETTINGS).read_text(encoding="utf-8")) or {}
     changed = {name for name in {*before, *settings} if before.get(name) != settings.get(name)}
     words = [f"{name} {before.get(name, 'default')} -> {settings.get(name, 'default')}" for name in sorted(changed)]
-    if changed - {*FREE}:
-        free = ", ".join(FREE)
-        raise OptionError(f"--resume: a run goes on only as it was: {', '.join(words)}. What may change is {free}")
+    said = f"--resume: a run goes on only as it was: {', '.join(words)}. What may change is {', '.join(TABLES.free)}"
+    refuse(changed - {*TABLES.free}, said, OptionError)
     found = last_checkpoint(output)
     step = found.rpartition("-")[2] if found else "0, for it has no checkpoint"
     out.print(f"Going on after step {step}" + (f", with {', '.join(words)}" if words else ""))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from peft.cli.options import SHOWN
+from peft.cli.options import TABLES
 from peft.core.tuner import BaseTuner
 from peft.errors import listed
 
@@ -89,7 +89,7 @@ class Watch(TrainerCallback):
         evaluated, total = "eval_loss" in logs, state.max_steps
         if evaluated or (loss is not None and not control.should_evaluate and time.monotonic() - self.said > PAUSE):
             words = [f"step {state.global_step:>{len(str(total))}}/{total}", *[self.loss] * bool(self.loss)]
-            words += [f"{SHOWN[k]} {logs[f'eval_{k}']:.4f}" for k in SHOWN if f"eval_{k}" in logs]
+            words += [f"{word} {logs[f'eval_{k}']:.4f}" for k, word in TABLES.shown.items() if f"eval_{k}" in logs]
             done = state.global_step - self.first
             if 0 < done < total - self.first:
                 left = (time.monotonic() - self.begun) / done * (total - state.global_step)
