@@ -168,6 +168,10 @@ def test_inspect_says_what_the_files_hold(made, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("LORA", "q_proj", f"{found['parameters']:,}"))
     assert (tmp_path / "one-norms.png").read_bytes().startswith(b"\x89PNG")
+    assert main(words("inspect", made.one, "--engine", "vllm", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["served"][0] == "--enable-lora"
+    assert main(words("inspect", made.soft, "--for", "vllm", "--png", "x.png")) == 0
+    assert "refuses" in capsys.readouterr().out
     assert main(words("inspect", made.soft, "--json")) == 0
     assert [module["name"] for module in json.loads(capsys.readouterr().out)["modules"]] == ["(prompt)"]
 
@@ -320,6 +324,12 @@ def test_the_fields_of_a_method_are_listed_with_their_meaning(capsys):
 WRONG = {
     "trian": (2, "no such command. Did you mean 'train'"),
     "inspect": (2, "adapter missing"),
+    "export {one}": (2, "no such command; it is 'merge' here."),
+    "inspect {one} --for tgi": (2, "engine has to be vllm or sglang or llama.cpp or mlx, got 'tgi'"),
+    "estimate {base} --max_length 3": (2, "no option 'max_length'. Did you mean 'length'?"),
+    "convert {one} --to gguf --output text.gguf": (1, "--output text.gguf: there is a file"),
+    "extract {base} {deep} --energy 2 --output x": (2, "energy must be above 0 and at most 1, got 2"),
+    "train --model {base} --data text.txt --report_to nothing": (2, "nothing is not supported, only"),
     "inspect {one} --jsn": (2, "no option 'jsn'. Did you mean 'json'"),
     "inspect {base}": (1, "adapter_config.json"),
     "inspect nowhere": (1, "'nowhere', which is no folder here"),
@@ -416,7 +426,8 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(made, tmp_path, 
     (tmp_path / "empty.safetensors").touch()
     (tmp_path / "unknown.yaml").write_text(f"model: {made.base}\nlora_alfa: 3\n")
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "text.txt").write_text("some words to learn " * 20)
+    for name in ("text.txt", "text.gguf"):
+        (tmp_path / name).write_text("some words to learn " * 20)
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}))
     (tmp_path / "null.jsonl").write_text(json.dumps({"messages": turns}) + '\n{"messages": [null]}')

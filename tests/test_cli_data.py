@@ -15,13 +15,14 @@ from peft.cli.models import check_task, device_of, locate
 from peft.cli.options import ALIASES, COMMANDS, TABLES
 from peft.cli.parse import OptionError, help_of, init_types, read, settings_of
 from peft.cli.plan import learning_rate
-from peft.cli.records import read_records, understand
+from peft.cli.records import read_records, understand, unused
 from peft.cli.tasks import Encoder, measures, word_error_rate
 from peft.registry import METHODS
 from tiny_models import byte_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TALK = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+MORE = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
 SHAREGPT = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
 
 
@@ -45,16 +46,37 @@ def learnt(example: dict) -> str:
         ({"conversations": SHAREGPT, "id": 3}, "chat", {"messages": TALK}),
         ({"prompt": TALK[:1], "completion": TALK[1:]}, "chat", {"messages": TALK}),
         ({"instruction": "a?", "input": "", "output": "b"}, "chat", {"messages": TALK}),
+        ({"question": "a", "answer": "b", "id": 1}, "causal-lm", {"prompt": "a", "completion": "b"}),
+        ({"instruction": "c", "output": "d", "history": [["a?", "b"]]}, "chat", {"messages": [*TALK, *MORE]}),
+        ({"conversations": SHAREGPT, "system": "s"}, "chat", {"messages": [{"role": "system", "content": "s"}, *TALK]}),
+        ({"text": "a", "label": "0.5"}, "regression", {"text": "a", "label": "0.5"}),
         ({"text": "a", "label": "x"}, "classification", {"text": "a", "label": "x"}),
         ({"sentence": "a", "label": 0}, "classification", {"text": "a", "label": 0}),
         ({"text": "a", "labels": 0.5}, "regression", {"text": "a", "label": 0.5}),
         ({"tokens": ["a", "b"], "ner_tags": [0, 1]}, "token-classification", {"tokens": ["a", "b"], "label": [0, 1]}),
         ({"chosen": "b", "rejected": "c"}, "preference", {"chosen": "b", "rejected": "c"}),
         ({"chosen": SHAREGPT, "rejected": TALK}, "preference", {"chosen": TALK, "rejected": TALK}),
+        (
+            {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"},
+            "preference",
+            {"prompt": "a\n\nb", "chosen": "c", "rejected": "d"},
+        ),
+        (
+            {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": SHAREGPT[1]},
+            "preference",
+            {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": TALK[1:]},
+        ),
     ],
 )
 def test_records_say_by_their_fields_what_they_are_for(row, task, read_as):
     assert understand([("x", row)], {}, None) == (task, [("x", read_as)])
+
+
+def test_fields_that_nothing_is_learnt_from_are_named():
+    row = {"prompt": "a", "completion": "b", "label": True, "tags": [], "body": "c"}
+    assert unused(row, {}, "causal-lm") == ["label", "body"]
+    assert unused({"instruction": "a", "input": "", "output": "b", "id": 3}, {}, "chat") == ["id"]
+    assert unused({"body": "a", "label": "b"}, {"text": "body"}, "classification") == []
 
 
 def test_the_input_of_alpaca_is_not_lost():
@@ -283,6 +305,9 @@ def test_a_device_that_is_not_here():
         ("--init_lora_weights pissa_niter_4", "init_lora_weights", "pissa_niter_4"),
         ("--use_rslora", "use_rslora", True),
         ("--lr 1e-3", "lr", 1e-3),
+        ("--lora_target all", "target_modules", "all-linear"),
+        ("--warmup_ratio 0.1", "warmup_steps", 0.1),
+        ("--evaluation_strategy epoch", "eval_strategy", "epoch"),
         ("--learning_rate=1e-3", "lr", 1e-3),
         ("--num_train_epochs 2", "epochs", 2),
         ("--no-packing", "packing", False),
@@ -321,6 +346,7 @@ def test_a_name_is_that_of_the_method_then_of_the_command_then_of_the_trainer():
     [
         ("--lora_alfa 16", "no option 'lora_alfa'. Did you mean 'lora_alpha'"),
         ("--max-step 3", "no option 'max_step'. Did you mean 'max_steps'"),
+        ("--stage sft", "no option 'stage': the task follows from the data"),
         ("--r many", "r has to be int, got 'many'"),
         ("--use_rslora maybe", "unexpected argument 'maybe'"),
         ("--task chatt", "task has to be causal-lm or chat or .*, got 'chatt'"),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
-from peft.cli.options import COMMANDS
+from peft.cli.options import COMMANDS, TABLES
 from peft.version import __version__
 
 #: libraries that warn, when they are imported, of things that no user of the command can change; or say an error twice
@@ -75,7 +75,8 @@ def _call(command: str, argv: Sequence[str]) -> int:
     from peft.cli.parse import OptionError, help_of, nearest, read
 
     if command not in COMMANDS:
-        hint = nearest(command, COMMANDS) or "."
+        other = TABLES.commands.get(command)
+        hint = f"; it is {other!r} here." if other else nearest(command, COMMANDS) or "."
         raise OptionError(f"there is no such command{hint} There are {', '.join(COMMANDS)}")
     needed = ["jsonargparse", *COMMANDS[command].needs.split()]
     missing = [name for name in needed if find_spec(name) is None]

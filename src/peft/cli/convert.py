@@ -24,15 +24,14 @@ ENDINGS = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"
 def run(options: Any, *_: Any) -> None:
     if not os.path.exists(options.source) and (options.to is None or options.source.endswith((*FILES, ".gguf"))):
         raise ValueError(f"{options.source} is not there")
+    models.check_empty(options.output)
     if os.path.isfile(options.source) or mlx.is_mlx(options.source):
         if options.to:
             raise OptionError(f"--to {options.to}: {options.source} is another program's; make an adapter of it first")
-        models.check_empty(options.output)
         config, tensors = _read(options)
         config.base_model_name_or_path = options.model or config.base_model_name_or_path
         models.write(options.output, config, tensors)
     elif options.to in ("minimal", "full"):
-        models.check_empty(options.output)
         adapted = models.load_adapted(options.source, SimpleNamespace(model=options.model, device="cpu"))
         adapted.save_pretrained(options.output, minimal=options.to == "minimal")
         tensors = load_peft_weights(options.output, "cpu")
@@ -69,14 +68,13 @@ def _write(options: Any, config: Any, tensors: Mapping[str, Any]) -> None:
         models.load_adapted(options.source, options, empty=True)
     if options.to == "gguf":
         return gguf.write_gguf(options.output, config, tensors, base.config)
-    models.check_empty(options.output)
     if options.to == "mlx":
         return mlx.write_mlx(options.output, config, tensors, base.config.num_hidden_layers)
     change = experts.fuse_experts if options.to == "fused" else experts.split_experts
     models.write(options.output, *change(config, tensors, base))
 
 
-def _skeleton(model: str | None, why: str) -> Any:
+def _skeleton(model: Any, why: str) -> Any:
     """The base model without weights.
 
     Raises:

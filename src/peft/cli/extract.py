@@ -14,7 +14,7 @@ def run(options: Any, *_: Any) -> None:
     base, tuned = (models.config_of(name) for name in (options.base, options.tuned))
     words = f"{options.base} is a {base.model_type} model, but {options.tuned} a {tuned.model_type} model"
     refuse(base.model_type != tuned.model_type, words)
-    task = options.task_type or models.writer_of(tuned).peft
+    task: Any = options.task_type or models.writer_of(tuned).peft
     refuse(task not in models.AUTO_CLASSES, f"--task-type takes {', '.join(models.AUTO_CLASSES)}, got {task!r}")
     base, tuned = (models.load_base(name, models.AUTO_CLASSES[task], **models.placed(options), plain=True)
                    for name in (options.base, options.tuned))  # fmt: skip

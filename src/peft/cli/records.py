@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,11 +29,13 @@ class Format(NamedTuple):
         tasks: what it is for; the first where the user names none.
         fields: what a record has to have.
         read: the record as the encoder of its task takes it; by default with these fields alone.
+        also: what it may have.
     """
 
     tasks: tuple[str, ...]
     fields: tuple[str, ...]
     read: Callable[[Row], dict[str, Any]] | None = None
+    also: tuple[str, ...] = ()
 
 
 def turns_of(value: Any) -> list[Message]:
@@ -54,14 +57,26 @@ def _chat(messages: list[Message]) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def _asked(question: str, answer: str, system: str | None = None) -> dict[str, Any]:
-    said = {"system": system, "user": question, "assistant": answer}
-    return _chat([{"role": role, "content": text} for role, text in said.items() if text is not None])
+def _asked(
+    question: str, answer: str, system: str | None = None, earlier: Sequence[Sequence[str]] = ()
+) -> dict[str, Any]:
+    said = [("system", system)] if system else []
+    for one, other in [*earlier, (question, answer)]:
+        said += [("user", one), ("assistant", other)]
+    return _chat([{"role": role, "content": str(text)} for role, text in said])
+
+
+def _conversation(row: Row) -> dict[str, Any]:
+    before = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return _chat(turns_of([*before, *row["messages"]] if isinstance(row["messages"], list) else row["messages"]))
+
+
+def _question(row: Row) -> str:
+    return "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
-    question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-    return _asked(question, row["output"], row.get("system") or None)
+    return _asked(_question(row), row["output"], row.get("system"), row.get("history") or ())
 
 
 def _answer(row: Row) -> dict[str, Any]:
@@ -71,8 +86,11 @@ def _answer(row: Row) -> dict[str, Any]:
 
 
 def _preference(row: Row) -> dict[str, Any]:
-    names = [name for name in ("prompt", "chosen", "rejected") if name in row]
-    return {name: row[name] if isinstance(row[name], str) else turns_of(row[name]) for name in names}
+    """The pair, and what comes before it: a prompt, Alpaca's instruction, or a conversation."""
+    prompt = _question(row) if "instruction" in row else row.get("prompt", row.get("messages"))
+    told = {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
+    told = {name: [value] if isinstance(value, dict) else value for name, value in told.items() if value is not None}
+    return {name: value if isinstance(value, str) else turns_of(value) for name, value in told.items()}
 
 
 def _tagged(row: Row) -> dict[str, Any]:
@@ -84,9 +102,9 @@ def _tagged(row: Row) -> dict[str, Any]:
 
 #: by the fields that tell them, the most telling first
 FORMATS = (
-    Format(("preference",), ("chosen", "rejected"), _preference),
-    Format(("chat",), ("messages",), lambda row: _chat(turns_of(row["messages"]))),
-    Format(("chat",), ("instruction", "output"), _alpaca),
+    Format(("preference",), ("chosen", "rejected"), _preference, ("prompt", "messages", "instruction", "input")),
+    Format(("chat",), ("messages",), _conversation, ("system",)),
+    Format(("chat",), ("instruction", "output"), _alpaca, ("input", "system", "history")),
     Format(("causal-lm", "seq2seq", "chat"), ("prompt", "completion"), _answer),
     Format(("token-classification",), ("tokens", "label"), _tagged),
     Format(("image-classification",), ("image", "label")),
@@ -229,9 +247,25 @@ def understand(records: Sequence[Record], columns: Mapping[str, str], task: str 
         asked = ((where, row, row.get("prompt")) for where, row in understood)
         understood = [(where, _asked(prompt, row["completion"]) if prompt else row) for where, row, prompt in asked]
     found = "chat" if "messages" in understood[0][1] else kinds[0].tasks[0]
-    if "regression" in kinds[0].tasks and all(isinstance(row["label"], float) for _, row in understood):
+    if "regression" in kinds[0].tasks and all(_is_fraction(row["label"]) for _, row in understood):
         found = "regression"
     return task or found, understood
+
+
+def _is_fraction(label: Any) -> bool:
+    """Whether a label is a number with a point, which tables hold as text."""
+    try:
+        return not str(label).lstrip("-").isdecimal() and math.isfinite(float(str(label)))
+    except (TypeError, ValueError):
+        return False
+
+
+def unused(row: Row, columns: Mapping[str, str], task: str) -> list[str]:
+    """The fields of a record that nothing is learnt from."""
+    row = _renamed(row, columns)
+    kind = next(kind for kind in FORMATS if row.keys() >= set(kind.fields) and task in kind.tasks)
+    used = {*kind.fields, *kind.also, "task_id"}
+    return [name for name, value in row.items() if name not in used and value not in (None, "", [])]
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
