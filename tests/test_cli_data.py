@@ -110,6 +110,14 @@ def test_columns_by_other_names_and_tasks_by_name():
         ("a.jsonl", '{"text": "a"}\n{"text": null}\n', r"a\.jsonl, line 2: field 'text' is null"),
         ("a.jsonl", '{"text": "a"}\n{"text": " "}\n', r"a\.jsonl, line 2: field 'text' is empty"),
         ("a.jsonl", '{"text": "a"}\n{"text": 7}\n', r"a\.jsonl, line 2: field 'text' has to be a text, got 7"),
+        ("a.jsonl", '{"text": "a", "label": [0, 1]}', r"field 'label' has to be one value, got \[0, 1\]"),
+        ("a.jsonl", '{"tokens": "a b", "label": [0, 1]}', "field 'tokens' has to be a list of words, got 'a b'"),
+        ("a.jsonl", '{"tokens": ["a", 3], "label": [0, 1]}', "field 'tokens' has to be a list of words"),
+        ("a.jsonl", '{"tokens": ["a"], "label": [null]}', "field 'label' has to be a list, one for each word"),
+        ("a.jsonl", '{"instruction": 3, "output": "b"}', "field 'instruction' has to be a text, got 3"),
+        ("a.jsonl", '{"instruction": "a", "output": "b", "history": [["c"]]}', "has to be a list of pairs of texts"),
+        ("a.jsonl", '{"text": "a", "task_id": -1}', "field 'task_id' has to be a number from 0 on, got -1"),
+        ("a.csv", "text,text,label\na,b,c\n", r"a\.csv, line 1: a column is there twice \(text, text, label\)"),
         ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: an object with named fields is needed, got list"),
         ("a.jsonl", "", r"a\.jsonl is empty"),
         ("a.json", "", r"a\.json is empty"),
@@ -375,7 +383,12 @@ def test_yaml_and_command_line_make_one_run(tmp_path):
     assert settings_of(own, fields, trainer) == {
         "method": "vera", "lr": 1e-3, "target_modules": ["q_proj"], "d_initial": 0.2, "seed": 5,
     }  # fmt: skip
-    for content, message in (("- a", "a mapping"), ("confi: 1", "no option 'confi'"), ("a: [", "run.yaml")):
+    for content, message in (
+        ("- a", "a mapping"),
+        ("lr: 1\nlearning_rate: 2", "lr is there twice"),
+        ("confi: 1", "no option 'confi'"),
+        ("a: [", "run.yaml"),
+    ):
         path.write_text(content)
         with pytest.raises(OptionError, match=message):
             read("train", ["--config", str(path)])

@@ -100,6 +100,7 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     values: Values = {}
     for name, value in content.items():
         name = _checked(name, known, f"{path}: ")
+        refuse(name in values, f"{path}: {name} is there twice, perhaps by another name", OptionError)
         if value is not None:
             values[name] = _value(known[name], [value]) if isinstance(value, str) else value
     needed = [f.name for f in fields(own) if f.default is MISSING and f.default_factory is MISSING]
@@ -124,24 +125,23 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
 
 def complete(line: str) -> None:
     """Answers argcomplete, with the options of the command, and of the method, that stand in `line` so far."""
-    from argcomplete.completers import ChoicesCompleter, FilesCompleter
-    from jsonargparse import ArgumentParser
+    import argparse
 
-    words, parser = line.split(), ArgumentParser()
+    import argcomplete
+
+    words, parser = line.split(), argparse.ArgumentParser(add_help=False)
     if len(words) + line.endswith(" ") > 2 and words[1] in COMMANDS:
         owners: list[Any] = [COMMANDS[words[1]]]
         method = " ".join(dict(_split(words)).get("method", [])).upper().replace("-", "_") or "LORA"
         if "method" in init_types(owners[0]) and method in METHODS:
             owners.append(METHODS[method].config_class)
-        parser, known = parser_of(words[1], *owners), _known(owners)
-        for action in parser._actions:
-            values = _choices(known.get(action.dest))
-            action.completer = ChoicesCompleter(dict.fromkeys(values, "")) if values else FilesCompleter()
+        for name, kind in _known(owners).items():
+            parser.add_argument(f"--{name}", choices=_choices(kind) or None)
         rest = line.split(maxsplit=1)[1]  # a command stands in the place of the program
         os.environ.update(COMP_LINE=rest, COMP_POINT=str(len(rest)))
     else:
         parser.add_argument("command", choices=list(COMMANDS))
-    parser.parse_args([])
+    argcomplete.autocomplete(parser)
 
 
 def _known(owners: Sequence[Any]) -> Values:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from peft.cli.options import TABLES, refuse
 from peft.hub import is_path
+from peft.values import is_of
 
 Message = dict[str, str]
 Row = Mapping[str, Any]
@@ -95,10 +96,16 @@ def _preference(row: Row) -> dict[str, Any]:
 
 def _tagged(row: Row) -> dict[str, Any]:
     tokens, labels = row["tokens"], row["label"]
-    refuse(None in tokens or None in labels, "null among them")
     refuse(len(tokens) != len(labels), f"{len(tokens)} tokens, but {len(labels)} labels")
     return {"tokens": tokens, "label": labels}
 
+
+#: field -> its type, and that in words
+KINDS: dict[str, tuple[Any, str]] = dict.fromkeys(("text", "instruction", "input", "output", "system"), (str, "a text"))
+KINDS |= dict.fromkeys(("prompt", "completion"), (str | list, "a text or a list of turns"))
+KINDS |= {"tokens": (list[str], "a list of words"), "label": (str | int | float | bool, "one value")}
+KINDS |= {"history": (list[tuple[str, str]], "a list of pairs of texts")}
+LABELS = (list[str] | list[int], "a list, one for each word")
 
 #: by the fields that tell them, the most telling first
 FORMATS = (
@@ -155,6 +162,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     elif path.suffix in DELIMITERS:
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS[path.suffix], strict=True)
         try:
+            names = rows.fieldnames or ()
+            refuse(len({*names}) < len(names), f"a column is there twice ({', '.join(names)})")
             for row in rows:
                 refuse(None in row or None in row.values(), f"not as many columns as the first line names ({len(row)})")
                 yield f"line {rows.line_num}", row
@@ -193,6 +202,7 @@ def first_line(error: Exception) -> str:
 
 
 def _data_set(source: str) -> Iterator[tuple[str, Any]]:
+    refuse(not source, "--data: the name of a file is empty")
     name, _, split = source.partition(":")
     refuse(not os.path.isdir(name) and (is_path(name) or Path(name).suffix), f"{source} is not there")
     import datasets
@@ -279,18 +289,21 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _read(kind: Format, where: str, row: dict[str, Any]) -> dict[str, Any]:
-    for name in kind.fields:
+    for name in (*kind.fields, *kind.also):
         value = row.get(name)
-        if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        if name in kind.fields and (value is None or value == [] or (isinstance(value, str) and not value.strip())):
             there = f"is not there, but {', '.join(map(repr, row)) or 'nothing'}" if name not in row else "is null"
             raise ValueError(f"{where}: field {name!r} {there if value is None else 'is empty'}")
-        if name in ("text", "prompt", "completion") and not isinstance(value, (str, list)):
-            raise ValueError(f"{where}: field {name!r} has to be a text, got {value!r}")
+        of, words = LABELS if name == "label" and "tokens" in row else KINDS.get(name, (object, ""))
+        wrong = value is not None and not is_of(value, of)
+        refuse(wrong, f"{where}: field {name!r} has to be {words}, got {value!r:.60}")
         if name in ("image", "audio") and isinstance(value, str) and not os.path.isfile(value):
             beside = os.path.join(os.path.dirname(where), value)  # beside the file that names it
             row[name] = beside if os.path.isfile(beside) else value
+    task = str(row.get("task_id", 0))
+    refuse(not task.isdecimal(), f"{where}: field 'task_id' has to be a number from 0 on, got {task}")
     try:
         read = kind.read(row) if kind.read else {name: row[name] for name in kind.fields}
-        return read | ({"task_ids": int(row["task_id"])} if "task_id" in row else {})
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{where}: {' with '.join(map(repr, kind.fields))}: {error}") from error
+    return read | ({"task_ids": int(task)} if "task_id" in row else {})
