@@ -215,6 +215,7 @@ def test_two_processes_are_one_with_twice_the_batch(work, tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("step 2/2") == 1  # the first process alone speaks
     assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(tmp_path / "one", "eval_loss"), rel=1e-4)
+    assert "num_processes: 2" in (tmp_path / "two" / "train.yaml").read_text()  # so many go on with it
 
 
 TURNS = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}] for i in range(20)]

@@ -19,7 +19,7 @@ from peft.registry import METHODS
 #: settings of a run, written into its folder; what `--resume` reads
 SETTINGS = "train.yaml"
 #: what decides nothing about a run
-PASSING = {"config", "fields", "resume", "overwrite", "output", "num_processes"}
+PASSING = {"config", "fields", "resume", "overwrite", "output"}
 Values = dict[str, Any]
 
 

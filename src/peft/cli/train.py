@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> No
     output, state, out = Path(options.output), _processes(options), console()
     _check_output(options, output)
     plan = prepare(options, fields, given, out)
-    settings = settings_of(plan.options, fields, given)
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # which share a step's examples, whatever has started them
+    settings = settings_of(replace(plan.options, num_processes=processes), fields, given)
     checkpoint = _checkpoint(output, settings, out) if options.resume else None
     trainer = build(plan, out, checkpoint)
     state.wait_for_everyone()
