@@ -297,19 +297,27 @@ ROUTES = [
 ]
 
 
+def forget_sessions() -> None:
+    """Before 1.0, huggingface_hub asks whether it may use the network when it makes a session, which it then keeps."""
+    from huggingface_hub import utils
+
+    getattr(utils, "reset_sessions", lambda: None)()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     """A hub that huggingface_hub talks to, with its token stored and its cache empty."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     with Hub() as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for holder in (constants, file_download):  # before 1.0, the second has a name of its own for it
+            monkeypatch.setattr(holder, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=holder is constants)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # another protocol, and another server
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        forget_sessions()
         yield server
         server.shutdown()

@@ -253,7 +253,10 @@ def test_without_a_network(hub: Hub, monkeypatch):
     push_marked(2, "me/unseen")
     hub.requests.clear()
     assert mark_of(local_files_only=True) == 1
+    from hub_server import forget_sessions
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_sessions()
     assert (mark_of(), mark_of("me/pickle")) == (1, 1)
     with pytest.raises(LocalEntryNotFoundError, match=rf"'me/unseen': no {WEIGHTS} and no {PICKLE} in the cache"):
         load_peft_weights("me/unseen")
