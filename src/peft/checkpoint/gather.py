@@ -94,5 +94,5 @@ def prompt_tensors(model: PromptHost, adapter_name: str, state_dict: Mapping[str
         path, _, attribute = name.rpartition(".")
         locations[name] = Location(f"prompt_encoder.{adapter_name}.{name}", encoder.get_submodule(path), attribute)
     values = values_of(model, locations, state_dict)
-    encoder = rebuilt(encoder, {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
+    encoder = rebuilt(encoder, values)
     return {**encoder.stored_tensors(), "prompt_embeddings": encoder.rows_to_save()}

@@ -156,7 +156,7 @@ def _run_weight(layer: AdaptedModule, changes: Sequence[Change], x: Tensor, *arg
             f"Dropout of an adapter does not work on {type(base).__name__}, whose forward is more than a product with"
             " its weight: the adapter can only change that. Set the adapter's dropout to 0."
         )
-    with onloaded(base):
+    with onloaded(base, written=False):
         weight, bias = _stand_in(layer, changes) or changed(layer, changes)
         if isinstance(layer.op, ParameterOp) and layer.below is not None:
             # The module, or a parameter of it, has other adapters too, so the layers below must run as well.

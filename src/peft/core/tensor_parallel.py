@@ -7,10 +7,9 @@ the tensors of an adapter, their gradients, and what is drawn at random, are the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from peft.core.adapted import AdaptedModule
 from peft.core.base_op import BaseOp
 from peft.core.change import output_with
 from peft.core.merge import changed
-from peft.core.storage.sharded import data_parallel_dims, is_dtensor, is_managed, of_first, shared_out
+from peft.core.storage.sharded import data_parallel_dims, is_dtensor, is_managed, joined, of_first, shared_out
 from peft.ops.internals import is_put_away
 
 #: kind of module -> the dimension of its weight that its output features lie along; the others are not supported
@@ -84,10 +83,9 @@ class Layout:
         return self._layer.get_base_bias() if name == "bias" else getattr(self._layer.get_base_layer(), name)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self._layer.base_layer(self._apart(x, *self._input), *args, **kwargs)
-        shape = self._output_shape(x)
-        self._output = self._how(y, shape, self._output_dim)
-        return self._together(y, shape, self._output[0])
+        y = self._layer.base_layer(self._input.part(x), *args, **kwargs)
+        self._output = self._spread(y, self._output_shape(x), self._output_dim)
+        return self._output.whole(y)
 
     def run(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's output with these adapters, as this process has it."""
@@ -99,15 +97,14 @@ class Layout:
             if all(change.additive for change in changes):
                 y = layer.base_layer(x, *args, **kwargs)
                 inputs = self._whole_input(x, y)
-                shape = self._output_shape(inputs)
-                self._output = self._how(y, shape, self._output_dim)
-                total = torch.zeros(shape, dtype=y.dtype, device=y.device)
+                output = self._spread(y, self._output_shape(inputs), self._output_dim)
+                total = torch.zeros(output.shape, dtype=y.dtype, device=y.device)
                 for change in changes:
                     total = change.leave(op, self, inputs, total, None)
-                return y + self._apart(total, *self._output)
+                return y + output.part(total)
             inputs, bias = self._whole_input(x), layer.bias_below()
             y = output_with(changes, op, self, inputs, bias, lambda seen: self(seen, *args, **kwargs))
-            return self._apart(y, *self._output)
+            return self._output.part(y)
 
     def _run_weight(self, changes: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         base, op = self._layer.get_base_layer(), self._layer.op
@@ -125,70 +122,48 @@ class Layout:
 
     # ---- parts and wholes
 
-    def _features(self, weight_dim: int, dims: int) -> list[Any]:
-        """How the last of so many dimensions lies, if features are shared out as this dimension of the weight is."""
-        from torch.distributed.tensor import Replicate, Shard
-
-        found: list[Any] = []
-        for placement in self._placements:
-            if getattr(placement, "dim", None) != weight_dim:
-                found.append(Replicate())
-            elif hasattr(placement, "split_factor"):  # packed: a part of each of the matrices that lie in one
-                found.append(type(placement)(dims - 1, split_factor=placement.split_factor))
-            else:
-                found.append(Shard(dims - 1))
-        return found
-
-    def _how(self, part: Any, shape: Sequence[int], weight_dim: int) -> tuple[Any, bool]:
-        """How a tensor of this shape lies on the processes, if this one has that part; and whether it is a DTensor."""
-        return (part.placements, True) if is_dtensor(part) else (self._lies(part.shape, shape, weight_dim), False)
-
-    def _lies(self, part: torch.Size, shape: Sequence[int], weight_dim: int) -> list[Any]:
-        from torch.distributed.tensor import Replicate, Shard
-
-        different = [dim for dim, (own, all_) in enumerate(zip(part, shape, strict=True)) if own != all_]
-        if not different:
-            return [Replicate()] * self._mesh.ndim
-        if different == [len(shape) - 1]:
-            return self._features(weight_dim, len(shape))
-        if len(different) == self._mesh.ndim == 1:  # of the tokens
-            return [Shard(different[0])]
-        raise NotImplementedError(
-            f"A tensor-parallel {type(self._layer.get_base_layer()).__name__} has {tuple(part)} of {tuple(shape)} on"
-            " a process; which part that is cannot be told, so adapters cannot run there."
-        )
-
-    def _whole_input(self, x: Any, y: Tensor | None = None) -> Tensor:
+    def _whole_input(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The input; `y` is what the module makes of it, where that is known."""
         shape = list(x.shape)
         if self._layer.op.linear:
             shape[-1] = self._layer.op.in_features
             if y is not None:
                 shape[:-1] = map(max, x.shape[:-1], y.shape[:-1])
-        self._input = self._how(x, shape, 1 - self._output_dim)
-        return self._together(x, shape, self._input[0])
+        self._input = self._spread(x, shape, 1 - self._output_dim)
+        return self._input.whole(x)
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of the whole output for a whole input."""
         return (*x.shape[: x.dim() - self._layer.op.linear], self._layer.op.out_features)
 
-    def _together(self, part: Any, shape: Sequence[int], placements: Any) -> Tensor:
-        from torch.distributed.tensor import DTensor
+    def _spread(self, part: Any, shape: Sequence[int], weight_dim: int) -> _Spread:
+        """How a tensor of this shape lies on the processes, if this one has that part.
 
+        Args:
+            part: what this process has.
+            shape: of the whole.
+            weight_dim: the dimension of the weight that its features lie along.
+        """
         if is_dtensor(part):
-            return part.full_tensor()
-        if all(placement.is_replicate() for placement in placements):
-            return part
-        stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-        whole: Any = {"shape": torch.Size(shape), "stride": stride}
-        return DTensor.from_local(part, self._mesh, placements, run_check=False, **whole).full_tensor()
+            return _Spread(self._mesh, shape, part.placements, True)
+        from torch.distributed.tensor import Replicate, Shard
 
-    def _apart(self, value: Tensor, placements: Any, as_dtensor: bool) -> Tensor:
-        """What this process has of a whole tensor."""
-        if not as_dtensor and all(placement.is_replicate() for placement in placements):
-            return value
-        parts = shared_out(value, self._mesh, placements)
-        return parts if as_dtensor else parts.to_local()
+        different = [dim for dim, (own, all_) in enumerate(zip(part.shape, shape, strict=True)) if own != all_]
+        placements: list[Any] = [Replicate()] * self._mesh.ndim
+        if different == [len(shape) - 1]:
+            for place, placement in enumerate(self._placements):
+                if getattr(placement, "dim", None) == weight_dim:
+                    factor = getattr(placement, "split_factor", None)  # of several matrices that lie in one
+                    packed = {} if factor is None else {"split_factor": factor}
+                    placements[place] = type(placement)(len(shape) - 1, **packed)
+        elif len(different) == self._mesh.ndim == 1:  # of the tokens
+            placements = [Shard(different[0])]
+        elif different:
+            raise NotImplementedError(
+                f"A tensor-parallel {type(self._layer.get_base_layer()).__name__} has {tuple(part.shape)} of"
+                f" {tuple(shape)} on a process; which part that is cannot be told, so adapters cannot run there."
+            )
+        return _Spread(self._mesh, shape, placements, False)
 
     @contextmanager
     def _same_random(self) -> Iterator[None]:
@@ -202,3 +177,27 @@ class Layout:
         with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
             torch.manual_seed(int(seed))
             yield
+
+
+class _Spread(NamedTuple):
+    """How a tensor of some shape lies on the processes, as DTensors or as their plain parts."""
+
+    mesh: Any
+    shape: Sequence[int]
+    placements: Sequence[Any]
+    as_dtensor: bool
+
+    def whole(self, part: Any) -> Tensor:
+        if self.as_dtensor:
+            return part.full_tensor()
+        return part if self._is_everywhere() else joined(part, self.mesh, self.placements, self.shape)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """What this process has of a whole tensor."""
+        if not self.as_dtensor and self._is_everywhere():
+            return whole
+        parts = shared_out(whole, self.mesh, self.placements)
+        return parts if self.as_dtensor else parts.to_local()
+
+    def _is_everywhere(self) -> bool:
+        return all(placement.is_replicate() for placement in self.placements)

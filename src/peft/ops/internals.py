@@ -83,11 +83,11 @@ def sharded_of(parameter: Any) -> Any:
 def window_of(view: Any) -> tuple[Tensor, slice] | None:
     """What FSDP1 keeps of a parameter that is a view of its flat one in a forward pass: this process's part, flat, and
     where that lies in the whole. None for other tensors."""
-    flat = getattr(view, "_base", None)
+    flat: Any = getattr(view, "_base", None)
     for info, held in zip(getattr(flat, "_param_infos", ()), getattr(flat, "_shard_param_infos", ()), strict=True):
         if getattr(info.module, info.param_name, None) is view:
             if not held.in_shard or flat._local_shard.data_ptr() == flat.data_ptr():  # nothing is shared out
-                return view.new_empty(0), slice(0)
+                return flat.new_empty(0), slice(0)
             kept = flat._local_shard.detach()[held.offset_in_shard :][: held.numel_in_shard]
             return kept, slice(held.intra_param_start_idx, held.intra_param_end_idx + 1)
     return None

@@ -84,12 +84,12 @@ def is_plain(module: nn.Module, name: str) -> bool:
 
 
 @contextmanager
-def onloaded(module: nn.Module) -> Iterator[None]:
+def onloaded(module: nn.Module, written: bool = True) -> Iterator[None]:
     """While it lasts, the weights of a module that accelerate offloads (to the CPU or the disk) are there.
 
-    Changes made meanwhile are kept: they go back to where the weights were. So are those that ZeRO-3 has shared out,
-    without their changes, which `Storage.write` puts in; a call of all processes. (In a forward pass of its engine,
-    DeepSpeed gathers what is asked for by itself.)
+    Changes made meanwhile go back to where the weights were, if any are `written`. Those that ZeRO-3 has shared out are
+    there too, without their changes, which `Storage.write` puts in; a call of all processes. (In a forward pass of its
+    engine, DeepSpeed gathers what is asked for by itself.)
     """
     hook: Any = getattr(module, "_hf_hook", None)
     away = getattr(hook, "offload", False) and any(tensor.is_meta for tensor in module.parameters())
@@ -102,7 +102,8 @@ def onloaded(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        weights = {key: value.detach().cpu() for key, value in module.state_dict().items() if not value.is_meta}
+        held = module.state_dict() if written else {}
+        weights = {key: value.detach().cpu() for key, value in held.items() if not value.is_meta}
         hook.post_forward(module, torch.empty(0))
         _keep_offloaded(hook.weights_map, weights)
 

@@ -236,14 +236,11 @@ def _is_freed(tensor: Tensor) -> bool:
 
 def weight_of(module: Any) -> Tensor:
     """The weight of a module of an adapter that FSDP1 may have made a unit of its own: whole, with gradients."""
-    unit = module if "_fsdp_wrapped_module" in module._modules else None
-    if unit is None or not getattr(unit, "_has_params", False):
+    if not _is_unit(module) or module._handle._training_state.name == "SUMMON_FULL_PARAMS":
         return module.weight
-    if unit._handle._training_state.name == "SUMMON_FULL_PARAMS":
-        return module.weight
-    if unit._is_root is not False:
+    if module._is_root is not False:
         raise RuntimeError(f"FullyShardedDataParallel has not run yet, or with this module alone: {SUMMON}.")
-    return _in_forward(unit, lambda: module.weight.clone())
+    return _in_forward(module, lambda: module.weight.clone())
 
 
 def read_in_units(model: nn.Module, layers: Iterable[nn.Module], read: Callable[[Any], list[Tensor]]) -> list[Tensor]:
@@ -252,7 +249,7 @@ def read_in_units(model: nn.Module, layers: Iterable[nn.Module], read: Callable[
     waiting: list[tuple[nn.Module, Any]] = [(model, None)]
     while waiting:
         module, unit = waiting.pop()
-        unit = module if getattr(module, "_has_params", False) and "_fsdp_wrapped_module" in module._modules else unit
+        unit = module if _is_unit(module) else unit
         if module in wanted:
             held.setdefault(unit, []).append(module)
         waiting += [(child, unit) for child in module._modules.values() if child is not None]
@@ -264,6 +261,10 @@ def read_in_units(model: nn.Module, layers: Iterable[nn.Module], read: Callable[
 
 def _copies(layers: Iterable[nn.Module], read: Callable[[Any], list[Tensor]]) -> list[Tensor]:
     return [tensor.clone() for layer in layers for tensor in read(layer)]
+
+
+def _is_unit(module: Any) -> bool:
+    return "_fsdp_wrapped_module" in module._modules and getattr(module, "_has_params", False)
 
 
 def _in_forward(unit: Any, compute: Callable[[], Any]) -> Any:

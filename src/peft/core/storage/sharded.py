@@ -8,7 +8,7 @@ adapter's gradients are averaged over the processes that have samples of their o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,14 @@ def shared_out(value: Tensor, mesh: Any, placements: Iterable[Any]) -> Any:
     return everywhere.redistribute(mesh, tuple(placements))
 
 
+def joined(part: Tensor, mesh: Any, placements: Iterable[Any], shape: Sequence[int]) -> Tensor:
+    """The whole tensor of this shape of which the processes hold these parts; gradients go back to the parts."""
+    from torch.distributed.tensor import DTensor
+
+    size, stride = torch.Size(shape), torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, mesh, tuple(placements), run_check=False, shape=size, stride=stride).full_tensor()
+
+
 class Sharded(Shared):
     """Weights that are DTensors; `fully_shard` holds the same memory, so they are written in place."""
 
@@ -50,10 +58,7 @@ class Sharded(Shared):
         return shared_out(value, tensor.device_mesh, tensor.placements).to_local()
 
     def join(self, tensor: Any, part: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor
-
-        whole = {"shape": tensor.shape, "stride": tensor.stride()}
-        return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, **whole).full_tensor()
+        return joined(part, tensor.device_mesh, tensor.placements, tensor.shape)
 
     def whole(self, tensor: Any) -> Tensor:
         return tensor.full_tensor()

@@ -175,22 +175,25 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def whole_copy(module: nn.Module) -> nn.Module:
     """A copy of a module with whole tensors of its own, without what stands around the original's forward pass."""
-    wholes: dict[int, nn.Parameter] = {}
-    for parameter in module.parameters():
-        kind = kind_of(parameter)
-        if kind.apart:
-            wholes[id(parameter)] = nn.Parameter(kind.whole(parameter).detach(), parameter.requires_grad)
-    named = module.named_parameters(remove_duplicate=False) if wholes else ()
-    values = {plain_name(name): wholes[id(parameter)] for name, parameter in named if id(parameter) in wholes}
-    return copy.deepcopy(rebuilt(module, values) if wholes else module)
+    wholes: dict[nn.Parameter, nn.Parameter] = {}
+    values = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if kind_of(parameter).apart and parameter not in wholes:
+            wholes[parameter] = nn.Parameter(whole(parameter).detach(), parameter.requires_grad)
+        if parameter in wholes:
+            values[plain_name(name)] = wholes[parameter]
+    return copy.deepcopy(rebuilt(module, values) if values else module)
 
 
 #: what those who share a model out leave on its modules
 _AROUND = ("forward", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_is_hooked", "ds_id")
 
 
-def rebuilt(module: nn.Module, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """A module like this one with these parameters, by their names in it, and nothing around its forward pass."""
+def rebuilt(module: nn.Module, values: Mapping[str, Any], prefix: str = "", all_children: bool = True) -> Any:
+    """A module like this one with these tensors, by their names in it, and nothing around its forward pass.
+
+    Without `all_children`, those of its modules in which nothing is replaced are the very same.
+    """
     module = unwrapped(module)
     kinds = type(module).__mro__
     plain: Any = kinds[2] if len(kinds) > 2 and kinds[1].__name__ == "FSDPModule" else kinds[0]
@@ -204,12 +207,16 @@ def rebuilt(module: nn.Module, values: Mapping[str, Any], prefix: str = "") -> A
     made.training = module.training
     made._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
     made._buffers.update({name: mine.pop(name, buffer) for name, buffer in module._buffers.items()})
-    made._parameters.update({name: held for name, held in module._parameters.items() if name != "_flat_param"})
+    others = {name: held for name, held in module._parameters.items() if name not in mine and name != "_flat_param"}
+    made._parameters.update(others)
     for name, value in mine.items():
         if "." not in name:
             setattr(made, name, value)
     for name, child in module._modules.items():
-        made._modules[name] = None if child is None else rebuilt(child, values, f"{prefix}{name}.")
+        inside = f"{prefix}{name}."
+        if child is not None and (all_children or any(each.startswith(inside) for each in values)):
+            child = rebuilt(child, values, inside, all_children)
+        made._modules[name] = child
     return made
 
 
@@ -237,38 +244,13 @@ def scale_in_forward(parameter: Any, factor: Tensor) -> None:
 
 
 def run_with(module: Any, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A module's output with other tensors, by their names in it, in place of parameters."""
-    owners = [module.get_submodule(name.rpartition(".")[0]) for name in tensors]
-    names = [name.rpartition(".")[2] for name in tensors]
-    # What DeepSpeed or fully_shard has put around the module wants its own parameters.
-    if hasattr(module, "ds_id") or hasattr(module, "_get_fsdp_state"):
-        return _twin(module, tensors).forward(*args, **kwargs)
-    hook = vars(module).get("_hf_hook")  # of accelerate, which would put its own parameters in their place
-    if getattr(hook, "offload", False):
-        hook.pre_forward(module)
-        try:
-            return type(module).forward(_twin(module, tensors), *args, **kwargs)
-        finally:
-            hook.post_forward(module, torch.empty(0))
-    if any(name in vars(owner) for owner, name in zip(owners, names, strict=True)):  # as FSDP1 has it in a forward pass
-        return _twin(module, tensors)(*args, **kwargs)
+    """A module's output with other tensors, by their names in it, in place of parameters; those are `onloaded`."""
+    # What DeepSpeed, fully_shard or accelerate has put around the module wants its own parameters.
+    held = hasattr(module, "ds_id") or hasattr(module, "_get_fsdp_state")
+    held = held or getattr(vars(module).get("_hf_hook"), "offload", False)
+    for path in () if held else tensors:  # FSDP1 has attributes in their place in a forward pass
+        owner, _, name = path.rpartition(".")
+        held = held or name in vars(module.get_submodule(owner))
+    if held:
+        return rebuilt(module, tensors, all_children=False).forward(*args, **kwargs)
     return functional_call(module, dict(tensors), tuple(args), dict(kwargs))
-
-
-def _twin(module: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The module once more, with the same contents but for these tensors."""
-    twin = object.__new__(type(module))
-    own: dict[str, Any] = dict(module.__dict__)
-    own["_parameters"] = {name: module._parameters[name] for name in module._parameters}
-    own["_modules"] = dict(module._modules)
-    inside: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        child, _, rest = name.partition(".")
-        if rest:
-            inside.setdefault(child, {})[rest] = tensor
-        else:
-            own.pop(name, None)
-            own["_parameters"][name] = tensor
-    own["_modules"] |= {child: _twin(module._modules[child], within) for child, within in inside.items()}
-    twin.__dict__.update(own)
-    return twin

@@ -89,7 +89,7 @@ class Dora(Variant):
     @torch.no_grad()
     def _norms(layer: FactorLayer, name: str) -> Tensor:
         """||(W + s B A)_i||, with W the weight below all adapters: [out]."""
-        with onloaded(layer.get_base_layer()):
+        with onloaded(layer.get_base_layer(), written=False):
             weight = layer.op.matrix(layer.original_weight())
         if layer.ledger.originals:
             squares = row_squares(weight)
