@@ -88,11 +88,6 @@ class PeftConfigMixin(ConfigFields):
         content.pop("runtime_config", None)
         return {**content, **kwargs}
 
-    @classmethod
-    def _get_peft_type(cls, model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:
-        """The method of a saved adapter."""
-        return read_config_file(model_id, subfolder, **split_hub_arguments(hub)[0])["peft_type"]
-
 
 #: as they are here; a class of another package may have its own, or somebody may have replaced them
 _SAVE, _READ = PeftConfigMixin.save_pretrained, PeftConfigMixin.from_pretrained.__func__  # type: ignore[attr-defined]

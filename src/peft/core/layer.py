@@ -21,6 +21,7 @@ from peft.core.call import current_route
 from peft.core.part import Part, as_names, keep_values, tensors_in
 from peft.core.routing import Route
 from peft.core.run import run, run_routed
+from peft.core.slots import Dropout
 from peft.core.storage import onloaded, storage_of
 from peft.errors import warn
 
@@ -45,7 +46,7 @@ class AdapterLayer(AdaptedModule):
     #: what status calls the layer, with the file and the name of its class, and the kind of base module
     label: ClassVar[str] = "{file}.{kind}"
     #: the setting that is a `Dropout`
-    dropout_field: ClassVar[str | None] = None
+    dropout_setting: ClassVar[Dropout | None] = None
 
     def of_module(self, name: str) -> Any:
         is_changed = name in (self.op.weight_name, self.op.bias_name) and self.acting()
@@ -88,8 +89,9 @@ class AdapterLayer(AdaptedModule):
         """Called when tensors of adapter `name`, shared ones too, have come from a file; some may be missing."""
 
     def dropout_of(self, name: str) -> float:
-        """The probability of dropout on the input of adapter `name`, at present."""
-        return getattr(self, self.dropout_field)[name] if self.dropout_field and self.training else 0.0
+        """The probability of dropout on the input of adapter `name`, at present; token ids have none."""
+        drops = self.dropout_setting is not None and self.training and self.op.kind != "Embedding"
+        return self.settings[self.dropout_setting.name][name] if drops else 0.0  # type: ignore[union-attr]
 
     def check_merge(self, name: str) -> None:
         """Raises NotImplementedError or ValueError where the adapter cannot become part of the weight."""

@@ -127,14 +127,6 @@ class Part(nn.Module):
         """The adapters that are here, in the order they came."""
         return list(dict.fromkeys(name for entries in self.containers() for name in entries))
 
-    def _all_available_adapter_names(self) -> list[str]:
-        return sorted(self.adapter_names())
-
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.adapter_names())
-
-    _adapters = property(_get_available_adapters)
-
     def has(self, name: str) -> bool:
         """Whether adapter `name` has something here."""
         for entries in self.containers():  # noqa: SIM110 - asked of every layer in every change of state

@@ -265,9 +265,10 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
     except TypeError as error:
         raise ValueError(f"Target module {target.key!r} is not supported. {error}") from None
     tensor_parallel.check(target.key, module, op)
-    dropout = layer_class.dropout_field
-    if dropout and getattr(config, dropout) and not op.linear:
-        raise ValueError(f"{dropout} needs linear layers; {target.key!r} is a {op.kind}.")
+    dropout = layer_class.dropout_setting
+    if dropout is not None and getattr(config, dropout.field) and not getattr(op, dropout.needs):
+        needed = "linear layers" if dropout.needs == "linear" else "modules whose input it can drop"
+        raise ValueError(f"{dropout.field} needs {needed}; {target.key!r} is a {op.kind}.")
     layer_class.check(config.at(target.name), target.key, module, op)
 
 

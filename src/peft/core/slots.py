@@ -148,8 +148,17 @@ class Setting(Generic[T]):
 
 
 class Dropout(Setting[float]):
-    """The probability of dropout on an adapter's input, for linear layers only; see `AdapterLayer.dropout_of`."""
+    """The probability of dropout on an adapter's input, see `AdapterLayer.dropout_of`.
+
+    Args:
+        field: as for other settings.
+        needs: what modules have to be, for it to be more than 0: an attribute of [`BaseOp`].
+    """
+
+    def __init__(self, field: str | None = None, needs: str = "linear"):
+        super().__init__(field)
+        self.needs = needs
 
     def __set_name__(self, owner: Any, name: str) -> None:
         super().__set_name__(owner, name)
-        owner.dropout_field = name
+        owner.dropout_setting = self

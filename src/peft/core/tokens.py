@@ -140,6 +140,8 @@ class TrainableTokensLayer(AdapterLayer):
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """An embedding of which an adapter trains some rows beside its other changes: `token_adapter` around it.
 
+    That is a part of its own, and has the state of the adapters.
+
     Args:
         module_to_save: the embedding, or the output layer tied to it.
         adapter_name: the first adapter.
@@ -172,33 +174,11 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Adds the rows of another adapter."""
         self.token_adapter.add_adapter(adapter_name, None, token_indices=token_indices)
 
-    def containers(self) -> list[Any]:
-        return self.token_adapter.containers()
-
-    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        return list(self.token_adapter.adapter_parameters(name))
+    def has(self, name: str) -> bool:
+        return self.token_adapter.has(name)
 
     def current_module(self) -> nn.Module:
         return self.token_adapter
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        self.token_adapter.set_adapter(adapter_names, inference_mode)
-        self._active = self.token_adapter.active_adapters
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        self.token_adapter.set_requires_grad(adapter_names, requires_grad)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self.token_adapter.enable_adapters(enabled)
-        self._disable_adapters = not enabled
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.token_adapter.delete_adapter(adapter_name)
-        self._active = self.token_adapter.active_adapters
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        return self.token_adapter.merged_adapters
 
     @property
     def weight(self) -> Tensor:

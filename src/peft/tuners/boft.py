@@ -12,7 +12,6 @@ from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp, ConvOp
 from peft.core.change import OnInput, ScaleOutput
 from peft.core.layer import AdapterLayer
-from peft.core.method import Method
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.errors import warn
@@ -55,6 +54,12 @@ class BOFTConfig(LayoutConfig, peft_type=PeftType.BOFT):
                 "Give a positive boft_block_size or a positive boft_block_num, and 0 for the other; got"
                 f" {self.boft_block_size} and {self.boft_block_num}."
             )
+        if self.factors < self.boft_n_butterfly_factor and not self.inference_mode:
+            warn(
+                f"A new adapter gets one butterfly factor, not {self.boft_n_butterfly_factor}"
+                " (boft_n_butterfly_factor), as in huggingface/peft where it has not built its CUDA kernel."
+                " boft_all_factors=True gives it all."
+            )
 
     @property
     def factors(self) -> int:
@@ -68,13 +73,10 @@ class BOFTLayer(AdapterLayer):
     boft_R = Slot()
     boft_s = Slot()
 
-    boft_block_size = Setting[int]()
-    boft_block_num = Setting[int]()
     boft_dropout = Setting[float]()
 
     def create(self, name: str, config: BOFTConfig) -> None:
         size = config.boft_block_size or self.in_features // config.boft_block_num
-        self.boft_block_size[name], self.boft_block_num[name] = size, self.in_features // size
         self.boft_R[name] = nn.Parameter(torch.zeros(config.factors, self.in_features // size, size, size))
         shape = (1, self.out_features) if isinstance(self.op, ConvOp) else (self.out_features, 1)
         self.boft_s[name] = nn.Parameter(torch.ones(shape))
@@ -128,17 +130,5 @@ def _rotations(blocks: Tensor) -> Tensor:
     return cayley(0.5 * (blocks - blocks.mT))
 
 
-class BOFTMethod(Method):
-    """How many factors an adapter has."""
-
-    def check_config(self, adapter_name: str, config: BOFTConfig) -> None:
-        if config.factors < config.boft_n_butterfly_factor and not config.inference_mode:
-            warn(
-                f"A new adapter gets one butterfly factor, not {config.boft_n_butterfly_factor}"
-                " (boft_n_butterfly_factor), as in huggingface/peft where it has not built its CUDA kernel."
-                " boft_all_factors=True gives it all."
-            )
-
-
-class BOFTModel(BaseTuner, layer=BOFTLayer, method=BOFTMethod, prefix="boft_"):
+class BOFTModel(BaseTuner, layer=BOFTLayer, prefix="boft_"):
     """A model with butterfly orthogonal finetuning adapters."""

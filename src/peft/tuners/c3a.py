@@ -13,7 +13,7 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
-from peft.core.slots import Setting, Slot
+from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.circulant import BlockCirculant
 from peft.registry import PeftType
@@ -52,8 +52,6 @@ class C3ALayer(AdapterLayer):
     """A module with a matrix of circulant blocks added to its weight."""
 
     c3a_kernel = Slot()
-
-    block_size = Setting[int]()
 
     def create(self, name: str, config: C3AConfig) -> None:
         b = config.block_size

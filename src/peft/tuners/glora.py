@@ -14,7 +14,7 @@ from peft.config import LayerConfig
 from peft.core.change import Add, Bias, Change
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.slots import ModuleSlot, Setting
+from peft.core.slots import ModuleSlot
 from peft.core.tuner import BaseTuner
 from peft.core.walk import layers_of
 from peft.ops.matrix import Made, product_with
@@ -65,8 +65,6 @@ class GloraLayer(AdapterLayer):
     glora_C = ModuleSlot[nn.ParameterDict]()
     glora_D = ModuleSlot[nn.ParameterDict]()
     glora_E = ModuleSlot[nn.ParameterDict]()
-
-    glora_r = Setting[int]("r")
 
     def create(self, name: str, config: GloraConfig) -> None:
         for slot, shape in self.shapes().items():

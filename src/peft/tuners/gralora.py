@@ -58,7 +58,6 @@ class GraloraLayer(AdapterLayer):
     gralora_B_general = ModuleSlot[nn.Linear]()
 
     r = Setting[int]()
-    hybrid_r = Setting[int]()
     scaling = Setting[float]()
     gralora_dropout = Dropout()
 
@@ -80,7 +79,7 @@ class GraloraLayer(AdapterLayer):
     def change(self, name: str) -> Iterator[Change]:
         scale, p = self.scaling[name], self.dropout_of(name)
         yield LowRank(*granular_factors(self.gralora_A[name], self.gralora_B[name]), scale, p)
-        if self.hybrid_r[name]:
+        if name in self.gralora_A_general:
             yield LowRank(self.gralora_A_general[name].weight, self.gralora_B_general[name].weight, scale, p)
 
     @classmethod

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import LayoutConfig
-from peft.core.base_op import BaseOp, ConvOp, kernel_numel
+from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
-from peft.core.slots import Setting, Slot
+from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import Made
 from peft.ops.starts import uniform
@@ -54,7 +54,7 @@ class HiraLayer(AdapterLayer):
     hira_embedding_B = Slot()
 
     r = Setting[int]()
-    hira_dropout = Setting[float]()
+    hira_dropout = Dropout(needs="multiplies")
 
     def create(self, name: str, config: HiraConfig) -> None:
         r = config.r
@@ -96,13 +96,7 @@ class HiraLayer(AdapterLayer):
             return torch.addcmul(weight, self.original_matrix().to(b), b @ a)
 
         matrix = Made(lambda a, b: self.original_matrix().to(b) * (b @ a), (a, b), rows, onto)
-        dropout = self.hira_dropout[name] if self.training and self.op.kind != "Embedding" else 0.0
-        return Add(matrix, dropout=dropout)
-
-    @classmethod
-    def check(cls, config: HiraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if config.hira_dropout and not op.multiplies:
-            raise ValueError(f"hira_dropout needs layers with an input of their own; {key!r} is a {op.kind}.")
+        return Add(matrix, dropout=self.dropout_of(name))
 
 
 class HiraModel(BaseTuner, layer=HiraLayer, prefix="hira_"):

@@ -57,8 +57,6 @@ class MissLayer(AdapterLayer):
     miss_block = Slot()
     label = "miss.Miss{kind}"
 
-    miss_r = Setting[int]("r")
-    miss_mini_r = Setting[int]("mini_r")
     miss_dropout = Dropout()
     miss_form = Setting[bool | str]("init_weights")
 

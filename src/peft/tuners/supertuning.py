@@ -12,7 +12,7 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add, Change, LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.slots import FixedSlot, ModuleSlot, Setting, Slot
+from peft.core.slots import Dropout, FixedSlot, ModuleSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.memo import remember
 from peft.ops.sparse import Entries
@@ -62,7 +62,7 @@ class SupertuningLayer(AdapterLayer):
     supertuning_lora_B = ModuleSlot[nn.Linear]()
 
     supertuning_scaling = Setting[float]()
-    supertuning_lora_dropout = Setting[float]("lora_dropout")
+    supertuning_lora_dropout = Dropout("lora_dropout", needs="multiplies")
 
     def create(self, name: str, config: SupertuningConfig) -> None:
         count = values_of(self.op, config)
@@ -87,15 +87,12 @@ class SupertuningLayer(AdapterLayer):
         yield Add(Entries.at(rows, self.supertuning_values[name], (self.out_features, columns)))
         if name in self.supertuning_lora_A:
             down, up = self.supertuning_lora_A[name].weight, self.supertuning_lora_B[name].weight
-            p = self.supertuning_lora_dropout[name] if self.training else 0.0
-            yield LowRank(down, up, self.supertuning_scaling[name], dropout=p)
+            yield LowRank(down, up, self.supertuning_scaling[name], self.dropout_of(name))
 
     @classmethod
     def check(cls, config: SupertuningConfig, key: str, module: nn.Module, op: BaseOp) -> None:
         if not values_of(op, config):
             raise ValueError(f"sparsity={config.sparsity} leaves no entry of {key!r} to be trained; choose less.")
-        if config.lora_dropout and not op.multiplies:
-            raise ValueError(f"lora_dropout needs modules whose input it can drop; {key!r} is a {op.kind}.")
 
 
 def values_of(op: BaseOp, config: SupertuningConfig) -> int:

@@ -96,7 +96,6 @@ class ShadowLayer(AdapterLayer):
 
     #: what the layers share
     beside: dict[str, nn.ModuleDict]
-    shadow_r = Setting[int]("r")
     shadow_alpha = Setting[float]()
     shadow_dropout = Setting[float]()
 
