@@ -225,8 +225,8 @@ class LayerConfig(PeftConfig):
     bias: str = "none"
     left_out: dict[str, float] | None = define(default=None, kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_fields(self) -> None:
+        super()._check_fields()
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             self.target_modules = "all-linear"
         for name in ("target_modules", "exclude_modules"):

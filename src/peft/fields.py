@@ -95,6 +95,17 @@ class ConfigFields:
         cls._method = peft_type or cls._method
 
     def __post_init__(self) -> None:
+        self._check_fields()
+        self.check()
+
+    def check(self) -> None:
+        """Checks what types and ranges do not say, of several fields together; may fill in what follows from others.
+
+        Raises:
+            ValueError: they do not go together.
+        """
+
+    def _check_fields(self) -> None:
         """Checks the fields, as far as each can be judged on its own.
 
         Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -135,12 +135,8 @@ class Setting(Generic[T]):
         self.name = name
         self.field = self.field or name
 
-    @overload
-    def __get__(self, layer: None, owner: type) -> Setting[T]: ...
-    @overload
-    def __get__(self, layer: Any, owner: type) -> dict[str, T]: ...
-    def __get__(self, layer: Any, owner: type) -> Any:
-        return self if layer is None else layer.settings[self.name]
+    def __get__(self, layer: Any, owner: type) -> dict[str, T]:
+        return self if layer is None else layer.settings[self.name]  # type: ignore[return-value]
 
     def __set__(self, layer: Any, values: Any) -> None:
         """Replaces the setting of all adapters, as code that is used to dictionaries may do."""

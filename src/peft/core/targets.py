@@ -14,6 +14,8 @@ from peft.core.layer import AdapterLayer
 from peft.core.model_config import embeddings_of, model_config_of
 from peft.target_tables import DEFAULT_TARGETS
 
+#: what names of tensors in files begin with
+ROOT = "base_model.model."
 #: stands for "nothing", for configurations whose targets come from elsewhere
 DUMMY_TARGET_MODULES = "dummy-target-modules"
 ALL_LINEAR = "all-linear"
@@ -207,5 +209,5 @@ def _tails(name: str) -> Iterator[str]:
 
 def state_dict_targets(state_dict: Iterable[str], prefix: str) -> set[str]:
     """Names of the modules that have tensors of a method in a state dict, also in one of a `PeftModel`."""
-    keys = (key.removeprefix("base_model.model.") for key in state_dict)
+    keys = (key.removeprefix(ROOT) for key in state_dict)
     return {key.rpartition(f".{prefix}")[0] for key in keys if f".{prefix}" in key}

@@ -17,7 +17,7 @@ from peft.core.base_op import ParameterOp
 from peft.core.combine import exact_targets
 from peft.core.layer import AdapterLayer
 from peft.core.merge import bias_difference
-from peft.core.targets import target_name
+from peft.core.targets import ROOT, target_name
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of, with_progress
 from peft.errors import listed, warn
@@ -33,7 +33,6 @@ _KEPT_FIELDS = (
     "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "modules_to_save",
     "trainable_token_indices", "ensure_weight_tying", "layer_replication", "fan_in_fan_out",
 )  # fmt: skip
-_ROOT = "base_model.model."
 
 
 class ConvertedLora(tuple[LoraConfig, dict[str, Tensor]]):
@@ -135,7 +134,7 @@ def convert_to_lora(
             place = _lora_path(model, path, adapter_name)
             tensors.update({f"{place}.{name}": tensor for name, tensor in change.tensors(block).items()})
             biases[place] = (change.layer, change.bias)
-            errors[path.removeprefix(_ROOT)] = change.error(block)
+            errors[path.removeprefix(ROOT)] = change.error(block)
     config = _lora_config(model, config_of(model, adapter_name), modules, ranks, rank)
     if any(bias is not None for _, bias in biases.values()):
         config.lora_bias = True
@@ -199,7 +198,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, dict[str, Adapt
         raise ValueError("Adapters are merged, so the base weights are not known; call unmerge_adapter() first.")
     modules: dict[str, dict[str, AdapterLayer]] = {}
     for path, layer in layers.items():
-        modules.setdefault(target_name(path.removeprefix(_ROOT), layer), {})[path] = layer
+        modules.setdefault(target_name(path.removeprefix(ROOT), layer), {})[path] = layer
     return modules
 
 
@@ -284,7 +283,7 @@ def _bias_tensors(biases: Mapping[str, tuple[AdapterLayer, Tensor | None]]) -> d
         if layer.op.kind in ("Embedding", "Parameter"):
             raise ValueError(
                 "The adapter changes biases, which takes a LoRA with lora_bias=True; but it is on"
-                f" {place.removeprefix(_ROOT)!r} ({layer.op.kind}) too, where a LoRA cannot have a bias."
+                f" {place.removeprefix(ROOT)!r} ({layer.op.kind}) too, where a LoRA cannot have a bias."
             )
         weight = layer.get_base_weight()
         tensors[f"{place}.lora_B.bias"] = weight.new_zeros(layer.out_features) if bias is None else bias.contiguous()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft.core.targets import ROOT
 from peft.integrations.transformers import (
     ExpertStack,
     _expert_stacks,
@@ -24,7 +25,6 @@ from peft.integrations.transformers import (
 )
 from peft.tuners.lora.layer import alpha_of, rank_of
 
-_ROOT = "base_model.model."
 Adapter = tuple[Any, dict[str, Tensor]]
 
 
@@ -58,7 +58,7 @@ def split_experts(config: Any, tensors: Mapping[str, Tensor], model: nn.Module) 
     names = _targeted(config, stacks)
     targets: set[str] = set()
     for stack in stacks:
-        key = _ROOT + _wrapper(stack.key, stack.rule.parameter, names)
+        key = ROOT + _wrapper(stack.key, stack.rule.parameter, names)
         a, b = (tensors.pop(f"{key}.{side}.weight", None) for side in ("lora_A", "lora_B"))
         if a is None or b is None or stack.rule.parameter not in names:
             continue
@@ -69,7 +69,7 @@ def split_experts(config: Any, tensors: Mapping[str, Tensor], model: nn.Module) 
         share = part / rank
         alpha = alpha_of(config, f"{stack.key}.{stack.rule.parameter}") * (share**0.5 if config.use_rslora else share)
         for layer, (own_a, own_b) in found.items():
-            tensors[f"{_ROOT}{layer}.lora_A.weight"], tensors[f"{_ROOT}{layer}.lora_B.weight"] = own_a, own_b
+            tensors[f"{ROOT}{layer}.lora_A.weight"], tensors[f"{ROOT}{layer}.lora_B.weight"] = own_a, own_b
             name = ".".join(layer.split(".")[-3:])
             targets.add(name)
             if part != config.r:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peft.core.base_op import base_op
 from peft.core.plan import make_plan
 from peft.core.storage import storage_of
-from peft.core.targets import ALL_LINEAR, named_targets
+from peft.core.targets import ALL_LINEAR, ROOT, named_targets
 from peft.core.walk import with_progress
 from peft.errors import listed, warn
 from peft.lora_tools.convert import ConvertedLora, LayerChange, check_rank, decompose, report, set_ranks
@@ -72,11 +72,11 @@ def extract_lora(
         if block > change.s.shape[1]:
             raise ValueError(f"rank={rank} is larger than the weight of {target.key!r} allows ({change.s.shape[1]}).")
         ranks[target.key] = adapter_rank(change.layer, block)
-        tensors.update({f"base_model.model.{target.key}.{name}": t for name, t in change.tensors(block).items()})
+        tensors.update({f"{ROOT}{target.key}.{name}": t for name, t in change.tensors(block).items()})
         errors[target.key] = change.error(block)
         covered.append(f"{target.key}.{change.layer.op.weight_name}")
     whole = {f"{key}.{name}": v for key in plan.save for name, v in tuned.get_submodule(key).state_dict().items()}
-    tensors |= {f"base_model.model.{name}": value.clone() for name, value in whole.items()}
+    tensors |= {f"{ROOT}{name}": value.clone() for name, value in whole.items()}
     set_ranks(config, ranks, rank)
     report(errors)
     _report_rest(base, tuned, {*covered, *whole})

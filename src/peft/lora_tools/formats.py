@@ -23,6 +23,7 @@ from torch import Tensor
 
 from peft.checkpoint.files import load_safetensors, opened_weights
 from peft.config import build_config
+from peft.core.targets import ROOT
 from peft.folder import replace_files
 from peft.integrations.serving import ENGINES, FEATURES, findings
 from peft.tuners.lora.config import LoraConfig
@@ -37,7 +38,6 @@ _LAYOUTS = {
     "a saved adapter, whose folder with adapter_config.json is to be named": r"^base_model\.",
     "mlx-lm, whose folder is to be named": r"\.(lora_[ab]|m)$",
 }
-_ROOT = "base_model.model."
 _LEAVES = {
     "lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "dora_scale": "lora_magnitude_vector",
     "lora.down.weight": "lora_A.weight", "lora.up.weight": "lora_B.weight", "alpha": "alpha",
@@ -173,7 +173,7 @@ def config_of_modules(
         if missing:
             raise ValueError(f"{name!r} has no {' and no '.join(sorted(missing))}.")
     tensors = {
-        f"{_ROOT}{name}.{_OF_EMBEDDINGS.get(leaf, leaf) if name in embeddings else leaf}": value.contiguous()
+        f"{ROOT}{name}.{_OF_EMBEDDINGS.get(leaf, leaf) if name in embeddings else leaf}": value.contiguous()
         for name, leaves in modules.items()
         for leaf, value in leaves.items()
         if leaf != "alpha"
@@ -220,7 +220,7 @@ def scaled_factors(
     for key, value in tensors.items():
         if key.endswith(".base_layer.weight"):  # the base model's embeddings, saved along
             continue
-        match = re.fullmatch(rf"{_ROOT}(.+)\.(?:lora_(?:embedding_)?([AB])(?:\.weight)?|lora_magnitude_vector)", key)
+        match = re.fullmatch(rf"{ROOT}(.+)\.(?:lora_(?:embedding_)?([AB])(?:\.weight)?|lora_magnitude_vector)", key)
         if match is None or value.dim() > 2:
             raise ValueError(f"{ENGINES[engine].title} has no place for {key!r} {list(value.shape)}.")
         found.setdefault(match[1], {})[match[2] or "M"] = value
@@ -260,7 +260,7 @@ def write_lora_file(
         leaf = next((new for new in _LEAVES.values() if key.endswith(f".{new}")), None)
         if leaf is None or (format == "kohya" and leaf not in _OF_KOHYA):
             raise ValueError(f"{format} files have no place for {key!r}.")
-        name = key.removeprefix(_ROOT).removesuffix(f".{leaf}")
+        name = key.removeprefix(ROOT).removesuffix(f".{leaf}")
         if format == "diffusers":
             out[f"{part}.{name}.{leaf}"] = value.contiguous()
             continue

@@ -13,7 +13,7 @@ from peft.checkpoint.files import read_adapter
 from peft.checkpoint.state import Location, Places, config_of, locations_of
 from peft.config import PeftConfig, build_config
 from peft.core.combine import fill
-from peft.core.targets import saved_as, target_name
+from peft.core.targets import ROOT, saved_as, target_name
 from peft.core.walk import parts_of
 from peft.core.whole import alone, contents_kept
 from peft.errors import warn
@@ -31,7 +31,6 @@ CONFIG_KEYS_TO_CHECK = {
         "arrow_config", "velora_config", "kasa_config", "monteclora_config",
     )
 }  # fmt: skip
-_ROOT = "base_model.model."
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
@@ -123,7 +122,7 @@ def hotswap_adapter_from_state_dict(
             _resize(swap.layer, adapter_name, swap.rank)
         for swap in swaps:
             swap.fill(adapter_name)
-            name = target_name(swap.path.removeprefix(_ROOT), swap.layer)
+            name = target_name(swap.path.removeprefix(ROOT), swap.layer)
             _set_alpha(swap.layer, adapter_name, alpha_of(config, name), rank_of(config, name))
         for slot, value in beside:
             slot.tensor.copy_(value)
@@ -329,7 +328,7 @@ def _set_alpha(layer: LoraLayer, name: str, alpha: float, r: int) -> None:
 
 def _record(config: Any, layers: Mapping[str, LoraLayer], name: str) -> None:
     """Lets an adapter's configuration say what its layers have, so that it can be saved."""
-    targets = {target_name(path.removeprefix(_ROOT), layer): layer for path, layer in layers.items()}
+    targets = {target_name(path.removeprefix(ROOT), layer): layer for path, layer in layers.items()}
     config.r, config.rank_pattern = as_pattern({key: layer.r[name] for key, layer in targets.items()})
     alphas = {key: layer.lora_alpha[name] for key, layer in targets.items()}
     config.lora_alpha, config.alpha_pattern = as_pattern(alphas)

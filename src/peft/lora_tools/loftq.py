@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft.checkpoint.files import opened_weights
 from peft.core.storage import backend_of
+from peft.core.targets import ROOT
 from peft.model import PeftModel
 from peft.ops.principal import truncated_svd
 from peft.tuners.lora.factors import in_two
@@ -41,7 +42,7 @@ def replace_lora_weights_loftq(
         FileNotFoundError: there is no such file, or a weight is not in it.
     """
     layers = {
-        name.removeprefix("base_model.model."): layer
+        name.removeprefix(ROOT): layer
         for name, layer in peft_model.named_modules()
         if isinstance(layer, LoraLayer) and layer.has(adapter_name) and backend_of(layer) is not None
     }

@@ -79,8 +79,7 @@ class AdamssConfig(LayerConfig, peft_type=PeftType.ADAMSS):
     random_seed: int = 0
     save_clusters: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         self.init_weights = None if self.init_weights is False else self.init_weights
         if self.init_weights is True:
             raise ValueError("init_weights must be 'orthogonal' or None, got True.")

@@ -47,8 +47,7 @@ class BOFTConfig(LayoutConfig, peft_type=PeftType.BOFT):
     boft_dropout: Fraction = 0.0
     init_weights: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if bool(self.boft_block_size) == bool(self.boft_block_num):
             raise ValueError(
                 "Give a positive boft_block_size or a positive boft_block_num, and 0 for the other; got"

@@ -51,8 +51,7 @@ class GloraConfig(LayerConfig, peft_type=PeftType.GLORA):
     config_D_E: Literal["vector", "constant", "none"] = "constant"
     init_weights: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if {self.config_A_B, self.config_C, self.config_D_E} == {"none"}:
             raise ValueError("config_A_B, config_C and config_D_E are all 'none', so there is nothing to train.")
 

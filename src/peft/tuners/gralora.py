@@ -43,8 +43,7 @@ class GraloraConfig(LayoutConfig, peft_type=PeftType.GRALORA):
     gralora_k: PositiveInt = 2
     init_weights: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.r % self.gralora_k:
             raise ValueError(f"gralora_k must divide r, got r={self.r} and gralora_k={self.gralora_k}.")
 

@@ -34,8 +34,7 @@ class HRAConfig(LayerConfig, peft_type=PeftType.HRA):
     apply_GS: bool = False
     init_weights: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.init_weights and self.r % 2 and not self.inference_mode:
             warn(f"HRA starts without effect only with an even number of reflections; r={self.r} starts at random.")
 

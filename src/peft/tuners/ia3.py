@@ -45,8 +45,7 @@ class IA3Config(LayoutConfig, peft_type=PeftType.IA3):
     feedforward_modules: list[str] | set[str] | str | None = None
     init_ia3_weights: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if isinstance(self.feedforward_modules, (list, tuple)):
             self.feedforward_modules = set(self.feedforward_modules)
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):

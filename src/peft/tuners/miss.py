@@ -40,8 +40,7 @@ class MissConfig(LayerConfig, peft_type=PeftType.MISS):
     mini_r: PositiveInt = 1
     init_weights: bool | Literal["bat", "mini"] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.init_weights == "bat" and self.miss_dropout:
             warn("miss_dropout has no effect with init_weights='bat'.")
 

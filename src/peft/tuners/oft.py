@@ -63,8 +63,7 @@ class OFTConfig(LayoutConfig, peft_type=PeftType.OFT):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: PositiveInt = 5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if bool(self.r) == bool(self.oft_block_size):
             sizes = f"r={self.r} and oft_block_size={self.oft_block_size}"
             raise ValueError(f"Give a positive r or a positive oft_block_size, and 0 for the other; got {sizes}.")

@@ -63,8 +63,7 @@ class PsoftConfig(LayoutConfig, peft_type=PeftType.PSOFT):
     cayley_neumann_eps: Annotated[float, Range("must be between 0 and 1", lambda norm: 0 < norm < 1)] | None = None
     init_weights: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.cayley_neumann_eps is not None and not self.use_cayley_neumann:
             warn("cayley_neumann_eps has no effect without use_cayley_neumann.")
 

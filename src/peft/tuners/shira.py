@@ -45,8 +45,7 @@ class ShiraConfig(LayoutConfig, peft_type=PeftType.SHIRA):
     random_seed: int | None = None
     init_weights: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         self.mask_fn: MaskFunction | None = None
         if self.mask_type != "random" and not self.inference_mode:
             warn(f"mask_type={self.mask_type!r} is not known here; set config.mask_fn to a function of your own.")

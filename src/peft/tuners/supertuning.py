@@ -45,8 +45,7 @@ class SupertuningConfig(LayerConfig, peft_type=PeftType.SUPERTUNING):
     init_weights: bool = True
     save_precomputed_indices: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.r is None and self.lora_alpha is not None:
             raise ValueError(f"lora_alpha={self.lora_alpha} has no effect without a rank: set r too, or neither.")
         if self.r is not None and self.lora_alpha is None:

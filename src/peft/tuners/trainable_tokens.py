@@ -34,8 +34,7 @@ class TrainableTokensConfig(LayerConfig, peft_type=PeftType.TRAINABLE_TOKENS):
 
     stores_embeddings = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         self.token_indices = list(self.token_indices)
 
 

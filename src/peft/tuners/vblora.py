@@ -55,8 +55,7 @@ class VBLoRAConfig(LayoutConfig, peft_type=PeftType.VBLORA):
     init_vector_bank_bound: NonNegativeFloat = 0.02
     init_logits_std: NonNegativeFloat = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.topk > self.num_vectors:
             raise ValueError(f"topk={self.topk} is more than the vectors in the bank (num_vectors={self.num_vectors}).")
 

@@ -50,8 +50,7 @@ class WaveFTConfig(LayoutConfig, peft_type=PeftType.WAVEFT):
 
     pattern_fields: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         filters(self.wavelet_family)  # which knows them from here on
 
 

@@ -56,8 +56,7 @@ class XLoraConfig(PeftConfig, peft_type=PeftType.XLORA):
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         self.adapters = dict(self.adapters or {})
         self._saved_in: tuple[str, dict[str, Any]] | None = None
         self.check_top_k()

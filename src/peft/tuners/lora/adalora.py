@@ -75,8 +75,8 @@ class AdaLoraConfig(LoraConfig, peft_type=PeftType.ADALORA):
 
     pattern_fields: ClassVar[dict[str, str]] = {}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         for name, what in (("use_dora", "DoRA"), ("loftq_config", "LoftQ"), ("layer_replication", "layer_replication")):
             if getattr(self, name):
                 raise ValueError(f"AdaLoRA does not support {what} ({name}={getattr(self, name)!r}).")

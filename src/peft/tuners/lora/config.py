@@ -105,8 +105,7 @@ class LoraConfig(LayoutConfig, peft_type=PeftType.LORA):
     pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     runtime_fields = ("runtime_config",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         own_class: Any = type(self)
         for name, kind in field_types(own_class).items():
             settings = dataclass_in(kind)

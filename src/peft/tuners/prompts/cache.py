@@ -102,13 +102,9 @@ class CachedTokens(VirtualTokens):
             found["encoder_hidden_size"] = config.encoder_hidden_size or width
         return found
 
-    def rows(self) -> Tensor:
-        """The table, ready for use."""
-        return self(self.indices)
-
     def prompt(self, batch_size: int, task_ids: Tensor | None = None, **options: Any) -> Any:
         """A `DynamicCache` of transformers; for encoder-decoders, an `EncoderDecoderCache`."""
-        rows = self.rows()
+        rows = self(self.indices)
         by_layer = rows.view(len(rows), *self.shape).permute(1, 2, 3, 0, 4)[:, :, None]
         if self.in_decoder:  # the order that files of encoder-decoders have: room is left for cross-attention
             by_layer = by_layer[[2 * layer % len(by_layer) for layer in range(len(by_layer))]]
@@ -165,7 +161,7 @@ class CachedTokens(VirtualTokens):
         Raises:
             ValueError: they have another shape, or are made of something else.
         """
-        wanted = tuple(self.rows().shape)
+        wanted = tuple(self(self.indices).shape)
         if tuple(prompt_embeddings.shape) != wanted:
             raise ValueError(f"The prompt has the shape {wanted}, got {tuple(prompt_embeddings.shape)}.")
         self.load_stored({"prompt_embeddings": prompt_embeddings})

@@ -32,8 +32,7 @@ class CartridgeConfig(PromptLearningConfig, peft_type=PeftType.CARTRIDGE):
 
     num_frozen_tokens: NonNegativeInt = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         frozen, count = self.num_frozen_tokens, self.num_virtual_tokens
         if count is not None and frozen > count:
             raise ValueError(f"num_frozen_tokens={frozen} must be at most num_virtual_tokens={count}.")
@@ -81,9 +80,6 @@ class CartridgeEncoder(CachedTokens):
     def forward(self, indices: Tensor) -> Tensor:
         """Keys and values [..., layers * 2 * token_dim] of the virtual tokens with these indices."""
         return self.weight[indices]
-
-    def rows(self) -> Tensor:
-        return self.weight
 
     def requires_grad_(self, requires_grad: bool = True) -> CartridgeEncoder:
         """Lets the prompt be trained, but for the tokens that stay as they are."""

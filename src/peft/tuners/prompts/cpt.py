@@ -50,8 +50,7 @@ class CPTConfig(PromptLearningConfig, peft_type=PeftType.CPT):
     opt_projection_format_epsilon: NonNegativeFloat = 0.1
     tokenizer_name_or_path: str | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(f"{type(self).__name__} only supports task_type = CAUSAL_LM, got {self.task_type}.")
         ids = self.cpt_token_ids = [0] if self.cpt_token_ids is None else list(self.cpt_token_ids)

@@ -54,8 +54,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig, peft_type=PeftType.MULTITA
     num_ranks: PositiveInt = 1
     num_tasks: PositiveInt = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         start: Any = self.prompt_tuning_init
         if "SOURCE" in start and not self.prompt_tuning_init_state_dict_path:
             raise ValueError(f"prompt_tuning_init={start.value!r} needs prompt_tuning_init_state_dict_path, a file.")

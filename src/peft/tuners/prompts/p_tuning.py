@@ -42,8 +42,7 @@ class PromptEncoderConfig(PromptLearningConfig, peft_type=PeftType.P_TUNING):
     encoder_num_layers: PositiveInt = 2
     encoder_dropout: Fraction = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.encoder_reparameterization_type == "MLP" and self.encoder_num_layers != 2:
             warn("encoder_num_layers has no effect: it is for the LSTM; the network is an MLP.")
 

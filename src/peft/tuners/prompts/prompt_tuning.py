@@ -44,8 +44,7 @@ class PromptTuningConfig(PromptLearningConfig, peft_type=PeftType.PROMPT_TUNING)
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         start: Any = self.prompt_tuning_init
         from_text = start == "TEXT"
         for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):

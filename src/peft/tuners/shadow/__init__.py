@@ -68,8 +68,7 @@ class ShadowConfig(LayerConfig, peft_type=PeftType.SHADOW):
     update_hidden_size: PositiveInt | None = None
     auxiliary_loss_weight: NonNegativeFloat = 0.05
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         sizes = [name for name in ("shadow_num_hidden_layers", *network.MIRRORED) if getattr(self, name) is not None]
         if self.shadow_model != "mirror" and sizes:
             raise ValueError(f"shadow_model={self.shadow_model!r} has its sizes: leave out {', '.join(sizes)}.")
