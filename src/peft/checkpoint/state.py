@@ -230,6 +230,7 @@ class Fit:
     """What of an adapter's tensors has which place in a model.
 
     Attributes:
+        given: the tensors by the names that files have for them.
         found: names, tensors and places (None for those of a prompt) of what fits.
         wrong: names of what is of another size -> which.
         unexpected: names of what has no place.
@@ -244,8 +245,9 @@ class Fit:
         self.wrong: dict[str, str] = {}
         self.unexpected: list[str] = []
         places = Places(model, config, adapter_name, self.locations, tensors)
-        for key, value in tensors.items():
-            self._place(places, places.file_key(key), value)
+        self.given = {places.file_key(key): value for key, value in tensors.items()}
+        for key, value in self.given.items():
+            self._place(places, key, value)
         places.warn()
 
     def _place(self, places: Places, key: str, value: Tensor) -> None:

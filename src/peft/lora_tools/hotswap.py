@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from peft.checkpoint.files import read_adapter
-from peft.checkpoint.state import Location, Places, config_of, locations_of
+from peft.checkpoint.state import Fit, Location, config_of
 from peft.config import PeftConfig, build_config
 from peft.core.combine import fill
-from peft.core.targets import ROOT, saved_as, target_name
+from peft.core.targets import ROOT, target_name
 from peft.core.walk import parts_of
 from peft.core.whole import alone, contents_kept
 from peft.errors import warn
@@ -207,29 +207,17 @@ def _sorted_out(
     def of_layer(key: str) -> bool:
         return any(part.startswith(parameter_prefix) for part in key.split("."))
 
-    slots = locations_of(model, name)
-    places = Places(model, config, name, slots, state_dict)
-    given: dict[str, Tensor] = {}
-    beside: list[tuple[Location, Tensor]] = []
-    unexpected = []
-    for key, value in state_dict.items():
-        here = places.file_key(key)
-        slot = slots.get(here)
-        if slot is None and not saved_as(here.rpartition(".")[0], config.modules_to_save or ()):
-            slot = places.of_base(here, value)  # embeddings and biases of the base model that were saved along
-        if slot is None:
-            unexpected.append(key)
-        elif here in slots:
-            given[here] = value
-        if slot is not None and not of_layer(here):
-            beside.append((slot, value))
-    missing = [key for key in slots if key not in given and not of_layer(key)]
-    shapes = [slot.live_name for slot, value in beside if slot.tensor.shape != value.shape]
-    wrong = {"Unexpected keys": unexpected, "Missing keys": missing, "Tensors of another shape": shapes}
+    fit = Fit(model, config, name, state_dict)
+    wrong = {
+        "Unexpected keys": fit.unexpected,
+        "Missing keys": [key for key in fit.missing() if not of_layer(key)],
+        "Tensors of another shape": [key for key in fit.wrong if not of_layer(key)],  # of layers, ranks may differ
+    }
     for what, keys in wrong.items():
         if keys:
             raise RuntimeError(f"The adapter cannot be swapped in. {what}: {', '.join(keys)}.")
-    return given, beside
+    given = {key: value for key, value in fit.given.items() if key in fit.locations}
+    return given, [(at, value) for key, value, at in fit.found if at is not None and not of_layer(key)]
 
 
 class _Swap(NamedTuple):
