@@ -133,13 +133,6 @@ def test_quantisation_settings_are_those_of_the_method_in_use():
     assert backends.get_quantization_config(model, "awq") is None
 
 
-def test_views_share_a_storage_and_copies_do_not():
-    tensor = torch.zeros(4)
-    identity = backends.id_tensor_storage(tensor)
-    assert identity == backends.id_tensor_storage(tensor[1:])
-    assert identity != backends.id_tensor_storage(tensor.clone())
-
-
 def test_modules_without_memory():
     with backends.init_empty_weights():
         norm, plain = nn.BatchNorm1d(3, affine=True), torch.zeros(1)

@@ -122,9 +122,7 @@ def push(
         return api.create_commit(repo, changes, commit_message=commit_message or "Upload adapter", **more)
 
 
-def _write_beside_card(
-    write: Callable[[str], object], folder: str, there: str | None, tags: list[str] | None
-) -> None:
+def _write_beside_card(write: Callable[[str], object], folder: str, there: str | None, tags: list[str] | None) -> None:
     """Lets `write` fill a folder in which the model card `there` lies; that is left out if it is the same after."""
     card = Path(folder, CARD_NAME)
     before = Path(there).read_bytes() if there else None

@@ -121,4 +121,3 @@ def measure_lengths(
         weight = op.matrix(storage_of(base_layer, op.weight_name).read(base_layer, op.weight_name)).to(lora_A.dtype)
         lengths = torch.linalg.norm(weight + scaling * (lora_B @ lora_A), dim=1)
     magnitude.weight = nn.Parameter(lengths)
-

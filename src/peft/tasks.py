@@ -293,9 +293,7 @@ class PeftModelForSeq2SeqLM(GeneratingModel, task="SEQ_2_SEQ_LM"):
         batch = inputs["inputs_embeds"].shape[0]
         lengthen(inputs, "labels", prompt.labels(batch))
         prompt.make_room(inputs, batch, 0, "decoder_")
-        prompt.insert(
-            inputs, prompt.prompt(batch, task_ids), self._prompted_embeddings(prompt, "decoder_"), "decoder_"
-        )
+        prompt.insert(inputs, prompt.prompt(batch, task_ids), self._prompted_embeddings(prompt, "decoder_"), "decoder_")
         return inputs
 
     def _generate_with_prompt(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:

@@ -120,9 +120,7 @@ def check_value(name: str, value: Any, kind: Any, owner: str) -> None:
             what no name has.
     """
     if not is_of(value, kind):
-        raise TypeError(
-            f"{name} of {owner} must be {spelled(kind)}, got {shown(value)} ({type(value).__name__})."
-        )
+        raise TypeError(f"{name} of {owner} must be {spelled(kind)}, got {shown(value)} ({type(value).__name__}).")
     literals = [member for member in (kind, *typing.get_args(kind)) if typing.get_origin(member) is typing.Literal]
     named = [choice for member in literals for choice in typing.get_args(member)]
     if named and isinstance(value, str) and value not in named:

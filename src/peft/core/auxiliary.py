@@ -124,9 +124,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         others = [name for name in adapter_names or () if name != active and self.has(name)]
         if others:
             warn(
-                f"{', '.join(others)} trained a version of {type(self.original_module).__name__} too, but the"
-                " active adapter's"
-                f" ({active!r}) is the one that stays; call set_adapter first to have another."
+                f"{', '.join(others)} trained a version of {type(self.original_module).__name__} too, but the active"
+                f" adapter's ({active!r}) is the one that stays; call set_adapter first to have another."
             )
         return self.modules_to_save[active].requires_grad_(True)
 
@@ -135,10 +134,10 @@ def _without_adapters(module: nn.Module) -> Any:
     """The module of the base model that is left of one with parts of other adapters in it, or around it."""
     for path, part in reversed([*module.named_modules()]):
         place, _, child = path.rpartition(".")
+        for name in part.merged_adapters if isinstance(part, Part) else ():
+            part.delete_adapter(name)  # takes it out of the weight
         if not isinstance(part, Part) or child == "token_adapter":  # what holds one stands for both
             continue
-        for name in part.merged_adapters:
-            part.delete_adapter(name)  # takes it out of the weight
         left = part.unload(merge=False)
         if not path:
             module = left  # type: ignore[assignment]

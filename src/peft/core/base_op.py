@@ -227,9 +227,7 @@ class EmbeddingOp(_Transposed):
     multiplies = scales_output = True
 
     def low_rank(self, module: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        low = F.embedding(
-            x, down.T, padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq
-        )
+        low = F.embedding(x, down.T, padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
         return self.scaled(module, F.linear(low, up))
 
     def product(self, module: Any, x: Tensor, matrix: Matrix) -> Tensor:

@@ -86,10 +86,8 @@ def warn_of_tied_targets(targets: Sequence[str], config: Any, model: nn.Module) 
     if hit and not getattr(config, "ensure_weight_tying", False) and len({id(get(key)) for key in tied}) > 1:
         others = [key for key in tied if key not in hit and id(get(key)) not in one]
         warn(
-            f"{', '.join(hit)} shares its weight with {', '.join(others) or 'each other'} (tied embeddings),"
-            " and the adapter"
-            " changes it alone. Merging gives it a weight of its own; to save the merged model so, set"
+            f"{', '.join(hit)} shares its weight with {', '.join(others) or 'each other'} (tied embeddings), and the"
+            " adapter changes it alone. Merging gives it a weight of its own; to save the merged model so, set"
             " config.tie_word_embeddings=False, or else the copies become one again on loading."
-            " ensure_weight_tying=True"
-            " keeps them the same."
+            " ensure_weight_tying=True keeps them the same."
         )

@@ -42,11 +42,6 @@ is_te_pytorch_available = partial(_is_installed, "transformer_engine.pytorch")
 is_torchao_available = partial(_is_installed, "torchao")
 
 
-def is_xpu_available() -> bool:
-    """Whether PyTorch sees an Intel GPU."""
-    return hasattr(torch, "xpu") and torch.xpu.is_available()
-
-
 def get_quantization_config(model: nn.Module, method: str) -> Any:
     """The quantisation settings of a transformers model that is quantised with `method`; None if it is not."""
     settings = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -72,12 +67,6 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
     base = layer.get_base_layer() if hasattr(module, "get_base_layer") else module
     with onloaded(base):
         return storage_of(base, "weight").read(base, "weight")
-
-
-def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
-    """What tells the memory of two tensors apart while they live: (device, address, bytes)."""
-    storage = tensor.untyped_storage()
-    return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
 def gather_params_ctx(

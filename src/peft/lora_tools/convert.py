@@ -223,9 +223,7 @@ def decompose(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _changed(
-    layer: AdapterLayer, name: str, split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-) -> LayerChange:
+def _changed(layer: AdapterLayer, name: str, split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> LayerChange:
     factors = change_factors(layer, name)
     if factors is None:
         change = change_blocks(layer, name)

@@ -64,6 +64,7 @@ def write_mlx(folder: str | os.PathLike, config: Any, tensors: Mapping[str, Tens
             "rank": rank, "scale": alpha / rank, "dropout": config.lora_dropout, "keys": sorted(keys)
         },
     }  # fmt: skip
+
     def write(place: str) -> None:
         save_file(out, place, {"format": "mlx"})
 

@@ -43,7 +43,6 @@ class LoKrConfig(LycorisConfig, peft_type=PeftType.LOKR):
     init_weights: bool | Literal["lycoris"] = True  # type: ignore[assignment]
 
 
-
 class LoKrLayer(LycorisLayer):
     """A module with a Kronecker product added to its weight."""
 
