@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from peft.ops.circulant import BlockCirculant
 from peft.ops.fourier import Spectrum, draw_frequencies
-from peft.ops.hadamard import HadamardProduct
+from peft.ops.hadamard import HadamardProduct, Rescaled
 from peft.ops.kronecker import Kron
-from peft.ops.matrix import Dense, Made, Product, recomputed
+from peft.ops.matrix import Dense, Product, recomputed
 from peft.ops.shards import Tiled
 from peft.ops.singular import Framed
 from peft.ops.sparse import Entries, draw_places
@@ -29,13 +29,10 @@ def _framed(values, diagonal, transposed=False):
 #: kind -> shapes of what is trained, and what makes a matrix [OUT, IN] of it
 KINDS = {
     "dense": ([(OUT, IN)], Dense),
-    "made": ([(OUT, 2), (2, IN)], lambda b, a: Made(lambda b, a: WEIGHT.to(b) * torch.tanh(b @ a), (b, a))),
-    "made onto": (
-        [(OUT, 2), (2, IN)],
-        lambda b, a: Made(
-            lambda b, a: WEIGHT.to(b) * (b @ a), (b, a), onto=lambda w, b, a: torch.addcmul(w, WEIGHT.to(b), b @ a)
-        ),
-    ),
+    "rescaled": ([(OUT, 2), (2, IN)], lambda *factors: Rescaled(lambda: WEIGHT, factors)),
+    "rescaled and shifted": ([(OUT, 2), (2, IN)] * 2, lambda *f: Rescaled(lambda: WEIGHT, f[:2], f[2:])),
+    "rescaled by rows": ([(OUT, 1), (OUT, 1)], lambda f, g: Rescaled(lambda: WEIGHT, [f], [g])),
+    "rescaled by numbers": ([(1,), (1,)], lambda f, g: Rescaled(lambda: WEIGHT, [f], [g])),
     "entries": ([(9,)], lambda values: Entries.at(draw_places(OUT, IN, 9, 0), values, (OUT, IN))),
     "many entries": ([(40,)], lambda values: Entries.at(draw_places(OUT, IN, 40, 0), values, (OUT, IN))),
     "tiled": ([(3, OUT)], lambda block: Tiled(block, IN)),

@@ -15,8 +15,8 @@ from torch import Tensor
 from peft.core.change import Add, OnInput
 from peft.ops.circulant import BlockCirculant
 from peft.ops.fourier import Spectrum
-from peft.ops.hadamard import HadamardProduct
-from peft.ops.matrix import Dense, Made
+from peft.ops.hadamard import HadamardProduct, Rescaled
+from peft.ops.matrix import Dense
 from peft.ops.shards import Tiled
 from peft.ops.singular import Framed
 from peft.ops.sparse import Entries
@@ -55,7 +55,7 @@ def _circulant(matrix: BlockCirculant, rows: int, narrow: int, wide: int) -> boo
 #: kind of matrix -> whether it is better multiplied as the matrix that it stands for, by `rows` vectors
 _AS_WEIGHT: dict[type, Callable[[Any, int, int, int], bool]] = {
     Dense: lambda matrix, rows, narrow, wide: True,
-    Made: lambda matrix, rows, narrow, wide: True,
+    Rescaled: lambda matrix, rows, narrow, wide: True,
     Spectrum: _spectrum,
     # The sums of the shards of x are read and written once for each row; the tiles are added to W once.
     Tiled: lambda matrix, rows, narrow, wide: rows >= narrow,

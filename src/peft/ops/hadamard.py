@@ -1,6 +1,8 @@
-"""Elementwise products of low-rank matrices."""
+"""Elementwise products of low-rank matrices, with each other and with a weight."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,3 +50,42 @@ class HadamardProduct(Matrix):
     def columns(self, index: Tensor) -> Tensor:
         a1, b1, a2, b2 = self.tensors
         return F.linear(F.embedding(index, b1.T), a1) * F.linear(F.embedding(index, b2.T), a2)
+
+
+class Rescaled(Matrix):
+    """W * F + G, elementwise, for a weight W [out, in] that stays as it is.
+
+    Args:
+        weight: gives W, without gradient, and the same until the backward pass has run.
+        factor: F: a tensor that spreads to [out, in], or two whose product it is, [out, r] and [r, in].
+        added: G, in the same form as F; nothing for zero.
+    """
+
+    def __init__(self, weight: Callable[[], Tensor], factor: Sequence[Tensor], added: Sequence[Tensor] = ()):
+        super().__init__(*factor, *added)
+        self.weight, self.count = weight, len(factor)
+
+    def dense(self) -> Tensor:
+        with torch.autocast(self.tensors[0].device.type, enabled=False):
+            scaled = self.weight().to(self.tensors[0]) * spread(self.tensors[: self.count])
+            added = self.tensors[self.count :]
+            return scaled + spread(added) if added else scaled
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        if weight.dtype != self.tensors[0].dtype:  # which would round once more
+            return super().added_to(weight)
+        scaled = torch.addcmul(weight, self.weight().to(weight), spread(self.tensors[: self.count]))
+        added = self.tensors[self.count :]
+        return scaled if not added else scaled + added[0] if len(added) == 1 else torch.addmm(scaled, *added)
+
+    def columns(self, index: Tensor) -> Tensor:
+        factor, added = (
+            part[0].flatten() if len(part) == 1 else F.linear(F.embedding(index, part[1].T), part[0]) if part else 0
+            for part in (self.tensors[: self.count], self.tensors[self.count :])
+        )
+        return F.embedding(index, self.weight().T).to(self.tensors[0]) * factor + added
+
+
+def spread(part: Sequence[Tensor]) -> Tensor:
+    """The one tensor, or the product of two."""
+    return part[0] if len(part) == 1 else part[0] @ part[1]

@@ -142,37 +142,6 @@ class Product(Matrix):
         return tuple(one if one is None or self.scale == 1 else one * self.scale for one in found)
 
 
-class Made(Matrix):
-    """A matrix that a function makes of small tensors, each time that it is used.
-
-    Args:
-        make: makes the matrix [out, in]. What else it reads (a weight) is frozen, and stays the same until the backward
-            pass has run.
-        tensors: what it is given; gradients go to them.
-        lookup: makes the columns at an index [...] of the same tensors, [..., out], where that is less work.
-        onto: makes the sum with a weight [out, in], its first argument, where that takes fewer passes over it.
-    """
-
-    def __init__(
-        self, make: Callable[..., Tensor], tensors: Sequence[Tensor], lookup: Callable[..., Tensor] | None = None,
-        onto: Callable[..., Tensor] | None = None,
-    ):  # fmt: skip
-        super().__init__(*tensors)
-        self.make, self.lookup, self.onto = make, lookup, onto
-
-    def dense(self) -> Tensor:
-        with torch.autocast(self.tensors[0].device.type, enabled=False):
-            return self.make(*self.tensors)
-
-    def added_to(self, weight: Tensor) -> Tensor:
-        if self.onto is None or weight.dtype != self.tensors[0].dtype:  # which would round once more
-            return super().added_to(weight)
-        return self.onto(weight, *self.tensors)
-
-    def columns(self, index: Tensor) -> Tensor:
-        return super().columns(index) if self.lookup is None else self.lookup(index, *self.tensors)
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seen: Tensor, weight: Any, bias: Any, matrix: Matrix, *tensors: Tensor) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
@@ -17,7 +16,8 @@ from peft.core.method import Method
 from peft.core.slots import ModuleSlot
 from peft.core.tuner import BaseTuner
 from peft.core.walk import layers_of
-from peft.ops.matrix import Made, product_with
+from peft.ops.hadamard import Rescaled, spread
+from peft.ops.matrix import product_with
 from peft.ops.starts import uniform
 from peft.registry import PeftType
 from peft.values import PositiveInt
@@ -84,27 +84,11 @@ class GloraLayer(AdapterLayer):
     def change(self, name: str) -> Iterator[Change]:
         a, b, c, d, e = (self.part(slot, name) for slot in _PARTS)
         if a:
-            yield Add(Made(self.weight_change, (*a, *b), self.column_changes, self.changed_weight))
+            yield Add(Rescaled(self.original_matrix, a, b))
         if d and (bias := self.original_bias()) is not None:
             yield Bias(bias.detach() * d[0] + e[0])
         if c:
-            yield Bias(self.remembered(lambda: product_with(_whole(c).T, lambda: self.original_matrix().T), *c)[0])
-
-    def weight_change(self, *tensors: Tensor) -> Tensor:
-        """W * A + B."""
-        a, b = _halves(tensors)
-        return self.original_matrix().to(tensors[0]) * _whole(a) + _whole(b)
-
-    def changed_weight(self, weight: Tensor, *tensors: Tensor) -> Tensor:
-        """The same added to a weight."""
-        a, b = _halves(tensors)
-        scaled = torch.addcmul(weight, self.original_matrix().to(weight), _whole(a))
-        return scaled + b[0] if len(b) == 1 else torch.addmm(scaled, *b)
-
-    def column_changes(self, index: Tensor, *tensors: Tensor) -> Tensor:
-        """The columns of W * A + B at `index` [...]: [..., out]."""
-        a, b = (_columns(part, index) for part in _halves(tensors))
-        return F.embedding(index, self.original_matrix().T).to(a.dtype) * a + b
+            yield Bias(self.remembered(lambda: product_with(spread(c).T, lambda: self.original_matrix().T), *c)[0])
 
 
 def _start(form: str, shape: tuple[int, ...], r: int, init_weights: bool) -> dict[str, Tensor]:
@@ -119,21 +103,6 @@ def _start(form: str, shape: tuple[int, ...], r: int, init_weights: bool) -> dic
     vector = torch.zeros(shape[0], *[1] * (len(shape) - 1))
     bound = 1.0 if len(shape) == 2 else shape[0] ** -0.5
     return {"X": vector if init_weights else vector.uniform_(-bound, bound)}
-
-
-def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Those of A, and those of B, which has the same form."""
-    return tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-
-
-def _whole(part: Sequence[Tensor]) -> Tensor:
-    """A part in the shape of what it is added to or multiplied with, or one that spreads to it."""
-    return part[0] if len(part) == 1 else part[0] @ part[1]
-
-
-def _columns(part: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Columns of a part of a matrix: [..., out], or what spreads to it."""
-    return part[0].flatten() if len(part) == 1 else F.linear(F.embedding(index, part[1].T), part[0])
 
 
 class GloraMethod(Method):

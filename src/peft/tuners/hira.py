@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import LayoutConfig
@@ -16,7 +15,7 @@ from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.matrix import Made
+from peft.ops.hadamard import Rescaled
 from peft.ops.starts import uniform
 from peft.registry import PeftType
 from peft.values import Fraction, PositiveInt
@@ -88,15 +87,7 @@ class HiraLayer(AdapterLayer):
             a, b = self.hira_embedding_A[name], self.hira_embedding_B[name]
         else:
             a, b = self.hira_A[name].flatten(1), self.hira_B[name].flatten(1)
-
-        def rows(index: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            return F.embedding(index, self.original_matrix().T).to(b) * F.linear(F.embedding(index, a.T), b)
-
-        def onto(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            return torch.addcmul(weight, self.original_matrix().to(b), b @ a)
-
-        matrix = Made(lambda a, b: self.original_matrix().to(b) * (b @ a), (a, b), rows, onto)
-        return Add(matrix, dropout=self.dropout_of(name))
+        return Add(Rescaled(self.original_matrix, (b, a)), dropout=self.dropout_of(name))
 
 
 class HiraModel(BaseTuner, layer=HiraLayer, prefix="hira_"):
