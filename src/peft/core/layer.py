@@ -46,7 +46,7 @@ class AdapterLayer(AdaptedModule):
     #: what status calls the layer, with the file and the name of its class, and the kind of base module
     label: ClassVar[str] = "{file}.{kind}"
     #: the setting that is a `Dropout`
-    dropout_setting: ClassVar[Dropout | None] = None
+    dropout_setting: ClassVar[Dropout | Any] = None
 
     def of_module(self, name: str) -> Any:
         is_changed = name in (self.op.weight_name, self.op.bias_name) and self.acting()
@@ -90,8 +90,8 @@ class AdapterLayer(AdaptedModule):
 
     def dropout_of(self, name: str) -> float:
         """The probability of dropout on the input of adapter `name`, at present; token ids have none."""
-        drops = self.dropout_setting is not None and self.training and self.op.kind != "Embedding"
-        return self.settings[self.dropout_setting.name][name] if drops else 0.0  # type: ignore[union-attr]
+        held = self.dropout_setting
+        return held[name] if held is not None and self.training and self.op.kind != "Embedding" else 0.0
 
     def check_merge(self, name: str) -> None:
         """Raises NotImplementedError or ValueError where the adapter cannot become part of the weight."""
