@@ -21,7 +21,6 @@ from peft.core.call import current_route
 from peft.core.part import Part, as_names, keep_values, tensors_in
 from peft.core.routing import Route
 from peft.core.run import run, run_routed
-from peft.core.slots import Dropout
 from peft.core.storage import onloaded, storage_of
 from peft.errors import warn
 
@@ -45,8 +44,8 @@ class AdapterLayer(AdaptedModule):
     cannot_merge: ClassVar[str] = ""
     #: what status calls the layer, with the file and the name of its class, and the kind of base module
     label: ClassVar[str] = "{file}.{kind}"
-    #: the setting that is a `Dropout`
-    dropout_setting: ClassVar[Dropout | Any] = None
+    #: the setting that is a `Dropout`; of a layer, its values by adapter
+    dropout_setting: ClassVar[Any] = None
 
     def of_module(self, name: str) -> Any:
         is_changed = name in (self.op.weight_name, self.op.bias_name) and self.acting()
