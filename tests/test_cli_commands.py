@@ -329,6 +329,7 @@ WRONG = {
     "estimate {base} --max_length 3": (2, "no option 'max_length'. Did you mean 'length'?"),
     "convert {one} --to gguf --output text.gguf": (1, "--output text.gguf: there is a file"),
     "extract {base} {deep} --energy 2 --output x": (2, "energy must be above 0 and at most 1, got 2"),
+    "train --model {base} --data text.txt --metric-for-best-model f1": (2, "of causal-lm there is loss, mean_token"),
     "train --model {base} --data text.txt --report_to nothing": (2, "nothing is not supported, only"),
     "inspect {one} --jsn": (2, "no option 'jsn'. Did you mean 'json'"),
     "inspect {base}": (1, "adapter_config.json"),

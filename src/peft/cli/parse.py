@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from peft.cli.options import ALIASES, COMMANDS, TABLES, OptionError, refuse
+from peft.cli.options import ALIASES, COMMANDS, TABLES, TYPES, OptionError, refuse
 from peft.registry import METHODS
 
 #: settings of a run, written into its folder; what `--resume` reads
@@ -112,12 +112,12 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     parts: list[Values] = [{}, {}, {}]
     for name, value in _typed(parser_of(command, *owners), known, values).items():
         parts[next(i for i, owner in enumerate(owners) if name in init_types(owner))][name] = value
-    numbers = {name: value for name, value in parts[2].items() if isinstance(value, (int, float))}
-    low = [f"{name} {value}" for name, value in numbers.items() if value < 0]  # transformers takes them
-    high = [f"{name} {numbers[name]}" for name in TABLES.below_one if numbers.get(name, 0) >= 1]
-    refuse(low, f"{', '.join(low)}: no such number may be negative", OptionError)
-    refuse(high, f"{', '.join(high)}: it has to be less than 1", OptionError)
+    words = [name for name, value in parts[2].items() if name.endswith("_kwargs") and str(value)[0] != "{"]
+    refuse(words, f"""{", ".join(words)}: JSON is needed, as '{{"num_cycles": 2}}'""", OptionError)
     try:
+        for name, value in parts[2].items():  # transformers takes any number
+            if isinstance(value, (int, float)):
+                get_args(TYPES[TABLES.numbers.get(name, "float >= 0")])[1].check(name, value)
         return own(**parts[0]), parts[1], parts[2]
     except (TypeError, ValueError) as error:  # a number out of range
         raise OptionError(str(error)) from error

@@ -198,6 +198,9 @@ def _arguments(options: Any, given: Mapping[str, Any], made: Any, task: str, eva
         values |= {"remove_unused_columns": False, "label_names": ["labels"]}
     if task == "speech":
         values["predict_with_generate"] = True
+    metric, known = given.get("metric_for_best_model") or "loss", ["loss", *TASKS[task].measures]
+    words = f"--metric-for-best-model {metric}: of {task} there is {', '.join(known)}"
+    refuse(metric.removeprefix("eval_") not in known, words, OptionError)
     saves = given.get("save_strategy", "steps")
     when = given.get("eval_strategy") or (saves if saves == "epoch" else "steps")
     if evaluates and when != "no":

@@ -24,12 +24,14 @@ class Task(NamedTuple):
         encode: what makes an example of a record: a method of `Encoder`.
         peft: its name for `task_type`, if there is one.
         processor: class of transformers that loads what makes numbers of its data.
+        measures: what is measured on what is held out, beside the loss.
     """
 
     auto: str
     encode: str
     peft: str | None = None
     processor: str = "AutoTokenizer"
+    measures: Sequence[str] = ()
 
 
 TASKS = {name: Task(**row) for name, row in TABLES.tasks.items()}
@@ -198,8 +200,8 @@ def shown(example: Example, tokenizer: Any) -> str:
 
 def measures(task: str, processor: Any) -> dict[str, Any]:
     """What `Trainer` takes to measure the outcome of a task: accuracy and F1; errors of a regression; of words."""
-    heard = TASKS[task].encode == "_speech"
-    if not heard and "classification" not in task and task != "regression":
+    heard = "wer" in TASKS[task].measures
+    if not heard and not {"accuracy", "rmse"}.intersection(TASKS[task].measures):
         return {}
     tokenizer: Any = getattr(processor, "tokenizer", None)
     import numpy as np
