@@ -50,6 +50,7 @@ def learnt(example: dict) -> str:
         ({"instruction": "c", "output": "d", "history": [["a?", "b"]]}, "chat", {"messages": [*TALK, *MORE]}),
         ({"conversations": SHAREGPT, "system": "s"}, "chat", {"messages": [{"role": "system", "content": "s"}, *TALK]}),
         ({"text": "a", "label": "0.5"}, "regression", {"text": "a", "label": "0.5"}),
+        ({"text": "a", "label": "1.0"}, "classification", {"text": "a", "label": "1.0"}),
         ({"text": "a", "label": "x"}, "classification", {"text": "a", "label": "x"}),
         ({"sentence": "a", "label": 0}, "classification", {"text": "a", "label": 0}),
         ({"text": "a", "labels": 0.5}, "regression", {"text": "a", "label": 0.5}),

@@ -257,17 +257,19 @@ def understand(records: Sequence[Record], columns: Mapping[str, str], task: str 
         asked = ((where, row, row.get("prompt")) for where, row in understood)
         understood = [(where, _asked(prompt, row["completion"]) if prompt else row) for where, row, prompt in asked]
     found = "chat" if "messages" in understood[0][1] else kinds[0].tasks[0]
-    if "regression" in kinds[0].tasks and all(_is_fraction(row["label"]) for _, row in understood):
+    if "regression" in kinds[0].tasks and _are_fractions([row["label"] for _, row in understood]):
         found = "regression"
     return task or found, understood
 
 
-def _is_fraction(label: Any) -> bool:
-    """Whether a label is a number with a point, which tables hold as text."""
+def _are_fractions(labels: Sequence[Any]) -> bool:
+    """Whether labels are numbers with a point; tables hold them as text, and write whole ones so, too."""
     try:
-        return not str(label).lstrip("-").isdecimal() and math.isfinite(float(str(label)))
-    except (TypeError, ValueError):
+        numbers = [float(label) for label in labels if isinstance(label, (float, str))]
+    except ValueError:
         return False
+    said = not any(isinstance(label, str) for label in labels) or any(number % 1 for number in numbers)
+    return said and len(numbers) == len(labels) and all(map(math.isfinite, numbers))
 
 
 def unused(row: Row, columns: Mapping[str, str], task: str) -> list[str]:
