@@ -271,9 +271,21 @@ class Strided(nn.Linear):
         return super().forward(x).transpose(0, -1).contiguous().transpose(0, -1)
 
 
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_few_rows_beside_a_base_in_half_precision_are_rounded_no_more_than_many(rows, adapter):
+    x, weight, bias, a, b = tensors(torch.bfloat16, rows=(rows,), size=(64, 48), r=8)
+    a, b = a.to(adapter), b.to(adapter)
+    with torch.no_grad():
+        found = lora_linear(x, weight, bias, None, a, b, 0.5)
+        exact = lora_linear(*(t.double() for t in (x, weight, bias)), None, a.double(), b.double(), 0.5)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=0.02, atol=0.05 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", [nn.Linear, Strided])
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64), (2, 64), (2, 3, 64), (0, 64)])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64), (2, 64), (2, 3, 64), (40, 64), (0, 64)])
 def test_few_vectors_get_what_many_get_in_whatever_dtypes_and_strides(shape, kind, autocast):
     torch.manual_seed(0)
     layer = kind(64, 48, dtype=torch.bfloat16 if autocast else torch.float32)

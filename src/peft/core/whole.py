@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.core import merge as merging
+from peft.core.adapted import Entry
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
 from peft.core.storage.shared import part_of
@@ -100,50 +101,52 @@ def whole(
         held: what has tensors of the adapters by name beside the parts: modules and dictionaries.
     """
     with alone(holder):
-        parts = list(parts)
-        containers = [*held, holder.peft_config]
-        for part in parts if deleted else ():
-            own = (*part.containers(), part.configs, *part.settings.values())
-            containers += [container for container in own if deleted in container]
-        # What any of them has comes back first: layers around one module merge what the others have.
-        back = [_entries_of(containers), *(_state_of(part, names, deleted) for part in parts)]
-        modules = [container for container in held if isinstance(container, nn.Module)]
-        grads = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
-        active = getattr(holder, "_active", ())
+        parts, active = list(parts), holder._active
+        # Lists over all parts, and few objects for each: a model may have tens of thousands of them.
+        states, put_back = [_state_of(part) for part in parts], _entries_of([*held, holder.peft_config])
+        bring_back = _entry_of(parts, deleted) if deleted else put_back
+        parameters = [p for part in parts for p in _touched(part, names, deleted)]
+        parameters += [p for module in held if isinstance(module, nn.Module) for p in module.parameters()]
+        learned = [parameter.requires_grad for parameter in parameters]
         try:
             yield
         except BaseException:
-            for take_back in back:
-                take_back()
-            for parameter, requires_grad in grads.items():
+            put_back()
+            bring_back()  # in all parts first: layers around one module merge what the others have
+            for part, state in zip(parts, states, strict=True):
+                _give_back(part, *state)
+            for parameter, requires_grad in zip(parameters, learned, strict=True):
                 parameter.requires_grad_(requires_grad)
             holder._active = active
             raise
 
 
-def _state_of(part: Part, names: Sequence[str], deleted: str | None) -> Callable[[], None]:
-    """What gives a part the state back that it has now. Of few objects: a model may have tens of thousands of parts."""
-    active, trained, disabled = part._active, set(part._trained), part._disable_adapters
-    before = part._trained_before_disable
-    touched = part.adapter_names() if deleted else {*names, *active, *trained} if names else ()
-    grads = {parameter: parameter.requires_grad for name in touched for parameter in part.adapter_parameters(name)}
-    ledger = part.ledger if isinstance(part, AdapterLayer) else None
-    entries, paused = (ledger.entries, ledger.paused) if ledger else ([], [])
+def _touched(part: Part, names: Sequence[str], deleted: str | None) -> Iterator[nn.Parameter]:
+    """The parameters of a part that may become trainable or cease to be."""
+    for name in part.adapter_names() if deleted else {*names, *part._active, *part._trained} if names else ():
+        yield from part.adapter_parameters(name)
 
-    def take_back() -> None:
-        for parameter in before if disabled else part._trained_before_disable:
-            parameter.requires_grad_(not disabled)
-        part._active, part._trained, part._disable_adapters = active, trained, disabled
-        part._trained_before_disable = before
-        for parameter, requires_grad in grads.items():
-            parameter.requires_grad_(requires_grad)
-        if isinstance(part, AdapterLayer) and ledger is not None:
-            if ledger.entries != entries:
-                merging.rewrite(part, entries)
-            ledger.paused = paused
-        part.refresh()
 
-    return take_back
+def _state_of(part: Part) -> tuple[Any, ...]:
+    """What `_give_back` needs."""
+    merged = (part.ledger.entries, part.ledger.paused) if isinstance(part, AdapterLayer) else ([], [])
+    return part._active, set(part._trained), part._disable_adapters, part._trained_before_disable, *merged
+
+
+def _give_back(
+    part: Part, active: list[str], trained: set[str], disabled: bool, before: list[nn.Parameter],
+    entries: list[Entry], paused: list[Entry],
+) -> None:  # fmt: skip
+    """Gives a part the state back that it had."""
+    for parameter in before if disabled else part._trained_before_disable:
+        parameter.requires_grad_(not disabled)
+    part._active, part._trained, part._disable_adapters = active, trained, disabled
+    part._trained_before_disable = before
+    if isinstance(part, AdapterLayer):
+        if part.ledger.entries != entries:
+            merging.rewrite(part, entries)
+        part.ledger.paused = paused
+    part.refresh()
 
 
 @contextmanager
@@ -185,13 +188,7 @@ def contents_kept(model: Any, name: str, more: Iterable[Tensor] = (), values: bo
 
 def _entries_of(containers: Sequence[Any]) -> Callable[[], None]:
     """What gives containers the entries back that they have now, in their order."""
-    inside: list[dict[str, Any]] = []
-    for container in containers:
-        if isinstance(container, nn.Module):
-            kinds = ("_modules", "_parameters", "_buffers", "_keys")
-            inside += (container.__dict__[kind] for kind in kinds if kind in container.__dict__)
-        else:
-            inside.append(container)
+    inside = list(_dicts_of(containers))
     before = [dict(entries) for entries in inside]
 
     def put_back() -> None:
@@ -200,3 +197,28 @@ def _entries_of(containers: Sequence[Any]) -> Callable[[], None]:
             entries.update(those)
 
     return put_back
+
+
+def _entry_of(parts: Iterable[Part], name: str) -> Callable[[], None]:
+    """What gives parts what an adapter has there now back, in its place among the others."""
+    held = (held for part in parts for held in (*part.containers(), part.configs, *part.settings.values()))
+    inside = [entries for entries in _dicts_of(held) if name in entries]
+    values, places = [entries[name] for entries in inside], [list(entries).index(name) for entries in inside]
+
+    def put_back() -> None:
+        for entries, value, place in zip(inside, values, places, strict=True):
+            others = [item for item in entries.items() if item[0] != name]
+            entries.clear()
+            entries.update([*others[:place], (name, value), *others[place:]])
+
+    return put_back
+
+
+def _dicts_of(containers: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """What containers hold their entries in."""
+    for container in containers:
+        if isinstance(container, nn.Module):
+            kinds = ("_modules", "_parameters", "_buffers", "_keys")
+            yield from (container.__dict__[kind] for kind in kinds if kind in container.__dict__)
+        else:
+            yield container

@@ -38,6 +38,8 @@ def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+#: rows of x up to which a processor multiplies them faster in float32 than it casts factors to half precision
+_FEW = 32
 #: entries of a weight that are worked on at a time: few enough for a processor's cache
 _PIECE = 1 << 18
 
@@ -90,7 +92,7 @@ def lora_linear(
     if needs_plain(x, a, b, weight if result is None else result):
         result = F.linear(x, weight, bias) if result is None else result  # type: ignore[arg-type]
         return result + F.linear(F.linear(F.dropout(x, p), a.to(x.dtype)), b.to(x.dtype)) * scaling
-    if p == 0 and not torch.is_grad_enabled() and 0 < x.numel() < a.numel() and not x.is_cuda:
+    if p == 0 and not torch.is_grad_enabled() and 0 < x.numel() <= _FEW * x.shape[-1] and not x.is_cuda:
         own = result if result is None or overwrite else result.clone(memory_format=torch.contiguous_format)
         return _few(x, weight, bias, own, a, b, scaling)
     learns = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
@@ -113,25 +115,29 @@ def lora_linear(
 def _few(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> Tensor:
-    """The same for fewer entries of x than A has, as in decoding; `out`, x W^T + b if given, is overwritten.
+    """The same for few rows, as in decoding; `out`, x W^T + b if given, is overwritten.
 
-    x and the product are smaller than A and B then, so it is they that are cast; and one row asks for products with a
-    vector. Decoding takes half the time that it takes without (`benchmarks/decode.py`).
+    Processors multiply few rows faster in float32 than in half precision, instructions for that or not, so it is x and
+    the product that are cast; and one row asks for products with a vector. Decoding takes half the time that it takes
+    without (`benchmarks/decode.py`).
     """
-    width = x.shape[-1]
-    if x.numel() == width:
-        row = x.reshape(-1)
-        if out is None:
-            flat = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)  # type: ignore[arg-type]
-        else:
-            flat = out.view(-1)
-        low = torch.mv(a, _as(row, a.dtype))
-        flat.addmv_(b, low, alpha=scaling) if flat.dtype == b.dtype else flat.add_(torch.mv(b, low), alpha=scaling)
-    else:
+    if a.dtype.itemsize < 4 and x.device.type == "cpu":
+        a, b = a.float(), b.float()
+    if x.numel() > x.shape[-1]:
         out = F.linear(x, weight, bias) if out is None else out  # type: ignore[arg-type]
-        low, flat = torch.mm(_as(x.reshape(-1, width), a.dtype), a.t()), out.view(-1, out.shape[-1])
-        same = out.dtype == b.dtype
-        flat.addmm_(low, b.t(), alpha=scaling) if same else flat.add_(torch.mm(low, b.t()), alpha=scaling)
+        low = F.linear(_as(x, a.dtype), a)
+        if out.dtype == b.dtype:
+            out.view(-1, out.shape[-1]).addmm_(low.reshape(-1, len(a)), b.t(), alpha=scaling)
+        else:
+            out.add_(F.linear(low, b), alpha=scaling)
+        return out
+    row = x.reshape(-1)
+    if out is None:
+        flat = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)  # type: ignore[arg-type]
+    else:
+        flat = out.view(-1)
+    low = torch.mv(a, _as(row, a.dtype))
+    flat.addmv_(b, low, alpha=scaling) if flat.dtype == b.dtype else flat.add_(torch.mv(b, low), alpha=scaling)
     return flat.view(*x.shape[:-1], -1) if out is None else out
 
 
