@@ -27,7 +27,6 @@ def lora_linear_plain(x, weight, bias, result, a, b, scaling, p):
     return result + F.linear(F.linear(F.dropout(x, p), a), b) * scaling
 
 
-
 def tensors(dtype=torch.float64, rows=(3, 2), size=(5, 4), r=2, x_grad=True):
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)

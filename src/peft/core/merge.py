@@ -150,7 +150,7 @@ def rewrite(layer: AdaptedModule, entries: list[Entry], safe: bool = False, own:
         values = _values(base, ledger, entries)
         if safe:
             _check_finite(values, (name for _, name in entries))
-        originals = dict(ledger.originals)
+        originals, merged = dict(ledger.originals), (ledger.entries, ledger.own)
         before = {name: storage_of(base, name).keep(base, name) for name in originals}
         try:
             for name, value in values.items():
@@ -159,12 +159,12 @@ def rewrite(layer: AdaptedModule, entries: list[Entry], safe: bool = False, own:
                 storage.write(base, name, value, alone)
             for name in (name for name in originals if name not in values):
                 storage_of(base, name).restore(base, name, originals[name])
+            ledger.entries, ledger.own = entries, own
         except BaseException:
             for name, original in ledger.originals.items():
                 storage_of(base, name).restore(base, name, before.get(name, original))
-            ledger.originals = originals
+            ledger.originals, (ledger.entries, ledger.own) = originals, merged
             raise
-        ledger.entries, ledger.own = entries, own
         ledger.originals = {name: value for name, value in ledger.originals.items() if name in values}
 
 
