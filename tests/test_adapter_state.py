@@ -9,7 +9,15 @@ import torch
 
 import peft
 import tiny_models as tiny
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_model_status, get_peft_model
+from peft import (
+    HRAConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_model_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft import functional as F
 
 
@@ -279,3 +287,23 @@ def test_what_is_done_to_one_adapter_takes_no_longer_with_many_beside_it(operati
         if operation == "add_adapter":
             model.delete_adapter("new")
     assert calls[1] < 1.3 * calls[0], calls
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (LoraConfig(r=2, target_modules=["lin0"]), LoraConfig(r=2, target_parameters=["lin0.weight"])),
+        (LoraConfig(r=2, target_parameters=["lin0.weight"]), LoraConfig(r=2, target_modules=["lin0"])),
+        (HRAConfig(r=2, target_modules=["lin0"]), LoraConfig(r=2, target_modules=["lin0", "lin1"])),
+        (LoraConfig(r=2, target_modules=["lin0"]), HRAConfig(r=2, target_modules=["lin0"])),
+    ],
+)
+def test_names_in_a_file_do_not_depend_on_other_adapters(first, second):
+    alone = [
+        get_peft_model_state_dict(get_peft_model(tiny.MLP(), config, adapter_name=name), adapter_name=name)
+        for name, config in (("one", first), ("two", second))
+    ]
+    model = get_peft_model(tiny.MLP(), first, adapter_name="one", mixed=type(first) is not type(second))
+    model.add_adapter("two", second)
+    for name, tensors in zip(("one", "two"), alone, strict=True):
+        assert get_peft_model_state_dict(model, adapter_name=name).keys() == tensors.keys()

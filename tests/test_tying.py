@@ -335,3 +335,41 @@ def test_what_an_adapter_trains_in_full_is_the_base_models_whatever_others_are_o
     torch.testing.assert_close(loaded(ids).logits, trained)
     model.set_adapter("a")
     torch.testing.assert_close(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("first", ["changes", "rows"])
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "all-linear"])
+@pytest.mark.parametrize("base", [tied_llama, llama])
+def test_one_adapter_changes_a_module_of_which_another_trains_rows(base, target, first, tmp_path):
+    configs = {
+        "changes": LoraConfig(r=2, target_modules=target if target == "all-linear" else ["q_proj", target]),
+        "rows": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5]),
+    }
+    plain = base()(input_ids=IDS).logits
+    model = get_peft_model(base(), configs[first], adapter_name=first)
+    second = next(name for name in configs if name != first)
+    model.add_adapter(second, configs[second])
+    outputs = {}
+    for name in configs:
+        model.set_adapter(name)
+        outputs[name] = randomised(model)(input_ids=IDS).logits
+        assert not torch.allclose(outputs[name], plain, atol=1e-3)
+    mixed = model(input_ids=IDS, adapter_names=list(configs)).logits
+    model.merge_adapter(["changes"])
+    model.merge_adapter(["rows"])
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, plain)
+    model.save_pretrained(tmp_path)
+    for sample, (name, output) in enumerate(outputs.items()):
+        torch.testing.assert_close(mixed[sample], output[sample], atol=1e-4, rtol=1e-4)
+        loaded = PeftModel.from_pretrained(base(), tmp_path / name, adapter_name=name)
+        assert torch.equal(loaded(input_ids=IDS).logits, output)
+        alone = get_peft_model(base(), configs[name], adapter_name=name)
+        names = [get_peft_model_state_dict(m, adapter_name=name).keys() for m in (model, loaded, alone)]
+        assert names[0] == names[1] == names[2]
+    model.delete_adapter("changes")
+    model.set_adapter("rows")
+    torch.testing.assert_close(model(input_ids=IDS).logits, outputs["rows"], atol=1e-5, rtol=1e-5)
+    model.unload()
+    assert torch.equal(model.get_base_model()(input_ids=IDS).logits, plain)

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from peft.checkpoint.gather import Location, prompt_tensors, unaliased, values_of
-from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
 from peft.core.model_config import embeddings_of
 from peft.core.storage.sharded import reshard
 from peft.core.storage.shared import put, shape_of
-from peft.core.tokens import TrainableTokensWrapper
 from peft.core.tuner import BaseTuner
 from peft.core.undo import is_adding
 from peft.core.walk import live_modules, parts_of
 from peft.core.whole import contents_kept
-from peft.core.wrappers import unwrapped
+from peft.core.wrappers import plain_name, unwrapped
 from peft.errors import listed, warn
 from peft.hub import fetch
 from peft.registry import method_of
@@ -43,7 +42,7 @@ def locations_of(model: nn.Module, adapter_name: str) -> dict[str, Location]:
     """Where the tensors of an adapter live, by the names that files have for them."""
     locations = {}
     for path, module in live_modules(model):
-        if not isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper, BaseTuner)):
+        if not isinstance(module, (AdapterLayer, ModulesToSaveWrapper, BaseTuner)):
             continue
         prefix = f"{path}." if path else ""
         layer = next(module.layers(), None) if isinstance(module, BaseTuner) else module
@@ -51,12 +50,22 @@ def locations_of(model: nn.Module, adapter_name: str) -> dict[str, Location]:
         for file_name, live in module.key_map(adapter_name).items():
             owner_path, _, attribute = live.rpartition(".")
             owner = module.get_submodule(owner_path) if owner_path else module
-            locations[_in_files(model, prefix + file_name)] = Location(prefix + live, owner, attribute, device)
+            name = _in_files(model, adapter_name, prefix + file_name)
+            locations[name] = Location(prefix + live, owner, attribute, device)
     return locations
 
 
-def _in_files(model: nn.Module, name: str) -> str:
-    """The name of a tensor as files have it: without what a tuner holds the base model under."""
+def _in_files(model: nn.Module, adapter_name: str, name: str) -> str:
+    """The name of a tensor as files have it: as if the adapter were alone, and the base model called `model`."""
+    module: Any = model
+    parts: list[str] = []
+    for part in name.split(".") if "base_layer" in name else ():
+        if part == "base_layer" and isinstance(module, AdapterLayer) and module.is_beside(adapter_name):
+            parts.append("token_adapter")
+        if part != "base_layer" or not isinstance(module, AdapterLayer) or module.has(adapter_name):
+            parts.append(part)
+        module = unwrapped(module._modules[part]) if module and module._modules.get(part) else None
+    name = ".".join(parts) or name
     holder = getattr(model.__dict__.get("_modules", {}).get("base_model"), "holder", "model")
     return name if holder == "model" else name.replace(f"base_model.{holder}.", "base_model.model.", 1)
 
@@ -102,7 +111,7 @@ def get_peft_model_state_dict(
     tensors: dict[str, Tensor] = {}
     if config.is_prompt_learning and isinstance(model, PromptHost):
         tensors = prompt_tensors(model, adapter_name, state_dict)
-    locations.update(_embeddings_to_save(model, config, save_embedding_layers))
+    locations.update(_embeddings_to_save(model, adapter_name, save_embedding_layers))
     tensors |= values_of(model, locations, state_dict)
     method = getattr(method_of(config.peft_type).model_class, "method_class", None)
     return unaliased(tensors if method is None else method.write_tensors(model, adapter_name, tensors))
@@ -111,20 +120,24 @@ def get_peft_model_state_dict(
 def _bias_locations(model: nn.Module, adapter_name: str, copies: bool = False) -> dict[str, Location]:
     """The biases of the base model that an adapter has trained; with `copies`, see `stored_biases`."""
     biases = stored_biases(model, adapter_name, copies)
-    return {_in_files(model, key): Location(live, owner, name, None, kept) for key, live, owner, name, kept in biases}
+    return {
+        _in_files(model, adapter_name, key): Location(live, owner, name, None, kept)
+        for key, live, owner, name, kept in biases
+    }
 
 
-def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | str) -> dict[str, Location]:
+def _embeddings_to_save(model: nn.Module, adapter_name: str, choice: bool | str) -> dict[str, Location]:
     """The base weights of embeddings that are saved along: if not chosen, those that the adapter names and is on."""
     if not choice:
         return {}
+    config = config_of(model, adapter_name)
     targets = getattr(config, "target_modules", None) or ()  # a list, or an expression with the name in it
     stores = config.stores_embeddings and getattr(config, "trainable_token_indices", None) is None
     named = choice == "auto" and stores and any(name in targets for name in EMBEDDING_LAYER_NAMES)
     changed = vocabulary_changed(model, config)
     if choice == "auto" and not named and not changed:
         return {}
-    plain, adapted = _embedding_locations(model)
+    plain, adapted = _embedding_locations(model, adapter_name)
     if named and adapted:
         warn(
             "The adapter targets embedding layers, so their base weights are saved along (save_embedding_layers=True)."
@@ -145,8 +158,12 @@ def vocabulary_changed(model: nn.Module, config: Any) -> bool:
     return isinstance(before, int) and before != now
 
 
-def _embedding_locations(model: nn.Module) -> tuple[dict[str, Location], dict[str, Location]]:
-    """The base weights of the embedding and the output layer: of those without adapters, and of those with."""
+def _embedding_locations(
+    model: nn.Module, adapter_name: str
+) -> tuple[dict[str, Location], dict[str, Location]]:
+    """The base weights of the embedding and the output layer: of those that the adapter leaves, or trains rows of, and
+    of those that it is on.
+    """
     locations: dict[str, Location] = {}
     adapted: dict[str, Location] = {}
     for side in ("input", "output"):
@@ -155,16 +172,13 @@ def _embedding_locations(model: nn.Module) -> tuple[dict[str, Location], dict[st
         path = next((path for path, module in live_modules(model) if module is layer), None)
         if path is None or isinstance(layer, ModulesToSaveWrapper):  # which is trained, and saved in full already
             continue
-        if isinstance(layer, TrainableTokensWrapper):
-            live = f"{path}.token_adapter.base_layer.weight"
-            kept = layer.token_adapter.ledger.originals
-            locations[_in_files(model, live)] = Location(live, layer.original_module, "weight", None, kept)
-            continue
-        depth = 1 + layer.count_below() if isinstance(layer, AdapterLayer) else 0
-        base, kept = (layer.get_base_layer(), layer.ledger.originals) if depth else (layer, {})
-        for name, _ in base.named_parameters(recurse=False):
-            live = f"{path}{'.base_layer' * depth}.{name}"
-            (adapted if depth else locations)[_in_files(model, live)] = Location(live, base, name, None, kept)
+        kept, found = {}, locations
+        while isinstance(layer, AdapterLayer):
+            found = adapted if layer.has(adapter_name) and not layer.is_beside(adapter_name) else found
+            path, kept, layer = f"{path}.base_layer", layer.ledger.originals, layer.base_layer
+        for name, _ in layer.named_parameters(recurse=False):
+            live = f"{path}.{name}"
+            found[_in_files(model, adapter_name, live)] = Location(live, layer, name, None, kept)
     return locations, adapted
 
 
@@ -286,7 +300,7 @@ class Places:
         self._biases: dict[tuple[int, str], Location] = {}
         for key, location in _bias_locations(model, adapter_name).items():
             self._biases[_place(base_location(model, key) or location)] = location
-        plain, adapted = _embedding_locations(model)
+        plain, adapted = _embedding_locations(model, adapter_name)
         self._adapted = {_place(location): location for location in adapted.values()}
         self._embeddings = {_place(location) for location in plain.values()}
         self._raw = self._raw_names(adapter_name, [*keys])
@@ -301,7 +315,7 @@ class Places:
         by_rest = {(before, after): name for name, (before, part, after) in cuts if part == adapter_name}
         raw: dict[str, dict[str, str]] = {}
         for key in keys:
-            for before, part, after in _cuts(key) if key not in self._locations else ():
+            for before, part, after in _cuts(plain_name(key)) if key not in self._locations else ():
                 if (before, after) in by_rest:
                     raw.setdefault(part, {})[key] = by_rest[before, after]
         # Of several adapters in the file, the one of that name; else "default"; else the only one.

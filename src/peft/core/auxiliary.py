@@ -1,4 +1,4 @@
-"""What is trained beside the adapters: whole modules, and single rows of an embedding."""
+"""Modules that are trained in full beside the adapters."""
 
 from __future__ import annotations
 
@@ -13,37 +13,11 @@ from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import ModuleSlot
 from peft.core.storage.shared import whole_copy
-from peft.core.wrappers import get_submodules, state_names
+from peft.core.wrappers import get_submodules, plain_name, state_names
 from peft.errors import warn
 
 
-class AuxiliaryTrainingWrapper(Part):
-    """A module of the model with something trained in its place: one version of it per adapter."""
-
-    def of_module(self, name: str) -> Any:
-        return getattr(self.current_module(), name)
-
-    @property
-    def wrapped(self) -> nn.Module:
-        return self.original_module  # type: ignore[return-value]  # a module, or a property of the kind
-
-    def current_module(self) -> nn.Module:
-        """The module that the next forward pass runs."""
-        raise NotImplementedError
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Names as files have them -> names as the live module has them."""
-        return self.key_map(adapter_name)
-
-    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An adapter's tensors, as files name them, out of this module's `state_dict`."""
-        return {key: state_dict[live] for key, live in self.key_map(adapter_name).items() if live in state_dict}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current_module()(*args, **kwargs)
-
-
-class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+class ModulesToSaveWrapper(Part):
     """A module that each adapter trains in full: `modules_to_save[adapter]` beside `original_module`.
 
     Args:
@@ -60,6 +34,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self.modules_to_save = nn.ModuleDict()  # type: ignore[assignment]
         module_to_save.requires_grad_(False)
         self.update(adapter_name, tied_module)
+
+    def of_module(self, name: str) -> Any:
+        return getattr(self.current_module(), name)
+
+    @property
+    def wrapped(self) -> nn.Module:
+        return self.original_module
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None) -> None:
         """Makes a copy of the original for another adapter."""
@@ -93,13 +74,14 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return self.modules_to_save[name] if name != BASE and self.has(name) else self.original_module
 
     def current_module(self) -> nn.Module:
+        """The module that the next forward pass runs."""
         return self.version(BASE if self._disable_adapters or not self._active else self._active[0])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None) if kwargs else None
         route = current_route() if names is None else Route(names)
         if route is None or self._disable_adapters:
-            return super().forward(*args, **kwargs)
+            return self.current_module()(*args, **kwargs)
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if first is None:
             raise ValueError("adapter_names (a mixed batch) needs modules whose inputs are tensors, a row per sample.")
@@ -108,6 +90,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             some_args, some_kwargs = select_rows(index, rows, args, kwargs)
             parts.append((index, self.version(name)(*some_args, **some_kwargs)))
         return join_rows(parts, 0, rows)
+
+    def is_beside(self, name: str) -> bool:
+        return self.has(name)
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return [parameter for parameter in super().adapter_parameters(name) if parameter.is_floating_point()]
@@ -133,11 +118,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 def _without_adapters(module: nn.Module) -> Any:
     """The module of the base model that is left of one with parts of other adapters in it, or around it."""
     for path, part in reversed([*module.named_modules()]):
+        path = plain_name(path)
         place, _, child = path.rpartition(".")
-        for name in part.merged_adapters if isinstance(part, Part) else ():
-            part.delete_adapter(name)  # takes it out of the weight
-        if not isinstance(part, Part) or child == "token_adapter":  # what holds one stands for both
+        if not isinstance(part, Part):
             continue
+        for name in part.merged_adapters:
+            part.delete_adapter(name)  # takes it out of the weight
         left = part.unload(merge=False)
         if not path:
             module = left  # type: ignore[assignment]

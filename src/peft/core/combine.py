@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.part import check_adapter_name, known
+from peft.core.part import Part, check_adapter_name, known
 from peft.core.targets import matching_entry, model_modules, target_name
-from peft.core.tokens import TrainableTokensWrapper
+from peft.core.tokens import TrainableTokensLayer
 from peft.core.undo import all_or_nothing
 from peft.errors import warn
 
@@ -66,19 +65,18 @@ def check_combination(
     return names, [float(weight) for weight in weights][: len(names)]
 
 
-def _owners(method: Method, names: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, str]]:
+def _owners(method: Method, names: Sequence[str]) -> list[tuple[Part, str]]:
     """Modules that one of the adapters trains in full (or rows of them), and which does."""
     owners = []
     for key, part in method.tuner.parts():
-        if isinstance(part, AuxiliaryTrainingWrapper):
-            here = [name for name in dict.fromkeys(names) if part.has(name)]
-            if len(here) > 1:
-                setting = "trainable_token_indices" if isinstance(part, TrainableTokensWrapper) else "modules_to_save"
-                raise ValueError(
-                    f"{', '.join(here)} all train {key!r} itself ({setting}), and there is no sum of that. At most one"
-                    " of the adapters to combine may; the new adapter takes it over as it is."
-                )
-            owners += [(part, name) for name in here]
+        here = [name for name in dict.fromkeys(names) if part.is_beside(name)]
+        if len(here) > 1:
+            setting = "trainable_token_indices" if isinstance(part, TrainableTokensLayer) else "modules_to_save"
+            raise ValueError(
+                f"{', '.join(here)} all train {key!r} itself ({setting}), and there is no sum of that. At most one"
+                " of the adapters to combine may; the new adapter takes it over as it is."
+            )
+        owners += [(part, name) for name in here]
     return owners
 
 

@@ -33,11 +33,12 @@ from peft.core.targets import (
     state_dict_targets,
     target_name,
 )
-from peft.core.tokens import token_rows, train_tokens
+from peft.core.tokens import TrainableTokensLayer, token_rows, train_tokens
 from peft.core.tying import tie_configuration, tied_embedding_modules, warn_of_tied_targets
 from peft.core.undo import as_before, hand_over
 from peft.core.walk import base_parameters, live_key, live_modules, put_back
 from peft.core.whole import alone
+from peft.core.wrappers import held
 from peft.errors import warn
 
 
@@ -135,6 +136,8 @@ class Injector(Adapters):
         method = self.method(peft_config)
         layer = self._find_layer(target, parameter_name, method.layer_class)
         if layer is None:
+            if isinstance(target, TrainableTokensLayer):
+                target.part_from(part for _, part in self.parts())
             layer = method.make_layer(peft_config, target, parameter_name, current_key)
             layer.share(method.shared)
             layer.without_samples, layer.is_read = without_samples(current_key), is_read(self.model, current_key)
@@ -241,7 +244,7 @@ class Injector(Adapters):
         """Puts the adapter on each module and parameter."""
         for target in sorted(plan.targets, key=lambda target: target.parameter_name is not None):
             # By now it may be a layer, if another parameter of the module came before.
-            module: Any = target.parent._modules[target.child] if target.child else target.parent
+            module: Any = held(target.parent._modules[target.child]) if target.child else target.parent
             extra = {} if target.parameter_name is None else {"parameter_name": target.parameter_name}
             self._create_and_replace(
                 config, adapter_name, module, target.child, target.parent, current_key=target.key, **extra

@@ -134,6 +134,10 @@ class Part(nn.Module):
                 return True
         return False
 
+    def is_beside(self, name: str) -> bool:
+        """Whether adapter `name` trains something here beside its changes: a module in full, or rows of one."""
+        return False
+
     def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
         """The parameters that adapter `name` has here."""
         parameters: list[nn.Parameter] = []
@@ -206,6 +210,14 @@ class Part(nn.Module):
             if name in entries and self.slots[slot].is_stored(self.configs[name], slot):
                 keys |= names_in(entries, slot, name)
         return keys
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names as files have them -> names as the live module has them."""
+        return self.key_map(adapter_name)
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter's tensors, as files name them, out of this module's `state_dict`."""
+        return {key: state_dict[live] for key, live in self.key_map(adapter_name).items() if live in state_dict}
 
     def move(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Moves the tensors of an adapter; those on the meta device become empty ones elsewhere."""

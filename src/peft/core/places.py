@@ -14,6 +14,7 @@ from peft.core.part import Part
 from peft.core.plan import Plan
 from peft.core.targets import base_of
 from peft.core.walk import live_key, live_modules
+from peft.core.wrappers import held
 
 
 def unite_embeddings(model: Any, plan: Plan, undo: ExitStack) -> None:
@@ -44,11 +45,11 @@ def unite_embeddings(model: Any, plan: Plan, undo: ExitStack) -> None:
 def put_everywhere(model: nn.Module) -> None:
     """Puts parts in all places of the modules that they are around or stand for."""
     holders = [module for _, module in live_modules(model) if not isinstance(module, Part)]
-    outer: dict[int, Part] = {}
+    outer: dict[int, nn.Module | None] = {}
     for holder in holders:
         for child in holder._modules.values():
-            if isinstance(child, Part) and not isinstance(child, TrainedBiases):
-                inner: nn.Module = child
+            inner: Any = held(child)
+            if isinstance(inner, Part) and not isinstance(inner, TrainedBiases):
                 while isinstance(inner, Part):
                     inner = inner.wrapped
                 outer[id(inner)] = child
@@ -62,5 +63,6 @@ def take_away_everywhere(model: nn.Module, left: Mapping[Part, nn.Module | None]
     """Puts in all places of parts what is left where they were."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            if isinstance(child, Part) and left.get(child) is not None:
-                module._modules[name] = left[child]
+            part = held(child)
+            if isinstance(part, Part) and left.get(part) is not None:
+                module._modules[name] = left[part]

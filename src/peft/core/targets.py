@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from peft import patterns
-from peft.core.auxiliary import AuxiliaryTrainingWrapper
+from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.base_op import LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.model_config import embeddings_of, model_config_of
+from peft.core.wrappers import held
 from peft.target_tables import DEFAULT_TARGETS
 
 #: what names of tensors in files begin with
@@ -37,12 +38,13 @@ def model_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, 
     while waiting:
         place = key, module, _, _ = waiting.pop()
         yield place
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, ModulesToSaveWrapper):
             continue
         base = base_of(module)
         if base._modules:
             prefix = f"{key}." if key else ""
-            waiting += [(prefix + name, child, base, name) for name, child in reversed(list(base.named_children()))]
+            children = reversed(list(base.named_children()))
+            waiting += [(prefix + name, held(child), base, name) for name, child in children]
 
 
 def target_name(path: str, layer: AdapterLayer) -> str:
@@ -178,7 +180,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def all_linear(model: Any, leave_out: Iterable[str] = ()) -> set[str]:
     """What "all-linear" means in a model: every linear layer but the output embedding and those in `leave_out`."""
-    head = embeddings_of(model, "output")
+    head = held(embeddings_of(model, "output"))
     leave_out = set(leave_out)
     inside = {id(m) for _, a in model_modules(model) if isinstance(a, nn.MultiheadAttention) for m in a.children()}
     return {

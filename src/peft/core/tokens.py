@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.core.adapted import Ledger
+from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.base_op import BaseOp, EmbeddingOp, base_op
 from peft.core.change import Change, Weight
 from peft.core.layer import AdapterLayer
+from peft.core.part import Part
 from peft.core.slots import Setting, Slot
 from peft.core.storage.shared import shape_of
-from peft.core.targets import check_target_module_exists, ends_with, model_modules, saved_as
+from peft.core.targets import base_of, check_target_module_exists, ends_with, model_modules, saved_as
 from peft.core.tying import input_embedding_name, tied_embedding_modules
 from peft.core.walk import live_key
-from peft.core.wrappers import get_submodules
+from peft.core.wrappers import get_submodules, unwrapped
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +64,9 @@ class Rows(Change):
 class TrainableTokensLayer(AdapterLayer):
     """Rows of an embedding that are trained on their own: `trainable_tokens_delta[adapter]`, [tokens, dim].
 
+    That is all of an adapter of this method; one of another may train rows beside its changes of other modules
+    (`trainable_token_indices`), and has no configuration here then.
+
     Args:
         base_layer: an `nn.Embedding`, or the linear layer tied to one.
         tied: the layer whose rows these are too (an output layer shares those of the embedding).
@@ -95,6 +100,19 @@ class TrainableTokensLayer(AdapterLayer):
             self.has_twin = tied.has_twin = True
         self.refresh()
 
+    def part_from(self, others: Iterable[Part]) -> None:
+        """Lets twins among these have weights of their own when merged: another adapter is about to change this one's.
+
+        Raises:
+            ValueError: they are merged.
+        """
+        if self.has_twin and self.ledger.entries:
+            raise ValueError("Rows of tied embeddings are merged; call unmerge_adapter() before adapting one of them.")
+        twins = [part for part in others if isinstance(part, TrainableTokensLayer) and part.ledger is self.ledger]
+        for twin in twins if self.has_twin else ():
+            twin.ledger, twin.has_twin = Ledger(), False
+            twin.refresh()
+
     def new_record(self, name: str, config: Any, own: Any = None) -> None:
         if not self._is_tied:
             super().new_record(name, config, own)
@@ -111,8 +129,12 @@ class TrainableTokensLayer(AdapterLayer):
         start = rows.clone() if getattr(config, "init_weights", True) else torch.randn_like(rows)
         self.trainable_tokens_delta[name] = nn.Parameter(start)
 
+    def is_beside(self, name: str) -> bool:
+        return self.has(name) and self.configs[name] is None
+
     def key_map(self, name: str) -> dict[str, str]:
-        return super().key_map(name) if self._is_stored else {}
+        keys = super().key_map(name) if self._is_stored else {}
+        return {f"token_adapter.{key}": live for key, live in keys.items()} if self.is_beside(name) else keys
 
     def change(self, name: str) -> Change:
         tokens = self.in_features if self.op.kind == "Embedding" else self.out_features
@@ -137,58 +159,31 @@ class TrainableTokensLayer(AdapterLayer):
         return names
 
 
-class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
-    """An embedding of which an adapter trains some rows beside its other changes: `token_adapter` around it.
+class TrainableTokensWrapper(nn.Module):
+    """What holds a layer of rows that are trained beside other changes, as `token_adapter`; no more than that name.
 
-    That is a part of its own, and has the state of the adapters.
-
-    Args:
-        module_to_save: the embedding, or the output layer tied to it.
-        adapter_name: the first adapter.
-        token_indices: the rows it trains.
-        tied_adapter: the token adapter of the embedding that this module is tied to.
-        apart: see [`TrainableTokensLayer`].
+    So parameters are called as in huggingface/peft. What it lacks is what the layer has.
     """
 
-    def __init__(
-        self,
-        module_to_save: nn.Module,
-        adapter_name: str,
-        token_indices: Sequence[int],
-        tied_adapter: TrainableTokensLayer | None = None,
-        apart: bool = False,
-    ):
+    def __init__(self, token_adapter: TrainableTokensLayer):
         super().__init__()
-        op = base_op(module_to_save)
-        if op is None or op.kind not in TrainableTokensLayer.kinds:
-            raise TypeError(f"trainable_token_indices needs an embedding, got {type(module_to_save).__name__}.")
-        self.token_adapter = TrainableTokensLayer(module_to_save, tied_adapter, apart)
-        self.update(adapter_name, token_indices=token_indices)
+        self.token_adapter = token_adapter
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "token_adapter" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.token_adapter, "base_layer" if name == "original_module" else name)
 
     @property
-    def original_module(self) -> nn.Module:
-        """The embedding itself."""
-        return self.token_adapter.base_layer
-
-    def update(self, adapter_name: str, token_indices: Sequence[int] = ()) -> None:
-        """Adds the rows of another adapter."""
-        self.token_adapter.add_adapter(adapter_name, None, token_indices=token_indices)
-
-    def has(self, name: str) -> bool:
-        return self.token_adapter.has(name)
-
-    def current_module(self) -> nn.Module:
+    def wrapped(self) -> nn.Module:
+        """The layer."""
         return self.token_adapter
 
-    @property
-    def weight(self) -> Tensor:
-        """The embedding with the trained rows in it, as models with tied embeddings ask for it."""
-        return self.token_adapter.effective()[0]
-
-    def key_map(self, name: str) -> dict[str, str]:
-        return {
-            f"token_adapter.{key}": f"token_adapter.{live}" for key, live in self.token_adapter.key_map(name).items()
-        }
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
 
 
 def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:
@@ -234,8 +229,9 @@ def _check_tied(model: nn.Module, wanted: Mapping[str, Sequence[int]]) -> None:
 
 def check_rows(key: str, module: nn.Module, indices: Sequence[int]) -> None:
     """Raises TypeError, IndexError or ValueError where these are no rows of an embedding to train."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or len(shape_of(weight)) != 2:
+    module = base_of(module)
+    weight, op = getattr(module, "weight", None), base_op(module)
+    if not isinstance(weight, Tensor) or op is None or op.kind not in TrainableTokensLayer.kinds:
         raise TypeError(f"trainable_token_indices needs an embedding; {key!r} is a {type(module).__name__}.")
     tokens = shape_of(weight)[0]
     if not all(isinstance(index, int) for index in indices):
@@ -259,7 +255,7 @@ def train_tokens(model: nn.Module, adapter_name: str, rows: Mapping[str, Sequenc
         indices = wanted.pop(tied[0])
         modules = {key: model.get_submodule(live_key(model, key)) for key in tied}
         tied = [key for key in tied if not any(modules[key] is modules[other] for other in tied[: tied.index(key)])]
-        apart = any(isinstance(module, AdapterLayer) for module in modules.values())
+        apart = any(isinstance(m, AdapterLayer) and not isinstance(m, TrainableTokensLayer) for m in modules.values())
         layer = _train_tokens_of(model, tied[0], adapter_name, indices)
         for key in tied[1:]:
             in_full = isinstance(modules[key], ModulesToSaveWrapper)
@@ -298,19 +294,18 @@ def _train_tokens_of(
     apart: bool = False,
 ) -> TrainableTokensLayer:
     owner, module, name = get_submodules(model, live_key(model, key))
-    if isinstance(module, AdapterLayer):
-        # LoRA on an output layer tied to the embedding: below it, for the rows come first.
-        while isinstance(module.base_layer, AdapterLayer):
-            module = module.base_layer
-        if not isinstance(module, TrainableTokensLayer):
-            layer = TrainableTokensLayer(module.base_layer, tied, apart).train(module.training)
-            layer.ledger = module.ledger
-            module.base_layer = module = layer
-        module.add_adapter(adapter_name, None, token_indices=indices)
-        return module
-    if isinstance(module, TrainableTokensWrapper):
-        module.update(adapter_name, token_indices=indices)
-    else:
-        module = TrainableTokensWrapper(module, adapter_name, indices, tied, apart).train(module.training)
-        setattr(owner, name, module)
-    return module.token_adapter
+    layer = unwrapped(module)
+    while isinstance(layer, AdapterLayer) and isinstance(layer.base_layer, AdapterLayer):
+        layer = layer.base_layer
+    if not isinstance(layer, TrainableTokensLayer):
+        # Next to the embedding, below LoRA on an output layer tied to it, say: the rows come first.
+        around = layer if isinstance(layer, AdapterLayer) else None
+        base = module if around is None else around.base_layer
+        layer = TrainableTokensLayer(base, tied, apart).train(base.training)
+        layer.is_read = True  # models with tied embeddings ask for the weight
+        if around is None:
+            setattr(owner, name, TrainableTokensWrapper(layer).train(base.training))
+        else:
+            layer.ledger, around.base_layer = around.ledger, layer
+    layer.add_adapter(adapter_name, None, token_indices=indices)
+    return layer

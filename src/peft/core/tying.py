@@ -10,6 +10,7 @@ from torch import nn
 
 from peft.core.model_config import embeddings_of
 from peft.core.targets import check_target_module_exists, ends_with, model_modules, saved_as
+from peft.core.wrappers import held
 from peft.errors import warn
 
 
@@ -25,18 +26,16 @@ def tied_embedding_modules(model: Any) -> list[str]:
 
 def input_embedding_name(model: Any) -> str:
     """The name of the model's input embedding; `embed_tokens` where the model does not say which it is."""
-    embedding = embeddings_of(model)
-    key = next((name for name, module in model.named_modules() if module is embedding), "embed_tokens")
-    for part in (".token_adapter.base_layer", ".token_adapter"):
-        key = key.removesuffix(part)
-    return key
+    embedding = held(embeddings_of(model))
+    return next((key for key, module in model_modules(model) if module is embedding), "embed_tokens")
 
 
 def _plain_weight(module: nn.Module) -> Any:
     """A module's own weight, whatever wraps it and is merged into it; None where it has none."""
     while True:
+        module = held(module)
         inside, ledger = module._modules, module.__dict__.get("ledger")
-        inner = inside.get("token_adapter") or inside.get("base_layer") or inside.get("original_module")
+        inner = inside.get("base_layer") or inside.get("original_module")
         kept = ledger and ledger.originals.get("weight")
         if inner is None or isinstance(kept, nn.Parameter):  # merged into a weight of its own
             return module._parameters.get("weight") if inner is None else kept

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft.core import merge as merging
 from peft.core.around import see_to_fast_paths
-from peft.core.auxiliary import AuxiliaryTrainingWrapper
+from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.method import Adapters
 from peft.core.part import Part, as_names
@@ -144,7 +144,7 @@ def _take_off(tuner: Adapters, merged: bool, names: Sequence[str] | None, progre
     names = None if names is None else as_names(names)
     left: dict[Part, nn.Module | None] = {}
     for key, part in with_progress(tuner.parts()[::-1], progressbar, "Unloading"):
-        if stay and isinstance(part, AuxiliaryTrainingWrapper):
+        if stay and isinstance(part, ModulesToSaveWrapper):
             warn(
                 f"{type(tuner).__name__} leaves {key!r} in its {type(part).__name__}, with what was trained in"
                 " effect; its `current_module()` is the plain module."

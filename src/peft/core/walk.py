@@ -59,12 +59,12 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def put_back(model: nn.Module, key: str, module: nn.Module | None) -> None:
-    """Puts `module` in place of the part called `key`; what holds a token adapter stands for both, and is put back."""
+    """Puts `module` in place of the part called `key`."""
     parent, _, name = key.rpartition(".")
     owner: Any = unwrapped(model.get_submodule(parent))
     if module is None:
         del owner._modules[name]
-    elif name != "token_adapter":
+    else:
         setattr(owner, name, module)
 
 

@@ -1,6 +1,6 @@
-"""Modules that other packages put around those of a model: FSDP's, activation checkpointing's, torch.compile's.
+"""Modules around those of a model that are no more than a name: FSDP's, activation checkpointing's, torch.compile's.
 
-They have no part in the names that tensors have in files.
+They have no part in the names of modules here, nor in those that tensors have in files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 #: where such a module keeps what it is around
-_INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+_INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "token_adapter")
 
 
 def unwrapped(module: nn.Module) -> Any:
@@ -19,6 +19,11 @@ def unwrapped(module: nn.Module) -> Any:
     while (inner := _inside(module)) is not None:
         module = inner
     return module
+
+
+def held(module: Any) -> Any:
+    """The layer of trained rows that a module is the place of; any other module itself."""
+    return getattr(module, "_modules", {}).get("token_adapter", module)
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from peft.checkpoint.files import write_adapter
 from peft.checkpoint.state import config_of, get_peft_model_state_dict
-from peft.core.auxiliary import AuxiliaryTrainingWrapper
 from peft.core.base_op import ParameterOp
 from peft.core.combine import exact_targets
 from peft.core.layer import AdapterLayer
@@ -181,8 +180,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, dict[str, Adapt
     Raises TypeError where there is nothing that could become a LoRA.
     """
     parts = parts_of(model)
-    trained = tuple(f"{path}." for path, part in parts if isinstance(part, AuxiliaryTrainingWrapper))
-    layers = {path: part for path, part in parts if isinstance(part, AdapterLayer) and not path.startswith(trained)}
+    layers = {path: part for path, part in parts if isinstance(part, AdapterLayer) and not part.is_beside(adapter_name)}
     if not layers:
         raise TypeError(f"{type(model).__name__} has no adapter layers for a conversion to LoRA.")
     config = config_of(model, adapter_name)
