@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft.checkpoint.state import locations_of
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
-from peft.core.walk import parts_of
+from peft.core.walk import layers_of
 from peft.errors import warn
 
 #: how far the sum of a tensor that is made again may be off, as a share of its length: rounding, on another machine
@@ -105,19 +105,16 @@ def _has_sum(tensors: list[Tensor], before: float) -> bool:
     return abs(checksum(tensors) - before) <= _TOLERANCE * max(length, 1e-12)
 
 
-def _layers(tuner: Any, adapter_name: str) -> Iterator[AdapterLayer]:
-    return (part for _, part in parts_of(tuner) if isinstance(part, AdapterLayer) and part.has(adapter_name))
-
-
 def _fixed(tuner: Any, adapter_name: str, everything: bool = False) -> dict[str, list[Tensor]]:
     """The fixed tensors that the file of an adapter holds (`everything`: all), by slot, in the order of the layers."""
     config = tuner.peft_config[adapter_name]
     method = tuner.method(config)
+    layers = layers_of(tuner, AdapterLayer, adapter_name).values()
     found: dict[str, list[Tensor]] = {}
     for name, slot in method.layer_class.slots.items():
         if slot.trained or not (everything or slot.is_stored(config, name)):
             continue
-        held: list[Any] = [method.shared] if slot.shared else [layer._modules for layer in _layers(tuner, adapter_name)]
+        held: list[Any] = [method.shared] if slot.shared else [layer._modules for layer in layers]
         own = [containers[name] for containers in held if adapter_name in containers.get(name, ())]
         found[name] = [tensor for container in own for tensor in _tensors(container[adapter_name])]
     return {name: tensors for name, tensors in found.items() if tensors}
@@ -134,7 +131,7 @@ def _made_again(tuner: Any, adapter_name: str) -> dict[str, list[Tensor]]:
         with torch.device("cpu"):
             made = {name: list(_tensors(value)) for name, value in method.share(plan, config, adapter_name).items()}
         method.planned = {}
-    for layer in _layers(tuner, adapter_name):
+    for layer in layers_of(tuner, AdapterLayer, adapter_name).values():
         fixed = {name: slot for name, slot in layer.slots.items() if not slot.trained and not slot.shared}
         names = [name for name, slot in fixed.items() if slot.is_stored(config, name)]
         for name, tensors in _drawn(layer, adapter_name, config, names).items():

@@ -18,7 +18,7 @@ from peft.core.storage.sharded import reshard
 from peft.core.storage.shared import put, shape_of
 from peft.core.tuner import BaseTuner
 from peft.core.undo import is_adding
-from peft.core.walk import live_modules, parts_of
+from peft.core.walk import layers_of, live_modules
 from peft.core.whole import contents_kept
 from peft.core.wrappers import plain_name, unwrapped
 from peft.errors import listed, warn
@@ -222,9 +222,8 @@ def set_peft_model_state_dict(
                     _assign(location, value)
                 else:
                     put(location.tensor, value)
-            for _, part in parts_of(model):
-                if isinstance(part, AdapterLayer) and part.has(adapter_name):
-                    part.loaded(adapter_name)
+            for layer in layers_of(model, AdapterLayer, adapter_name).values():
+                layer.loaded(adapter_name)
     return IncompatibleKeys(fit.missing(), fit.unexpected)
 
 

@@ -39,11 +39,13 @@ class Change:
 
     #: whether it adds something to the output that depends on the input alone
     additive: ClassVar[bool] = False
+    #: whether it does to the module's own bias what it does to the rest of the output
+    with_bias = True
 
     @property
     def needs_bias(self) -> bool:
         """Whether `leave` has to know the bias that is part of `y`."""
-        return False
+        return not self.with_bias
 
     def acts(self, op: BaseOp) -> bool:
         """Whether it can be had by what goes in and comes out; else the module has to run with a changed weight."""
@@ -251,18 +253,8 @@ class ScaleInput(Change):
         return op.scale_columns(module, matrix, self.values)
 
 
-class _OfOutput(Change):
-    """A linear map of outputs: of the module's own bias too, or of all but that."""
-
-    with_bias: bool
-
-    @property
-    def needs_bias(self) -> bool:
-        return not self.with_bias
-
-
 @dataclass(slots=True, eq=False)
-class ScaleOutput(_OfOutput):
+class ScaleOutput(Change):
     """s * y, for one factor per row of W [out]; the module's own bias aside, unless `with_bias`."""
 
     values: Tensor
@@ -309,7 +301,7 @@ class OnInput(Change):
 
 
 @dataclass(slots=True, eq=False)
-class OnOutput(_OfOutput):
+class OnOutput(Change):
     """f(y), for a linear map f of vectors [..., out]; the module's own bias aside, unless `with_bias`.
 
     Attributes:

@@ -35,10 +35,7 @@ class Rows(Change):
 
     index: Tensor
     values: Tensor
-
-    @property
-    def needs_bias(self) -> bool:
-        return True
+    with_bias = False
 
     def acts(self, op: BaseOp) -> bool:
         return op.kind in ("Embedding", "Linear") and self.index.numel() > 0

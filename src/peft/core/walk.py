@@ -20,9 +20,10 @@ def parts_of(model: nn.Module) -> list[tuple[str, Part]]:
     return [(name, module) for name, module in live_modules(model) if isinstance(module, Part)]
 
 
-def layers_of(model: nn.Module, kind: type[L], adapter_name: str) -> dict[str, L]:
-    """The layers of a kind that have an adapter, by name."""
-    return {path: part for path, part in parts_of(model) if isinstance(part, kind) and part.has(adapter_name)}
+def layers_of(model: nn.Module, kind: type[L], adapter_name: str | None = None) -> dict[str, L]:
+    """The layers of a kind that have an adapter, by name; all of that kind if None."""
+    layers = ((path, part) for path, part in parts_of(model) if isinstance(part, kind))
+    return {path: layer for path, layer in layers if adapter_name is None or layer.has(adapter_name)}
 
 
 def live_modules(model: nn.Module, copies: bool = True) -> Iterator[tuple[str, nn.Module]]:

@@ -114,10 +114,7 @@ class Watch:
             handle.remove()
         self._handles = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        return Watch()
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # copies too begin anew
         return Watch, ()
 
 

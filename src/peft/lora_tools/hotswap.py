@@ -14,7 +14,7 @@ from peft.checkpoint.state import Fit, Location, config_of
 from peft.config import PeftConfig, build_config
 from peft.core.combine import fill
 from peft.core.targets import ROOT, target_name
-from peft.core.walk import parts_of
+from peft.core.walk import layers_of
 from peft.core.whole import alone, contents_kept
 from peft.errors import warn
 from peft.lora_tools.formats import as_pattern
@@ -104,7 +104,7 @@ def hotswap_adapter_from_state_dict(
     """
     plain = _plain(model)
     old = config_of(plain, adapter_name)
-    layers = _layers_of(plain, adapter_name)
+    layers = layers_of(plain, LoraLayer, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
     given, beside = _sorted_out(plain, state_dict, adapter_name, config, parameter_prefix)
@@ -158,16 +158,16 @@ def prepare_model_for_compiled_hotswap(
             raise ValueError(message)
         warn(message)
     plain = _plain(model)
-    names = dict.fromkeys(name for layer in _layers_of(plain).values() for name in layer.adapter_names())
+    names = dict.fromkeys(name for layer in layers_of(plain, LoraLayer).values() for name in layer.adapter_names())
     if not names:
         raise ValueError(f"{type(plain).__name__} has no LoRA: load the first adapter before this, others after.")
     if target_rank is not None:
-        for path, layer in _layers_of(plain).items():
+        for path, layer in layers_of(plain, LoraLayer).items():
             _check_room(path, layer, target_rank)
         for each in config.values() if isinstance(config, Mapping) else [config] if config is not None else []:
             each.r, each.rank_pattern = target_rank, dict.fromkeys(each.rank_pattern, target_rank)
     for name in names:
-        layers = _layers_of(plain, name)
+        layers = layers_of(plain, LoraLayer, name)
         if target_rank is not None:
             for layer in layers.values():
                 _resize(layer, name, target_rank)
@@ -187,13 +187,6 @@ def _plain(model: nn.Module) -> nn.Module:
 
 def _compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules())
-
-
-def _layers_of(model: nn.Module, name: str | None = None) -> dict[str, LoraLayer]:
-    """The LoRA layers of a model by path, those with one adapter if a name is given."""
-    return {
-        path: part for path, part in parts_of(model) if isinstance(part, LoraLayer) and (name is None or part.has(name))
-    }
 
 
 def _sorted_out(
