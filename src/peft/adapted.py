@@ -263,7 +263,8 @@ class AdaptedModel(PromptHost):
 def check_trainable(config: PeftConfig) -> None:
     """Raises ValueError where a prompt is to be trained further whose file does not hold what is trained."""
     encoder: Any = method_of(config.peft_type or "").model_class
-    if config.is_prompt_learning and not encoder.is_whole_in_files(config):
+    # Of keys and values, files hold all that is trained, unless a projection makes them.
+    if config.is_prompt_learning and (encoder.adds_tokens or getattr(config, "prefix_projection", False)):
         raise ValueError(
             "A prompt learning adapter that is loaded cannot be trainable; what made it is not saved. Prompts of keys"
             " and values can, those of CARTRIDGE and of PREFIX_TUNING without a projection."

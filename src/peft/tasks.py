@@ -14,10 +14,10 @@ from torch.nn.functional import pad
 
 from peft.config import PeftConfig
 from peft.core.call import cached_tokens
-from peft.core.undo import as_before, undone_on_error
+from peft.core.undo import as_before, replaced, undone_on_error
 from peft.errors import warn
 from peft.model import TASK_CLASSES, PeftModel
-from peft.tuners.prompts.base import lengthen, replaced
+from peft.tuners.prompts.base import lengthen
 
 _COMMON = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft.checkpoint.state import locations_of
 from peft.core.layer import AdapterLayer
 from peft.core.plan import Plan
+from peft.core.undo import replaced
 from peft.core.walk import layers_of
 from peft.errors import warn
 
@@ -52,11 +53,8 @@ def leave_out(
             " stay in the file."
         )
     before = locations_of(model, adapter_name)
-    config.left_out = sums
-    try:
+    with replaced(config, "left_out", sums):
         after = locations_of(model, adapter_name)
-    finally:
-        config.left_out = None
     # What layers share has a name in each of them; the first will do.
     once = {(id(slot.owner), slot.attribute): key for key, slot in reversed(after.items())}
     tensors = {key: tensor for key, tensor in tensors.items() if key not in before or key in once.values()}

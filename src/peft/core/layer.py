@@ -22,6 +22,7 @@ from peft.core.part import Part, as_names, keep_values, tensors_in
 from peft.core.routing import Route
 from peft.core.run import run, run_routed
 from peft.core.storage import onloaded, storage_of
+from peft.core.undo import replaced
 from peft.errors import warn
 
 
@@ -144,14 +145,11 @@ class AdapterLayer(AdaptedModule):
         self.new_record(name, config, own)
         for setting, value in (planned or {}).items():
             self.settings.setdefault(setting, {})[name] = value
-        self.__dict__["waits_for_file"] = torch.get_default_device().type == "meta"
-        try:
+        with replaced(self, "waits_for_file", torch.get_default_device().type == "meta"):
             # Beside a weight without memory, tensors would lose their values at once: they are made without as well.
             with device if device is not None and device.type == "meta" else nullcontext():
                 self.create(name, config if own is None else own, **settings)
             self._draw(name, config)
-        finally:
-            self.__dict__["waits_for_file"] = False
         for parameter in self.adapter_parameters(name):
             parameter.requires_grad = False
         if not self.lacks(name):  # else loading will bring them

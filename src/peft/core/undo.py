@@ -1,4 +1,4 @@
-"""Changes that are taken back if what they belong to ends by an error."""
+"""Changes that are taken back: if what they belong to ends by an error, or when it ends."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ def as_before(thing: Any) -> Callable[[], None]:
         thing.__dict__.update(before)
 
     return put_back
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """For a while, an object has `value` as its attribute `name`."""
+    before = {key: own for key, own in owner.__dict__.items() if key == name}
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del owner.__dict__[name]
+        owner.__dict__.update(before)
 
 
 def hand_over(undo: ExitStack) -> None:

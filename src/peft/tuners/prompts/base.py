@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from peft.core.storage import onloaded, place_of
 from peft.core.storage.gradients import keep_open
 from peft.core.storage.sharded import agree, average_gradients, call_whole
 from peft.core.storage.shared import gathered, put, shape_of
+from peft.core.undo import as_before, undone_on_error
 from peft.registry import TaskType, method_of
 
 #: inputs with one entry per token, for which 0 is a good entry for a virtual token
@@ -69,18 +70,6 @@ def lengthen(inputs: dict[str, Any], name: str, front: Tensor) -> None:
     inputs[name] = torch.cat((front.to(value), value), dim=1)
 
 
-@contextmanager
-def replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """For a while, `owner.name` is `value`."""
-    before = {key: own for key, own in owner.__dict__.items() if key == name}
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        del owner.__dict__[name]
-        owner.__dict__.update(before)
-
-
 class VirtualTokens(nn.Module):
     """Base of the soft prompts: makes the vectors of the virtual tokens and puts them into a model's inputs.
 
@@ -125,11 +114,6 @@ class VirtualTokens(nn.Module):
                 raise ValueError(f"token_dim={config.token_dim}, but word embeddings are {width} wide; leave it out.")
         given = {field: getattr(config, field) for field in found if getattr(config, field) is not None}
         return {**found, **given}
-
-    @classmethod
-    def is_whole_in_files(cls, config: Any) -> bool:
-        """Whether a file holds all that is trained, so that a prompt that is loaded can be trained further."""
-        return False
 
     @classmethod
     def build(cls, config: PromptLearningConfig, model: nn.Module, word_embeddings: nn.Module) -> VirtualTokens:
@@ -251,14 +235,9 @@ class PromptHost(nn.Module):
         if not encoder_class.adds_tokens:
             tensor_parallel.check_heads(self.base_model, config.peft_type.value)
         embeddings = self._prompted_embeddings(encoder_class)
-        before = dict(config.__dict__)
-        try:
+        with undone_on_error(as_before(config)), onloaded(embeddings):
             config.__dict__.update(encoder_class.shapes(config, self.base_model, embeddings))
-            with onloaded(embeddings):
-                encoder = encoder_class.build(config, self.base_model, embeddings).to(place_of(embeddings)[0])
-        except BaseException:
-            config.__dict__.update(before)
-            raise
+            encoder = encoder_class.build(config, self.base_model, embeddings).to(place_of(embeddings)[0])
         if "prompt_encoder" not in self._modules:
             self.base_model.requires_grad_(False)
             keep_open(self.base_model.modules())

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from peft.config import PromptLearningConfig
 from peft.core.model_config import read_model_config
 from peft.core.storage import place_of
+from peft.core.undo import replaced
 from peft.registry import TaskType
-from peft.tuners.prompts.base import VirtualTokens, replaced
+from peft.tuners.prompts.base import VirtualTokens
 
 #: where configurations of base models say it, beside or before the names that `read_model_config` knows
 _DECODER_NAMES = {

@@ -62,10 +62,6 @@ class CartridgeEncoder(CachedTokens):
         self.register_parameter("frozen_embedding", start)
         self.trainable_embedding = nn.Parameter(torch.randn(self.num_trainable_tokens, width))
 
-    @classmethod
-    def is_whole_in_files(cls, config: Any) -> bool:
-        return True
-
     @property
     def weight(self) -> Tensor:
         """The table [num_virtual_tokens, layers * 2 * token_dim]."""

@@ -60,10 +60,6 @@ class PrefixEncoder(CachedTokens):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
 
-    @classmethod
-    def is_whole_in_files(cls, config: Any) -> bool:
-        return not config.prefix_projection
-
     def forward(self, indices: Tensor) -> Tensor:
         """Keys and values [..., layers * 2 * token_dim] of the virtual tokens with these indices."""
         vectors = super().forward(indices)
