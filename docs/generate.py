@@ -279,7 +279,8 @@ def field_table(config_class: Any, leave_out: set[str] = frozenset()) -> list[st
         kind = kinds[field.name]
         spelled = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
         spelled = re.sub(r"\b(typing|peft[\w.]*)\.", "", spelled).replace("|", "\\|")
-        meaning = texts.get(field.name, "").replace("|", "\\|")
+        idle = field.name in getattr(config_class, "idle", ())
+        meaning = "LoRA's, without effect" if idle else texts.get(field.name, "").replace("|", "\\|")
         lines.append(f"| `{field.name}` | {spelled} | `{default!r}` | {meaning} |")
     return lines
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from peft.core.base_op import ParameterOp
 from peft.core.change import Change, LowRank, Statistics, bias_with, weight_with
 from peft.core.storage import onloaded, storage_of
 from peft.core.storage.sharded import is_managed, reshard
+from peft.core.undo import replaced
 
 # ---- a weight with changes
 
@@ -63,17 +64,9 @@ def bias_difference(layer: AdaptedModule, name: str) -> Tensor | None:
     return None if after is bias else after if bias is None or after is None else after - bias
 
 
-@contextmanager
-def without_dropout(*layers: AdaptedModule) -> Iterator[None]:
+def without_dropout(layer: AdaptedModule) -> AbstractContextManager[None]:
     """While it lasts, what the adapters change is what it is in evaluation."""
-    before = [layer.training for layer in layers]
-    for layer in layers:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training
+    return replaced(layer, "training", False)
 
 
 # ---- merging

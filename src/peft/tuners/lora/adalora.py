@@ -27,10 +27,6 @@ from peft.tuners.lora.config import LoraConfig
 from peft.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 _SLOTS = ("lora_A", "lora_E", "lora_B")
-#: fields of LoRA that mean something here
-_USED = {
-    "rank_pattern", "lora_alpha", "lora_dropout", "init_lora_weights", "trainable_token_indices", "ensure_weight_tying",
-}  # fmt: skip
 
 
 @dataclass
@@ -74,6 +70,11 @@ class AdaLoraConfig(LoraConfig, peft_type=PeftType.ADALORA):
     lora_dropout: Fraction = 0.0
 
     pattern_fields: ClassVar[dict[str, str]] = {}
+    #: fields of LoRA without effect
+    idle: ClassVar[set[str]] = {one.name for one in fields(LoraConfig)} - {one.name for one in fields(LayoutConfig)} - {
+        "rank_pattern", "lora_alpha", "lora_dropout", "init_lora_weights", "trainable_token_indices",
+        "ensure_weight_tying",
+    }  # fmt: skip
 
     def check(self) -> None:
         super().check()
@@ -85,8 +86,7 @@ class AdaLoraConfig(LoraConfig, peft_type=PeftType.ADALORA):
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step}.")
         self.alpha_pattern = self.alpha_pattern or {}
-        of_lora = {one.name for one in fields(LoraConfig)} - {one.name for one in fields(LayoutConfig)}
-        idle = [name for name in sorted(of_lora - _USED) if not self._is_default(name)]
+        idle = [name for name in sorted(self.idle) if not self._is_default(name)]
         if idle:
             hint = " (the rank is set by init_r and target_r)" if "r" in idle else ""
             warn(f"AdaLoRA makes no use of {', '.join(idle)}{hint}.")

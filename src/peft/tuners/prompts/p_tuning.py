@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
+from peft.core.undo import replaced
 from peft.errors import warn
 from peft.registry import PeftType
 from peft.tuners.prompts.base import VirtualTokens
@@ -88,9 +90,6 @@ class PromptEncoder(VirtualTokens):
         return self.mlp_head(vectors if self.lstm_head is None else self.lstm_head(vectors)[0])
 
     def rows_to_save(self) -> Tensor:
-        before = self.training
-        try:
-            self.eval()  # what is stored has no dropout in it
+        # What is stored has no dropout in it.
+        with nullcontext() if self.lstm_head is None else replaced(self.lstm_head, "training", False):
             return super().rows_to_save()
-        finally:
-            self.train(before)
