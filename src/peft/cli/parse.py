@@ -48,29 +48,19 @@ def init_types(owner: Any) -> Values:
     return {f.name: kinds[f.name] for f in fields(owner) if f.init and f.name not in hidden}
 
 
-def parser_of(title: str, *owners: Any) -> Any:
-    """A jsonargparse parser that takes the fields of dataclasses as options; of two of one name the first counts."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=f"peft {title}", exit_on_error=False)
-    taken: set[str] = set()
-    for owner in owners:
-        names = {f.name for f in fields(owner) if f.init}
-        skip = names - (set(init_types(owner)) - taken)
-        parser.add_class_arguments(owner, as_positional=True, skip=skip, fail_untyped=False)
-        taken |= names
-    return parser
-
-
 def help_of(command: str, argv: Sequence[str]) -> str | None:
     """The help that `argv` asks for: of the command, or of the fields of a method."""
-    if "--help" in argv or "-h" in argv:
-        return parser_of(command, COMMANDS[command]).format_help()
-    methods = [words for name, words in _split(argv) if name == "fields"]
-    if command != "train" or not methods:
-        return None
-    method = " ".join(methods[-1]) or "lora"
-    return parser_of(f"train --method {method}", METHODS[method_named(method)].config_class).format_help()
+    from jsonargparse import ArgumentParser
+
+    owner, methods = COMMANDS[command], [words for name, words in _split(argv) if name == "fields"]
+    if "--help" not in argv and "-h" not in argv:
+        if command != "train" or not methods:
+            return None
+        method = " ".join(methods[-1]) or "lora"
+        command, owner = f"train --method {method}", METHODS[method_named(method)].config_class
+    parser, hidden = ArgumentParser(prog=f"peft {command}"), {f.name for f in fields(owner)} - {*init_types(owner)}
+    parser.add_class_arguments(owner, as_positional=True, skip=hidden, fail_untyped=False)
+    return parser.format_help()
 
 
 def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
@@ -110,7 +100,7 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     missing = " and ".join(name for name in needed if name not in values)
     refuse(missing, f"{missing} missing: `peft {command} --help` says what is needed", OptionError)
     parts: list[Values] = [{}, {}, {}]
-    for name, value in _typed(parser_of(command, *owners), known, values).items():
+    for name, value in _typed(known, values).items():
         parts[next(i for i, owner in enumerate(owners) if name in init_types(owner))][name] = value
     words = [name for name, value in parts[2].items() if name.endswith("_kwargs") and str(value)[0] != "{"]
     refuse(words, f"""{", ".join(words)}: JSON is needed, as '{{"num_cycles": 2}}'""", OptionError)
@@ -230,7 +220,12 @@ def _value(kind: Any, words: list[str]) -> Any:
     return first if str in _members(kind) else words
 
 
-def _typed(parser: Any, known: Mapping[str, Any], values: Values) -> Values:
+def _typed(known: Mapping[str, Any], values: Values) -> Values:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    for name in values:
+        parser.add_argument(f"--{name}", type=known[name])
     try:
         return parser.parse_object(values, defaults=False).as_dict()
     except Exception as error:  # jsonargparse raises what argparse and its own types raise
