@@ -367,7 +367,7 @@ def test_a_name_is_that_of_the_method_then_of_the_command_then_of_the_trainer():
         ("--max-grad-norm -1", "max_grad_norm must be non-negative, got -1"),
         ("--adam-beta2 1", "adam_beta2 must be at least 0 and less than 1, got 1"),
         ("--per-device-eval-batch-size 0", "per_device_eval_batch_size must be a positive integer, got 0"),
-        ("--lr-scheduler-kwargs num_cycles=2", "lr_scheduler_kwargs: JSON is needed, as "),
+        ("--lr-scheduler-kwargs num_cycles=2", "lr_scheduler_kwargs: a JSON object is needed"),
         ("--warmup-steps -1", "warmup_steps must be non-negative"),
         ("--config nowhere.yaml", "--config: there is no nowhere.yaml"),
         ("--resume --output nowhere", "--resume: there is no nowhere/train.yaml"),

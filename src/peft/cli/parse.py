@@ -102,8 +102,8 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     parts: list[Values] = [{}, {}, {}]
     for name, value in _typed(known, values).items():
         parts[next(i for i, owner in enumerate(owners) if name in init_types(owner))][name] = value
-    words = [name for name, value in parts[2].items() if name.endswith("_kwargs") and str(value)[0] != "{"]
-    refuse(words, f"""{", ".join(words)}: JSON is needed, as '{{"num_cycles": 2}}'""", OptionError)
+    words = ", ".join(name for name, value in parts[2].items() if name.endswith("_kwargs") and str(value)[0] != "{")
+    refuse(words, f"{words}: a JSON object is needed", OptionError)
     try:
         for name, value in parts[2].items():  # transformers takes any number
             if isinstance(value, (int, float)):

@@ -96,7 +96,8 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     total = options.max_steps or math.ceil(options.epochs * math.ceil(batches / options.grad_accum))
     words = f"--warmup-steps {options.warmup_steps:g} is not less than the {total} steps of the run"
     refuse(options.warmup_steps >= total, words, OptionError)
-    lr, rule = options.lr or learning_rate(method, config), "" if options.lr else " (by the rule in --help)"
+    lr = options.lr or learning_rate(method, config)
+    rule = "" if options.lr else " (by the rule in --help)"
     trainer_class, kind = _trainer_classes(options, task, method, fields)
     arguments = _arguments(replace(options, lr=lr, max_steps=total), trainer, kind, task, held_out is not None)
     tasks = 1 + max((row.get("task_ids", 0) for _, row in records), default=0)
