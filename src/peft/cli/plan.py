@@ -126,7 +126,7 @@ def configure(
 def learning_rate(method: str, config: Any) -> float:
     """The default of `--lr`; see there for the papers."""
     width = getattr(config.get_text_config(), "hidden_size", 4096)
-    return TABLES.rates.get(method) or 2e-4 * 4096 / width * TABLES.factors.get(method, 1)
+    return TABLES.rates.get(method) or min(1.0, 2e-4 * 4096 / width * TABLES.factors.get(method, 1))
 
 
 def _data_sets(options: Any, encoder: Encoder, records: Sequence[Record], out: Any) -> tuple[Any, Any]:
