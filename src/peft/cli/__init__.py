@@ -21,8 +21,8 @@ from peft.version import __version__
 
 #: libraries that warn, when they are imported, of things that no user of the command can change; or say an error twice
 NOISY = (
-    "torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects", "datasets.packaged_modules",
-    "bitsandbytes.backends.cpu.ops",
+    "torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects",
+    "datasets.packaged_modules", "bitsandbytes.backends.cpu.ops",
 )  # fmt: skip
 
 
