@@ -12,7 +12,7 @@ from peft.config import PeftConfig, check_is_config
 from peft.core.layer import AdapterLayer
 from peft.core.part import UPCAST_DTYPES, Part, as_names, check_adapter_name, known
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of
+from peft.core.walk import layers_of, parts_of
 from peft.integrations.transformers import convert_peft_config_for_transformers
 from peft.registry import method_of
 
@@ -145,11 +145,10 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """
     if not autocast_adapter_dtype:
         return
-    for _, part in parts_of(model):
-        if part.has(adapter_name) and isinstance(part, AdapterLayer):
-            for parameter in part.adapter_parameters(adapter_name):
-                if parameter.dtype in UPCAST_DTYPES:
-                    parameter.data = parameter.data.float()
+    for layer in layers_of(model, AdapterLayer, adapter_name).values():
+        for parameter in layer.adapter_parameters(adapter_name):
+            if parameter.dtype in UPCAST_DTYPES:
+                parameter.data = parameter.data.float()
 
 
 def _tuner_of(model: nn.Module) -> BaseTuner | None:

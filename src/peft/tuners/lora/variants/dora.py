@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from peft.core.change import Change, Dropped, ScaleOutput
 from peft.core.slots import ModuleSlot, Slot
 from peft.core.storage import onloaded
 from peft.core.storage.flat import weight_of
+from peft.core.undo import replaced
 from peft.ops.memo import remember
 from peft.ops.norms import changed_row_norms, row_squares
 from peft.tuners.lora.base import FactorLayer
@@ -115,12 +116,6 @@ def _lengths(layer: FactorLayer, name: str, weight: Tensor, squares: Tensor) -> 
     return row_squares(weight + layer.scaling[name] * change).sqrt()
 
 
-@contextmanager
-def dora_caching(enabled: bool = True) -> Iterator[None]:
+def dora_caching(enabled: bool = True) -> AbstractContextManager[None]:
     """While it lasts, evaluation without gradients keeps DoRA's factors of adapters that are still to be trained."""
-    global _cache_trained
-    before, _cache_trained = _cache_trained, enabled
-    try:
-        yield
-    finally:
-        _cache_trained = before
+    return replaced(sys.modules[__name__], "_cache_trained", enabled)
