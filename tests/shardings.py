@@ -245,16 +245,18 @@ def deepspeed() -> Any:
     return deepspeed
 
 
+#: a module of torch that is there with DTensors, from 2.5 on
+DTENSOR = "torch.distributed.tensor.placement_types"
 COLUMNS, ROWS = ["q_proj", "up_proj"], ["o_proj", "down_proj"]
-TP = partial(Sharding, adapter_first=False, splits_batch=False)
+TP = partial(Sharding, adapter_first=False, splits_batch=False, needs=DTENSOR)
 SHARDINGS: dict[str, Sharding] = {
     sharding.name: sharding
     for sharding in (
         Sharding("DDP", _ddp),
         Fsdp1("FSDP1", use_orig_params=True),
         Fsdp1("FSDP1 flat", use_orig_params=False),
-        Sharding("FSDP2", fsdp2),
-        Sharding("FSDP2 first", fsdp2, adapter_first=False),
+        Sharding("FSDP2", fsdp2, needs=DTENSOR),
+        Sharding("FSDP2 first", fsdp2, adapter_first=False, needs=DTENSOR),
         Zero("ZeRO-2", 2),
         Zero("ZeRO-3", 3),
         Zero("ZeRO-3 first", 3, base_first=True),
@@ -267,7 +269,9 @@ SHARDINGS: dict[str, Sharding] = {
             partial(by_transformers, tp_size=2, ep_size=2),
             methods=("LORA experts", "LORA beside experts"),
         ),
-        Sharding("FSDP2 x TP", _two_dimensions, processes=4, adapter_first=False, targets=[*COLUMNS, *ROWS]),
+        Sharding(
+            "FSDP2 x TP", _two_dimensions, processes=4, adapter_first=False, targets=[*COLUMNS, *ROWS], needs=DTENSOR
+        ),
     )
 }
 

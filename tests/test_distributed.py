@@ -16,6 +16,7 @@ import pytest
 
 import distributed_runs as runs
 from processes import Pool
+from shardings import DTENSOR
 
 RECORD = Path(__file__).parent / "data" / "distributed.json"
 ALL = bool(os.environ.get("PEFT_DISTRIBUTED"))
@@ -73,21 +74,23 @@ def test_trainer():
     assert [answer[:2] for answer in answers] == [("seen", None)] * 2
 
 
-TASKS = [
-    runs.dropout_is_the_same, runs.resumed, runs.cut_up,
-    runs.limited_in_half_precision_fsdp1, runs.limited_in_half_precision_fsdp2, runs.limited_in_half_precision_zero,
-]  # fmt: skip
+#: what is special to some -> the package without which it cannot be tried
+TASKS = {
+    runs.dropout_is_the_same: DTENSOR, runs.resumed: DTENSOR, runs.cut_up: "torch",
+    runs.limited_in_half_precision_fsdp1: "torch", runs.limited_in_half_precision_fsdp2: DTENSOR,
+    runs.limited_in_half_precision_zero: "deepspeed",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_what_is_special(pools, task):
-    if task is runs.limited_in_half_precision_zero:
-        skip_without("deepspeed")
+    skip_without(TASKS[task])
     answers = pools[2].run(task, LIMIT)
     assert [answer[:2] for answer in answers] == [("seen", None)] * 2
 
 
 def test_what_tensor_parallelism_does_not_know_is_refused(pools):
+    skip_without(DTENSOR)
     for kind, said in pools[2].run(runs.what_is_refused, LIMIT):
         assert kind == "seen"
         assert re.search(r"'1' is a LayerNorm that tensor parallelism shares out .* exclude_modules", said)

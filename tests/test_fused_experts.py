@@ -18,34 +18,15 @@ from peft.integrations.transformers import (
     fuse_lora_a,
     fuse_lora_b,
 )
-from tiny_models import VOCABULARY, _build
+from tiny_models import EXPERTS, MIXTURE, _build, mixtral, qwen2, qwen3
 
 IS_5_0 = transformers.__version__.startswith("5.0.")
 
 pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("transformers.conversion_mapping")
 
-
-R, ALPHA, EXPERTS = 2, 6, 3
-SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-SMALL |= dict(vocab_size=VOCABULARY, initializer_range=0.2, num_experts_per_tok=2)
+R, ALPHA = 2, 6
 IDS = torch.arange(3, 13).view(2, 5)
-
-
-def mixtral():
-    return _build("MixtralConfig", "MixtralForCausalLM", 0, **SMALL, num_local_experts=EXPERTS)
-
-
-def qwen3(**fields):
-    """Its first layer has no experts, and layers of the names that experts have."""
-    own = dict(num_experts=EXPERTS, moe_intermediate_size=12, head_dim=8, mlp_only_layers=[0])
-    return _build("Qwen3MoeConfig", "Qwen3MoeForCausalLM", 0, **SMALL, **{**own, **fields})
-
-
-def qwen2():
-    """A shared expert beside the others, with layers of the same names."""
-    own = dict(num_experts=EXPERTS, moe_intermediate_size=12, shared_expert_intermediate_size=20)
-    return _build("Qwen2MoeConfig", "Qwen2MoeForCausalLM", 0, **SMALL, **own)
 
 
 #: model, names of the expert layers (gate, up, down), what else the adapter targets, where experts were before
@@ -225,7 +206,7 @@ def test_other_models_and_methods_are_left_alone():
 
 
 def llama():
-    fields = {name: value for name, value in SMALL.items() if name != "num_experts_per_tok"}
+    fields = {name: value for name, value in MIXTURE.items() if name != "num_experts_per_tok"}
     return _build("LlamaConfig", "LlamaForCausalLM", 0, **fields)
 
 

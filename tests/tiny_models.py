@@ -28,6 +28,14 @@ def needs_a_bare_past() -> Any:
     return pytest.mark.skipif(old, reason="transformers takes no past without an attention mask here")
 
 
+def needs_transformers_5(why: str) -> Any:
+    """Skips where transformers is older; `why` says what that cannot do."""
+    import pytest
+    import transformers
+
+    return pytest.mark.skipif(transformers.__version__ < "5", reason=f"before 5.0, transformers {why}")
+
+
 def _build(config_class: str, model_class: str, seed: int, **fields: object) -> nn.Module:
     import transformers
 
@@ -101,6 +109,30 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.lin1(self.act(self.lin0(x)))
+
+
+EXPERTS = 3
+#: fields of models with a mixture of experts
+MIXTURE: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.2, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def mixtral() -> nn.Module:
+    return _build("MixtralConfig", "MixtralForCausalLM", 0, **MIXTURE, num_local_experts=EXPERTS)
+
+
+def qwen3(**fields: object) -> nn.Module:
+    """Qwen3-MoE. Its first layer has no experts, and layers of the names that experts have."""
+    own = {"num_experts": EXPERTS, "moe_intermediate_size": 12, "head_dim": 8, "mlp_only_layers": [0]}
+    return _build("Qwen3MoeConfig", "Qwen3MoeForCausalLM", 0, **MIXTURE, **{**own, **fields})
+
+
+def qwen2() -> nn.Module:
+    """Qwen2-MoE: a shared expert beside the others, with layers of the same names."""
+    own = {"num_experts": EXPERTS, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+    return _build("Qwen2MoeConfig", "Qwen2MoeForCausalLM", 0, **MIXTURE, **own)
 
 
 def tokens(batch: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:

@@ -290,6 +290,8 @@ def load_adapted(adapter: str, options: Any, *, empty: bool = False, **more: Any
     settings = config_of(source := locate(source))
     stored = "offload_folder" in more and getattr(settings, "quantization_config", None)
     refuse(stored, f"--by-shard: the weights of {source} are quantised; they are merged in memory")
+    old = "offload_folder" in more and transformers().__version__ < "5"
+    refuse(old, "--by-shard needs transformers 5, which saves what lies on a disk; without it, memory has to hold all")
     saved = (config.auto_mapping or {}).get("base_model_class")
     name = AUTO_CLASSES[task] if task else saved or writer_of(settings).auto
     if task in ("SEQ_CLS", "TOKEN_CLS"):  # as many classes as the head has that was saved with the adapter
