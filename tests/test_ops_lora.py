@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import peft
 from peft.ops.dropout import draw_mask, drop_probability, mask_factors
 from peft.ops.lora import add_low_rank, lora_linear
+from peft.ops.matrix import Product
 
 torch.set_num_threads(1)
 
@@ -127,6 +128,33 @@ def test_an_input_that_is_a_product_is_not_kept_beside_its_factors():
 
     assert gradcheck(product, (*small, factor_a, factor_b))
     assert gradgradcheck(product, (*small, factor_a, factor_b))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["factors", "matrix"])
+@pytest.mark.parametrize("frozen_norm", [True, False])
+def test_an_input_behind_a_norm_is_not_kept_beside_what_the_norm_keeps(kind, p, frozen_norm):
+    if kind == "matrix" and p:
+        pytest.skip("matrices have no dropout")
+    torch.manual_seed(0)
+    h, matrix = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
+    a, b = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 4), (5, 2)))
+    scales = torch.rand(4, dtype=torch.float64, requires_grad=not frozen_norm)
+
+    def step(h, a, b, own=False):
+        torch.manual_seed(1)
+        x = scales * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6))
+        seen = x.clone() if own else x
+        product = Product(a, b) if kind == "matrix" else None
+        return x, product.linear(seen, matrix) if product else lora_linear(seen, matrix, None, None, a, b, 0.5, p)
+
+    x, out = step(h, a, b)
+    assert x.data_ptr() not in {t.data_ptr() for t in out.grad_fn.saved_tensors if t is not None}
+    torch.testing.assert_close(
+        *(torch.autograd.grad(step(h, a, b, own)[1].square().sum(), (h, a, b)) for own in (False, True))
+    )
+    assert gradcheck(lambda *some: step(*some)[1], (h, a, b))
+    assert gradgradcheck(lambda *some: step(*some)[1], (h, a, b))
 
 
 def test_under_func_transforms_it_is_the_plain_formula():

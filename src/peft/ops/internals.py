@@ -43,19 +43,41 @@ def has_half_instructions(dtype: torch.dtype) -> bool:
     return ask is None or ask()
 
 
-def kept_product(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """u and v, if x is their product and autograd keeps both for its gradient anyway; None where that is not known."""
-    node: Any = x.grad_fn
-    if node is None or type(node).__name__ != "MulBackward0":
-        return None
+def kept_product(x: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of which x is the product, if autograd keeps all of them for its gradient anyway; else x itself.
+
+    The first has the shape of x; others may have one number per row, [..., 1], or per column, [width]. So the inputs of
+    projections behind a gate, and behind a norm, need no memory of their own.
+    """
+    if type(x.grad_fn).__name__ != "MulBackward0":
+        return (x,)
     top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = None if top_hooks is None else top_hooks(True)
     if top_hooks is None or (hooks is not None and hooks[0].__module__ in _DEFERRED):
-        return None  # what is kept is recomputed or elsewhere, and must not be asked for now
-    u, v = getattr(node, "_saved_self", None), getattr(node, "_saved_other", None)
-    if u is None or v is None or not u.shape == v.shape == x.shape or not u.dtype == v.dtype == x.dtype:
-        return None
-    return u, v
+        return (x,)  # what is kept is recomputed or elsewhere, and must not be asked for now
+    factors = tuple(sorted(_factors(x.grad_fn), key=Tensor.numel, reverse=True))
+    # Those who share a model out among processes put parameters away between its modules' passes.
+    shared_out = torch.distributed.is_available() and torch.distributed.is_initialized()
+    fits = (
+        factor.dtype == x.dtype
+        and (factor.grad_fn is not None or not shared_out)
+        and (factor.dim() == 1 or factor.shape[:-1] == x.shape[:-1])
+        and factor.shape[-1:] in (x.shape[-1:], (1,))
+        for factor in factors
+    )
+    return factors if factors and factors[0].shape == x.shape and x.dim() > 1 and all(fits) else (x,)
+
+
+def _factors(node: Any) -> tuple[Tensor, ...]:
+    """What a product is made of, and the product inside it if that is one; none where something is not kept."""
+    left, right = getattr(node, "_saved_self", None), getattr(node, "_saved_other", None)
+    if left is not None and right is not None:
+        return left, right
+    outer, inner = (left, node.next_functions[1][0]) if right is None else (right, node.next_functions[0][0])
+    if outer is None or type(inner).__name__ != "MulBackward0":
+        return ()
+    within = _factors(inner)
+    return (*within, outer) if within else ()
 
 
 def fsdp_modules() -> list[Any]:

@@ -1,12 +1,15 @@
 """The product of a linear layer with a low-rank adapter, with as little beside the layer's own as there can be.
 
-y = x W^T + b + s (drop(x) A^T) B^T. Beyond the frozen layer, a training step keeps x, the r columns of x A^T and, with
-dropout, a bit per element of x; the low-rank products are added into the layer's output and into the gradient of x in
-place.
+y = x W^T + b + s (drop(x) A^T) B^T. Beyond the frozen layer, a training step keeps x (where no norm or gate
+before it keeps what x is made of), the r columns of x A^T and, with dropout, a bit per element of x; the low-rank
+products are added into the layer's output and into the gradient of x in place.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -214,19 +217,18 @@ class _LoraLinear(torch.autograd.Function):
         if overwrite:
             ctx.mark_dirty(result)
         ctx.scaling, ctx.p, ctx.shape = scaling, p, x.shape
-        # The input of a gated MLP's down projection, the widest of all, is a product whose factors autograd keeps: to
-        # keep x as well would double what this costs, and to multiply once more is nothing beside the products.
-        u, v = kept_product(x) or (x, None)
-        ctx.save_for_backward(u, v, weight if result is None else None, low, a, b, mask)
+        # The input of a gated MLP's down projection, the widest of all, and those of projections behind a norm are
+        # products whose factors autograd keeps: to keep x as well would double what this costs.
+        ctx.save_for_backward(weight if result is None else None, low, a, b, mask, *kept_product(x))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, v, weight, low, a, b, mask = ctx.saved_tensors
-        flat, u, v = grad.flatten(0, -2), u.flatten(0, -2), None if v is None else v.flatten(0, -2)
+        weight, low, a, b, mask, *factors = ctx.saved_tensors
+        flat, factors = grad.flatten(0, -2), [f if f.dim() == 1 else f.flatten(0, -2) for f in factors]
         gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
         grad_x, grad_a, grad_b = gradients(
-            ctx.needs_input_grad[0], flat, u, v, weight, low, a, b, mask, ctx.scaling, ctx.p
+            ctx.needs_input_grad[0], flat, factors, weight, low, a, b, mask, ctx.scaling, ctx.p
         )
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
@@ -234,11 +236,11 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _differentiable_gradients(
-    wants_x: bool, grad: Tensor, u: Tensor, v: Tensor | None, weight: Tensor | None, low: Tensor, a: Tensor, b: Tensor,
+    wants_x: bool, grad: Tensor, of_x: Sequence[Tensor], weight: Tensor | None, low: Tensor, a: Tensor, b: Tensor,
     mask: Tensor | None, scaling: float, p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, A and B for a second derivative: all from tensors with a history, so x A^T once more."""
-    x = u if v is None else u * v
+    x = product_of(of_x)
     factors = 1.0 if mask is None else mask_factors(mask, p, x)
     here_a, here_b = a.to(x.dtype), b.to(x.dtype)
     dropped, grad_low = x * factors, grad @ here_b * scaling
@@ -250,10 +252,10 @@ def _differentiable_gradients(
 
 
 def _gradients(
-    wants_x: bool, grad: Tensor, u: Tensor, v: Tensor | None, weight: Tensor | None, low: Tensor, a: Tensor, b: Tensor,
+    wants_x: bool, grad: Tensor, of_x: Sequence[Tensor], weight: Tensor | None, low: Tensor, a: Tensor, b: Tensor,
     mask: Tensor | None, scaling: float, p: float,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x = u v (of x through W as well, where that is given), A and B."""
+    """Gradients of x, the product of `of_x` (of x through W as well, where that is given), A and B."""
     dtype = low.dtype
     grad = grad.to(dtype)
     # Thin matrices lie the way that processors multiply fastest: measured, three times as fast for the rank 8.
@@ -265,12 +267,30 @@ def _gradients(
     elif wants_x:
         grad_x = _mm(grad_low, a, dtype)
     if mask is None:
-        grad_a = _mm(grad_low.T, u if v is None else u * v, dtype)
+        grad_a = _grad_a(grad_low, of_x)
     else:
-        grad_a = _through_dropout(grad_x, u, v, grad_low, mask, p)
+        grad_a = _through_dropout(grad_x, of_x, grad_low, mask, p)
         if grad_x is not None and weight is not None:
             _add_mm(grad_x, grad, weight, dtype)
-    return None if grad_x is None else grad_x.to(u.dtype), grad_a.to(a.dtype), grad_b.to(b.dtype)
+    return None if grad_x is None else grad_x.to(of_x[0].dtype), grad_a.to(a.dtype), grad_b.to(b.dtype)
+
+
+def _grad_a(grad_low: Tensor, of_x: Sequence[Tensor]) -> Tensor:
+    """grad_low^T x; numbers per row or column of x are multiplied into what is thin."""
+    whole, columns = [of_x[0]], list[Tensor]()
+    for factor in of_x[1:]:
+        if factor.dim() == 1:
+            columns.append(factor)
+        elif factor.shape[1] == 1:
+            grad_low = grad_low * factor
+        else:
+            whole.append(factor)
+    return product_of([_mm(grad_low.T, product_of(whole), grad_low.dtype), *columns])
+
+
+def product_of(factors: Sequence[Tensor]) -> Tensor:
+    """The product of factors, entry by entry."""
+    return reduce(operator.mul, factors)
 
 
 def _add_mm(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -285,18 +305,15 @@ def _add_mm(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtyp
     return total
 
 
-def _through_dropout(
-    grad: Tensor | None, u: Tensor, v: Tensor | None, grad_low: Tensor, mask: Tensor, p: float
-) -> Tensor:
-    """grad_low^T drop(u v); `grad`, if there is one, is multiplied with what dropout has multiplied u v with."""
+def _through_dropout(grad: Tensor | None, of_x: Sequence[Tensor], grad_low: Tensor, mask: Tensor, p: float) -> Tensor:
+    """grad_low^T drop(x); `grad`, if there is one, is multiplied with what dropout has multiplied x with."""
     dtype = torch.promote_types(grad_low.dtype, torch.float32)  # the sum of pieces is not to be rounded after each
-    total = torch.zeros(grad_low.shape[1], u.shape[1], dtype=dtype, device=u.device)
-    for some, factors in pieces(mask, p, u):
+    total = torch.zeros(grad_low.shape[1], of_x[0].shape[1], dtype=dtype, device=grad_low.device)
+    for some, factors in pieces(mask, p, of_x[0]):
         if grad is not None:
             grad[some].mul_(factors)
-        factors.mul_(u[some])
-        if v is not None:
-            factors.mul_(v[some])
+        for factor in of_x:
+            factors.mul_(factor if factor.dim() == 1 else factor[some])
         left = grad_low[some].T
         if left.dtype == dtype:
             total.addmm_(left, factors.to(dtype))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft.ops.internals import kept_product
-from peft.ops.lora import needs_plain
+from peft.ops.lora import needs_plain, product_of
 
 M = TypeVar("M", bound="Matrix")
 
@@ -148,14 +148,14 @@ class _Linear(torch.autograd.Function):
         total = matrix.of(tensors).total(weight, x.dtype)
         # What is seen comes from outside, where it has a history for second derivatives. A product is kept as its
         # factors, which autograd keeps anyway.
-        ctx.save_for_backward(*(kept_product(seen) or (seen, None)), weight, total if matrix.kept else None, *tensors)
-        ctx.matrix = matrix
+        ctx.save_for_backward(weight, total if matrix.kept else None, *tensors, *kept_product(seen))
+        ctx.matrix, ctx.count = matrix, len(tensors)
         return F.linear(x, total, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        seen, factor, weight, total, *tensors = ctx.saved_tensors
-        seen = seen if factor is None else seen * factor
+        weight, total, *rest = ctx.saved_tensors
+        tensors, seen = rest[: ctx.count], product_of(rest[ctx.count :])
         wants_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         twice = torch.is_grad_enabled()
         tensors = tensors if twice else _leaves(tensors, wanted)
