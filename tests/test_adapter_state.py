@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -10,13 +11,17 @@ import torch
 import peft
 import tiny_models as tiny
 from peft import (
+    GloraConfig,
     HRAConfig,
+    IA3Config,
+    LoHaConfig,
     LoraConfig,
     PeftModel,
     PromptTuningConfig,
     get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from peft import functional as F
 
@@ -289,21 +294,46 @@ def test_what_is_done_to_one_adapter_takes_no_longer_with_many_beside_it(operati
     assert calls[1] < 1.3 * calls[0], calls
 
 
+def filled(model, name):
+    """The adapter with values that depend on the names in its file alone."""
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    for key, tensor in tensors.items():
+        tensors[key] = 0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(key)))
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    model.set_adapter(name)
+    return logits(model.eval())
+
+
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        (LoraConfig(r=2, target_modules=["lin0"]), LoraConfig(r=2, target_parameters=["lin0.weight"])),
-        (LoraConfig(r=2, target_parameters=["lin0.weight"]), LoraConfig(r=2, target_modules=["lin0"])),
-        (HRAConfig(r=2, target_modules=["lin0"]), LoraConfig(r=2, target_modules=["lin0", "lin1"])),
-        (LoraConfig(r=2, target_modules=["lin0"]), HRAConfig(r=2, target_modules=["lin0"])),
+        (LoraConfig(r=2, target_modules=["q_proj"]), LoraConfig(r=3, target_parameters=["q_proj.weight"])),
+        (HRAConfig(r=2, target_modules=["q_proj"]), LoraConfig(r=2, target_modules="all-linear")),
+        (LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[1, 5]), GloraConfig(r=2)),
+        (LoraConfig(r=2, trainable_token_indices=[1, 5]), LoraConfig(r=2, modules_to_save=["embed_tokens"])),
+        (LoraConfig(r=2, target_modules=["embed_tokens"]), IA3Config(modules_to_save=["embed_tokens"])),
+        (LoraConfig(r=2, target_modules="all-linear"), HRAConfig(target_modules=["v_proj"], modules_to_save=["mlp"])),
+        (LoraConfig(target_modules=["up_proj"], modules_to_save=["self_attn"]), LoraConfig(modules_to_save=["o_proj"])),
+        (GloraConfig(r=2, config_A_B="none", config_C="none"), LoHaConfig(r=2, target_modules=["q_proj"])),
     ],
 )
-def test_names_in_a_file_do_not_depend_on_other_adapters(first, second):
-    alone = [
-        get_peft_model_state_dict(get_peft_model(tiny.MLP(), config, adapter_name=name), adapter_name=name)
-        for name, config in (("one", first), ("two", second))
-    ]
-    model = get_peft_model(tiny.MLP(), first, adapter_name="one", mixed=type(first) is not type(second))
-    model.add_adapter("two", second)
-    for name, tensors in zip(("one", "two"), alone, strict=True):
-        assert get_peft_model_state_dict(model, adapter_name=name).keys() == tensors.keys()
+def test_what_an_adapter_is_does_not_depend_on_another(first, second, order):
+    configs, mixed = {"one": first, "two": second}, type(first) is not type(second)
+    alone = {}
+    for name, config in configs.items():
+        model = get_peft_model(tiny.llama(), copy.deepcopy(config), adapter_name=name, mixed=mixed)
+        alone[name] = filled(model, name), get_peft_model_state_dict(model, adapter_name=name).keys()
+    plain = tiny.llama()
+    expected = plain(input_ids=tiny.tokens()).logits
+    model = get_peft_model(plain, copy.deepcopy(configs[order[0]]), adapter_name=order[0], mixed=mixed)
+    model.add_adapter(order[1], copy.deepcopy(configs[order[1]]))
+    for name, (output, names) in alone.items():
+        torch.testing.assert_close(filled(model, name), output, atol=1e-4, rtol=1e-4)
+        assert get_peft_model_state_dict(model, adapter_name=name).keys() == names
+        with model.disable_adapter():
+            assert torch.equal(logits(model), expected)
+    model.delete_adapter(order[0])
+    model.set_adapter(order[1])
+    torch.testing.assert_close(logits(model), alone[order[1]][0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.unload()(input_ids=tiny.tokens()).logits, expected)

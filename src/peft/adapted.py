@@ -15,7 +15,7 @@ from peft.core.part import Part, check_adapter_name, known
 from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
 from peft.core.undo import all_or_nothing, undone_on_error
-from peft.core.walk import parts_of
+from peft.core.walk import live_key, parts_of
 from peft.core.whole import alone, whole
 from peft.errors import warn
 from peft.html import table
@@ -194,7 +194,7 @@ class AdaptedModel(PromptHost):
             self.peft_config[name] = config
             self._setup_prompt_encoder(name)
             keys = modules_named(self.base_model, getattr(config, "modules_to_save", None) or ())
-            save_modules(self.base_model, keys, name)
+            save_modules(self.base_model, {key: live_key(self.base_model, key) for key in keys}, name)
             if not self._active:
                 self.set_adapter(name, config.inference_mode)
 

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from peft.adapted import warn_of_name
-from peft.checkpoint.state import IncompatibleKeys, locations_of
 from peft.config import PeftConfig, check_is_config
 from peft.core.method import Method
 from peft.core.tuner import BaseTuner
@@ -77,13 +76,6 @@ class PeftMixedModel(PeftModel):
         """
         for name in self.base_model.check_names(adapter_name):
             super().delete_adapter(name)
-
-    def _load_tensors(self, adapter_name: str, source: Any, options: dict[str, Any]) -> IncompatibleKeys:
-        # Files know nothing of layers of other methods around an adapter's own.
-        slots = locations_of(self, adapter_name)
-        live = {key.replace(".base_layer", ""): key for key in slots}
-        source.tensors = {key if key in slots else live.get(key, key): value for key, value in source.tensors.items()}
-        return super()._load_tensors(adapter_name, source, options)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Not supported.

@@ -88,6 +88,7 @@ class PeftModel(SavedAdapters, Delegated):
             self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
         else:
             self._peft_config = None
+            convert_peft_config_for_transformers(peft_config, model)
             self._make_tuner(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self.prepare_model_for_gradient_checkpointing(model)
         base_config: Any = getattr(self.get_base_model(), "config", None)
@@ -98,7 +99,6 @@ class PeftModel(SavedAdapters, Delegated):
     def _make_tuner(self, model: nn.Module, config: PeftConfig, name: str, autocast: bool, low_cpu_mem: bool) -> None:
         """Gives the model its tuner, with the first adapter on it."""
         tuner_class: Any = method_of(config.peft_type or "").model_class
-        convert_peft_config_for_transformers(config, model)
         if tuner_class.method_class.members is not Method.members:  # which are loaded before it
             self.base_model = tuner_class(model, {}, name)
             self._inject(name, config, autocast, low_cpu_mem)

@@ -18,9 +18,9 @@ from peft.core.storage.sharded import reshard
 from peft.core.storage.shared import put, shape_of
 from peft.core.tuner import BaseTuner
 from peft.core.undo import is_adding
-from peft.core.walk import layers_of, live_modules
+from peft.core.walk import in_files, layers_of, live_modules
 from peft.core.whole import contents_kept
-from peft.core.wrappers import plain_name, unwrapped
+from peft.core.wrappers import held, plain_name, unwrapped
 from peft.errors import listed, warn
 from peft.hub import fetch
 from peft.registry import method_of
@@ -50,24 +50,9 @@ def locations_of(model: nn.Module, adapter_name: str) -> dict[str, Location]:
         for file_name, live in module.key_map(adapter_name).items():
             owner_path, _, attribute = live.rpartition(".")
             owner = module.get_submodule(owner_path) if owner_path else module
-            name = _in_files(model, adapter_name, prefix + file_name)
+            name = in_files(model, adapter_name, prefix + file_name)
             locations[name] = Location(prefix + live, owner, attribute, device)
     return locations
-
-
-def _in_files(model: nn.Module, adapter_name: str, name: str) -> str:
-    """The name of a tensor as files have it: as if the adapter were alone, and the base model called `model`."""
-    module: Any = model
-    parts: list[str] = []
-    for part in name.split(".") if "base_layer" in name else ():
-        if part == "base_layer" and isinstance(module, AdapterLayer) and module.is_beside(adapter_name):
-            parts.append("token_adapter")
-        if part != "base_layer" or not isinstance(module, AdapterLayer) or module.has(adapter_name):
-            parts.append(part)
-        module = unwrapped(module._modules[part]) if module and module._modules.get(part) else None
-    name = ".".join(parts) or name
-    holder = getattr(model.__dict__.get("_modules", {}).get("base_model"), "holder", "model")
-    return name if holder == "model" else name.replace(f"base_model.{holder}.", "base_model.model.", 1)
 
 
 def config_of(model: nn.Module, adapter_name: str) -> Any:
@@ -121,7 +106,7 @@ def _bias_locations(model: nn.Module, adapter_name: str, copies: bool = False) -
     """The biases of the base model that an adapter has trained; with `copies`, see `stored_biases`."""
     biases = stored_biases(model, adapter_name, copies)
     return {
-        _in_files(model, adapter_name, key): Location(live, owner, name, None, kept)
+        in_files(model, adapter_name, key): Location(live, owner, name, None, kept)
         for key, live, owner, name, kept in biases
     }
 
@@ -170,15 +155,17 @@ def _embedding_locations(
         layer: Any = embeddings_of(model, side)
         layer = None if layer is None else unwrapped(layer)
         path = next((path for path, module in live_modules(model) if module is layer), None)
+        kept, found = {}, locations
+        if isinstance(layer, ModulesToSaveWrapper) and not layer.has(adapter_name):
+            path, layer = f"{path}.original_module", held(layer)
         if path is None or isinstance(layer, ModulesToSaveWrapper):  # which is trained, and saved in full already
             continue
-        kept, found = {}, locations
         while isinstance(layer, AdapterLayer):
             found = adapted if layer.has(adapter_name) and not layer.is_beside(adapter_name) else found
             path, kept, layer = f"{path}.base_layer", layer.ledger.originals, layer.base_layer
         for name, _ in layer.named_parameters(recurse=False):
             live = f"{path}.{name}"
-            found[_in_files(model, adapter_name, live)] = Location(live, layer, name, None, kept)
+            found[in_files(model, adapter_name, live)] = Location(live, layer, name, None, kept)
     return locations, adapted
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from peft.core.call import current_route
+from peft.core.call import calling, current_route
 from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import ModuleSlot
@@ -88,7 +88,8 @@ class ModulesToSaveWrapper(Part):
         rows, parts = first.shape[0], []
         for name, index in route.groups(rows, first.device):
             some_args, some_kwargs = select_rows(index, rows, args, kwargs)
-            parts.append((index, self.version(name)(*some_args, **some_kwargs)))
+            with calling(route=Route([name]), samples=route.samples[name]):
+                parts.append((index, self.version(name)(*some_args, **some_kwargs)))
         return join_rows(parts, 0, rows)
 
     def is_beside(self, name: str) -> bool:
@@ -134,11 +135,16 @@ def _without_adapters(module: nn.Module) -> Any:
     return module
 
 
-def save_modules(model: nn.Module, keys: Sequence[str], adapter_name: str, tied: Sequence[str] = ()) -> None:
-    """Gives an adapter its own copy of modules of a model, to be trained in full; those in `tied` share a weight."""
+def save_modules(
+    model: nn.Module, keys: Mapping[str, str], adapter_name: str, tied: Sequence[str] = ()
+) -> None:
+    """Gives an adapter its own copy of modules of a model, to be trained in full; those in `tied` share a weight.
+
+    `keys` are the names that they have without adapters -> those that they have now.
+    """
     shared: nn.Module | None = None
-    for key in keys:
-        owner, module, name = get_submodules(model, key)
+    for key, live in keys.items():
+        owner, module, name = get_submodules(model, live)
         if isinstance(module, ModulesToSaveWrapper):
             module.update(adapter_name, shared if key in tied else None)
         else:

@@ -89,7 +89,7 @@ class Injector(Adapters):
             device = torch.device("meta") if without_memory else nullcontext()
             with device, own_biases(before.parts), method.drawing(config):
                 self._put_on(plan, config, adapter_name)
-                save_modules(model, plan.save, adapter_name, tied)
+                save_modules(model, {key: live_key(model, key) for key in plan.save}, adapter_name, tied)
                 train_tokens(model, adapter_name, tokens)
             self._join(adapter_name, config, plan, tied, before, autocast_adapter_dtype)
             self._change_base(adapter_name, undo)

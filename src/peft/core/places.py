@@ -13,8 +13,8 @@ from peft.core.model_config import embeddings_of
 from peft.core.part import Part
 from peft.core.plan import Plan
 from peft.core.targets import base_of
+from peft.core.tokens import TrainableTokensWrapper
 from peft.core.walk import live_key, live_modules
-from peft.core.wrappers import held
 
 
 def unite_embeddings(model: Any, plan: Plan, undo: ExitStack) -> None:
@@ -48,9 +48,9 @@ def put_everywhere(model: nn.Module) -> None:
     outer: dict[int, nn.Module | None] = {}
     for holder in holders:
         for child in holder._modules.values():
-            inner: Any = held(child)
-            if isinstance(inner, Part) and not isinstance(inner, TrainedBiases):
-                while isinstance(inner, Part):
+            inner: Any = child
+            if isinstance(child, (Part, TrainableTokensWrapper)) and not isinstance(child, TrainedBiases):
+                while isinstance(inner, (Part, TrainableTokensWrapper)):
                     inner = inner.wrapped
                 outer[id(inner)] = child
     for holder in holders:
@@ -63,6 +63,6 @@ def take_away_everywhere(model: nn.Module, left: Mapping[Part, nn.Module | None]
     """Puts in all places of parts what is left where they were."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            part = held(child)
+            part: Any = child.wrapped if isinstance(child, TrainableTokensWrapper) else child
             if isinstance(part, Part) and left.get(part) is not None:
                 module._modules[name] = left[part]

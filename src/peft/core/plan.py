@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from peft.config import LayerConfig
 from peft.core import tensor_parallel
 from peft.core.adapted import to_init_from
-from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.base_op import BaseOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.part import as_names
@@ -196,10 +195,6 @@ def make_plan(
 
 def _target_at(key: str, module: nn.Module, parent: nn.Module, child: str) -> Target:
     """A module that gets an adapter, or the linear layer inside of it that does."""
-    if isinstance(module, ModulesToSaveWrapper):
-        raise ValueError(
-            f"{key!r} is trained in full by another adapter (modules_to_save) and cannot get an adapter too."
-        )
     inner = LINEAR_INSIDE.get(type(module).__name__)
     if inner is None:
         return Target(key, module, parent, child)

@@ -36,20 +36,20 @@ def model_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, 
     """`model_modules`, each with the module that holds it and the name it has there (of the model: itself, "")."""
     waiting: list[tuple[str, nn.Module, nn.Module, str]] = [("", model, model, "")]
     while waiting:
-        place = key, module, _, _ = waiting.pop()
-        yield place
-        if isinstance(module, ModulesToSaveWrapper):
-            continue
+        key, module, parent, child = waiting.pop()
+        if isinstance(module, ModulesToSaveWrapper):  # what an adapter trains in full, others may change
+            parent, child = module, "original_module"
+        module = held(module)
+        yield key, module, parent, child
         base = base_of(module)
         if base._modules:
             prefix = f"{key}." if key else ""
-            children = reversed(list(base.named_children()))
-            waiting += [(prefix + name, held(child), base, name) for name, child in children]
+            waiting += [(prefix + name, inner, base, name) for name, inner in reversed(list(base.named_children()))]
 
 
 def target_name(path: str, layer: AdapterLayer) -> str:
     """The name by which configurations mean what a layer adapts, given where the layer is in the model."""
-    key = ".".join(part for part in path.split(".") if part != "base_layer")
+    key = ".".join(part for part in path.split(".") if part not in ("base_layer", "original_module"))
     if isinstance(layer.op, ParameterOp):
         return f"{key}.{layer.op.weight_name}"
     # The output projection of attention comes with the attention module.

@@ -21,7 +21,7 @@ from peft.core.storage.shared import shape_of
 from peft.core.targets import base_of, check_target_module_exists, ends_with, model_modules, saved_as
 from peft.core.tying import input_embedding_name, tied_embedding_modules
 from peft.core.walk import live_key
-from peft.core.wrappers import get_submodules, unwrapped
+from peft.core.wrappers import get_submodules, held
 
 
 @dataclass(slots=True, eq=False)
@@ -200,7 +200,7 @@ def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:
         for key, module in found:
             if check_target_module_exists(config, key):
                 raise TypeError(f"{key!r} is in target_modules and in trainable_token_indices; choose one of them.")
-            if isinstance(module, ModulesToSaveWrapper) or saved_as(key, config.modules_to_save or ()):
+            if saved_as(key, config.modules_to_save or ()):
                 raise ValueError(
                     f"{key!r} is trained in full (modules_to_save), so trainable_token_indices has nothing to add;"
                     " leave out one of them."
@@ -250,12 +250,13 @@ def train_tokens(model: nn.Module, adapter_name: str, rows: Mapping[str, Sequenc
     tied = tied_embedding_modules(model) if rows else []
     if tied and tied[0] in wanted:
         indices = wanted.pop(tied[0])
-        modules = {key: model.get_submodule(live_key(model, key)) for key in tied}
+        modules: dict[str, Any] = {key: model.get_submodule(live_key(model, key)) for key in tied}
         tied = [key for key in tied if not any(modules[key] is modules[other] for other in tied[: tied.index(key)])]
-        apart = any(isinstance(m, AdapterLayer) and not isinstance(m, TrainableTokensLayer) for m in modules.values())
+        layers = [held(module) for module in modules.values()]
+        apart = any(isinstance(layer, AdapterLayer) and not isinstance(layer, TrainableTokensLayer) for layer in layers)
         layer = _train_tokens_of(model, tied[0], adapter_name, indices)
         for key in tied[1:]:
-            in_full = isinstance(modules[key], ModulesToSaveWrapper)
+            in_full = isinstance(modules[key], ModulesToSaveWrapper) and modules[key].has(adapter_name)
             if not in_full and list(wanted.get(key, indices)) == list(indices):
                 wanted.pop(key, None)
                 _train_tokens_of(model, key, adapter_name, indices, layer, apart)
@@ -291,7 +292,9 @@ def _train_tokens_of(
     apart: bool = False,
 ) -> TrainableTokensLayer:
     owner, module, name = get_submodules(model, live_key(model, key))
-    layer = unwrapped(module)
+    if isinstance(module, ModulesToSaveWrapper):  # another adapter's
+        owner, name, module = module, "original_module", module.original_module
+    layer = held(module)
     while isinstance(layer, AdapterLayer) and isinstance(layer.base_layer, AdapterLayer):
         layer = layer.base_layer
     if not isinstance(layer, TrainableTokensLayer):

@@ -73,12 +73,28 @@ def live_key(model: nn.Module, key: str) -> str:
     """The name that the module `key` of the plain model has now, adapter layers on its way counted in."""
     module, path = model, []
     for name in key.split(".") if key else ():
-        while isinstance(module, AdapterLayer):
-            module = module.base_layer
-            path.append("base_layer")
+        while isinstance(module, Part):
+            path.append("original_module" if isinstance(module, ModulesToSaveWrapper) else "base_layer")
+            module = module.wrapped
         module = getattr(module, name)
         path.append(name)
     return ".".join(path)
+
+
+def in_files(model: nn.Module, adapter_name: str, name: str) -> str:
+    """The name that files of an adapter have for a tensor: as if it were alone, and the base model called `model`."""
+    module: Any = model
+    parts: list[str] = []
+    for part in name.split(".") if "base_layer" in name or "original_module" in name else ():
+        inward = part in ("base_layer", "original_module") and isinstance(module, Part)
+        if inward and module.is_beside(adapter_name) and part == "base_layer":
+            parts.append("token_adapter")
+        if not inward or module.has(adapter_name):
+            parts.append(part)
+        module = unwrapped(module._modules[part]) if module and module._modules.get(part) else None
+    name = ".".join(parts) or name
+    holder = getattr(model.__dict__.get("_modules", {}).get("base_model"), "holder", "model")
+    return name if holder == "model" else name.replace(f"base_model.{holder}.", "base_model.model.", 1)
 
 
 def with_progress(items: list[Any], show: bool, label: str) -> Any:

@@ -22,8 +22,13 @@ def unwrapped(module: nn.Module) -> Any:
 
 
 def held(module: Any) -> Any:
-    """The layer of trained rows that a module is the place of; any other module itself."""
-    return getattr(module, "_modules", {}).get("token_adapter", module)
+    """What of the base model, with adapter layers around it, a module holds in its place; any other module itself."""
+    while isinstance(module, nn.Module):
+        inner = module._modules.get("token_adapter") or module._modules.get("original_module")
+        if inner is None:
+            break
+        module = inner
+    return module
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

@@ -15,7 +15,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import ModuleSlot
 from peft.core.tuner import BaseTuner
-from peft.core.walk import layers_of
+from peft.core.walk import in_files, layers_of
 from peft.ops.hadamard import Rescaled, spread
 from peft.ops.matrix import product_with
 from peft.ops.starts import uniform
@@ -112,7 +112,8 @@ class GloraMethod(Method):
     def write_tensors(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         zeros = {
             f"{path}.{slot}.zeros": torch.zeros(shape, dtype=layer.dtype_of(adapter_name))
-            for path, layer in layers_of(model, GloraLayer, adapter_name).items()
+            for live, layer in layers_of(model, GloraLayer, adapter_name).items()
+            for path in (in_files(model, adapter_name, live),)
             for slot, shape in layer.shapes().items()
             if not layer.part(slot, adapter_name)
         }
