@@ -62,8 +62,6 @@ from peft.tasks import PeftModelForQuestionAnswering as PeftModelForQuestionAnsw
 from peft.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from peft.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from peft.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
-from peft.tuners.adalora import AdaLoraConfig as AdaLoraConfig
-from peft.tuners.adalora import AdaLoraModel as AdaLoraModel
 from peft.tuners.adamss import AdamssConfig as AdamssConfig
 from peft.tuners.adamss import AdamssModel as AdamssModel
 from peft.tuners.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
@@ -110,6 +108,8 @@ from peft.tuners.lora import VeloraConfig as VeloraConfig
 from peft.tuners.lora import get_eva_state_dict as get_eva_state_dict
 from peft.tuners.lora import initialize_lora_eva_weights as initialize_lora_eva_weights
 from peft.tuners.lora import preprocess_loraga as preprocess_loraga
+from peft.tuners.lora.adalora import AdaLoraConfig as AdaLoraConfig
+from peft.tuners.lora.adalora import AdaLoraModel as AdaLoraModel
 from peft.tuners.lycoris.loha import LoHaConfig as LoHaConfig
 from peft.tuners.lycoris.loha import LoHaModel as LoHaModel
 from peft.tuners.lycoris.lokr import LoKrConfig as LoKrConfig
