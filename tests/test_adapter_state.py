@@ -337,3 +337,26 @@ def test_what_an_adapter_is_does_not_depend_on_another(first, second, order):
     model.set_adapter(order[1])
     torch.testing.assert_close(logits(model), alone[order[1]][0], atol=1e-4, rtol=1e-4)
     assert torch.equal(model.unload()(input_ids=tiny.tokens()).logits, expected)
+
+
+def test_modules_of_a_model_may_be_called_as_what_holds_adapters(tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.original_module, self.token_adapter = tiny.MLP(), tiny.MLP()
+
+        def forward(self, x):
+            return self.original_module(x) + self.token_adapter(x)
+
+    x, plain = torch.randn(3, 16), Model()
+    model = get_peft_model(Model(), LoraConfig(target_modules=["token_adapter.lin0", "original_module.lin1"]))
+    output = tiny.fill_adapter(model)(x)
+    assert not torch.allclose(output, plain(x))
+    tensors = get_peft_model_state_dict(model)
+    assert {key.split(".")[2] for key in tensors} == {"original_module", "token_adapter"}
+    given = get_peft_model_state_dict(model, state_dict=model.state_dict())
+    assert given.keys() == tensors.keys()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(Model(), tmp_path)(x), output)
+    assert torch.equal(model.unload()(x), plain(x))

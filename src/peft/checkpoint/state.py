@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft.checkpoint.gather import Location, prompt_tensors, unaliased, values_of
+from peft.checkpoint.gather import Location, prompt_tensors, unaliased, values_of, without_names
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
@@ -20,7 +20,7 @@ from peft.core.tuner import BaseTuner
 from peft.core.undo import is_adding
 from peft.core.walk import in_files, layers_of, live_modules
 from peft.core.whole import contents_kept
-from peft.core.wrappers import held, plain_name, unwrapped
+from peft.core.wrappers import held, layer_of, unwrapped
 from peft.errors import listed, warn
 from peft.hub import fetch
 from peft.registry import method_of
@@ -153,7 +153,7 @@ def _embedding_locations(
     adapted: dict[str, Location] = {}
     for side in ("input", "output"):
         layer: Any = embeddings_of(model, side)
-        layer = None if layer is None else unwrapped(layer)
+        layer = None if layer is None else layer_of(layer)
         path = next((path for path, module in live_modules(model) if module is layer), None)
         kept, found = {}, locations
         if isinstance(layer, ModulesToSaveWrapper) and not layer.has(adapter_name):
@@ -297,11 +297,12 @@ class Places:
         """The names that a model's own state dict has, with an adapter's name in them -> those that files have."""
         if all(key in self._locations for key in keys):
             return {}
-        cuts = ((name, cut) for name, location in self._locations.items() for cut in _cuts(location.live_name))
+        live = {name: without_names(location.live_name) for name, location in self._locations.items()}
+        cuts = ((name, cut) for name, plain in live.items() for cut in _cuts(plain))
         by_rest = {(before, after): name for name, (before, part, after) in cuts if part == adapter_name}
         raw: dict[str, dict[str, str]] = {}
         for key in keys:
-            for before, part, after in _cuts(plain_name(key)) if key not in self._locations else ():
+            for before, part, after in _cuts(without_names(key)) if key not in self._locations else ():
                 if (before, after) in by_rest:
                     raw.setdefault(part, {})[key] = by_rest[before, after]
         # Of several adapters in the file, the one of that name; else "default"; else the only one.

@@ -13,7 +13,7 @@ from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import ModuleSlot
 from peft.core.storage.shared import whole_copy
-from peft.core.wrappers import get_submodules, plain_name, state_names
+from peft.core.wrappers import TrainableTokensWrapper, get_submodules, state_names
 from peft.errors import warn
 
 
@@ -27,6 +27,7 @@ class ModulesToSaveWrapper(Part):
     """
 
     modules_to_save = ModuleSlot[Any]()
+    holds = "original_module"
 
     def __init__(self, module_to_save: nn.Module, adapter_name: str, tied_module: nn.Module | None = None):
         super().__init__()
@@ -119,13 +120,15 @@ class ModulesToSaveWrapper(Part):
 def _without_adapters(module: nn.Module) -> Any:
     """The module of the base model that is left of one with parts of other adapters in it, or around it."""
     for path, part in reversed([*module.named_modules()]):
-        path = plain_name(path)
         place, _, child = path.rpartition(".")
-        if not isinstance(part, Part):
+        if isinstance(part, TrainableTokensWrapper):
+            left: Any = part.token_adapter  # which is the plain module by now
+        elif isinstance(part, Part):
+            for name in part.merged_adapters:
+                part.delete_adapter(name)  # takes it out of the weight
+            left = part.unload(merge=False)
+        else:
             continue
-        for name in part.merged_adapters:
-            part.delete_adapter(name)  # takes it out of the weight
-        left = part.unload(merge=False)
         if not path:
             module = left  # type: ignore[assignment]
         elif left is None:

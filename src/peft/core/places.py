@@ -13,8 +13,8 @@ from peft.core.model_config import embeddings_of
 from peft.core.part import Part
 from peft.core.plan import Plan
 from peft.core.targets import base_of
-from peft.core.tokens import TrainableTokensWrapper
 from peft.core.walk import live_key, live_modules
+from peft.core.wrappers import TrainableTokensWrapper
 
 
 def unite_embeddings(model: Any, plan: Plan, undo: ExitStack) -> None:

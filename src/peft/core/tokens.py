@@ -21,7 +21,7 @@ from peft.core.storage.shared import shape_of
 from peft.core.targets import base_of, check_target_module_exists, ends_with, model_modules, saved_as
 from peft.core.tying import input_embedding_name, tied_embedding_modules
 from peft.core.walk import live_key
-from peft.core.wrappers import get_submodules, held
+from peft.core.wrappers import TrainableTokensWrapper, get_submodules, held
 
 
 @dataclass(slots=True, eq=False)
@@ -154,33 +154,6 @@ class TrainableTokensLayer(AdapterLayer):
                 )
             seen.update(self.token_indices[name])
         return names
-
-
-class TrainableTokensWrapper(nn.Module):
-    """What holds a layer of rows that are trained beside other changes, as `token_adapter`; no more than that name.
-
-    So parameters are called as in huggingface/peft. What it lacks is what the layer has.
-    """
-
-    def __init__(self, token_adapter: TrainableTokensLayer):
-        super().__init__()
-        self.token_adapter = token_adapter
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "token_adapter" not in self.__dict__.get("_modules", ()):
-                raise
-            return getattr(self.token_adapter, "base_layer" if name == "original_module" else name)
-
-    @property
-    def wrapped(self) -> nn.Module:
-        """The layer."""
-        return self.token_adapter
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.token_adapter(*args, **kwargs)
 
 
 def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ from torch import nn
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
-from peft.core.wrappers import unwrapped
+from peft.core.wrappers import layer_of, unwrapped
 
 L = TypeVar("L", bound=AdapterLayer)
 
@@ -36,7 +36,7 @@ def live_modules(model: nn.Module, copies: bool = True) -> Iterator[tuple[str, n
     waiting = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        module = unwrapped(module)
+        module = layer_of(module)
         if module in seen:
             continue
         seen.add(module)
@@ -91,7 +91,7 @@ def in_files(model: nn.Module, adapter_name: str, name: str) -> str:
             parts.append("token_adapter")
         if not inward or module.has(adapter_name):
             parts.append(part)
-        module = unwrapped(module._modules[part]) if module and module._modules.get(part) else None
+        module = layer_of(module._modules[part]) if module and module._modules.get(part) else None
     name = ".".join(parts) or name
     holder = getattr(model.__dict__.get("_modules", {}).get("base_model"), "holder", "model")
     return name if holder == "model" else name.replace(f"base_model.{holder}.", "base_model.model.", 1)

@@ -1,6 +1,6 @@
-"""Modules around those of a model that are no more than a name: FSDP's, activation checkpointing's, torch.compile's.
+"""Modules around those of a model: FSDP's, activation checkpointing's, torch.compile's; and those that hold our own.
 
-They have no part in the names of modules here, nor in those that tensors have in files.
+The former have no part in the names that tensors have in files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,36 @@ from typing import Any
 from torch import nn
 
 #: where such a module keeps what it is around
-_INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "token_adapter")
+_INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+class TrainableTokensWrapper(nn.Module):
+    """What holds a layer of rows that are trained beside other changes, as `token_adapter`; no more than that name.
+
+    So parameters are called as in huggingface/peft. What it lacks is what the layer has.
+    """
+
+    holds = "token_adapter"
+
+    def __init__(self, token_adapter: nn.Module):
+        super().__init__()
+        self.token_adapter = token_adapter
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "token_adapter" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.token_adapter, "base_layer" if name == "original_module" else name)
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The layer."""
+        return self.token_adapter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
 
 
 def unwrapped(module: nn.Module) -> Any:
@@ -22,13 +51,16 @@ def unwrapped(module: nn.Module) -> Any:
 
 
 def held(module: Any) -> Any:
-    """What of the base model, with adapter layers around it, a module holds in its place; any other module itself."""
-    while isinstance(module, nn.Module):
-        inner = module._modules.get("token_adapter") or module._modules.get("original_module")
-        if inner is None:
-            break
-        module = inner
+    """What of the base model, with adapter layers around it, stands in the place of a module that holds it."""
+    while name := getattr(type(module), "holds", ""):
+        module = module._modules[name]
     return module
+
+
+def layer_of(module: Any) -> Any:
+    """The module that others are around, trained rows as the layer that has them."""
+    module = unwrapped(module)
+    return module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
