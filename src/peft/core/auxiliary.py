@@ -130,7 +130,7 @@ def _without_adapters(module: nn.Module) -> Any:
         else:
             continue
         if not path:
-            module = left  # type: ignore[assignment]
+            module = left
         elif left is None:
             del module.get_submodule(place)._modules[child]
         else:
