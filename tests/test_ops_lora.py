@@ -465,3 +465,15 @@ def test_decoding_under_autocast_is_in_its_dtype():
     model, x = adapted().eval(), torch.randn(1, 6)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model.base_model.model.first(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("make", [lambda a: a.exp() * a, lambda a: a * torch.arange(16.0)])
+def test_an_input_whose_graph_is_gone_can_be_used_again(make):
+    module = nn.Sequential(nn.Linear(16, 16))
+    model = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    x = make(torch.randn(8, 16, requires_grad=True))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(model(x.detach()).sum(), trained)
+    x.sum().backward()
+    for found, wanted in zip(torch.autograd.grad(model(x).sum(), trained), expected, strict=True):
+        torch.testing.assert_close(found, wanted)

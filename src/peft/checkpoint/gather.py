@@ -51,14 +51,15 @@ def values_of(
         return {key: whole(location.tensor).detach() for key, location in locations.items()}
 
 
-def without_names(name: str) -> str:
+def without_holders(name: str) -> str:
     """The name of a tensor in a model's state dict, without those of modules that only hold others."""
     return plain_name(name).replace(".token_adapter.", ".")
 
 
 def _given(locations: Mapping[str, Location], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    given = {without_names(name): value for name, value in state_dict.items()}
-    missing = [location.live_name for location in locations.values() if without_names(location.live_name) not in given]
+    given = {without_holders(name): value for name, value in state_dict.items()}
+    names = [location.live_name for location in locations.values()]
+    missing = [name for name in names if without_holders(name) not in given]
     if missing:
         raise KeyError(
             f"state_dict has no {missing[0]!r}"
@@ -66,7 +67,7 @@ def _given(locations: Mapping[str, Location], state_dict: Mapping[str, Tensor]) 
             + f"; it has {len(given)} entries. It has to be that of the whole PeftModel; FSDP may give it to the first"
             " process only, which then has to be the one that saves."
         )
-    values = {key: whole(given[without_names(location.live_name)]) for key, location in locations.items()}
+    values = {key: whole(given[without_holders(location.live_name)]) for key, location in locations.items()}
     for key, location in locations.items():
         found, wanted = values[key].shape, shape_of(location.tensor)
         if (not found.numel() and wanted.numel()) or (hasattr(location.tensor, "ds_id") and found != wanted):

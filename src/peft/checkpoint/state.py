@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft.checkpoint.gather import Location, prompt_tensors, unaliased, values_of, without_names
+from peft.checkpoint.gather import Location, prompt_tensors, unaliased, values_of, without_holders
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.biases import stored_biases
 from peft.core.layer import AdapterLayer
@@ -143,9 +143,7 @@ def vocabulary_changed(model: nn.Module, config: Any) -> bool:
     return isinstance(before, int) and before != now
 
 
-def _embedding_locations(
-    model: nn.Module, adapter_name: str
-) -> tuple[dict[str, Location], dict[str, Location]]:
+def _embedding_locations(model: nn.Module, adapter_name: str) -> tuple[dict[str, Location], dict[str, Location]]:
     """The base weights of the embedding and the output layer: of those that the adapter leaves, or trains rows of, and
     of those that it is on.
     """
@@ -297,12 +295,12 @@ class Places:
         """The names that a model's own state dict has, with an adapter's name in them -> those that files have."""
         if all(key in self._locations for key in keys):
             return {}
-        live = {name: without_names(location.live_name) for name, location in self._locations.items()}
+        live = {name: without_holders(location.live_name) for name, location in self._locations.items()}
         cuts = ((name, cut) for name, plain in live.items() for cut in _cuts(plain))
         by_rest = {(before, after): name for name, (before, part, after) in cuts if part == adapter_name}
         raw: dict[str, dict[str, str]] = {}
         for key in keys:
-            for before, part, after in _cuts(without_names(key)) if key not in self._locations else ():
+            for before, part, after in _cuts(without_holders(key)) if key not in self._locations else ():
                 if (before, after) in by_rest:
                     raw.setdefault(part, {})[key] = by_rest[before, after]
         # Of several adapters in the file, the one of that name; else "default"; else the only one.

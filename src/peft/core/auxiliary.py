@@ -138,9 +138,7 @@ def _without_adapters(module: nn.Module) -> Any:
     return module
 
 
-def save_modules(
-    model: nn.Module, keys: Mapping[str, str], adapter_name: str, tied: Sequence[str] = ()
-) -> None:
+def save_modules(model: nn.Module, keys: Mapping[str, str], adapter_name: str, tied: Sequence[str] = ()) -> None:
     """Gives an adapter its own copy of modules of a model, to be trained in full; those in `tied` share a weight.
 
     `keys` are the names that they have without adapters -> those that they have now.

@@ -35,7 +35,7 @@ def _plain_weight(module: nn.Module) -> Any:
     while True:
         module = held(module)
         inside, ledger = module._modules, module.__dict__.get("ledger")
-        inner = inside.get("base_layer") or inside.get("original_module")
+        inner = inside.get("base_layer")
         kept = ledger and ledger.originals.get("weight")
         if inner is None or isinstance(kept, nn.Parameter):  # merged into a weight of its own
             return module._parameters.get("weight") if inner is None else kept

@@ -55,7 +55,10 @@ def kept_product(x: Tensor) -> tuple[Tensor, ...]:
     hooks = None if top_hooks is None else top_hooks(True)
     if top_hooks is None or (hooks is not None and hooks[0].__module__ in _DEFERRED):
         return (x,)  # what is kept is recomputed or elsewhere, and must not be asked for now
-    factors = tuple(sorted(_factors(x.grad_fn), key=Tensor.numel, reverse=True))
+    try:
+        factors = tuple(sorted(_factors(x.grad_fn), key=Tensor.numel, reverse=True))
+    except RuntimeError:  # a backward pass has freed them already, or something has written to them
+        return (x,)
     # Those who share a model out among processes put parameters away between its modules' passes.
     shared_out = torch.distributed.is_available() and torch.distributed.is_initialized()
     fits = (
