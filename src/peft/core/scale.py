@@ -16,7 +16,7 @@ class ScaledLayer(AdapterLayer):
 
     def initial_scaling(self, name: str) -> float:
         """The scale of an adapter as its configuration says."""
-        return 1.0
+        return getattr(self.configs[name], "scaling", 1.0)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets the scale of an adapter to `scale` times what its configuration says."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Change, LowRank
-from peft.core.layer import AdapterLayer
-from peft.core.slots import Dropout, ModuleSlot, Setting, Slot
+from peft.core.scale import ScaledLayer
+from peft.core.slots import Dropout, ModuleSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.starts import uniform
 from peft.registry import PeftType
@@ -48,7 +48,7 @@ class GraloraConfig(LayoutConfig, peft_type=PeftType.GRALORA):
             raise ValueError(f"gralora_k must divide r, got r={self.r} and gralora_k={self.gralora_k}.")
 
 
-class GraloraLayer(AdapterLayer):
+class GraloraLayer(ScaledLayer):
     """A module with a matrix of low-rank blocks added to its weight."""
 
     gralora_A = Slot()
@@ -56,12 +56,10 @@ class GraloraLayer(AdapterLayer):
     gralora_A_general = ModuleSlot[nn.Linear]()
     gralora_B_general = ModuleSlot[nn.Linear]()
 
-    r = Setting[int]()
-    scaling = Setting[float]()
     gralora_dropout = Dropout()
 
     def create(self, name: str, config: GraloraConfig) -> None:
-        self.scaling[name] = config.alpha / (config.r + config.hybrid_r)
+        self.scaling[name] = self.initial_scaling(name)
         k, random = config.gralora_k, not config.init_weights
         downs, ups, rows = [], [], self.out_features // k
         for _ in range(k):
@@ -74,6 +72,10 @@ class GraloraLayer(AdapterLayer):
             down.reset_parameters()  # drawn twice, as by huggingface/peft, for the same start from the same seed
             up.reset_parameters() if random else nn.init.zeros_(up.weight)
             self.gralora_A_general[name], self.gralora_B_general[name] = down, up
+
+    def initial_scaling(self, name: str) -> float:
+        config = self.configs[name]
+        return config.alpha / (config.r + config.hybrid_r)
 
     def change(self, name: str) -> Iterator[Change]:
         scale, p = self.scaling[name], self.dropout_of(name)

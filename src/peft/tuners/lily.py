@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from peft.config import LayerConfig
 from peft.core.change import Beside
-from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
+from peft.core.scale import ScaledLayer
 from peft.core.slots import ModuleSlot, Setting
 from peft.core.targets import matching_entry
 from peft.core.tuner import BaseTuner
@@ -48,7 +48,7 @@ class LilyConfig(LayerConfig, peft_type=PeftType.LILY):
     init_weights: bool = True
 
 
-class LilyLayer(AdapterLayer):
+class LilyLayer(ScaledLayer):
     """A linear layer with a router, and factors that it shares with other layers.
 
     `lily_A` and `lily_B` hold modules, the very same in the layers that share them, for files have them once a layer.
@@ -63,7 +63,6 @@ class LilyLayer(AdapterLayer):
 
     #: the factors of the adapter that have been made, by slot and group; the same for all its layers
     lily_made = Setting[dict[tuple[str, str], nn.Linear]]()
-    scaling = Setting[float]()
 
     def create(self, name: str, config: LilyConfig) -> None:
         # A B_e is held as [r, out], one on top of the other.

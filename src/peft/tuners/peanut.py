@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
-from peft.core.layer import AdapterLayer
+from peft.core.scale import ScaledLayer
 from peft.core.slots import ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import product_with
@@ -44,7 +44,7 @@ class PeanutConfig(LayerConfig, peft_type=PeftType.PEANUT):
     init_weights: bool = True
 
 
-class PeanutLayer(AdapterLayer):
+class PeanutLayer(ScaledLayer):
     """A module with a change that a network makes of its weight."""
 
     peanut_A = ModuleSlot[nn.Linear]()
@@ -52,7 +52,6 @@ class PeanutLayer(AdapterLayer):
     peanut_encoders = ModuleSlot[nn.ModuleList]()
     peanut_decoders = ModuleSlot[nn.ModuleList]()
 
-    scaling = Setting[float]()
     act_fn = Setting[str]()
 
     def create(self, name: str, config: PeanutConfig) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from peft.config import LayoutConfig
 from peft.core.change import LowRank
-from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.plan import Plan
-from peft.core.slots import Dropout, FixedSlot, Setting, Slot
+from peft.core.scale import ScaledLayer
+from peft.core.slots import Dropout, FixedSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.random_bases import draw_bases, scaled_bases
 from peft.registry import PeftType
@@ -51,7 +51,7 @@ class RandLoraConfig(LayoutConfig, peft_type=PeftType.RANDLORA):
     init_weights: bool = True
 
 
-class RandLoraLayer(AdapterLayer):
+class RandLoraLayer(ScaledLayer):
     """A module with scales for the shared bases."""
 
     randlora_lambda = Slot()
@@ -59,17 +59,18 @@ class RandLoraLayer(AdapterLayer):
     randlora_A = FixedSlot(shared=True, stored="save_projection")
     randlora_B = FixedSlot(shared=True, stored="save_projection")
 
-    r = Setting[int]()
-    scaling = Setting[float]()
     randlora_dropout = Dropout()
 
     def create(self, name: str, config: RandLoraConfig) -> None:
-        self.scaling[name] = config.randlora_alpha / config.r
+        self.scaling[name] = self.initial_scaling(name)
         narrow, wide = sorted((self.in_features, self.out_features))
         count = math.ceil(narrow / config.r)
         start, spread = (torch.zeros, max(count, narrow)) if config.init_weights else (torch.randn, wide)
         self.randlora_lambda[name] = nn.Parameter(start(config.r, count))
         self.randlora_gamma[name] = nn.Parameter(torch.full((count, narrow), 1 / spread))
+
+    def initial_scaling(self, name: str) -> float:
+        return self.configs[name].randlora_alpha / self.r[name]
 
     def key_map(self, name: str) -> dict[str, str]:
         keys = super().key_map(name)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp, ConvOp
 from peft.core.change import LowRank
-from peft.core.layer import AdapterLayer
 from peft.core.method import Method
+from peft.core.scale import ScaledLayer
 from peft.core.slots import ModuleSlot, Setting, Slot
 from peft.core.storage.flat import bring_together, read_in_units
 from peft.core.storage.shared import put, whole, with_gradient
@@ -98,7 +98,7 @@ class AdaLoraConfig(LoraConfig, peft_type=PeftType.ADALORA):
         return content if self._allocated else {**content, "rank_pattern": None}
 
 
-class AdaLoraLayer(AdapterLayer):
+class AdaLoraLayer(ScaledLayer):
     """A module with a low-rank change in the form of a singular value decomposition.
 
     `ranknum` [1] is the rank that the scale counts with; it stays when ranks are dropped.
@@ -112,11 +112,10 @@ class AdaLoraLayer(AdapterLayer):
 
     r = Setting[int]("init_r")
     lora_alpha = Setting[float]()
-    scaling = Setting[float]()
 
     def create(self, name: str, config: AdaLoraConfig) -> None:
         r = config.init_r
-        self.scaling[name] = config.lora_alpha or float(r)
+        self.scaling[name] = self.initial_scaling(name)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
             getattr(self, slot)[name] = nn.Parameter(torch.randn(shape))
@@ -125,6 +124,9 @@ class AdaLoraLayer(AdapterLayer):
             nn.init.zeros_(self.lora_E[name])
             nn.init.normal_(self.lora_A[name], std=0.02)
             nn.init.normal_(self.lora_B[name], std=0.02)
+
+    def initial_scaling(self, name: str) -> float:
+        return self.lora_alpha[name] or float(self.configs[name].init_r)
 
     def draw(self, name: str, config: AdaLoraConfig) -> None:
         self.ranknum[name] = nn.Parameter(torch.full((1,), float(self.r[name])), requires_grad=False)
