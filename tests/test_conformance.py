@@ -569,3 +569,10 @@ def test_quantised_mixed_batch_is_each_alone(method, storage):
     model = adapted(method, storage, names=("a", "b"))
     x = inputs_of(model)
     assert_each_alone(model, x, ["a", "__base__", "b", "a"])
+
+
+@over("method", [method for method in LAYER_METHODS if "r" in row_of(method).config_class.__dataclass_fields__])
+def test_layers_say_the_rank_of_each_adapter(method):
+    model = adapted(method, "Linear")
+    found = {"OFT": 4, "ADALORA": 4}  # as many blocks as there are, and what the schedule begins with
+    assert model.base_model.model.target.r == {"default": found.get(method, model.active_peft_config.r)}

@@ -51,6 +51,18 @@ def test_models_without_adapter_layers_are_refused():
         convert_to_lora(get_peft_model(tiny_models.llama(), config), 4)
 
 
+def test_a_model_without_a_record_of_its_adapters_is_converted_by_its_layers():
+    model = adapted("LOKR", "Linear")
+    expected = convert_to_lora(model, 1.0)
+    base = model.get_base_model()
+    del base.peft_config
+    config, tensors = convert_to_lora(base, 1.0)
+    assert config.to_dict() == expected[0].to_dict()
+    assert {f"base_model.model.{key}" for key in tensors} == set(expected[1])
+    with pytest.raises(KeyError, match="default"):
+        convert_to_lora(base, 2, adapter_name="other")
+
+
 @over("method, kind", [case for case in SUPPORTED if case[1] == "LayerNorm"])
 def test_norms_are_refused(method, kind):
     model = adapted(method, kind)

@@ -208,6 +208,24 @@ def test_rescaling_scales_the_change_of_an_injected_adapter(model):
     torch.testing.assert_close(model.lin0(X) - MLP().lin0(X), change)
 
 
+def test_rescaling_leaves_the_scales_of_before_to_who_holds_them():
+    model = get_peft_model(MLP(), LoraConfig(target_modules=["lin0"]))
+    model.add_adapter("second", LoraConfig(target_modules=["lin0"]))
+    for seed, name in enumerate(("default", "second")):
+        fill_adapter(model, name, seed)
+    model.eval()
+    layer, names = model.base_model.model.lin0, ["default", "second"] * 2
+    with torch.no_grad():
+        outputs = layer(X, adapter_names=names)  # mixed batches to come find the factors of this one kept
+        before = layer.scaling
+        with helpers.rescale_adapter_scale(model, 0.5):
+            assert layer.scaling == {name: scale / 2 for name, scale in before.items()} != before
+            base = layer.base_layer(X)
+            torch.testing.assert_close(layer(X, adapter_names=names) - base, (outputs - base) / 2)
+        assert layer.scaling == before
+        torch.testing.assert_close(layer(X, adapter_names=names), outputs)
+
+
 def test_rescaling_says_what_it_cannot_scale(model):
     with pytest.raises(TypeError, match="float"), helpers.rescale_adapter_scale(model, "0.5"):
         pass
@@ -227,3 +245,19 @@ def test_inputs_keep_their_dtype(model, active):
     with helpers.disable_input_dtype_casting(model, active):
         assert model.lin0(X.bfloat16()).dtype == torch.bfloat16
     assert seen == [torch.bfloat16]
+
+
+def test_weights_that_hooks_cast_when_they_are_called_leave_the_input_alone(model):
+    # As diffusers has it: modules rest in one dtype, and run in that of the activations.
+    functional.set_adapter(model, "first")
+    expected = model.lin0(X)
+    for module in model.lin0.modules():
+        if isinstance(module, nn.Linear):
+            module.half()
+            module.register_forward_pre_hook(lambda module, args: module.float() and None)
+            module.register_forward_hook(lambda module, args, output: module.half() and None)
+    for _ in range(2):
+        with helpers.disable_input_dtype_casting(model):
+            torch.testing.assert_close(model.lin0(X), expected, rtol=1e-2, atol=1e-2)
+        with pytest.raises(RuntimeError, match="dtype"), helpers.disable_input_dtype_casting(model, active=False):
+            model.lin0(X)

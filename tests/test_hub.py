@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 import peft
@@ -110,6 +110,22 @@ def test_a_model_by_its_adapter_alone(hub: Hub, tmp_path):
     model.push_to_hub("me/adapter")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained("me/adapter")
     assert logits(loaded).equal(logits(model))
+
+
+def test_a_snapshot_of_an_adapter_with_its_tokenizer_is_enough_without_a_network(hub: Hub, tmp_path, monkeypatch):
+    tiny_models.llama().save_pretrained(tmp_path / "base")
+    model = lora_model()
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.push_to_hub("me/adapter")
+    tiny_models.byte_tokenizer().push_to_hub("me/adapter")
+    snapshot_download("me/adapter")  # all there is, so nobody has asked for a file that is not there
+    from hub_server import forget_sessions
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_sessions()
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained("me/adapter")
+    assert loaded.get_input_embeddings().num_embeddings == 259
+    assert logits(loaded)[..., :40].equal(logits(model))
 
 
 def test_a_configuration_there_and_back(hub: Hub):

@@ -134,3 +134,22 @@ def test_a_name_that_is_replaced_where_it_once_was_is_that_of_all_its_paths_unti
         assert peft.utils.transpose is other.transpose is before
     with pytest.raises(AttributeError):
         del other.transpose
+
+
+def test_a_name_of_nothing_here_can_be_put_on_an_old_path():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft.tuners.oft.layer.of_somebody", 1, raising=False)
+        patch.setattr("peft.utils.other.of_somebody", 2, raising=False)
+        assert (peft.tuners.oft.layer.of_somebody, other.of_somebody) == (1, 2)
+    assert not hasattr(peft.tuners.oft.layer, "of_somebody") and not hasattr(other, "of_somebody")
+
+
+def test_buffers_by_name_are_a_dictionary():
+    one, two = torch.ones(2), torch.zeros(2)
+    held = peft.tuners.lora.layer.BufferDict({"one": one})
+    held.update({"two": two}), held.update([("three", two)])
+    assert list(held.keys()) == list(held) == ["one", "two", "three"]
+    assert held.pop("three") is held.get("two") is dict(held.items())["two"] is two and held.get("three") is None
+    assert not held.state_dict() and {name for name, _ in held.named_buffers()} == {"one", "two"}
+    held.clear()
+    assert not list(held.values())

@@ -156,6 +156,7 @@ def test_kasa_penalties():
     model = lora(kasa_config=peft.KasaConfig(beta=2.0, gamma=0.0))
     diagonals = [p for name, p in model.named_parameters() if "lora_diag" in name]
     torch.testing.assert_close(model.base_model.kasa_loss(), sum(2 * d.square().sum() for d in diagonals))
+    assert model._get_kasa_loss() == model.kasa_loss()  # what code for huggingface/peft calls
     orthogonal = lora(kasa_config=peft.KasaConfig(beta=0.0, gamma=1.0))
     with torch.no_grad():
         for name, parameter in orthogonal.named_parameters():

@@ -292,6 +292,8 @@ def test_riemannian_settings():
         create_riemannian_optimizer(ia3(), torch.optim.SGD, lr=0.1)
     with pytest.raises(ValueError, match="reg"):
         create_riemannian_optimizer(net(), torch.optim.SGD, lr=0.1, reg=0.0)
+    with pytest.raises(ValueError, match="LBFGS"):
+        create_riemannian_optimizer(net(), torch.optim.LBFGS, lr=0.1)
 
 
 @pytest.mark.parametrize("wrong", [int, "AdamW", torch.optim.lr_scheduler.StepLR])

@@ -134,3 +134,10 @@ def test_trained_tokens_have_to_be_named():
         peft.get_peft_model(model, peft.TrainableTokensConfig(target_modules=["0"]))
     assert_same_state(model, before)
     torch.testing.assert_close(model(torch.tensor([1])), model[0].weight[1:2])
+
+
+@pytest.mark.parametrize("peft_type", list(peft.PeftType))
+def test_a_method_by_its_name_has_the_defaults(peft_type):
+    needed = {"ADALORA": {"total_step": 100}, "CPT": {"task_type": "CAUSAL_LM"}}.get(peft_type.value, {})
+    config = peft.PeftConfig.from_peft_type(peft_type=peft_type, **needed)
+    assert config.to_dict() == type(config)(**needed).to_dict() and config.peft_type == peft_type

@@ -149,17 +149,21 @@ def _make_room_for_tokens(
     """Enlarges the embeddings to hold all tokens of the tokenizer that lies with the adapter, if there is one."""
     try:
         resizes = hasattr(base_model, "resize_token_embeddings")
-        if not resizes or fetch(source, "tokenizer_config.json", **where) is None:
-            return
+        place = fetch(source, "tokenizer_config.json", **where) if resizes else None
     except FileNotFoundError:  # offline, and it is not in the cache
+        return
+    if place is None:
         return
     from transformers import AutoTokenizer
 
     hub = {key: value for key, value in where.items() if key in ("revision", *_SHARED_HUB_ARGUMENTS)}
     trusted = base_arguments.get("trust_remote_code", False)
-    tokenizer = AutoTokenizer.from_pretrained(
-        source, subfolder=where["subfolder"] or "", trust_remote_code=trusted, **hub
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, subfolder=where["subfolder"] or "", trust_remote_code=trusted, **hub
+        )
+    except OSError:  # offline, when nobody can say that no config.json lies beside it
+        tokenizer = AutoTokenizer.from_pretrained(os.path.dirname(place), trust_remote_code=trusted)
     if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:
         base_model.resize_token_embeddings(len(tokenizer))
 

@@ -134,8 +134,8 @@ class OldPath(ModuleType):
 
     def __setattr__(self, name: str, value: Any) -> None:
         home = self._home(name)
-        # What the import system sets, such as submodules, belongs to this module itself.
-        if home and not isinstance(value, ModuleType):
+        # What the import system sets, such as submodules, is this module's own; so is a name of nothing here.
+        if home and not isinstance(value, ModuleType) and hasattr(*_parts(home)[:2]):
             self._before(name).append(_value_at(home))
             _put_at(home, value)
         else:

@@ -174,7 +174,8 @@ def build_config(
         method = content.get("peft_type")
         if method is not None and not isinstance(method, str):
             raise TypeError(f"peft_type must be a text, got {shown(method)}")
-        config = config_class.from_peft_type(**without_idle_fields({**content, **given}, source))
+        kind: Any = method_of(method).config_class if method else config_class
+        config = kind.from_peft_type(**kind.check_kwargs(**without_idle_fields({**content, **given}, source)))
         note_source(config, source, content, believed=content if trusted else given)
     except UnknownMethodError as error:
         raise UnknownMethodError(f"{CONFIG_NAME} of {os.fspath(source)!r}: {error}") from error

@@ -185,7 +185,6 @@ class ConfigFields:
             KeyError: an unknown `peft_type`.
         """
         config_class: Any = method_of(kwargs["peft_type"]).config_class if kwargs.get("peft_type") else cls
-        kwargs = config_class.check_kwargs(**kwargs)
         known = {f.name for f in fields(config_class) if f.init}
         given = {key: value for key, value in kwargs.items() if key in known}
         dropped = sorted(set(kwargs) - known)

@@ -18,6 +18,7 @@ from peft.config import read_config_file
 from peft.core.layer import AdapterLayer
 from peft.core.storage import storage_of
 from peft.core.targets import base_of, model_modules
+from peft.core.undo import replaced
 from peft.core.walk import with_progress
 from peft.errors import warn
 from peft.tuners.lora.model import LoraModel
@@ -129,28 +130,33 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise ValueError(f"{type(model).__name__} has no adapter layers with a scaling, such as those of LoRA.")
     if any(layer.merged for layer in layers):
         warn("Adapters that are merged into the base weights keep their scale: unmerge_adapter() first.")
-    before = [dict(layer.scaling) for layer in layers]
-    for layer in layers:
-        layer.scaling.update({name: scale * multiplier for name, scale in layer.scaling.items()})
+    before = [layer.scaling for layer in layers]
+    for layer in layers:  # replaced, so that who holds the scales of before still has those
+        layer.scaling = {name: scale * multiplier for name, scale in layer.scaling.items()}
     try:
         yield
     finally:
         for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update(scaling)
+            layer.scaling = {**layer.scaling, **scaling}
 
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
     """While it lasts, adapter layers leave the dtype of their input alone, as diffusers' layerwise casting needs.
 
-    They always do: it is the adapter's weights that are brought to the dtype of the input, never the other way round.
-    So there is nothing to switch off or on again, and callers may go on saying what they rely on.
+    There, hooks bring a module's weights to the dtype of the input each time that it is called, factors of a LoRA too.
+    Where nobody has hooks on them, it is the adapter's weights that are brought to that dtype, never the other way
+    round, so there is nothing to change.
 
     Args:
         model: a model with adapters.
         active: False asks for no change.
     """
-    yield
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)] if active else []
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced(layer, "cast_input_dtype_enabled", False))
+        yield
 
 
 class MontecloraTrainerMixin:

@@ -60,8 +60,8 @@ def maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
 
 
 def cast_input_dtype(layer: AdapterLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in the dtype of an adapter's weight."""
-    return x.to(dtype)
+    """`x` in the dtype of an adapter's weight, unless the layer is to leave it as it is."""
+    return x.to(dtype) if layer.cast_input_dtype_enabled else x
 
 
 def check_forward_args(layer: AdapterLayer, x: Tensor, *args: Any, **kwargs: Any) -> None:

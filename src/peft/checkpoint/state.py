@@ -18,7 +18,7 @@ from peft.core.storage.sharded import reshard
 from peft.core.storage.shared import put, shape_of
 from peft.core.tuner import BaseTuner
 from peft.core.undo import is_adding
-from peft.core.walk import in_files, layers_of, live_modules
+from peft.core.walk import in_files, layers_of, live_modules, parts_of
 from peft.core.whole import contents_kept
 from peft.core.wrappers import held, layer_of, unwrapped
 from peft.errors import listed, warn
@@ -62,6 +62,9 @@ def config_of(model: nn.Module, adapter_name: str) -> Any:
         KeyError: there is no such adapter.
     """
     configs = getattr(model, "peft_config", None) or {}
+    if not configs:  # so of a base model that was taken out of its wrapper; layers know theirs as well
+        for _, part in parts_of(model):
+            configs = {**configs, **part.configs}
     if adapter_name not in configs:
         raise KeyError(f"Adapter {adapter_name!r} not found; there are {', '.join(configs) or 'none'}.")
     return configs[adapter_name]

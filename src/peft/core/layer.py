@@ -21,6 +21,7 @@ from peft.core.call import current_route
 from peft.core.part import Part, as_names, keep_values, tensors_in
 from peft.core.routing import Route
 from peft.core.run import run, run_routed
+from peft.core.slots import Setting
 from peft.core.storage import onloaded, storage_of
 from peft.core.undo import replaced
 from peft.errors import warn
@@ -47,6 +48,10 @@ class AdapterLayer(AdaptedModule):
     label: ClassVar[str] = "{file}.{kind}"
     #: the setting that is a `Dropout`; of a layer, its values by adapter
     dropout_setting: ClassVar[Any] = None
+    #: False leaves an input in its dtype where somebody else brings the adapter's weights to that, as they are called
+    cast_input_dtype_enabled: bool = True
+
+    r = Setting[int]()
 
     def of_module(self, name: str) -> Any:
         is_changed = name in (self.op.weight_name, self.op.bias_name) and self.acting()

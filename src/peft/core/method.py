@@ -179,7 +179,7 @@ class Method:
             elif isinstance(value, Tensor):
                 container[adapter_name] = nn.Parameter(placed(value)) if self.slot(name).trained else placed(value)
             else:
-                groups = nn.ParameterDict() if self.slot(name).trained else Buffers(container.persistent)
+                groups = nn.ParameterDict() if self.slot(name).trained else Buffers(persistent=container.persistent)
                 for group, tensor in value.items():
                     groups[group] = placed(tensor)
                 container[adapter_name] = groups

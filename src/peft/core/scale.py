@@ -11,7 +11,6 @@ from peft.core.slots import Setting
 class ScaledLayer(AdapterLayer):
     """A module with adapters whose change is multiplied by `scaling[name]`, at the start `initial_scaling(name)`."""
 
-    r = Setting[int]()
     scaling = Setting[float]()
 
     def initial_scaling(self, name: str) -> float:

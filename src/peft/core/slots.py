@@ -6,7 +6,7 @@ what is in them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -22,12 +22,17 @@ class Buffers(nn.Module):
     """Fixed tensors by adapter name (or by name of a group of layers), as buffers: they move with the model.
 
     Args:
+        buffers: those that it starts with.
         persistent: whether they are part of the model's state dict.
     """
 
-    def __init__(self, persistent: bool = True):
+    keys, values, items, get = Mapping.keys, Mapping.values, Mapping.items, Mapping.get
+    pop, popitem, clear, update = (getattr(MutableMapping, name) for name in ("pop", "popitem", "clear", "update"))
+
+    def __init__(self, buffers: Mapping[str, Tensor] | None = None, persistent: bool = False):
         super().__init__()
         self.persistent = persistent
+        self.update(buffers or {})
 
     def __setitem__(self, name: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Module):

@@ -49,7 +49,7 @@ class Stack:
         inside = [own for held in containers for name in self.places for own in _modules_in(held, name)]
         self.modules = [module.__dict__ for module in inside]
         self.hooks = [own[kind] for own in self.modules for kind in HOOKS]
-        self.holders = [*layer.settings.values(), *(module._parameters for module in inside)]
+        self.holders = [layer.settings, *layer.settings.values(), *(module._parameters for module in inside)]
         self.holders += [entries for held in containers for entries in (held._modules, held._parameters)]
         self.held = [value for holder in self.holders for value in holder.values()]
         others = (other for other in layer.__dict__.get("_stacks", ()) if other.places != self.places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -34,9 +35,13 @@ def create_riemannian_optimizer(
 
     Raises:
         TypeError: `optimizer_cls` is no optimizer.
-        ValueError: the model has no trainable LoRA, or `reg` is not positive.
+        ValueError: the model has no trainable LoRA, `reg` is not positive, or the optimizer evaluates the loss several
+            times in a step (LBFGS).
     """
     check_optimizer_class(optimizer_cls)
+    closure = signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise ValueError(f"{optimizer_cls.__name__} evaluates the loss anew within a step; choose one that does not.")
     if reg <= 0:
         raise ValueError(f"reg must be positive, got {reg}.")
     pairs = [pair for pair in lora_pairs(model) if pair.a.requires_grad or pair.b.requires_grad]

@@ -11,7 +11,7 @@ from torch import nn
 from peft.config import LayerConfig
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.slots import Dropout, FixedSlot, Setting, Slot
+from peft.core.slots import Dropout, FixedSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.starts import started
 from peft.registry import PeftType
@@ -56,7 +56,6 @@ class DeloraLayer(AdapterLayer):
     delora_lambda = Slot()
     delora_w_norm = FixedSlot()
 
-    r = Setting[int]()
     module_dropout = Dropout()
 
     def create(self, name: str, config: DeloraConfig) -> None:

@@ -13,7 +13,7 @@ from peft.config import LayoutConfig
 from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
-from peft.core.slots import Dropout, Setting, Slot
+from peft.core.slots import Dropout, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import Rescaled
 from peft.ops.starts import uniform
@@ -52,7 +52,6 @@ class HiraLayer(AdapterLayer):
     hira_embedding_A = Slot()
     hira_embedding_B = Slot()
 
-    r = Setting[int]()
     hira_dropout = Dropout(needs="multiplies")
 
     def create(self, name: str, config: HiraConfig) -> None:

@@ -121,7 +121,6 @@ class OFTLayer(AdapterLayer):
     oft_R = ModuleSlot[OFTRotation]()
     oft_embedding_R = ModuleSlot[OFTRotation]()
 
-    r = Setting[int]()
     oft_block_size = Setting[int]()
 
     @property

@@ -18,7 +18,7 @@ from peft.core.change import Beside
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.routing import Route, check_task_ids
-from peft.core.slots import ModuleSlot, Setting, Slot
+from peft.core.slots import ModuleSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.starts import uniform
 from peft.registry import PeftType
@@ -84,8 +84,6 @@ class PolyLayer(AdapterLayer):
     # Each sample has a weight of its own, so only what acts on the activations can be adapted.
     kinds = frozenset(("Linear", "Conv1D"))
     cannot_merge = "A Poly adapter changes the weight differently for each task and cannot be merged."
-
-    r = Setting[int]()
 
     def create(self, name: str, config: PolyConfig) -> None:
         splits, skills = config.n_splits, config.n_skills

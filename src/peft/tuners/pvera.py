@@ -64,7 +64,6 @@ class PveraLayer(AdapterLayer):
     pvera_B = FixedSlot(shared=True, stored="save_projection")
     kinds = frozenset(("Linear", "Conv1D"))
 
-    r = Setting[int]()
     pvera_dropout = Dropout()
     sample_at_inference = Setting[bool]()
     generator_seed = Setting[int | None]()

@@ -52,9 +52,9 @@ def _is_plain(module: Any) -> bool:
     return type(module) is nn.Linear and not is_watched(module) and "forward" not in module.__dict__
 
 
-def _call(factor: Any, x: Tensor) -> Tensor:
-    """A factor's own forward pass, in the dtype of its weight."""
-    return factor(x.to(factor.weight.dtype))
+def _call(factor: Any, cast: bool, x: Tensor) -> Tensor:
+    """A factor's own forward pass, in the dtype of its weight if `cast`."""
+    return factor(x.to(factor.weight.dtype) if cast else x)
 
 
 class FactorLayer(ScaledLayer):
@@ -126,7 +126,8 @@ class FactorLayer(ScaledLayer):
         change = LowRank(down, up, scaling, self.dropout_of(name), offset)
         # Somebody wants to see them called; FSDP has done so to bring their weights together.
         if self.op.linear and not (_is_plain(a) and _is_plain(b)):
-            change.low, change.high = partial(_call, a), partial(_call, b)
+            cast = self.cast_input_dtype_enabled
+            change.low, change.high = partial(_call, a, cast), partial(_call, b, cast)
         return change
 
     def dropout_of(self, name: str) -> float:

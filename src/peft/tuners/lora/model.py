@@ -168,8 +168,6 @@ class LoraMethod(Method):
         ]
         return sum(losses, 0.0) / max(len(losses), 1)
 
-    _get_kasa_loss, _get_monteclora_loss = kasa_loss, monteclora_loss
-
     def _variants(self, kind: type, adapter_names: str | Sequence[str] | None) -> Iterator[tuple[Any, str, Any]]:
         names = self.tuner.active_adapters if adapter_names is None else self.tuner.check_names(adapter_names)
         for layer in self.tuner.layers():
@@ -242,3 +240,7 @@ class LoraMethod(Method):
 
 class LoraModel(BaseTuner, layer=LoraLayer, method=LoraMethod, prefix="lora_"):
     """A model with LoRA adapters on its layers (arXiv:2106.09685)."""
+
+    # the names that huggingface/peft has for them
+    _get_kasa_loss = property(lambda self: self.kasa_loss)
+    _get_monteclora_loss = property(lambda self: self.monteclora_loss)
