@@ -454,13 +454,13 @@ def _made_anew(model: nn.Module) -> None:
 
 
 def _drawn_again(model: nn.Module) -> None:
-    for layer in model.base_model.layers():
+    for layer in model.base_model.adapter_layers():
         layer.reset_lora_parameters("b")
 
 
 CHANGED = {
     "written": _written, "replaced": _replaced, "a new module": _new_module, "hooked": _hooked, "stepped": _stepped,
-    "scaled": lambda model: [layer.set_scale("b", 3.0) for layer in model.base_model.layers()],
+    "scaled": lambda model: [layer.set_scale("b", 3.0) for layer in model.base_model.adapter_layers()],
     "made anew": _made_anew, "drawn again": _drawn_again, "cast": lambda model: model.double(),
     "switched": lambda model: model.set_adapter("c"), "a subset": lambda model: None,
 }  # fmt: skip

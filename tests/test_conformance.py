@@ -410,7 +410,7 @@ def test_deleting_leaves_the_others(method, kind):
 def test_a_scale_is_set_or_it_is_said_that_there_is_none(method):
     kind = next(kind for kind in KINDS if (method, kind) in SUPPORTED)
     model = adapted(method, kind)
-    layer, x = next(model.base_model.layers()), inputs_of(model)
+    layer, x = next(model.base_model.adapter_layers()), inputs_of(model)
     before, initial = model(x), layer.initial_scaling("default") if hasattr(layer, "initial_scaling") else None
     for call, factor in ((lambda: layer.set_scale("default", 3), 3), (lambda: layer.scale_layer(2), 6)):
         with nullcontext() if initial is not None else pytest.warns(peft.PeftWarning, match="scale is not supported"):

@@ -53,7 +53,7 @@ def test_a_string_is_one_name_not_its_letters(tmp_path):
     expected, base = model(X), tiny_models.MLP()(X)
     model.set_adapter("a")
     model.merge_adapter("ab")
-    assert {tuple(layer.merged_adapters) for layer in model.base_model.layers()} == {("ab",)}
+    assert {tuple(layer.merged_adapters) for layer in model.base_model.adapter_layers()} == {("ab",)}
     model.unmerge_adapter()
     model.save_pretrained(tmp_path, selected_adapters="ab")
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"ab"}
@@ -105,7 +105,7 @@ def test_dropout_is_a_probability():
 def test_nothing_given_is_not_given():
     config = lora(layers_to_transform=[], layers_pattern="")
     assert config.layers_to_transform is None and config.layers_pattern is None
-    assert len(list(get_peft_model(tiny_models.MLP(), config).base_model.layers())) == 2
+    assert len(list(get_peft_model(tiny_models.MLP(), config).base_model.adapter_layers())) == 2
 
 
 def test_what_is_no_model_and_no_configuration(tmp_path):

@@ -81,7 +81,7 @@ def test_a_replaced_constructor_gets_the_configuration_and_makes_the_adapter(mon
     def make(self, model, config, *args, **kwargs):
         before(self, model, config, *args, **kwargs)
         seen.append((dict(config), self.active_adapters))
-        for layer in self.layers():
+        for layer in self.adapter_layers():
             layer.move("default", dtype=torch.float16)
 
     monkeypatch.setattr(LoraModel, "__init__", make)
@@ -124,7 +124,7 @@ def test_a_replaced_update_layer_makes_the_adapters(monkeypatch, kind):
 
     monkeypatch.setattr(kind, "update_layer", update_layer)
     model = get_peft_model(llama(), LoraConfig())
-    assert {layer.r["default"] for layer in model.base_model.layers()} == {3}
+    assert {layer.r["default"] for layer in model.base_model.adapter_layers()} == {3}
 
 
 class Around(nn.Module):

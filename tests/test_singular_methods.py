@@ -49,7 +49,7 @@ def tiny(**settings) -> peft.TinyLoraConfig:
 @pytest.mark.parametrize("tying, groups", [(0.0, [0, 1, 2, 3]), (0.3, [0, 1, 2, 2]), (0.5, [0, 0, 1, 1]), (1, [0] * 4)])
 def test_tinylora_ties_vectors_of_neighbours(tying, groups):
     model = peft.get_peft_model(chain(8, 6, 8, 6, 8), tiny(weight_tying=tying))
-    vectors = [next(iter(layer.adapter_parameters("default"))) for layer in model.base_model.layers()]
+    vectors = [next(iter(layer.adapter_parameters("default"))) for layer in model.base_model.adapter_layers()]
     for i, vector in enumerate(vectors):
         assert [vector is other for other in vectors] == [group == groups[i] for group in groups]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -59,7 +59,7 @@ def test_tinylora_ties_vectors_of_neighbours(tying, groups):
 def test_tinylora_changes_the_weight_within_its_leading_part():
     net = chain(8, 6, 8)
     model = peft.get_peft_model(net, peft.TinyLoraConfig(target_modules=["0", "1"], u=5, r=3, init_weights="uniform"))
-    for layer in model.base_model.layers():
+    for layer in model.base_model.adapter_layers():
         left, _, right = torch.linalg.svd(layer.original_weight(), full_matrices=False)
         delta = layer.get_delta_weight("default").detach()
         assert delta.abs().max() > 1e-4
@@ -118,7 +118,7 @@ def test_unilora_layers_are_one_projection_of_one_vector():
     model = peft.get_peft_model(chain(8, 6, 8), peft.UniLoraConfig(target_modules=["0", "1"], r=2, theta_d_length=5))
     index, scale = assign_entries(2 * (8 + 6) * 2, 5, 42)
     values = model.base_model.unilora_theta_d["default"][index] * scale
-    for layer, part in zip(model.base_model.layers(), values.split(28), strict=True):
+    for layer, part in zip(model.base_model.adapter_layers(), values.split(28), strict=True):
         a, b = part[: 2 * layer.in_features].view(2, -1), part[2 * layer.in_features :].view(-1, 2)
         torch.testing.assert_close(layer.get_delta_weight("default"), b @ a)
 
@@ -317,6 +317,16 @@ def test_a_frod_basis_comes_from_the_last_layer_of_each_number():
     assert torch.equal(basis, one.frod_V["default"]["q"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_frod_in_half_precision(dtype):
+    model = peft.get_peft_model(Blocks(), frod(), autocast_adapter_dtype=False).to(dtype).eval()
+    x = torch.randn(3, 8, dtype=dtype)
+    with torch.no_grad():
+        expected = model(x)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected, atol=0.02, rtol=0.02)
+
+
 def test_frod_without_sparse_entries():
     config = peft.FrodConfig(target_modules=["q"], progressbar=False, sparse_rate=0)
     model = filled(peft.get_peft_model(Blocks(), config))
@@ -430,7 +440,7 @@ def test_training_osf_leaves_the_large_directions_alone(tmp_path, again):
 )  # fmt: skip
 def test_osf_keeps_as_many_directions_as_asked(settings, trained):
     model = peft.get_peft_model(chain(20, 16, 20), peft.OSFConfig(target_modules=["0", "1"], **settings))
-    assert [len(layer.osf_svd_params["default"]["S_low"]) for layer in model.base_model.layers()] == trained
+    assert [len(layer.osf_svd_params["default"]["S_low"]) for layer in model.base_model.adapter_layers()] == trained
 
 
 def test_osf_refuses_to_keep_nothing_and_takes_all_linear_layers_of_unknown_models():

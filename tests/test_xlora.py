@@ -84,7 +84,7 @@ def test_even_weights_are_the_mean_of_the_changes(experts):
     adapters = experts()
     together = loras(adapters)
     together.base_model.set_adapter(["math", "law"])
-    for layer in together.base_model.layers():
+    for layer in together.base_model.adapter_layers():
         layer.scale_layer(0.5)
     for settings in ({}, {"layerwise_scalings": True}, {"xlora_depth": 3, "xlora_size": 5}):
         model = always(mixture(adapters, **settings), 0.0, 0.0)
@@ -126,7 +126,7 @@ def test_the_first_pass_gives_every_expert_the_same_weight(experts):
     assert model.peft_config["default"].scaling_pass_value == 0.5
     half = loras(adapters)
     half.base_model.set_adapter(["math", "law"])
-    for layer in half.base_model.layers():
+    for layer in half.base_model.adapter_layers():
         layer.scale_layer(0.5)
     for value, first in ((0.0, plain()), (None, half)):
         hidden = first(IDS, output_hidden_states=True).hidden_states[-1]

@@ -40,18 +40,23 @@ class IncompatibleKeys(NamedTuple):
 
 def locations_of(model: nn.Module, adapter_name: str) -> dict[str, Location]:
     """Where the tensors of an adapter live, by the names that files have for them."""
-    locations = {}
+    locations: dict[str, Location] = {}
+    has_tuner = False
     for path, module in live_modules(model):
+        has_tuner = has_tuner or isinstance(module, BaseTuner)
         if not isinstance(module, (AdapterLayer, ModulesToSaveWrapper, BaseTuner)):
             continue
         prefix = f"{path}." if path else ""
-        layer = next(module.layers(), None) if isinstance(module, BaseTuner) else module
+        layer = next(module.adapter_layers(), None) if isinstance(module, BaseTuner) else module
         device = layer.place()[0] if isinstance(layer, AdapterLayer) else None
-        for file_name, live in module.key_map(adapter_name).items():
+        keys = {prefix + key: live for key, live in module.key_map(adapter_name).items()}
+        if isinstance(module, AdapterLayer) and not has_tuner:  # which would hold what layers share: once, without path
+            keys |= module.shared_key_map(adapter_name)
+        for key, live in keys.items():
             owner_path, _, attribute = live.rpartition(".")
             owner = module.get_submodule(owner_path) if owner_path else module
-            name = in_files(model, adapter_name, prefix + file_name)
-            locations[name] = Location(prefix + live, owner, attribute, device)
+            name = in_files(model, adapter_name, key)
+            locations.setdefault(name, Location(prefix + live, owner, attribute, device))
     return locations
 
 
@@ -315,8 +320,12 @@ class Places:
         if self._injected:
             key = key.removeprefix("base_model.model.")  # a file of a PeftModel, for injected adapters
         key = self._raw.get(key, key)
-        plain = key.replace(".base_layer", "")  # a module trained in full that other adapters were on before
-        return plain if key not in self._locations and plain in self._locations else key
+        others = (
+            key.replace(".base_layer", ""),  # a module trained in full that other adapters were on before
+            key.removeprefix("base_model."),  # what layers share: a file of a PeftModel, for injected adapters
+            key.replace("base_model.model.", "base_model.", 1),  # the other way round
+        )
+        return next((name for name in (key, *others) if name in self._locations), key)
 
     def of_base(self, key: str, value: Tensor) -> Location | None:
         """The place in the base model, where the configuration accounts for the tensor."""

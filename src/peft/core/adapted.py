@@ -18,7 +18,7 @@ from peft.core.change import Change, bias_with
 from peft.core.own_forward import has_own_forward
 from peft.core.part import Part
 from peft.core.routing import BASE
-from peft.core.slots import Slot
+from peft.core.slots import Buffers, FixedSlot, Slot
 from peft.core.storage import onloaded, place_of, read_bias, storage_of
 from peft.core.storage.flat import bring_together
 from peft.ops.memo import remember
@@ -104,7 +104,7 @@ class AdaptedModule(Part):
         if found is None:
             raise ValueError(f"{type(self.get_base_layer()).__name__} has no weight that an adapter can change.")
         found.own_forward = parameter_name is None and has_own_forward(self.get_base_layer(), found)
-        for slot in self.adapter_layer_names:
+        for slot in self.own_slots:
             self._modules[slot] = self.slots[slot].container()
         ledger = base_layer.ledger if isinstance(base_layer, AdaptedModule) else Ledger()
         self.__dict__.update(
@@ -282,6 +282,10 @@ class AdaptedModule(Part):
         for values in self.settings.values():
             values.pop(name, None)
         self.configs[name], own = config, config if own is None else own
+        for slot in self.own_slots:
+            kind, entries = self.slots[slot], self._modules[slot]
+            if isinstance(kind, FixedSlot) and isinstance(entries, Buffers):
+                kind.prepare(entries, slot, name, config)
         for setting in self.other_param_names:
             field = getattr(type(self), setting).field
             if hasattr(own, field):
@@ -291,7 +295,8 @@ class AdaptedModule(Part):
         """Makes room for one more kind of tensor on this layer."""
         if name not in self.slots:
             self.__dict__["slots"] = {**self.slots, name: slot}
-            self.__dict__["adapter_layer_names"] = (*self.adapter_layer_names, name)
+            self.__dict__["own_slots"] = (*self.own_slots, name)
+            self.__dict__["adapter_layer_names"] = (*self.adapter_layer_names, *([name] if slot.trained else ()))
             self.__dict__.pop(name, None)
             self._modules[name] = slot.container()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft.core.around import is_read, see_to_fast_paths
 from peft.core.auxiliary import save_modules
 from peft.core.base_op import AttentionOp, base_op
-from peft.core.biases import TrainedBiases, note_layers, own_biases, train_biases
+from peft.core.biases import note_layers, own_biases, train_biases
 from peft.core.layer import AdapterLayer
 from peft.core.method import Adapters, Method
 from peft.core.model_config import model_config_of
@@ -93,7 +93,7 @@ class Injector(Adapters):
                 train_tokens(model, adapter_name, tokens)
             self._join(adapter_name, config, plan, tied, before, autocast_adapter_dtype)
             self._change_base(adapter_name, undo)
-            for part in self.layers() if self._stays else ():
+            for part in self.adapter_layers() if self._stays else ():
                 part.leave_shared()
             keep_open(module for _, module in live_modules(model))
             _warn_of_lost_gradients(model, config)
@@ -214,8 +214,9 @@ class Injector(Adapters):
             undo.callback(restructured)
         also_target, also_save = tie_configuration(config, model)
         only = state_dict_targets(state_dict, method.prefix) if state_dict is not None else None
-        # Some packages replace it, for kinds of modules of their own.
-        any_kind = type(self)._create_and_replace is not Injector._create_and_replace
+        # Some packages replace it, or name layers, for kinds of modules of their own.
+        replaced = type(self)._create_and_replace is not Injector._create_and_replace
+        any_kind = replaced or bool(getattr(config, "_custom_modules", None))
         plan = make_plan(
             model, config, method.layer_class, only=only, also_target=also_target, also_save=also_save,
             any_kind=any_kind, matches=self._check_target_module_exists,
@@ -280,15 +281,13 @@ class Injector(Adapters):
     def _change_base(self, name: str, undo: ExitStack) -> None:
         """Takes out of the base weights what the start of an adapter has taken from them."""
         changed = set()
-        for layer in self.layers():
+        for layer in self.adapter_layers():
             before = layer.change_base(name)
             if before is not None:
                 undo.callback(layer.restore_base, before)
                 changed.add(layer.get_base_layer())
-        there = (
-            other for layer in self.layers() if layer.get_base_layer() in changed for other in layer.adapter_names()
-        )
-        others = [other for other in dict.fromkeys(there) if other != name]
+        there = (layer for layer in self.adapter_layers() if layer.get_base_layer() in changed)
+        others = {other: None for layer in there for other in layer.adapter_names() if other != name}
         if others:
             warn(
                 f"Adapter {name!r} starts with a part of the base weights, which do without it from now on: so"
@@ -298,11 +297,9 @@ class Injector(Adapters):
             )
 
     def _freeze_base(self, before: Before) -> None:
-        """Freezes the base model, but for the biases that adapters have trained in place of its own."""
-        biases = [part for _, part in before.parts if isinstance(part, TrainedBiases)]
-        trained = {id(p) for part in biases for name in part.adapter_names() for p in part.adapter_parameters(name)}
-        for parameter, _ in before.trained:
-            if id(parameter) not in trained:
+        """Freezes the base model when its first adapter comes; what is trained of it later on is its owner's choice."""
+        if not any(part.adapter_names() for _, part in before.parts):
+            for parameter, _ in before.trained:
                 parameter.requires_grad = False
 
     def _join_in(self, before: Before, adapter_name: str) -> None:

@@ -51,6 +51,7 @@ class AdapterLayer(AdaptedModule):
     #: False leaves an input in its dtype where somebody else brings the adapter's weights to that, as they are called
     cast_input_dtype_enabled: bool = True
 
+    #: the rank of each adapter here, of methods that have one
     r = Setting[int]()
 
     def of_module(self, name: str) -> Any:
@@ -190,7 +191,7 @@ class AdapterLayer(AdaptedModule):
 
     def _fixed(self, name: str) -> list[tuple[str, Tensor]]:
         """The fixed tensors of an adapter, by slot."""
-        slots = [slot for slot in self.adapter_layer_names if not self.slots[slot].trained]
+        slots = [slot for slot in self.own_slots if not self.slots[slot].trained]
         held: Any = self._modules
         fixed = ((slot, held[slot][name]) for slot in slots if name in held[slot])
         return [(slot, entry) for slot, entry in fixed if isinstance(entry, Tensor)]

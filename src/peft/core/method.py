@@ -14,7 +14,7 @@ from peft.config import PeftConfig
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part, keep_values, known, tensors_in
 from peft.core.plan import Plan
-from peft.core.slots import Buffers, Slot, names_in
+from peft.core.slots import Buffers, FixedSlot, Slot, stored_names
 from peft.core.storage import place_of
 from peft.core.targets import default_targets
 from peft.core.walk import parts_of
@@ -52,7 +52,7 @@ class Method:
         self.planned: dict[tuple[int, str | None], dict[str, Any]] = {}
         slots = {name: slot for name, slot in layer_class.slots.items() if slot.shared}
         if slots:
-            there = next((layer for layer in tuner.layers() if isinstance(layer, layer_class)), None)
+            there = next((layer for layer in tuner.adapter_layers() if isinstance(layer, layer_class)), None)
             for name, slot in slots.items():
                 self.shared[name] = slot.container() if there is None else getattr(there, name)
                 setattr(tuner, name, self.shared[name])
@@ -173,13 +173,15 @@ class Method:
             return value if device is None or device.type == "meta" or _is_blank(value) else value.to(device)
 
         for name, value in made.items():
-            container = self.shared[name]
+            container, slot = self.shared[name], self.slot(name)
+            if isinstance(slot, FixedSlot):
+                slot.prepare(container, name, adapter_name, config)
             if isinstance(value, nn.Module):
                 container[adapter_name] = placed(value)
             elif isinstance(value, Tensor):
-                container[adapter_name] = nn.Parameter(placed(value)) if self.slot(name).trained else placed(value)
+                container[adapter_name] = nn.Parameter(placed(value)) if slot.trained else placed(value)
             else:
-                groups = nn.ParameterDict() if self.slot(name).trained else Buffers(persistent=container.persistent)
+                groups = nn.ParameterDict() if slot.trained else Buffers(persistent=slot.in_state(config, name))
                 for group, tensor in value.items():
                     groups[group] = placed(tensor)
                 container[adapter_name] = groups
@@ -265,11 +267,7 @@ class Method:
 
     def key_map(self, adapter_name: str, config: Any) -> dict[str, str]:
         """Names of tensors that layers of an adapter share: as files have them -> as the tuner has them."""
-        keys: dict[str, str] = {}
-        for name, container in self.shared.items():
-            if self.slot(name).is_stored(config, name) and adapter_name in container:
-                keys |= names_in(container, name, adapter_name)
-        return keys
+        return stored_names(self.shared, self.layer_class.slots, adapter_name, config)
 
     def slot(self, name: str) -> Slot:
         """A slot of the method's layers."""
@@ -373,7 +371,7 @@ class Adapters(nn.Module):
             self._parts = parts_of(self.model)
         return self._parts
 
-    def layers(self) -> Iterator[AdapterLayer]:
+    def adapter_layers(self) -> Iterator[AdapterLayer]:
         """The adapter layers, outer ones before what they wrap."""
         return (part for _, part in self.parts() if isinstance(part, AdapterLayer))
 

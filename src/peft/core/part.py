@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.core.routing import BASE
-from peft.core.slots import Setting, Slot, names_in
+from peft.core.slots import Setting, Slot, stored_names
 from peft.core.storage.shared import gathered
 
 #: dtypes that adapters are not trained in
@@ -42,6 +42,8 @@ class Part(nn.Module):
     #: the tensors that adapters have here, by the name of their container; collected from the attributes of the class
     slots: ClassVar[Mapping[str, Slot]] = {}
     #: those that are not shared by several parts
+    own_slots: tuple[str, ...] = ()
+    #: those that hold what is trained, for code that looks for it
     adapter_layer_names: tuple[str, ...] = ()
     #: slots of modules that FSDP may make units of: they are called, or read by `storage.flat.weight_of`
     unit_slots: ClassVar[frozenset[str]] = frozenset()
@@ -69,7 +71,8 @@ class Part(nn.Module):
         names = dict.fromkeys(name for items in declared for name, value in items if isinstance(value, Slot))
         found = {name: getattr(cls, name) for name in names}
         cls.slots = {name: slot for name, slot in found.items() if isinstance(slot, Slot)}
-        cls.adapter_layer_names = tuple(name for name, slot in cls.slots.items() if not slot.shared)
+        cls.own_slots = tuple(name for name, slot in cls.slots.items() if not slot.shared)
+        cls.adapter_layer_names = tuple(name for name, slot in cls.slots.items() if slot.trained)
         settings = (name for kind in cls.__mro__ for name, value in vars(kind).items() if isinstance(value, Setting))
         cls.other_param_names = tuple(dict.fromkeys(settings))
 
@@ -121,7 +124,7 @@ class Part(nn.Module):
     def containers(self) -> list[Any]:
         """What holds the tensors of the adapters by name, one container per slot."""
         modules = self._modules  # past `__getattr__`, which takes longer than all the rest of most callers
-        return [modules[slot] for slot in self.adapter_layer_names]
+        return [modules[slot] for slot in self.own_slots]
 
     def adapter_names(self) -> list[str]:
         """The adapters that are here, in the order they came."""
@@ -204,12 +207,15 @@ class Part(nn.Module):
 
     def key_map(self, name: str) -> dict[str, str]:
         """Names of an adapter's tensors below this module: as files have them -> as the live module has them."""
-        keys: dict[str, str] = {}
-        for slot in self.adapter_layer_names:
-            entries = getattr(self, slot)
-            if name in entries and self.slots[slot].is_stored(self.configs[name], slot):
-                keys |= names_in(entries, slot, name)
-        return keys
+        return self._stored(name, self.own_slots)
+
+    def shared_key_map(self, name: str) -> dict[str, str]:
+        """The same for what this part shares with others."""
+        return self._stored(name, [slot for slot in self.slots if slot not in self.own_slots])
+
+    def _stored(self, name: str, slots: Iterable[str]) -> dict[str, str]:
+        held = {slot: getattr(self, slot) for slot in slots if slot in self._modules}
+        return stored_names(held, self.slots, name, self.configs.get(name))
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Names as files have them -> names as the live module has them."""

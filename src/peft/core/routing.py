@@ -163,6 +163,11 @@ def join_rows(parts: Iterable[tuple[Tensor, Any]], dim: int, rows: int) -> Any:
     shape[dim] = rows
     joined = sample.new_empty(shape)
     for index, part in parts:
+        if part.shape[dim] != len(index):  # what a recurrent layer hands on, by layers first
+            raise ValueError(
+                f"adapter_names (a mixed batch) needs modules whose outputs have a row per sample; one of shape"
+                f" {tuple(part.shape)} came for {len(index)} samples."
+            )
         joined.index_copy_(dim, index, part.to(joined.dtype))
     return joined
 

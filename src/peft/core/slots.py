@@ -32,13 +32,14 @@ class Buffers(nn.Module):
     def __init__(self, buffers: Mapping[str, Tensor] | None = None, persistent: bool = False):
         super().__init__()
         self.persistent = persistent
+        self.transient: set[str] = set()  # names that are not part of it all the same
         self.update(buffers or {})
 
     def __setitem__(self, name: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Module):
             self._modules[name] = value
         else:
-            self.register_buffer(name, value, persistent=self.persistent)
+            self.register_buffer(name, value, persistent=self.persistent and name not in self.transient)
 
     def __getitem__(self, name: str) -> Any:
         return self._modules[name] if name in self._modules else self._buffers[name]
@@ -54,13 +55,6 @@ class Buffers(nn.Module):
 
     def __len__(self) -> int:
         return len(self._buffers) + len(self._modules)
-
-
-def names_in(container: Any, slot: str, adapter: str) -> dict[str, str]:
-    """Names of the tensors that an adapter has in the container of a slot: as files have them -> as they are here."""
-    entry = container[adapter]
-    leaves = [f".{leaf}" for leaf in state_names(entry)] if isinstance(entry, nn.Module) else [""]
-    return {f"{slot}{leaf}": f"{slot}.{adapter}{leaf}" for leaf in leaves}
 
 
 @dataclass
@@ -98,9 +92,16 @@ class Slot:
 
     def is_stored(self, config: Any, name: str) -> bool:
         """Whether the file of an adapter with this configuration holds it, given what the slot is called."""
-        if not self.trained and name in (getattr(config, "left_out", None) or ()):
-            return False
-        return self.stored if isinstance(self.stored, bool) else bool(getattr(config, self.stored))
+        return not self._is_left_out(config, name) and self.in_state(config, name)
+
+    def in_state(self, config: Any, name: str) -> bool:
+        """Whether the model's state dict holds it: what a file holds from which nothing is left out."""
+        if self._is_left_out(config, name) or isinstance(self.stored, bool):
+            return self.stored is not False
+        return bool(getattr(config, self.stored, False))
+
+    def _is_left_out(self, config: Any, name: str) -> bool:
+        return not self.trained and name in (getattr(config, "left_out", None) or ())
 
 
 @dataclass
@@ -114,6 +115,21 @@ class FixedSlot(Slot):
 
     def container(self) -> nn.Module:
         return Buffers(persistent=self.stored is not False)
+
+    def prepare(self, container: Buffers, name: str, adapter: str, config: Any) -> None:
+        """Called before an adapter's tensor comes."""
+        (container.transient.discard if self.in_state(config, name) else container.transient.add)(adapter)
+
+
+def stored_names(containers: Mapping[str, Any], slots: Mapping[str, Slot], adapter: str, config: Any) -> dict[str, str]:
+    """Names of an adapter's tensors that files hold, in these containers: as files have them -> as they are here."""
+    keys: dict[str, str] = {}
+    for slot, entries in containers.items():
+        if adapter in entries and slots[slot].is_stored(config, slot):
+            entry = entries[adapter]
+            leaves = [f".{leaf}" for leaf in state_names(entry)] if isinstance(entry, nn.Module) else [""]
+            keys |= {f"{slot}{leaf}": f"{slot}.{adapter}{leaf}" for leaf in leaves}
+    return keys
 
 
 class ModuleSlot(Slot, Generic[M]):

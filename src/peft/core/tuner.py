@@ -147,12 +147,12 @@ class BaseTuner(Injector):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether [`convert_to_lora`] can turn an adapter into a LoRA: all its changes are changes of weights."""
-        layers = [layer for layer in self.layers() if layer.has(adapter_name)]
+        layers = [layer for layer in self.adapter_layers() if layer.has(adapter_name)]
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     def merge_memory(self) -> int:
         """Bytes kept to undo the present merge."""
-        return sum(layer.merge_memory() for layer in self.layers())
+        return sum(layer.merge_memory() for layer in self.adapter_layers())
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -176,7 +176,7 @@ class BaseTuner(Injector):
     def unload(self) -> nn.Module:
         """The base model as it was, without adapter layers; merged adapters are taken out first."""
         with alone(self):
-            for layer in self.layers():
+            for layer in self.adapter_layers():
                 if layer.merged:
                     layer.unmerge()
             return self._unload_and_optionally_merge(merge=False)
@@ -189,7 +189,7 @@ class BaseTuner(Injector):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """With what layers have in common, and leave to this model."""
         yield from super().named_children()
-        for layer in self.layers():
+        for layer in self.adapter_layers():
             yield from ((slot, layer._modules[slot]) for slot in layer._left if not layer.slots[slot].shared)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

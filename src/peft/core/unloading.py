@@ -30,7 +30,7 @@ def check_merge(tuner: Adapters, adapter_names: Sequence[str] | None) -> None:
     if unknown:
         warn(f"Adapter {', '.join(unknown)} does not exist and is not merged.")
     _check_not_cut(tuner)
-    for layer in tuner.layers():
+    for layer in tuner.adapter_layers():
         for name in names:
             if layer.has(name) and name not in layer.merged_adapters:
                 layer.check_mergeable(name)
@@ -38,7 +38,7 @@ def check_merge(tuner: Adapters, adapter_names: Sequence[str] | None) -> None:
 
 def _check_not_cut(tuner: Adapters) -> None:
     """Raises RuntimeError where FSDP1 has the base weights in parts."""
-    layers = ((layer.get_base_layer(), layer.op.weight_name) for layer in tuner.layers())
+    layers = ((layer.get_base_layer(), layer.op.weight_name) for layer in tuner.adapter_layers())
     held = {f"{name} of a {type(base).__name__}": getattr(base, name, None) for base, name in layers if name}
     check_uncut(tuner.model, held)
 
@@ -50,7 +50,7 @@ def _names_or_active(tuner: Adapters, names: Sequence[str] | None) -> list[str]:
 def check_finite(tuner: Adapters, adapter_names: Sequence[str] | None) -> None:
     """Raises ValueError where merging would write what is not finite."""
     names = _names_or_active(tuner, adapter_names)
-    for layer in tuner.layers():
+    for layer in tuner.adapter_layers():
         here = [name for name in names if layer.has(name) and name not in layer.merged_adapters]
         if here:
             merging.check_finite(layer, here)
@@ -61,7 +61,7 @@ def merge_all(tuner: Adapters, adapter_names: Sequence[str] | None, safe_merge: 
     shared = _shared_weights(tuner.model)
     with ExitStack() as undo:
         # Inner layers first: what they make of the weight is what the outer ones change.
-        for layer in reversed(list(tuner.layers())):
+        for layer in reversed(list(tuner.adapter_layers())):
             names = layer.names_to_merge(adapter_names)
             if names:
                 undo.callback(merging.unmerge, layer, names)
@@ -71,7 +71,7 @@ def merge_all(tuner: Adapters, adapter_names: Sequence[str] | None, safe_merge: 
 
 def unmerge_all(tuner: Adapters) -> None:
     """Takes out of all layers what is merged, or would be again when the adapters are switched on."""
-    merged = [layer for layer in tuner.layers() if layer.merged or layer.ledger.of(layer, paused=True)]
+    merged = [layer for layer in tuner.adapter_layers() if layer.merged or layer.ledger.of(layer, paused=True)]
     if not merged:
         warn("No adapter is merged: nothing to do.")
     _check_not_cut(tuner)
@@ -132,7 +132,7 @@ def unload(
 
 
 def _merge_for_good(tuner: Adapters, names: Sequence[str] | None, safe: bool, progressbar: bool) -> None:
-    shared, layers = _shared_weights(tuner.model), list(tuner.layers())[::-1]
+    shared, layers = _shared_weights(tuner.model), list(tuner.adapter_layers())[::-1]
     last = {id(layer.ledger): layer for layer in layers}  # those before it around its module need the original
     for layer in with_progress(layers, progressbar, "Merging"):
         layer.merge(safe, names, last[id(layer.ledger)] is not layer, _is_shared(layer, shared))

@@ -137,7 +137,7 @@ def _note_call(layer: AdapterLayer, called: set[int], *args: Any, **kwargs: Any)
 
 def _outer_layers(tuner: Adapters) -> Iterable[tuple[str, AdapterLayer]]:
     """Layers with adapters that act when they are called; of several around one module the outermost."""
-    inner = {id(layer.below) for layer in tuner.layers()}
+    inner = {id(layer.below) for layer in tuner.adapter_layers()}
     for key, part in tuner.parts():
         if not isinstance(part, AdapterLayer) or isinstance(part, TrainableTokensLayer) or id(part) in inner:
             continue

@@ -73,7 +73,8 @@ class Framed(Matrix):
         """(S + diag(d)) V^T."""
         values, diagonal = self.tensors
         core, right = self.core.of((values,)), self._turned()
-        if torch.is_grad_enabled() or right.device.type != "cpu" or not torch.backends.mkl.is_available():
+        has_csr = right.device.type == "cpu" and right.dtype.itemsize >= 4 and torch.backends.mkl.is_available()
+        if torch.is_grad_enabled() or not has_csr:
             return right * diagonal[:, None] + core.dense() @ right
         return (csr(core.positions, values, core.shape) @ right).addcmul_(right, diagonal[:, None])
 

@@ -53,6 +53,7 @@ class DeftLayer(AdapterLayer):
     deft_P = Slot()
     deft_R = Slot()
 
+    deft_r = Setting[int]("r")
     deft_scaling = Setting[float]()
     deft_orthonormal = Setting[bool]()
     deft_dropout = Dropout()

@@ -44,6 +44,7 @@ class HRALayer(AdapterLayer):
 
     hra_u = Slot()
 
+    hra_r = Setting[int]("r")
     hra_apply_GS = Setting[bool]("apply_GS")
 
     def create(self, name: str, config: HRAConfig) -> None:

@@ -52,6 +52,7 @@ class PeanutLayer(ScaledLayer):
     peanut_encoders = ModuleSlot[nn.ModuleList]()
     peanut_decoders = ModuleSlot[nn.ModuleList]()
 
+    res_num = Setting[int]("depth")
     act_fn = Setting[str]()
 
     def create(self, name: str, config: PeanutConfig) -> None:

@@ -67,7 +67,7 @@ class PveraLayer(AdapterLayer):
     pvera_dropout = Dropout()
     sample_at_inference = Setting[bool]()
     generator_seed = Setting[int | None]()
-    generator = Setting[torch.Generator]()
+    pvera_generator = Setting[torch.Generator]()
 
     def create(self, name: str, config: PveraConfig) -> None:
         if config.init_weights:
@@ -104,9 +104,9 @@ class PveraLayer(AdapterLayer):
 
     def noise(self, name: str, x: Tensor) -> torch.Generator | None:
         """The generator that adapter `name` draws from here; None for torch's own."""
-        seed, generator = self.generator_seed[name], self.generator.get(name)
+        seed, generator = self.generator_seed[name], self.pvera_generator.get(name)
         if seed is not None and (generator is None or generator.device != x.device):
-            generator = self.generator[name] = torch.Generator(x.device).manual_seed(seed)
+            generator = self.pvera_generator[name] = torch.Generator(x.device).manual_seed(seed)
         return generator
 
 

@@ -177,7 +177,7 @@ class XLoraModel(LoraModel, layer=XLoraLayer, method=XLoraMethod, prefix="xlora_
         if not isinstance(config, XLoraConfig):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, *args, **kwargs)
             return
-        layers = list(self.layers())
+        layers = list(self.adapter_layers())
         device, dtype = layers[0].place()
         dtype = trained_in(dtype, autocast_adapter_dtype)
         classifier = XLoraClassifier(config, len(config.adapters), len(layers)).to(device, dtype)

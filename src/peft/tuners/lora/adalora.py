@@ -300,7 +300,7 @@ class AdaLoraMethod(Method):
 
     def _penalty(self, name: str) -> Tensor:
         """How far A and B of an adapter are from orthonormal, times its weight in the loss."""
-        layers = [layer for layer in self.tuner.layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
+        layers = [layer for layer in self.tuner.adapter_layers() if isinstance(layer, AdaLoraLayer) and layer.has(name)]
         bring_together(self.tuner, (p for layer in layers for p in layer.tensors(name)))
         factors = read_in_units(
             self.tuner, layers, lambda layer: [whole(layer.lora_A[name]), whole(layer.lora_B[name]).T]

@@ -131,9 +131,9 @@ class LoraConfig(LayoutConfig, peft_type=PeftType.LORA):
         for setting, start in (("eva_config", "eva"), ("corda_config", "corda"), ("lora_ga_config", "lora_ga")):
             if getattr(self, setting) is not None and self.init_lora_weights != start:
                 warn(f"{setting} has no effect without init_lora_weights={start!r}.")
-        self._custom_modules: dict[type[nn.Module], type[nn.Module]] = {}
+        self._custom_modules: dict[type[nn.Module], type[Any]] = {}
 
-    def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:
+    def _register_custom_module(self, mapping: dict[type[nn.Module], type[Any]]) -> None:
         """Adapter layers for kinds of module that LoRA does not know: module class -> layer class.
 
         Not saved: has to be called again before loading.

@@ -59,7 +59,7 @@ class LoraLayer(FactorLayer):
         **kwargs: Any,
     ):
         super().__init__(base_layer, parameter_name, op)
-        absent: dict[str, Any] = {name: {} for name in _CONTAINERS if name not in self.adapter_layer_names}
+        absent: dict[str, Any] = {name: {} for name in _CONTAINERS if name not in self.own_slots}
         self.__dict__.update(absent, fan_in_fan_out=self.op.kind == "Conv1D")
         if adapter_name is not None:
             if config is None:
@@ -154,7 +154,7 @@ class LoraLayer(FactorLayer):
     def key_map(self, name: str) -> dict[str, str]:
         if not self.has(name):
             return {}
-        slots = [slot for slot in self.adapter_layer_names if name in getattr(self, slot)]
+        slots = [slot for slot in self.own_slots if name in getattr(self, slot)]
         tied = [slot for slot in slots if isinstance(getattr(self, slot)[name], TiedFactor)]
         keys = {**super().key_map(name), **{f"{slot}.weight": f"{slot}.{name}.weight" for slot in tied}}
         return keys if name not in self.lora_variant else self.lora_variant[name].key_map(name, keys)

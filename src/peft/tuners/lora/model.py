@@ -73,6 +73,9 @@ class LoraMethod(Method):
 
     def make_layer(self, config: LoraConfig, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
         base = base_of(target)
+        for kind, layer_class in config._custom_modules.items() if parameter_name is None else ():
+            if isinstance(base, kind):
+                return layer_class(target)
         op = base_op(base, parameter_name)
         if op is None:
             raise ValueError(f"{key!r} is a {type(base).__name__}, which LoRA does not know.")
@@ -88,7 +91,8 @@ class LoraMethod(Method):
         self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # What the layers started with: tutorials have the configuration say True by now.
-        starts = [layer.lora_start.get(adapter_name) for layer in self.tuner.layers() if isinstance(layer, LoraLayer)]
+        layers = (layer for layer in self.tuner.adapter_layers() if isinstance(layer, LoraLayer))
+        starts = [layer.lora_start.get(adapter_name) for layer in layers]
         variant = variant_of(self.configs[adapter_name])
         if not any(start is not None and start.takes_product for start in starts):
             return super().without_start(adapter_name, tensors, content, initial)
@@ -170,7 +174,7 @@ class LoraMethod(Method):
 
     def _variants(self, kind: type, adapter_names: str | Sequence[str] | None) -> Iterator[tuple[Any, str, Any]]:
         names = self.tuner.active_adapters if adapter_names is None else self.tuner.check_names(adapter_names)
-        for layer in self.tuner.layers():
+        for layer in self.tuner.adapter_layers():
             for name in names:
                 variant = layer.lora_variant.get(name) if isinstance(layer, LoraLayer) else None
                 if isinstance(variant, kind):
