@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -233,7 +236,7 @@ def test_what_is_dropped_from_an_embedding_is_drawn_token_by_token():
     torch.manual_seed(3)
     model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "w", "dare_linear_svd", svd_rank=8, density=0.5)
     torch.manual_seed(3)
-    for size in (8 * 20, 8 * 8, 8 * 8):  # the start values that huggingface/peft draws first
+    for size in (8 * 20, 8 * 8):  # the start values that huggingface/peft draws first
         torch.randn(size)
     a, b = (layer.get_delta_weight(name) for name in ("a", "b"))
     expected = ops.dare_linear([a, b], [1.0, 0.5], 0.5)
@@ -310,12 +313,40 @@ def test_trained_tokens_are_taken_over():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_adapters_stay_so(dtype):
+@pytest.mark.parametrize("kind", [*COMBINATIONS, "intruders"])
+def test_half_precision_adapters_stay_so_and_are_rounded_once(kind, dtype):
     torch.manual_seed(0)
-    model = get_peft_model(Everything().to(dtype), lora(), adapter_name="a", autocast_adapter_dtype=False)
-    model.add_adapter("b", lora(), autocast_adapter_dtype=False)
-    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "w", combination_type="cat")
-    assert {p.dtype for name, p in model.named_parameters() if ".w." in name} == {dtype}
+    config = lora(target_modules=["embed", "linear", "conv"])
+    model = get_peft_model(Everything().to(dtype), config, adapter_name="a", autocast_adapter_dtype=False)
+    model.add_adapter("b", config, autocast_adapter_dtype=False)
+    exact = copy.deepcopy(model).float()
+    for each in (model, exact):
+        torch.manual_seed(1)
+        if kind == "intruders":
+            reduce_intruder_dimension(each, "a", "w", logging_sink=None)
+        else:
+            each.add_weighted_adapter(["a", "b"], [0.7, 0.6], "w", combination_type=kind, density=0.5)
+    made = dict(model.named_parameters())
+    for name, parameter in exact.named_parameters():
+        if re.search(r"\.w(\.|$)", name):
+            torch.testing.assert_close(made[name], parameter.to(dtype), rtol=0, atol=0)  # dtypes too
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_what_is_dropped_is_drawn_after_the_start_values(start):
+    # huggingface/peft makes the new adapter first, with the start of the first one.
+    model = model_with(*[lora(target_modules=["linear"], init_lora_weights=start)] * 2)
+    layer = model.base_model.model.linear
+    for name in ("a", "b"):
+        layer.lora_B[name].weight.data.normal_()
+    torch.manual_seed(3)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "w", "dare_linear", density=0.5)
+    torch.manual_seed(3)
+    for size in (4 * 8, 4 * 12, 4 * 8) if start else (4 * 8, 4 * 12):
+        torch.rand(size)
+    root = (6 / 4) ** 0.5
+    expected = ops.dare_linear([layer.factors(name)[0] for name in ("a", "b")], [root, root], 0.5)
+    torch.testing.assert_close(layer.factors("w")[0], expected)
 
 
 def state_of(model: PeftModel) -> tuple:

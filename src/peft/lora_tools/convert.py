@@ -21,6 +21,7 @@ from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of, with_progress
 from peft.errors import listed, warn
 from peft.ops.merging import svd_of_product
+from peft.ops.principal import unrounded
 from peft.registry import value_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import adapter_rank, block_count, block_rank, change_blocks, change_factors, of_svd
@@ -217,7 +218,7 @@ def _check_fit(modules: Mapping[str, Mapping[str, AdapterLayer]], rank: int) -> 
 
 def decompose(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u [blocks, out, k], s [blocks, k] and vh [blocks, k, in] of a change [blocks, out, in]."""
-    return torch.linalg.svd(_full_precision(change), full_matrices=False)
+    return torch.linalg.svd(unrounded(change), full_matrices=False)
 
 
 @torch.no_grad()
@@ -227,14 +228,9 @@ def _changed(layer: AdapterLayer, name: str, split: Callable[[Tensor], tuple[Ten
         change = change_blocks(layer, name)
         parts = split(change)
     else:
-        change, parts = factors[1], svd_of_product(*(_full_precision(factor) for factor in factors))
+        change, parts = factors[1], svd_of_product(*factors)
     u, s, vh = (part.to(change.dtype) for part in parts)
     return LayerChange(layer, u, s, vh, bias_difference(layer, name))
-
-
-def _full_precision(tensor: Tensor) -> Tensor:
-    """What is in half precision, for which there is no decomposition, in float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _lora_path(model: nn.Module, path: str, name: str) -> str:

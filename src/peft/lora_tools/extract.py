@@ -14,6 +14,7 @@ from peft.core.targets import ALL_LINEAR, ROOT, named_targets
 from peft.core.walk import with_progress
 from peft.errors import listed, warn
 from peft.lora_tools.convert import ConvertedLora, LayerChange, check_rank, decompose, report, set_ranks
+from peft.ops.principal import unrounded
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import adapter_rank, block_count
 from peft.tuners.lora.kinds import LAYERS
@@ -88,7 +89,7 @@ def _difference(before: nn.Module, after: nn.Module) -> LayerChange:
     assert op is not None
     layer = LAYERS[op.kind](before, op=op)
     weights = (op.matrix(storage_of(module, op.weight_name).read(module, op.weight_name)) for module in (after, before))
-    tuned, base = (weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights)
+    tuned, base = map(unrounded, weights)
     blocks = (tuned - base).unflatten(0, (block_count(layer), -1))
     return LayerChange(layer, *decompose(blocks), None)
 

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from peft.ops.principal import unrounded
+
 Weights = Tensor | Sequence[float]
 SignMethod = Literal["total", "frequency"]
 
@@ -77,8 +79,8 @@ def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
 
 
 def task_arithmetic(task_tensors: Sequence[Tensor], weights: Weights) -> Tensor:
-    """The weighted sum (arXiv:2212.04089)."""
-    total = torch.zeros_like(task_tensors[0])
+    """The weighted sum (arXiv:2212.04089), in single precision at least."""
+    total = torch.zeros_like(unrounded(task_tensors[0]))
     for tensor, weight in zip(task_tensors, _numbers(weights), strict=True):
         total.add_(tensor, alpha=weight)
     return total
@@ -110,7 +112,7 @@ def dare_ties(
 
 
 def _by_sign(task_tensors: Sequence[Tensor], weights: Weights, method: SignMethod) -> Tensor:
-    stacked = torch.stack(list(task_tensors))
+    stacked = unrounded(torch.stack(list(task_tensors)))
     # The signs are elected before the weights: a negative weight takes an adapter away, it does not change its vote.
     agreeing = calculate_majority_sign_mask(stacked, method)
     column = stacked.new_tensor(_numbers(weights)).view(-1, *[1] * (stacked.dim() - 1))
@@ -159,10 +161,10 @@ def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a: [..., k, n] with k at most n.
 
     Returns:
-        u [..., m, k], s [..., k] and vh [..., k, n].
+        u [..., m, k], s [..., k] and vh [..., k, n], in single precision at least.
     """
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.mT)
+    q_b, r_b = torch.linalg.qr(unrounded(b))
+    q_a, r_a = torch.linalg.qr(unrounded(a).mT)
     u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
     return q_b @ u, s, vh @ q_a.mT
 

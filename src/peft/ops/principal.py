@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def unrounded(tensor: Tensor) -> Tensor:
+    """What is in half precision, for which torch has no decompositions, in float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def principal_factors(
     matrix: Tensor, rank: int, scale: float = 1.0, even: bool = False, iterations: int | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -25,7 +30,7 @@ def principal_factors(
         iterations: approximate the singular vectors by this many power iterations (arXiv:0909.4061); None is exact.
         seed: what the approximation starts from.
     """
-    work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    work = unrounded(matrix)
     parts = truncated_svd(work, rank) if iterations is None else leading_parts(work, rank, iterations, seed)
     left, values, right = parts[0], parts[1] / scale, parts[2]
     inner, outer = (values.sqrt(), values.sqrt()) if even else (torch.ones_like(values), values)
@@ -48,9 +53,9 @@ def truncated_svd(matrices: Tensor, rank: int, driver: str | None = None) -> tup
         driver: method of `torch.linalg.svd` on CUDA.
 
     Returns:
-        u [..., m, rank], s [..., rank] and vh [..., rank, n].
+        u [..., m, rank], s [..., rank] and vh [..., rank, n], in single precision at least.
     """
-    u, s, vh = torch.linalg.svd(matrices, full_matrices=False, driver=driver)
+    u, s, vh = torch.linalg.svd(unrounded(matrices), full_matrices=False, driver=driver)
     return u[..., :rank], s[..., :rank], vh[..., :rank, :]
 
 

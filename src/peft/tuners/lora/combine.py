@@ -20,7 +20,7 @@ from peft.ops.merging import (
     combine,
     svd_of_product,
 )
-from peft.ops.principal import truncated_svd
+from peft.ops.principal import truncated_svd, unrounded
 from peft.tuners.lora.factors import adapter_rank, block_rank, check_own, check_plain, load, product, store
 
 _ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -81,7 +81,8 @@ def add_weighted_adapter(
     configs = [method.configs[name] for name in adapters]
     largest = max(rank for config in configs for rank in (config.r, *(config.rank_pattern or {}).values()))
     if "dare" in how.name:
-        _skip_start_values(adapters, layers, how.svd_rank if how.on_product and how.svd_rank else largest)
+        start = configs[0].init_lora_weights
+        _skip_start_values(adapters, layers, how.svd_rank if how.on_product and how.svd_rank else largest, start)
     tensors, ranks = {}, {}
     for layer, key in layers.items():
         here = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if layer.has(name)]
@@ -113,7 +114,7 @@ def _check_factors(adapters: Sequence[str], layers: Mapping[Any, str], how: Comb
             )
 
 
-def _skip_start_values(adapters: Sequence[str], layers: Iterable[Any], rank: int) -> None:
+def _skip_start_values(adapters: Sequence[str], layers: Iterable[Any], rank: int, start: bool | str) -> None:
     """Draws the random numbers that huggingface/peft starts the new adapter with before it draws what to drop.
 
     So a seed drops the same entries here and there.
@@ -121,8 +122,10 @@ def _skip_start_values(adapters: Sequence[str], layers: Iterable[Any], rank: int
     for layer in layers:
         name = next(name for name in adapters if layer.has(name))
         a, b = (torch.empty(factor.numel() // layer.r[name] * rank) for factor in layer.factors(name))
-        for draw in (a, b, b) if layer.op.kind == "Embedding" else (a, b, a):
-            draw.normal_() if layer.op.kind == "Embedding" else draw.uniform_()
+        normal = layer.op.kind == "Embedding"
+        (a.normal_(), b.normal_()) if normal else (a.uniform_(), b.uniform_())
+        if start:
+            b.normal_() if normal else a.uniform_()
 
 
 def _combined(
@@ -167,7 +170,7 @@ def _of_products(
     layer: Any, names: Sequence[str], weights: Sequence[float], how: Combination, key: str, largest: int
 ) -> tuple[Tensor, Tensor]:
     """The combined change of the weight, decomposed again."""
-    stacks = [load(layer, name) for name in names]
+    stacks = [(unrounded(a), unrounded(b)) for a, b in (load(layer, name) for name in names)]
     room = min(stacks[0][0].shape[2], stacks[0][1].shape[1])
     wanted = how.svd_rank or adapter_rank(layer, min(block_rank(layer, largest), room))
     rank = block_rank(layer, wanted)

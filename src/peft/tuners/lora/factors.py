@@ -18,6 +18,7 @@ from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.merge import difference, without_dropout
 from peft.core.storage import onloaded
+from peft.ops.principal import unrounded
 
 #: the factors' names in files
 FACTOR_KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
@@ -135,14 +136,14 @@ def base_blocks(layer: AdapterLayer) -> Tensor:
 
 
 def product(layer: Any, name: str) -> Tensor:
-    """The scaled product of an adapter's factors: [blocks, out, in].
+    """The scaled product of an adapter's factors: [blocks, out, in], in single precision at least.
 
     Raises:
         ValueError: the adapter's change is more than that product, or this process has a part of it only.
     """
     check_plain(layer, name)
     check_own(layer)
-    a, b = load(layer, name)
+    a, b = map(unrounded, load(layer, name))
     return torch.bmm(b, a) * layer.scaling[name]
 
 
