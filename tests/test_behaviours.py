@@ -369,9 +369,17 @@ def test_norms_of_other_packages_are_tuned():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_a_bias_of_lora_that_cannot_be_merged_is_warned_of():
+@pytest.mark.parametrize(
+    "config", [LoraConfig(target_modules=["q_proj"], lora_bias=True), peft.BeftConfig(target_modules=["q_proj"])]
+)
+def test_what_has_no_bias_to_be_merged_into_is_warned_of(config):
     with pytest.warns(PeftWarning, match="merged into them"):
-        get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], lora_bias=True))
+        get_peft_model(llama(), config)
+
+
+def test_embeddings_that_cannot_be_found_to_be_saved_are_warned_of(tmp_path):
+    with pytest.warns(PeftWarning, match="does not say which its embeddings are"):
+        get_peft_model(net(), lora()).save_pretrained(tmp_path, save_embedding_layers=True)
 
 
 # ---- what is looked into

@@ -90,6 +90,23 @@ def test_a_state_dict_decides_where_the_adapter_goes():
     assert [name for name, module in narrow.named_modules() if hasattr(module, "lora_A")] == ["lin1"]
 
 
+@pytest.mark.parametrize("targets, other", [(["lin0"], ["lin0", "lin1"]), (["lin0", "lin1"], ["lin0"])])
+def test_a_state_dict_that_means_other_modules_than_the_configuration_says_so(targets, other):
+    tensors = get_peft_model_state_dict(inject_adapter_in_model(LoraConfig(target_modules=targets), MLP()))
+    with pytest.warns(RuntimeWarning, match="the configuration says otherwise of lin1"):
+        inject_adapter_in_model(LoraConfig(target_modules=other), MLP(), state_dict=tensors)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_state_dict_decides_on_a_compiled_model(both):
+    config = LoraConfig(target_modules=["lin0"], init_lora_weights=False)
+    model = inject_adapter_in_model(config, torch.compile(MLP()) if both else MLP())
+    tensors = {key if not both else f"_orig_mod.{key}": v for key, v in get_peft_model_state_dict(model).items()}
+    compiled = inject_adapter_in_model(config, torch.compile(MLP()), state_dict=tensors)
+    assert set_peft_model_state_dict(compiled, get_peft_model_state_dict(model)) == ([], [])
+    torch.testing.assert_close(compiled._orig_mod(X), getattr(model, "_orig_mod", model)(X))
+
+
 def test_a_state_dict_of_a_peft_model_decides_too():
     model = fill_adapter(get_peft_model(MLP(), LoraConfig(target_modules=["lin0"])))
     tensors = get_peft_model_state_dict(model)

@@ -13,7 +13,7 @@ from torch import nn
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.ops.quantise import int8_rounded, nf4_rounded
-from peft.tuners.lora import preprocess_corda
+from peft.tuners.lora import preprocess_corda, preprocess_loraga
 from tiny_models import gpt2, llama, tokens
 
 
@@ -143,6 +143,19 @@ def test_lora_ga_starts_along_the_gradient():
     torch.testing.assert_close(directions @ directions.T, u[:, 4:8] @ u[:, 4:8].T, rtol=1e-3, atol=1e-3)
 
 
+def test_lora_ga_is_for_linear_layers_and_others_start_as_by_default():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Conv1d(4, 6, 1), nn.Linear(6, 4)).eval()
+    config = peft.LoraConfig(r=2, target_modules=["0", "1", "2"], init_lora_weights="lora_ga", lora_ga_config={})
+
+    def train_step() -> None:
+        model[2](torch.randn(3, 6)).sum().backward()
+
+    preprocess_loraga(model, config, train_step)
+    adapted = get_peft_model(model, config).base_model.model
+    assert not adapted[1].lora_B["default"].weight.any() and adapted[1].lora_A["default"].weight.any()
+    assert adapted[2].lora_B["default"].weight.any()
+
+
 def test_lora_ga_leaves_the_model_as_it_was_and_keeps_a_file(tmp_path):
     model, config = mlp(), config_of("lora_ga", lora_ga_config={})
     before = parameters(model)
@@ -238,9 +251,11 @@ def test_a_start_that_changes_base_weights_under_other_adapters_says_so(start):
         model.add_adapter("second", config_of(start, target_modules=["down"]))
         assert not said
         model.add_adapter("third", config_of(start))
-    assert ["so first, second will act differently" in str(one.message) for one in said] == [True] * (
-        start != "orthogonal"
-    )
+        expected = ["so first, second will act differently"] * (start != "orthogonal")
+        assert len(said) == len(expected)
+        model.add_adapter("fourth", config_of(False, target_modules=["up"]))
+        expected += ["lack what third started with"] * (start != "orthogonal")
+    assert [part in str(one.message) for part, one in zip(expected, said, strict=True)] == [True] * len(expected)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "corda", "lora_ga"])

@@ -385,8 +385,9 @@ def test_psoft_by_a_series_stays_within_its_radius():
 def test_psoft_wants_a_subspace_that_there_is():
     with pytest.raises(ValueError, match="shorter side"):
         adapted(peft.PsoftConfig(r=21, target_modules=["0"]))
-    with pytest.warns(UserWarning, match="cayley_neumann_eps has no effect"):
-        peft.PsoftConfig(cayley_neumann_eps=0.5)
+    for field in ("cayley_neumann_eps", "num_cayley_neumann_terms", "psoft_svd_lowrank_niter"):
+        with pytest.warns(UserWarning, match=f"{field} has no effect"):
+            peft.PsoftConfig(**{field: 0.5 if field.endswith("eps") else 7})
 
 
 # ---- PEANuT

@@ -143,10 +143,12 @@ def test_tying_a_model_that_ties_nothing_says_so():
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
+    adapter = peft.LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True)
     with pytest.warns(peft.PeftWarning, match="ties no weights"):
-        peft.get_peft_model(
-            LlamaForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True)
-        )
+        peft.get_peft_model(LlamaForCausalLM(config), adapter)
+    config.tie_word_embeddings = True
+    with pytest.warns(peft.PeftWarning, match="model.embed_tokens, lm_head, which share a weight, are no targets"):
+        peft.get_peft_model(LlamaForCausalLM(config), adapter)
 
 
 def test_merging_adapters_that_are_the_same_keeps_the_weight_one_tensor():

@@ -124,6 +124,7 @@ def test_the_first_pass_gives_every_expert_the_same_weight(experts):
         model(IDS)
         seen[value] = model.base_model.get_latest_scalings()
     assert model.peft_config["default"].scaling_pass_value == 0.5
+    assert model.base_model.internal_xlora_classifier.override_scaling_pass_value == 0.5
     half = loras(adapters)
     half.base_model.set_adapter(["math", "law"])
     for layer in half.base_model.adapter_layers():

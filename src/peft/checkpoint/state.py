@@ -131,6 +131,8 @@ def _embeddings_to_save(model: nn.Module, adapter_name: str, choice: bool | str)
     if choice == "auto" and not named and not changed:
         return {}
     plain, adapted = _embedding_locations(model, adapter_name)
+    if choice is True and not plain and not adapted:
+        warn("save_embedding_layers=True has no effect: the model does not say which its embeddings are.")
     if named and adapted:
         warn(
             "The adapter targets embedding layers, so their base weights are saved along (save_embedding_layers=True)."

@@ -44,6 +44,8 @@ class Ledger:
     settled: list[Entry] = field(default_factory=list)
     #: whether modules that share a changed tensor have kept the original
     own: bool = False
+    #: adapters whose start has taken something out of the weight
+    taken_by: set[str] = field(default_factory=set)
 
     def of(self, layer: Part, paused: bool = False) -> list[str]:
         """The adapters of a layer that are merged (or paused)."""

@@ -280,14 +280,25 @@ class Injector(Adapters):
 
     def _change_base(self, name: str, undo: ExitStack) -> None:
         """Takes out of the base weights what the start of an adapter has taken from them."""
+        layers = [layer for layer in self.adapter_layers() if layer.has(name)]
+        lacking = {other: None for layer in layers for other in sorted(layer.ledger.taken_by - {name})}
         changed = set()
-        for layer in self.adapter_layers():
+        for layer in layers:
             before = layer.change_base(name)
             if before is not None:
                 undo.callback(layer.restore_base, before)
+                undo.callback(layer.ledger.taken_by.discard, name)
+                layer.ledger.taken_by.add(name)
                 changed.add(layer.get_base_layer())
         there = (layer for layer in self.adapter_layers() if layer.get_base_layer() in changed)
         others = {other: None for layer in there for other in layer.adapter_names() if other != name}
+        if lacking and not others:
+            warn(
+                f"Adapter {name!r} is on base weights that lack what {', '.join(lacking)} started with: it acts"
+                " differently there if it was trained without, and acts differently without if it is trained there."
+                " Give each a base model of its own, or save the other as a plain LoRA"
+                " (path_initial_model_for_weight_conversion)."
+            )
         if others:
             warn(
                 f"Adapter {name!r} starts with a part of the base weights, which do without it from now on: so"

@@ -30,6 +30,7 @@ from peft.core.targets import (
     saved_as,
     target_name,
 )
+from peft.core.wrappers import plain_name
 from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, listed, warn
 from peft.patterns import get_pattern_key
 from peft.target_tables import LINEAR_INSIDE
@@ -120,6 +121,13 @@ class Plan:
                 layers.append(Target(f"{target.key}.out_proj", inner.out_proj, inner, "out_proj"))
         return layers
 
+    def warn_of_no_bias(self, what: str) -> None:
+        """Warns where a module has no bias that `what` could be merged into."""
+        modules = [target for target in self.targets if target.parameter_name is None]
+        bare = [target.key for target in modules if getattr(target.base, target.op.bias_name or "", 0) is None]
+        if bare:
+            warn(f"{len(bare)} modules have no bias, as {bare[0]!r}: {what} cannot be merged into them.")
+
     @property
     def largest(self) -> tuple[int, int]:
         """As many outputs, and as many inputs, as the targets have at most."""
@@ -178,7 +186,7 @@ def make_plan(
         if only is None:
             target_entry = key if key in also_target else matches(config, key)
         else:  # a layer around those of its parameters has a name of its own
-            target_entry = key if key + ".base_layer" * len(in_parts) in only else None
+            target_entry = key if plain_name(key) + ".base_layer" * len(in_parts) in only else None
         if target_entry and key:  # the model itself is in no module that could hold a layer in its place
             used.add(target_entry)
             plan.targets.append(_target_at(key, module, parent, child))
@@ -187,10 +195,25 @@ def make_plan(
     _drop_further_names(plan, saved_modules)
     _name_saved(plan, saved)
     _check_matches(plan, model, config, names, used, only)
+    if only is not None:
+        places = (place for place in model_places(model) if matches(config, place[0]))
+        _warn_of_difference(plan, {_target_at(*place).key for place in places})
     for target in plan.targets:
         if not (any_kind and target.parameter_name is None and base_op(target.base) is None):
             _check_target(target, config, layer_class)
     return plan
+
+
+def _warn_of_difference(plan: Plan, meant: set[str]) -> None:
+    """Says where a state dict, after which `plan` was made, and a configuration, which meant these, name others."""
+    elsewhere = {*plan.save, *(target.key for target in plan.targets if target.parameter_name)}
+    unlike = (meant ^ set(plan.module_names)) - elsewhere - {""}
+    if unlike:
+        warn(
+            f"The state dict says which modules get an adapter, and the configuration says otherwise of"
+            f" {listed(sorted(unlike))}; the former holds.",
+            PeftRuntimeWarning,
+        )
 
 
 def _target_at(key: str, module: nn.Module, parent: nn.Module, child: str) -> Target:

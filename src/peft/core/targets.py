@@ -12,7 +12,7 @@ from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.base_op import LinearOp, ParameterOp, TransposedOp, base_op
 from peft.core.layer import AdapterLayer
 from peft.core.model_config import embeddings_of, model_config_of
-from peft.core.wrappers import held
+from peft.core.wrappers import held, plain_name
 from peft.target_tables import DEFAULT_TARGETS
 
 #: what names of tensors in files begin with
@@ -211,5 +211,5 @@ def _tails(name: str) -> Iterator[str]:
 
 def state_dict_targets(state_dict: Iterable[str], prefix: str) -> set[str]:
     """Names of the modules that have tensors of a method in a state dict, also in one of a `PeftModel`."""
-    keys = (key.removeprefix(ROOT) for key in state_dict)
+    keys = (plain_name(key.removeprefix(ROOT)) for key in state_dict)
     return {key.rpartition(f".{prefix}")[0] for key in keys if f".{prefix}" in key}

@@ -72,6 +72,8 @@ def tie_configuration(config: Any, model: nn.Module) -> tuple[list[str], list[st
             kept = {entry for entry in config.target_modules if means(entry, others) or not means(entry, tied)}
             config.target_modules = kept | {tied[0]}
         return [key for key in tied if not check_target_module_exists(config, key)], []
+    if not getattr(config, "trainable_token_indices", None):
+        warn(f"ensure_weight_tying has no effect: {', '.join(tied)}, which share a weight, are no targets.")
     return [], []
 
 

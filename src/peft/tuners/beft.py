@@ -10,6 +10,8 @@ from torch import nn
 from peft.config import LayerConfig
 from peft.core.change import Bias
 from peft.core.layer import AdapterLayer
+from peft.core.method import Method
+from peft.core.plan import Plan
 from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
@@ -50,5 +52,12 @@ class BeftLayer(AdapterLayer):
             )
 
 
-class BeftModel(BaseTuner, layer=BeftLayer, prefix="beft_"):
+class BeftMethod(Method):
+    """What BEFT asks of the base model."""
+
+    def check_plan(self, plan: Plan, config: BeftConfig) -> None:
+        plan.warn_of_no_bias("the adapter")
+
+
+class BeftModel(BaseTuner, layer=BeftLayer, method=BeftMethod, prefix="beft_"):
     """A model with trained vectors added to the outputs of its modules."""

@@ -64,8 +64,13 @@ class PsoftConfig(LayoutConfig, peft_type=PeftType.PSOFT):
     init_weights: bool = True
 
     def check(self) -> None:
-        if self.cayley_neumann_eps is not None and not self.use_cayley_neumann:
-            warn("cayley_neumann_eps has no effect without use_cayley_neumann.")
+        for field, needed, there in (
+            ("cayley_neumann_eps", "use_cayley_neumann", self.use_cayley_neumann),
+            ("num_cayley_neumann_terms", "use_cayley_neumann", self.use_cayley_neumann),
+            ("psoft_svd_lowrank_niter", "psoft_svd='lowrank'", self.psoft_svd == "lowrank"),
+        ):
+            if not there and getattr(self, field) != getattr(PsoftConfig, field):
+                warn(f"{field} has no effect without {needed}.")
 
 
 class PsoftRotation(nn.Module):

@@ -31,6 +31,11 @@ class XLoraClassifier(nn.Module):
             stack.append(nn.Linear(before, after))
         self.layers = nn.Sequential(*stack)
 
+    @property
+    def override_scaling_pass_value(self) -> float:
+        """The weight of every expert in the first pass."""
+        return self.config.scaling_pass_value
+
     def forward(self, hidden: Tensor) -> Tensor:
         first: Any = self.layers[0]
         logits = self.layers(hidden.to(first.weight.dtype))

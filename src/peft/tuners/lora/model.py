@@ -63,10 +63,8 @@ class LoraMethod(Method):
                 raise ValueError(f"layer_replication of {name!r} is another one, and all adapters need the same.")
 
     def check_plan(self, plan: Plan, config: LoraConfig) -> None:
-        modules = [target for target in plan.targets if target.parameter_name is None] if config.lora_bias else []
-        bare = [target.key for target in modules if getattr(target.base, target.op.bias_name or "", 0) is None]
-        if bare:
-            warn(f"{len(bare)} modules have no bias, as {bare[0]!r}: lora_bias cannot be merged into them.")
+        if config.lora_bias:
+            plan.warn_of_no_bias("lora_bias")
 
     def layer_settings(self, config: LoraConfig, key: str) -> dict[str, Any]:
         return {"key": key}

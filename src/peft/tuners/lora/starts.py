@@ -37,7 +37,7 @@ class Start:
     Attributes:
         fill: gives A and B their values; returns the residual if the base weight changes.
         kinds: kinds of base module it works on.
-        embeddings: whether it is for embeddings too, where other starts mean the plain one (as in huggingface/peft).
+        plain_on: other kinds, where it means the plain start (as in huggingface/peft).
         changes_base: whether it changes the base weight.
         takes_product: whether it takes scaling B A out of it, and no more.
         trains_b: whether B is trained.
@@ -46,7 +46,7 @@ class Start:
 
     fill: Callable[[FactorLayer, str, LoraConfig], Residual | None]
     kinds: frozenset[str] = frozenset(("Linear", "Conv1D"))
-    embeddings: bool = False
+    plain_on: frozenset[str] = frozenset(("Embedding",))
     changes_base: bool = False
     takes_product: bool = False
     trains_b: bool = True
@@ -230,12 +230,18 @@ STARTS: dict[str, Start] = {
     "pissa": Start(_pissa, changes_base=True, takes_product=True),
     "olora": Start(_olora, changes_base=True, takes_product=True),
     "orthogonal": Start(_orthogonal, frozenset(("Linear", "Conv1D", "Parameter")), check=_check_even),
-    "mica": Start(_mica, embeddings=True, trains_b=False),
+    "mica": Start(_mica, frozenset(("Linear", "Conv1D", "Embedding")), trains_b=False),
     "corda": Start(_corda, changes_base=True, takes_product=True, check=_check_corda),
-    "lora_ga": Start(_lora_ga, changes_base=True, takes_product=True, check=_check_lora_ga),
-    "loftq": Start(_loftq, embeddings=True, changes_base=True),
+    "lora_ga": Start(
+        _lora_ga,
+        plain_on=frozenset(("Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")),
+        changes_base=True,
+        takes_product=True,
+        check=_check_lora_ga,
+    ),
+    "loftq": Start(_loftq, frozenset(("Linear", "Conv1D", "Embedding")), changes_base=True),
     # until `initialize_lora_eva_weights` gives A its values
-    "eva": Start(_zero, frozenset(("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")), embeddings=True),
+    "eva": Start(_zero, frozenset(("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"))),
 }
 #: what `FactorLayer.reset_lora_parameters` does on its own
 _PLAIN = (True, False, "gaussian")
@@ -254,7 +260,7 @@ def start_of(init_lora_weights: bool | str, kind: str = "Linear") -> Start | Non
         known = ", ".join(map(repr, (*_PLAIN, *STARTS, "pissa_niter_4")))
         raise ValueError(f"Unknown init_lora_weights={init_lora_weights!r}; there are {known}.")
     start = STARTS[name]
-    return start if start.embeddings or kind != "Embedding" else None
+    return None if kind in start.plain_on - start.kinds else start
 
 
 def check_start(config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r: int) -> None:
@@ -263,7 +269,7 @@ def check_start(config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r:
     if start is None:
         return
     asked, most = f"init_lora_weights={config.init_lora_weights!r}", min(op.out_features, op.in_features)
-    if op.kind not in (*start.kinds, "Embedding") or getattr(op, "num_experts", 1) > 1:
+    if op.kind not in start.kinds or getattr(op, "num_experts", 1) > 1:
         known = ", ".join(sorted(start.kinds))
         raise ValueError(f"{asked} does not work on {name!r}, a {op.kind}; it works on {known}.")
     if r > most and start.fill not in (_zero, _orthogonal):
