@@ -136,6 +136,13 @@ def test_a_name_that_is_replaced_where_it_once_was_is_that_of_all_its_paths_unti
         del other.transpose
 
 
+@pytest.mark.parametrize("path", ["peft.utils", "peft.mapping", "peft.tuners.tuners_utils"])
+def test_all_names_of_an_old_path_can_be_imported_at_once(path):
+    names: dict[str, object] = {}
+    exec(f"from {path} import *", names)
+    assert {"peft.utils": "PeftType", "peft.mapping": "get_peft_model"}.get(path, "BaseTunerLayer") in names
+
+
 def test_a_name_of_nothing_here_can_be_put_on_an_old_path():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peft.tuners.oft.layer.of_somebody", 1, raising=False)

@@ -129,6 +129,8 @@ class OldPath(ModuleType):
         return f"{METHOD_PATHS[path]}:{name}"
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__all__":  # `from peft.utils import *`
+            return [known for known in dir(self) if not known.startswith("_")]
         home = self._home(name)
         return _value_at(home) if home else submodule(self.__name__, name)
 
