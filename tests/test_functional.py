@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 
 import pytest
@@ -14,6 +15,7 @@ from peft import (
     LoraConfig,
     PeftWarning,
     PromptTuningConfig,
+    VeraConfig,
     functional,
     get_peft_model,
     get_peft_model_state_dict,
@@ -64,6 +66,8 @@ def test_injected_adapters_are_set_frozen_and_deleted(model):
     assert trainable(model) == {"lin0.lora_A.first.weight", "lin0.lora_B.first.weight"}
     assert functional.delete_adapter(model, "second", prefix="lora_") == ["first"]
     torch.testing.assert_close(model(X), outputs["first"])
+    with pytest.warns(PeftWarning, match="'second'"):  # again: as transformers does with a name given twice
+        assert functional.delete_adapter(model, "second", prefix="lora_") == ["first"]
     assert functional.delete_adapter(model, "first", prefix="lora_") is None
     assert torch.equal(model(X), base)
 
@@ -144,7 +148,6 @@ def test_adapters_of_two_methods_can_be_injected():
     [
         (lambda m: functional.set_adapter(m, "third"), "third"),
         (lambda m: functional.set_requires_grad(m, ["first", "third"]), "third"),
-        (lambda m: functional.delete_adapter(m, "third", prefix="lora_"), "third"),
         (lambda m: inject_adapter_in_model(LoraConfig(target_modules=["lin1"]), m, "first"), "exists"),
         (lambda m: inject_adapter_in_model(LoraConfig(target_modules=["nope"]), m, "third"), "nope"),
         (lambda m: inject_adapter_in_model(PromptTuningConfig(num_virtual_tokens=2), m, "third"), "prompt"),
@@ -165,6 +168,16 @@ def test_functions_keep_a_peft_model_consistent():
     assert model.active_adapters == ["second"]
     assert functional.delete_adapter(model, "second") == ["first"]
     assert model.active_adapters == list(model.peft_config) == ["first"]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("base", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("config", [LoraConfig(), HRAConfig(r=4), VeraConfig(r=4)], ids=["lora", "hra", "vera"])
+def test_an_injected_adapter_has_the_dtype_of_its_base_unless_nothing_is_computed_in_it(config, base, empty):
+    config = dataclasses.replace(config, target_modules=["lin0"])
+    model = inject_adapter_in_model(config, MLP().to(base), low_cpu_mem_usage=empty)
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    assert dtypes == {torch.float32 if base.itemsize == 1 else base}
 
 
 @pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
@@ -264,17 +277,21 @@ def test_inputs_keep_their_dtype(model, active):
     assert seen == [torch.bfloat16]
 
 
-def test_weights_that_hooks_cast_when_they_are_called_leave_the_input_alone(model):
+@pytest.mark.parametrize("stored", [torch.float16, torch.float8_e4m3fn])
+def test_weights_that_hooks_cast_when_they_are_called_leave_the_input_alone(model, stored):
     # As diffusers has it: modules rest in one dtype, and run in that of the activations.
     functional.set_adapter(model, "first")
+    model.lin0.set_scale("first", 0.5)
+    modules = [module for module in model.lin0.modules() if isinstance(module, nn.Linear)]
+    for module in modules:
+        module.to(stored).float()  # what is stored is rounded here, and not below
     expected = model.lin0(X)
-    for module in model.lin0.modules():
-        if isinstance(module, nn.Linear):
-            module.half()
-            module.register_forward_pre_hook(lambda module, args: module.float() and None)
-            module.register_forward_hook(lambda module, args, output: module.half() and None)
+    for module in modules:
+        module.to(stored)
+        module.register_forward_pre_hook(lambda module, args: module.float() and None)
+        module.register_forward_hook(lambda module, args, output: module.to(stored) and None)
     for _ in range(2):
         with helpers.disable_input_dtype_casting(model):
-            torch.testing.assert_close(model.lin0(X), expected, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(model.lin0(X), expected)
         with pytest.raises(RuntimeError, match="dtype"), helpers.disable_input_dtype_casting(model, active=False):
             model.lin0(X)

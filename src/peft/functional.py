@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.part import UPCAST_DTYPES, Part, as_names, check_adapter_name, known
 from peft.core.tuner import BaseTuner
 from peft.core.walk import layers_of, parts_of
+from peft.errors import PeftWarning
 from peft.integrations.transformers import convert_peft_config_for_transformers
 from peft.registry import method_of
 
@@ -25,6 +27,8 @@ def inject_adapter_in_model(
     state_dict: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """Puts an adapter on a model's layers, in place, and makes it the active one.
+
+    Its tensors have the dtype of the base weights, half precision too; `cast_adapter_dtype` brings them to float32.
 
     Args:
         peft_config: its configuration; kept, completed, as `model.peft_config[adapter_name]`.
@@ -115,10 +119,14 @@ def delete_adapter(
     Returns:
         The adapters that are active then; None if none is left.
 
-    Raises:
-        ValueError: no layer of the model has such an adapter.
+    Warns:
+        PeftWarning: no layer of the model has such an adapter. (No error, for transformers deletes a name twice that it
+            is given twice.)
     """
-    parts = _parts_with(model, [adapter_name], layer_cls)
+    parts = _parts_with(model, [], layer_cls)
+    if not any(adapter_name in part.adapter_names() for part in parts):
+        warnings.warn(f"No layer has an adapter {adapter_name!r}; nothing is deleted.", PeftWarning, stacklevel=2)
+        return max((part.active_adapters for part in parts), key=len, default=[]) or None
     tuner = _tuner_of(model)
     if tuner is not None:
         tuner.delete_adapter(adapter_name)

@@ -149,7 +149,8 @@ class LowRank(Change):
             dtype = compute_dtype(x)
             x = F.dropout(x.to(dtype), self.dropout) if self.dropout else x.to(dtype)
         down, up = self.folded()
-        up = up if isinstance(self.scale, float) and self.scale == 1.0 else up * self.scale
+        if self.high is None and not (isinstance(self.scale, float) and self.scale == 1.0):
+            up = up * self.scale
         if self.low is None and self.high is None:
             change = op.low_rank(module, x, down.to(dtype), up.to(dtype))
         else:

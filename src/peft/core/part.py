@@ -320,8 +320,11 @@ class Part(nn.Module):
 
 
 def trained_in(dtype: torch.dtype | None, autocast: bool) -> torch.dtype | None:
-    """The dtype of adapters beside a base weight of this one: with `autocast` they are not trained in halves."""
-    return torch.float32 if autocast and dtype in UPCAST_DTYPES else dtype
+    """The dtype of adapters beside a base weight of this one: with `autocast` they are not trained in halves.
+
+    Never in floats of 8 bits, which nothing is computed in.
+    """
+    return torch.float32 if dtype in (UPCAST_DTYPES if autocast else UPCAST_DTYPES[2:]) else dtype
 
 
 def as_names(names: str | Iterable[str]) -> list[str]:
