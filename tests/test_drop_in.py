@@ -101,7 +101,8 @@ def test_layers_of_ones_own_are_used_for_the_modules_they_are_registered_for():
             return 2 * super().forward(x)
 
     class Own(Linear):
-        pass
+        def __init__(self, base_layer, adapter_name, **kwargs):
+            super().__init__(base_layer, adapter_name, **kwargs)
 
     base = MLP()
     base.lin1 = Scaled(16, 16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from peft.core.method import Adapters, Method
 from peft.core.model_config import model_config_of
 from peft.core.part import check_adapter_name, tensors_in, trained_in
 from peft.core.places import put_everywhere, take_away_everywhere, unite_embeddings
-from peft.core.plan import Plan, make_plan
+from peft.core.plan import Plan, make_plan, warn_of_difference
 from peft.core.routing import without_samples
 from peft.core.storage.gradients import blocking, keep_open
 from peft.core.storage.sharded import agree, average_gradients, reshard
@@ -222,6 +223,8 @@ class Injector(Adapters):
             any_kind=any_kind, matches=self._check_target_module_exists,
         )  # fmt: skip
         method.check_plan(plan, config)
+        if only is not None:
+            warn_of_difference(plan, model, partial(self._check_target_module_exists, config))
         unite_embeddings(model, plan, undo)
         tokens = token_rows(config, model)
         warn_of_tied_targets(plan.module_names, config, model)

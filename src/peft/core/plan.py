@@ -195,17 +195,15 @@ def make_plan(
     _drop_further_names(plan, saved_modules)
     _name_saved(plan, saved)
     _check_matches(plan, model, config, names, used, only)
-    if only is not None:
-        places = (place for place in model_places(model) if matches(config, place[0]))
-        _warn_of_difference(plan, {_target_at(*place).key for place in places})
     for target in plan.targets:
         if not (any_kind and target.parameter_name is None and base_op(target.base) is None):
             _check_target(target, config, layer_class)
     return plan
 
 
-def _warn_of_difference(plan: Plan, meant: set[str]) -> None:
-    """Says where a state dict, after which `plan` was made, and a configuration, which meant these, name others."""
+def warn_of_difference(plan: Plan, model: nn.Module, matches: Callable[[str], Any]) -> None:
+    """Says where a state dict, after which `plan` was made, and a configuration, which `matches` names, differ."""
+    meant = {_target_at(*place).key for place in model_places(model) if matches(place[0])}
     elsewhere = {*plan.save, *(target.key for target in plan.targets if target.parameter_name)}
     unlike = (meant ^ set(plan.module_names)) - elsewhere - {""}
     if unlike:

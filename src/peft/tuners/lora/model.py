@@ -73,7 +73,7 @@ class LoraMethod(Method):
         base = base_of(target)
         for kind, layer_class in config._custom_modules.items() if parameter_name is None else ():
             if isinstance(base, kind):
-                return layer_class(target)
+                return layer_class(target, None)  # the adapter comes by `update_layer`
         op = base_op(base, parameter_name)
         if op is None:
             raise ValueError(f"{key!r} is a {type(base).__name__}, which LoRA does not know.")
