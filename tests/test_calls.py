@@ -157,6 +157,22 @@ def test_alora_acts_in_a_mixed_model():
     assert not torch.allclose(base[0], outputs[1][0], atol=1e-3) and torch.allclose(base[1], outputs[1][1], atol=1e-6)
 
 
+def test_adapters_with_the_same_invocation_are_combined():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5, 6]), "a")
+    model.add_adapter("b", LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5, 6]))
+    model.add_adapter("c", LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[7]))
+    randomised(model)
+    ids = torch.tensor([[1, 2, 5, 6, 3], [1, 2, 3, 4, 7]])
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.0], "both", combination_type="cat")
+    outputs = []
+    for name in ("a", "both"):
+        model.set_adapter(name)
+        outputs.append(model.eval()(input_ids=ids).logits)
+    torch.testing.assert_close(*outputs)
+    with pytest.raises(ValueError, match="alora_invocation_tokens"):
+        model.add_weighted_adapter(["a", "c"], [1.0, 1.0], "others", combination_type="cat")
+
+
 SCHEDULE = dict(total_step=20, tinit=1, tfinal=1, deltaT=1, target_r=1)
 
 

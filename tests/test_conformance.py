@@ -466,6 +466,33 @@ def test_half_precision_base_trains_the_adapter_in_float32(method):
     assert all(parameter.dtype == torch.bfloat16 for parameter in kept.parameters() if parameter.requires_grad)
 
 
+@over("dtype", [torch.bfloat16, torch.float16])
+@over("method", LAYER_METHODS)
+def test_all_in_half_precision_runs_without_gradients_and_is_merged(method, dtype):
+    for whole in (False, True):
+        model = adapted(method, "Linear", dtype)
+        model, x = model.to(dtype) if whole else model, inputs_of(model, dtype)
+        with torch.no_grad():
+            outputs = [model(some) for some in (x[:1, 0], x)]
+        assert all(output.dtype == dtype and output.isfinite().all() for output in outputs)
+        if (method, "Linear") in MERGEABLE:
+            model.merge_adapter()
+            torch.testing.assert_close(model(x), outputs[1], rtol=0.1, atol=0.1)
+
+
+@over("method", [*LAYER_METHODS, "LORA DoRA"])
+def test_a_model_made_in_inference_mode_runs(method):
+    with torch.inference_mode():
+        model = adapted(method, "Linear")
+        x = inputs_of(model)
+        model.train()(x)
+        expected = model.eval().requires_grad_(False)(x)
+        assert torch.equal(model(x), expected)
+        with model.disable_adapter():
+            assert not torch.equal(model(x), expected)
+    assert torch.equal(adapted(method, "Linear")(x), expected)
+
+
 @over("method", LAYER_METHODS)
 def test_training_goes_on_after_inference_and_inside_autocast(method):
     """What is kept from a pass in inference mode is of use in the next; a backward pass may run inside autocast."""

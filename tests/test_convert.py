@@ -183,6 +183,13 @@ def test_changed_biases_become_those_of_the_lora(tmp_path):
     torch.testing.assert_close(reloaded(tmp_path)(TOKENS), model(TOKENS), rtol=1e-3, atol=1e-4)
 
 
+def test_only_tensors_of_a_lora_come_out_on_layers_without_bias():
+    model = adapted("GLORA", "Linear no bias")
+    _, tensors = convert_to_lora(model, rank=8)
+    assert all("lora_" in name for name in tensors)
+    assert not adapted("BEFT", "Linear no bias").supports_lora_conversion()
+
+
 def test_changed_biases_beside_an_embedding_are_refused():
     model = net(peft.IA3Config(target_modules=["up", "embed"], feedforward_modules=[]))
     with pytest.raises(ValueError, match=r"lora_bias=True.*'embed'"):

@@ -265,6 +265,17 @@ def test_examples_stay_near_their_words():
     assert torch.allclose(moved, torch.tensor([0.4, 0.8, 0.4, 0.0] * 2), atol=1e-4)
 
 
+def test_a_trained_prompt_is_replaced_by_one_of_a_file(tmp_path):
+    model, inputs = adapted("cpt"), inputs_of("cpt")
+    train(model, "cpt", steps=3, lr=0.5, **inputs, labels=tokens())
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(model(**inputs).logits, expected)
+
+
 def test_loss_is_over_the_labels_of_examples_and_input():
     config = CPTConfig(task_type="CAUSAL_LM", **EXAMPLES, opt_weighted_loss_type="decay", opt_loss_decay_factor=0.5)
     model, ids = get_peft_model(llama(), config).eval(), tokens()

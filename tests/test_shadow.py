@@ -144,6 +144,19 @@ def test_a_model_in_half_precision_trains(dtype):
         losses.append(loss.item())
         reached.append({key for key, parameter in model.named_parameters() if parameter.grad is not None})
     assert reached[0] == reached[1] and losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert model(input_ids=ids).logits.dtype == dtype and model.base_model.last_shadow_loss is None
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.opt])
+def test_the_network_alone_of_a_model_in_half_precision(build):
+    ids, losses = tiny.tokens(), []
+    for base in (build(), build().bfloat16()):
+        torch.manual_seed(0)
+        model = adapted(base)
+        assert model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, eos_token_id=None).shape[1] == 9
+        losses.append(model.base_model.unload_shadow()(input_ids=ids, labels=ids).loss.item())
+        assert losses[-1] == pytest.approx(model(input_ids=ids, labels=ids).shadow_loss.item(), rel=1e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

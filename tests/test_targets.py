@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from tiny_models import MLP, bert, gpt2, llama, t5
 
 
@@ -47,6 +47,32 @@ def test_names_stay_whole_where_a_part_would_mean_other_modules_too():
     model = get_peft_model(base, LoraConfig(target_modules=chosen))
     assert model.base_model.targeted_module_names == chosen
     assert model.peft_config["default"].target_modules == set(chosen)
+
+
+@pytest.mark.parametrize("prefix", ["body.", ""])
+def test_many_names_become_few_whether_they_are_whole_or_not(prefix):
+    base = nn.ModuleDict({"body": nn.ModuleDict({f"block{i}": MLP() for i in range(20)})})
+    chosen = [f"{prefix}block{i}.lin0" for i in range(20)]
+    model = get_peft_model(base, LoraConfig(target_modules=chosen))
+    assert model.peft_config["default"].target_modules == {"lin0"}
+    with pytest.warns(peft.PeftWarning, match="absent"):
+        model.add_adapter("other", LoraConfig(target_modules=[*chosen, "absent"]))
+
+
+def test_ia3_with_many_names_is_loaded_again(tmp_path):
+    blocks = lambda: nn.ModuleDict({f"block{i}": MLP() for i in range(20)})
+    names = [f"block{i}.lin0" for i in range(20)]
+    get_peft_model(blocks(), IA3Config(target_modules=names, feedforward_modules=names[:3])).save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(blocks(), tmp_path).base_model
+    assert [loaded.get_submodule(f"model.{name}").is_feedforward for name in names] == [True] * 3 + [False] * 17
+
+
+@pytest.mark.parametrize("names", ["all-linear", ["q_proj"], ["q_proj", "down_proj"], ["0.mlp.down_proj", "q_proj"]])
+def test_ia3_scales_the_inputs_that_are_usual_for_the_model(names, tmp_path):
+    get_peft_model(llama(), IA3Config(target_modules=names)).save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path).base_model
+    found = {name: loaded.get_submodule(f"model.{name}").is_feedforward for name in loaded.targeted_module_names}
+    assert found == {name: name.endswith("down_proj") for name in found}
 
 
 def test_all_linear_leaves_the_head_of_a_classifier_to_the_task_wherever_it_is_added():

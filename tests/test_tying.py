@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft
 import tiny_models as tiny
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.core.tokens import TrainableTokensLayer
 from tiny_models import gpt2, llama, t5
 
 IDS = torch.tensor([[1, 5, 9, 3], [2, 7, 4, 8]])
@@ -179,6 +180,21 @@ def test_an_encoder_decoder_has_one_adapter_on_all_its_embeddings(tmp_path):
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(**given).logits, expected, rtol=1e-4, atol=1e-4)
     assert merged.lm_head.weight is merged.shared.weight
+
+
+def test_rows_of_the_embedding_that_a_model_says_it_has_are_those_of_all_it_is_tied_to():
+    """It need not be the first of them."""
+    base = t5()
+    base.get_input_embeddings = lambda: base.encoder.embed_tokens
+    rows = {"encoder.embed_tokens": [3]}
+    model = get_peft_model(base, LoraConfig(target_modules=["q"], trainable_token_indices=rows))
+    layers = {key: m for key, m in model.named_modules() if isinstance(m, TrainableTokensLayer)}
+    assert sum("delta" in name for name, _ in model.named_parameters()) == 1 < len(layers)
+    status = [layer for layer in model.get_layer_status() if "token" in layer.name]
+    assert {f"base_model.{layer.name}" for layer in status} == set(layers)
+    before = layers["base_model.model.encoder.embed_tokens.token_adapter"].trainable_tokens_original["default"].clone()
+    next(iter(layers.values())).trainable_tokens_delta["default"].data.add_(1.0)
+    assert all(torch.equal(layer.trainable_tokens_original["default"], before) for layer in layers.values())
 
 
 def test_tokens_of_the_output_layer_alone_leave_the_embedding():

@@ -30,7 +30,6 @@ from peft.core.targets import (
     has_default_targets,
     model_modules,
     named_targets,
-    shortened,
     state_dict_targets,
     target_name,
 )
@@ -209,7 +208,7 @@ class Injector(Adapters):
         self._check_bias(name, config)
         model, method = self.model, self.method(config)
         method.check_config(name, config)
-        config.target_modules = shortened(named_targets(config, model), model)
+        config.target_modules = named_targets(config, model)
         restructured = method.prepare_model(config, model)
         if restructured is not None:
             undo.callback(restructured)

@@ -323,7 +323,7 @@ class AdapterLayer(AdaptedModule):
             return False
         try:
             self.check_merge(adapter_name)
-        except NotImplementedError:
+        except (NotImplementedError, ValueError):
             return False
         return True
 

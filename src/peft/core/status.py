@@ -14,6 +14,7 @@ from peft.core.storage import backend_of
 from peft.core.storage.shared import shape_of
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of
+from peft.core.wrappers import TrainableTokensWrapper, unwrapped
 
 
 @dataclass
@@ -144,11 +145,11 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         raise TypeError("get_layer_status() is for adapters on layers; this model has a soft prompt.")
     base = _plain_base(model)
     prefix = "model." if base is not model else ""
-    statuses = [
-        _layer_status(prefix + name, part)
-        for name, part in parts_of(base)
-        if isinstance(part, (AdapterLayer, ModulesToSaveWrapper))
-    ]
+    statuses = []
+    for name, part in parts_of(base):
+        if isinstance(part, (AdapterLayer, ModulesToSaveWrapper)):
+            inside = isinstance(unwrapped(base.get_submodule(name)), TrainableTokensWrapper)
+            statuses.append(_layer_status(prefix + name + f".{TrainableTokensWrapper.holds}" * inside, part))
     if not statuses:
         raise ValueError(
             f"No adapter layers found in {type(model).__name__}; is it a PeftModel, or were adapters injected?"

@@ -154,17 +154,23 @@ def default_targets(peft_type: str, model_type: str | None, model: nn.Module) ->
 def named_targets(config: Any, model: nn.Module) -> Any:
     """`target_modules`, with the defaults of the model's type in place of None, and names in place of "all-linear".
 
+    As few names as do, where there are many.
+
     Raises:
         ValueError: there are no defaults for it.
     """
     targets = config.target_modules
     if targets is None:
         targets = default_targets(config.peft_type, model_config_of(model).get("model_type"), model)
+    many = _MANY
     if targets == ALL_LINEAR:
         heads = CLASSIFIER_NAMES if config.task_type == "SEQ_CLS" else ()
         # The short ones: for some methods, layers that one name means belong together.
-        targets = shortened(all_linear(model, {*(config.modules_to_save or ()), *heads}), model, many=0)
-    return targets
+        targets, many = all_linear(model, {*(config.modules_to_save or ()), *heads}), 0
+    if not isinstance(targets, (set, list)) or len(targets) < many:
+        return targets
+    again = getattr(config, "feedforward_modules", None)  # IA3's configuration names some of them a second time
+    return shortened(set(targets), model, again if isinstance(again, set) else set())
 
 
 def linear_modules(model: nn.Module) -> list[str]:
@@ -190,15 +196,14 @@ def all_linear(model: Any, leave_out: Iterable[str] = ()) -> set[str]:
     }
 
 
-def shortened(targets: Any, model: nn.Module, many: int = _MANY) -> Any:
-    """`targets` with the shortest last parts that mean the same modules, where they are `many` whole names."""
-    if not isinstance(targets, (set, list)) or len(targets) < many:
+def shortened(targets: set[str], model: nn.Module, kept: set[str]) -> set[str]:
+    """The shortest last parts of names that mean the same modules as `targets`, and those of `targets` in `kept`."""
+    entries = {key: ends_with(key, targets) for key, _ in model_modules(model)}
+    if not targets.issubset(entries.values()):  # what means nothing is to be named
         return targets
-    names = {key for key, _ in model_modules(model)}
-    if not names.issuperset(targets):
-        return targets
-    taken = {tail for name in names.difference(targets) for tail in _tails(name)}
-    return {next((tail for tail in _tails(name) if tail not in taken), name) for name in targets}
+    taken = {tail for key, entry in entries.items() if entry is None for tail in _tails(key)}
+    short = {next(tail for tail in _tails(key) if tail not in taken) for key, entry in entries.items() if entry}
+    return short | (targets & kept)
 
 
 def _tails(name: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ from peft.core.base_op import BaseOp, EmbeddingOp, base_op
 from peft.core.change import Change, Weight
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
-from peft.core.slots import Setting, Slot
+from peft.core.slots import Buffers, Setting, Slot
 from peft.core.storage.shared import shape_of
 from peft.core.targets import base_of, check_target_module_exists, ends_with, model_modules, saved_as
 from peft.core.tying import input_embedding_name, tied_embedding_modules
@@ -96,6 +96,14 @@ class TrainableTokensLayer(AdapterLayer):
             self.ledger = tied.ledger
             self.has_twin = tied.has_twin = True
         self.refresh()
+
+    @property
+    def trainable_tokens_original(self) -> Buffers:
+        """Adapter -> the rows as they are without it, [tokens, dim]."""
+        rows, weight = Buffers(persistent=False), self.original_weight().detach()
+        for name, indices in self.token_indices.items():
+            rows[name] = weight[indices]
+        return rows
 
     def part_from(self, others: Iterable[Part]) -> None:
         """Lets twins among these have weights of their own when merged: another adapter is about to change this one's.

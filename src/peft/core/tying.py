@@ -21,7 +21,8 @@ def tied_embedding_modules(model: Any) -> list[str]:
         return []
     weight = _plain_weight(embedding)
     tied = [key for key, module in model_modules(model) if key and _plain_weight(module) is weight]
-    return tied if len(tied) > 1 else []
+    first = input_embedding_name(model)
+    return sorted(tied, key=lambda key: key != first) if len(tied) > 1 else []
 
 
 def input_embedding_name(model: Any) -> str:

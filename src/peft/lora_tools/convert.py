@@ -22,7 +22,7 @@ from peft.core.walk import parts_of, with_progress
 from peft.errors import listed, warn
 from peft.ops.merging import svd_of_product
 from peft.ops.principal import unrounded
-from peft.registry import value_of
+from peft.registry import method_of, value_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import adapter_rank, block_count, block_rank, change_blocks, change_factors, of_svd
 
@@ -289,7 +289,9 @@ def _other_tensors(
     owners: list[tuple[str, Any]] = [(path, layer) for layers in modules.values() for path, layer in layers.items()]
     owners += [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTuner)]
     own = {f"{path}.{key}" for path, owner in owners for key in owner.key_map(adapter_name)}
-    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
+    tuner: Any = method_of(config_of(model, adapter_name).peft_type).model_class
+    stored = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    for key, tensor in tuner.method_class.read_tensors(model, adapter_name, stored).items():
         if key not in own:
             yield key, tensor
 

@@ -124,7 +124,7 @@ def _few(
     the product that are cast; and one row asks for products with a vector. Decoding takes half the time that it takes
     without (`benchmarks/decode.py`).
     """
-    if a.dtype.itemsize < 4 and x.device.type == "cpu":
+    if a.dtype != b.dtype or (a.dtype.itemsize < 4 and x.device.type == "cpu"):
         a, b = a.float(), b.float()
     if x.numel() > x.shape[-1]:
         out = F.linear(x, weight, bias) if out is None else out  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from peft.core.combine import (
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.slots import Slot
-from peft.core.targets import matching_entry
+from peft.core.targets import ends_with, matching_entry
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import task_arithmetic
 from peft.registry import PeftType
@@ -38,7 +38,7 @@ class IA3Config(LayoutConfig, peft_type=PeftType.IA3):
     vector is [1, in].
 
     Args:
-        feedforward_modules: those of `target_modules` whose input is scaled.
+        feedforward_modules: those of `target_modules` whose input is scaled; if None, those usual for the model type.
         init_ia3_weights: start at one, without effect; False starts at random.
     """
 
@@ -82,11 +82,15 @@ class IA3Method(Method):
     """Which modules have their input scaled; sums of adapters."""
 
     def complete_config(self, config: IA3Config, model_config: dict[str, Any]) -> None:
-        if config.feedforward_modules is None:
-            if getattr(config, "_targets_are_defaults", False):
-                config.feedforward_modules = set(FEEDFORWARD_TARGETS[model_config["model_type"]])
-            else:
-                raise ValueError("Please specify `feedforward_modules` along with `target_modules`; [] for none.")
+        if config.feedforward_modules is not None:
+            return
+        usual, targets = FEEDFORWARD_TARGETS.get(model_config.get("model_type", "")), config.target_modules
+        if usual is None:
+            raise ValueError("Please specify `feedforward_modules` along with `target_modules`; [] for none.")
+        config.feedforward_modules = set(usual)
+        if isinstance(targets, set):  # those that are among the targets, by names that files have for these too
+            both = {name for name in targets if ends_with(name, usual)} | {n for n in usual if ends_with(n, targets)}
+            config.feedforward_modules, config.target_modules = both, targets | both
 
     def make_layer(self, config: IA3Config, target: nn.Module, parameter_name: str | None, key: str) -> IA3Layer:
         name = key if parameter_name is None else f"{key}.{parameter_name}"

@@ -93,7 +93,7 @@ class PveraLayer(AdapterLayer):
 
     def product(self, name: str, x: Tensor, a: Tensor) -> Tensor:
         """A x: once for layers that get the same input one after the other, as the projections of attention do."""
-        last = None if needs_plain(x) else fact("pvera_last")
+        last = None if needs_plain(x) or x.is_inference() else fact("pvera_last")
         if last is None:
             return F.linear(x, a.to(x.dtype))
         # Checkpointing runs a block once more in the backward pass, and wants it to compute all that it did before.

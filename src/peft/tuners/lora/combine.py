@@ -79,6 +79,8 @@ def add_weighted_adapter(
     layers: dict[Any, str] = layers_with(method, adapters)
     _check_factors(adapters, layers, how)
     configs = [method.configs[name] for name in adapters]
+    if len({tuple(config.alora_invocation_tokens or ()) for config in configs}) > 1:
+        raise ValueError("aLoRA adapters can be combined where all of them have the same alora_invocation_tokens.")
     largest = max(rank for config in configs for rank in (config.r, *(config.rank_pattern or {}).values()))
     if "dare" in how.name:
         start = configs[0].init_lora_weights

@@ -111,7 +111,7 @@ def check_plain(layer: Any, name: str) -> None:
     """Raises ValueError where an adapter has tensors beside the factors and their bias, so that they say not all."""
     variant = layer.lora_variant.get(name)
     more = set(layer.key_map(name)) - {*FACTOR_KEYS, "lora_B.bias"}
-    more = more or (set() if variant is None else {variant.label})
+    more = more or (set() if variant is None or variant.is_product else {variant.label})
     if more:
         raise ValueError(
             f"Adapter {name!r} has {', '.join(sorted(more))} beside its factors, so its change is not their product."

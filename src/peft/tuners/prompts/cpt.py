@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from peft.config import PromptLearningConfig
 from peft.core.storage import place_of
 from peft.core.storage.sharded import call_whole
-from peft.core.storage.shared import scale_in_forward
+from peft.core.storage.shared import part_of, scale_in_forward
 from peft.registry import PeftType, TaskType
 from peft.tuners.prompts.base import IGNORED, VirtualTokens, embedding_width
 from peft.values import NonNegativeFloat
@@ -88,18 +89,18 @@ class CPTEmbedding(VirtualTokens):
     def __init__(self, config: Any, word_embeddings: Any):
         super().__init__(config, word_embeddings)
         self.config = config
-        self.delta_embedding: nn.Embedding | None = None
-        if config.inference_mode:
-            return
-        rows = word_embeddings.weight.shape[0]
-        if not 0 <= min(config.cpt_token_ids) <= max(config.cpt_token_ids) < rows:
-            raise ValueError(f"cpt_token_ids must be 0 to {rows - 1}, the vocabulary of the base model.")
         width = embedding_width(word_embeddings) or config.token_dim
         form, words = config.opt_projection_format_epsilon, config.opt_projection_epsilon
         limits = torch.tensor([(0.0, form, words, form)[kind % _KINDS] for kind in config.cpt_tokens_type_mask])
         self.register_buffer("bounds", limits[:, None] * (width / 2048) ** 0.5, persistent=False)
         self.delta_embedding = nn.Embedding(self.num_virtual_tokens, width)
         nn.init.zeros_(self.delta_embedding.weight)
+        self.is_whole = config.inference_mode
+        if self.is_whole:
+            return
+        rows = word_embeddings.weight.shape[0]
+        if not 0 <= min(config.cpt_token_ids) <= max(config.cpt_token_ids) < rows:
+            raise ValueError(f"cpt_token_ids must be 0 to {rows - 1}, the vocabulary of the base model.")
         ids = torch.tensor(config.cpt_token_ids, device=place_of(word_embeddings)[0])
         with torch.no_grad():
             self.embedding.weight.copy_(call_whole(word_embeddings, ids))
@@ -110,16 +111,19 @@ class CPTEmbedding(VirtualTokens):
         return self
 
     def forward(self, indices: Tensor) -> Tensor:
-        vectors = super().forward(indices)
-        if self.delta_embedding is None:
-            return vectors
+        if self.is_whole:
+            return super().forward(indices)
         delta = self.delta_embedding.weight
         with torch.no_grad():
             norms = delta.norm(dim=1, keepdim=True)
             # With a little room, so that what has been shortened is not shortened again for its rounding.
             shorter = torch.where(norms > self.bounds * (1 + 1e-6), self.bounds / norms, 1.0)
             scale_in_forward(delta, shorter)
-        return vectors + F.embedding(indices, torch.where(self.bounds > 0, delta, delta.detach()))
+        return super().forward(indices) + F.embedding(indices, torch.where(self.bounds > 0, delta, delta.detach()))
+
+    def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_stored(tensors)
+        part_of(self.delta_embedding.weight).zero_()
 
     def mask(self, batch_size: int) -> Tensor:
         return torch.tensor(self.config.cpt_mask).expand(batch_size, -1)

@@ -250,7 +250,7 @@ class ShadowMethod(Method):
         active, networks = self.tuner.active_adapters, self.network("backbone")
         if self.tuner.disabled or not active or active[0] not in networks:
             return None
-        kwargs = dict(kwargs)
+        self.last_shadow_loss, kwargs = None, dict(kwargs)
         given = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds")}
         given["input_ids"] = args[0] if args else given["input_ids"]
         kwargs["past_key_values"] = cache = self._cache(kwargs)
@@ -288,6 +288,8 @@ class ShadowMethod(Method):
             inputs.pop("input_ids", None)
         elif self._lends_embeddings(self.configs[name], small):
             inputs = {"inputs_embeds": self.model.get_input_embeddings()(inputs["input_ids"])}  # type: ignore[operator]
+        if "inputs_embeds" in inputs:  # the model may be in halves
+            inputs["inputs_embeds"] = inputs["inputs_embeds"].to(place_of(small)[1])
         inputs |= {key: kwargs[key] for key in ("attention_mask", "position_ids") if kwargs.get(key) is not None}
         own, depth = None, int(network.read_model_config(self.model, "num_layers"))
         if cache is not None:
@@ -313,11 +315,11 @@ class ShadowMethod(Method):
         config, head = self.configs[name], self.head(name)
         if labels is None or loss is None or head is None:
             return output
-        states = beside.start.to(place_of(head)[1] or beside.start.dtype)  # the model's may be in halves
         if config.task_type == TaskType.CAUSAL_LM:
-            own = network.language_loss(head(states), labels)
+            own = network.language_loss(network.logits(head, beside.start), labels)
         else:
-            own = network.classes_loss(head(network.pooled(states, kwargs.get("attention_mask"))), labels)
+            states = network.pooled(beside.start, kwargs.get("attention_mask"))
+            own = network.classes_loss(network.logits(head, states), labels)
         self.last_shadow_loss = output.shadow_loss = own.detach()
         if config.auxiliary_loss_weight:
             output.loss = loss + config.auxiliary_loss_weight * own.to(loss.device)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft.tuners.shadow.network import classes_loss, language_loss, pooled
+from peft.tuners.shadow import network
 
 
 class _Detached:
@@ -71,19 +71,19 @@ class _Detached:
         from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
         if self._lent[0] is not None and kwargs.get("inputs_embeds") is None:
-            kwargs["inputs_embeds"], input_ids = self._lent[0](input_ids), None
+            kwargs["inputs_embeds"], input_ids = self._lent[0](input_ids).to(self.backbone.dtype), None
         kwargs["return_dict"] = True
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         states = self.shadow_hidden_projection(output.last_hidden_state)
         if self.head is None:
             return states
         if self.is_classification:
-            logits = self.head(pooled(states, attention_mask))
-            loss = None if labels is None else classes_loss(logits, labels)
+            logits = network.logits(self.head, network.pooled(states, attention_mask))
+            loss = None if labels is None else network.classes_loss(logits, labels)
             return SequenceClassifierOutput(loss=loss, logits=logits)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(states[:, kept])
-        loss = None if labels is None else language_loss(logits, labels)
+        logits = network.logits(self.head, states[:, kept])
+        loss = None if labels is None else network.language_loss(logits, labels)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.core.model_config import read_model_config
+from peft.core.storage import place_of
 from peft.core.walk import live_modules
 from peft.hub import fetch
 from peft.untrusted import read_json
@@ -109,6 +110,11 @@ def pooled(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     places = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     last = (attention_mask.ne(0) * places).argmax(dim=-1)
     return states[torch.arange(len(states), device=states.device), last]
+
+
+def logits(head: Any, states: Tensor) -> Tensor:
+    """What a head makes of states, in its own dtype: that of the model may be in halves."""
+    return head(states.to(place_of(head)[1] or states.dtype))
 
 
 def language_loss(logits: Tensor, labels: Tensor) -> Tensor:

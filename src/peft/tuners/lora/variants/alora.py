@@ -125,6 +125,7 @@ class Alora(Variant):
     """
 
     label = "aLoRA (alora_invocation_tokens)"
+    is_product = True
     cannot_merge = (
         "aLoRA adapter {name!r} cannot be merged: it acts on some tokens and not on others; a weight acts on all."
     )

@@ -50,10 +50,12 @@ class Arrow(Variant):
         with the scales [experts, out, r]."""
         names, general = self._names(layer)
         tensors = [factor for other in (*names, *general) for factor in layer.factors(other)]
-        key = (names, dtype, [layer.scaling[other] for other in names], [(id(t), t._version) for t in tensors])
         make = partial(self._stacked, layer, names, general, dtype)
         tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        return make() if tracked else self.keep(key, make)
+        if tracked or any(tensor.is_inference() for tensor in tensors):  # which do not say whether they have changed
+            return make()
+        key = (names, dtype, [layer.scaling[other] for other in names], [(id(t), t._version) for t in tensors])
+        return self.keep(key, make)
 
     def _names(self, layer: FactorLayer) -> tuple[list[str], list[str]]:
         """The experts, those that came later counted in, and the general adapters."""

@@ -34,6 +34,8 @@ class Variant:
     slots: ClassVar[dict[str, Slot]] = {}
     #: why an adapter {name} cannot become part of the weight, if that is so
     cannot_merge: ClassVar[str] = ""
+    #: whether the change is the product of the factors, where it acts
+    is_product: ClassVar[bool] = False
     #: whether it changes the base weight when it starts
     changes_base: ClassVar[bool] = False
 
