@@ -14,6 +14,7 @@ import peft
 from peft import LoraConfig, get_peft_model
 from peft.registry import METHODS
 from test_conformance import SETTINGS, SUPPORTED, over
+from tiny_models import llama, tokens
 
 #: draw anew in each pass, so that two passes differ
 RANDOM = {"POLY", "PVERA"}
@@ -133,3 +134,10 @@ def test_a_sharded_weight_gives_what_a_whole_one_gives(method, tmp_path):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_penalty_on_the_loss_is_in_the_graph():
+    model = get_peft_model(llama(), peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=10)).train()
+    batch = {"input_ids": tokens(), "labels": tokens(), "use_cache": False}
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)

@@ -245,7 +245,8 @@ def weight_of(module: Any) -> Tensor:
 
 def read_in_units(model: nn.Module, layers: Iterable[nn.Module], read: Callable[[Any], list[Tensor]]) -> list[Tensor]:
     """What `read` finds in layers of a model in the middle of its forward pass, whole, with gradients."""
-    wanted, held = {*layers}, dict[Any, list[nn.Module]]()
+    wanted = {*layers}
+    held: dict[Any, list[nn.Module]] = {}  # no dict[...](), which torch.compile cannot trace
     waiting: list[tuple[nn.Module, Any]] = [(model, None)]
     while waiting:
         module, unit = waiting.pop()
