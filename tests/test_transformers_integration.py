@@ -208,9 +208,16 @@ def test_the_trainer_trains_a_model_with_an_adapter(tmp_path):
 
 
 @not_5_0
-def test_modules_to_save_and_single_tokens_through_transformers(tmp_path):
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"modules_to_save": ["lm_head"], "trainable_token_indices": [4, 9]},
+        {"trainable_token_indices": {"embed_tokens": [4], "lm_head": [2, 3]}},
+    ],
+)
+def test_modules_to_save_and_single_tokens_through_transformers(beside, tmp_path):
     model = tiny.saved_base(tiny.llama(), tmp_path / "base")
-    model.add_adapter(LoraConfig(**QV, modules_to_save=["lm_head"], trainable_token_indices=[4, 9]))
+    model.add_adapter(LoraConfig(**QV, **beside))
     expected = output(tiny.fill_adapter(model).eval())
     model.save_pretrained(tmp_path / "adapter")
     other = tiny.llama()

@@ -13,11 +13,11 @@ from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import ModuleSlot
 from peft.core.storage.shared import whole_copy
-from peft.core.wrappers import TrainableTokensWrapper, get_submodules, state_names
+from peft.core.wrappers import AuxiliaryTrainingWrapper, TrainableTokensWrapper, get_submodules, state_names
 from peft.errors import warn
 
 
-class ModulesToSaveWrapper(Part):
+class ModulesToSaveWrapper(Part, AuxiliaryTrainingWrapper):
     """A module that each adapter trains in full: `modules_to_save[adapter]` beside `original_module`.
 
     Args:

@@ -14,7 +14,11 @@ from torch import nn
 _INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
-class TrainableTokensWrapper(nn.Module):
+class AuxiliaryTrainingWrapper:
+    """What holds a module in full, or rows of one, that adapters train beside their changes of others."""
+
+
+class TrainableTokensWrapper(nn.Module, AuxiliaryTrainingWrapper):
     """What holds a layer of rows that are trained beside other changes, as `token_adapter`; no more than that name.
 
     So parameters are called as in huggingface/peft. What it lacks is what the layer has.
@@ -38,6 +42,11 @@ class TrainableTokensWrapper(nn.Module):
     def wrapped(self) -> nn.Module:
         """The layer."""
         return self.token_adapter
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names of an adapter's tensors below this module: as files have them -> as the live module has them."""
+        layer: Any = self.token_adapter
+        return {key: f"token_adapter.{live}" for key, live in layer.key_map(adapter_name).items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(*args, **kwargs)
