@@ -354,7 +354,7 @@ def test_pvera_projects_what_several_layers_get_once(monkeypatch):
     monkeypatch.setattr("peft.tuners.pvera.F.linear", lambda x, w, *b: made.append(w.shape) or linear(x, w, *b))
     for run in (model, model.base_model.model):  # the second knows of no call
         for layer in model.base_model.adapter_layers():
-            layer.generator.clear()
+            layer.pvera_generator.clear()
         made.clear()
         y = run(x)
         outcomes.append(
