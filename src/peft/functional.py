@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.part import UPCAST_DTYPES, Part, as_names, check_adapter_name, known
 from peft.core.tuner import BaseTuner
 from peft.core.walk import layers_of, parts_of
-from peft.errors import PeftWarning
+from peft.errors import warn
 from peft.integrations.transformers import convert_peft_config_for_transformers
 from peft.registry import method_of
 
@@ -125,7 +124,7 @@ def delete_adapter(
     """
     parts = _parts_with(model, [], layer_cls)
     if not any(adapter_name in part.adapter_names() for part in parts):
-        warnings.warn(f"No layer has an adapter {adapter_name!r}; nothing is deleted.", PeftWarning, stacklevel=2)
+        warn(f"No layer has an adapter {adapter_name!r}; nothing is deleted.")
         return max((part.active_adapters for part in parts), key=len, default=[]) or None
     tuner = _tuner_of(model)
     if tuner is not None:

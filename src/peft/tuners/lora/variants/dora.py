@@ -81,9 +81,10 @@ class Dora(Variant):
             return m.flatten() / self._norms(layer, name)
 
         stays = not (m.requires_grad or a.requires_grad or b.requires_grad) or (_cache_trained and not layer.training)
-        tensors = layer.own_weight, m, a, b
-        stays = stays and not any(t.is_inference() for t in tensors)  # which do not say whether they have changed
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not stays:
+            return make()
+        tensors = layer.own_weight, m, a, b
+        if any(tensor.is_inference() for tensor in tensors):  # which do not say whether they have changed
             return make()
         stamps = [(id(t), t._version, t.data_ptr()) for t in tensors]
         return self.keep((stamps, layer.scaling[name], layer.merged_adapters), make)
