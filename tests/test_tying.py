@@ -247,6 +247,7 @@ ROWS = {
     "LoRA on the head": (gpt2, ["lm_head"], [1, 2]),
     "LoRA on the head, both named": (lambda: llama(tie_word_embeddings=True), ["q_proj"], {"embed_tokens": [1, 2]}),
     "LoRA on T5's head": (t5, ["lm_head", "q"], {"shared": [1, 2]}),
+    "LoRA on T5's embedding, rows of its places": (t5, ["shared", "k"], {"embed_tokens": [1, 2]}),
     "T5 of one embedding": (t5_of_one_embedding, ["lm_head", "q"], {"shared": [1, 2]}),
     "its second place": (t5_of_one_embedding, ["q"], {"encoder.embed_tokens": [1, 2]}),
 }
@@ -289,6 +290,69 @@ def test_trained_rows_of_tied_modules_keep_the_laws(name, tmp_path):
     if "T5" not in name or transformers.__version__ >= "5":  # before, T5's output has another scale when it is untied
         torch.testing.assert_close(logits_of(copy.deepcopy(model).merge_and_unload()), out, rtol=1e-3, atol=1e-3)
     assert torch.equal(logits_of(model.unload()), base)
+
+
+def a_lora(**fields) -> LoraConfig:
+    return LoraConfig(**{"target_modules": ["k"], "init_lora_weights": False, **fields})
+
+
+def the_t5():
+    torch.manual_seed(0)
+    return t5()
+
+
+ON_T5 = {
+    "LoRA": {"target_modules": ["embed_tokens"]},
+    "rows": {"trainable_token_indices": {"embed_tokens": [1, 2]}},
+    "in full": {"modules_to_save": ["encoder.embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("what", ON_T5)
+def test_an_embedding_and_its_places_have_adapters_in_any_order_or_none(what):
+    shared, places = a_lora(target_modules=["shared"]), a_lora(**ON_T5[what])
+    for first, second in ((shared, places), (places, shared)):
+        model = get_peft_model(the_t5(), copy.deepcopy(first), "first").eval()
+        out, names = logits_of(model), [name for name, _ in model.named_modules()]
+        with pytest.raises(ValueError, match=r"name the (same module for both|input embedding)"):
+            model.add_adapter("second", copy.deepcopy(second))
+        assert [name for name, _ in model.named_modules()] == names
+        assert torch.equal(logits_of(model), out)
+        model.delete_adapter("first")
+        if what == "in full" and first is places:
+            continue  # the wrapper stays, and could not be the embedding
+        base = the_t5()
+        torch.manual_seed(1)
+        model.add_adapter("second", copy.deepcopy(second))
+        torch.manual_seed(1)
+        alone = get_peft_model(base, copy.deepcopy(second), "second").eval()
+        model.set_adapter("second")
+        assert torch.equal(logits_of(model), logits_of(alone))
+        mine, other = (get_peft_model_state_dict(m, adapter_name="second") for m in (model, alone))
+        assert mine.keys() == other.keys()
+        plain = model.unload()
+        assert plain.encoder.embed_tokens is not plain.shared
+        assert plain.encoder.embed_tokens.weight is plain.shared.weight
+
+
+def test_rows_of_an_embedding_and_lora_on_it_do_without_an_order():
+    fields = {"rows": {"trainable_token_indices": [1, 2]}, "lora": {"target_modules": ["shared"]}}
+    outs = {}
+    for order in (["rows", "lora"], ["lora", "rows"]):
+        model = get_peft_model(the_t5(), a_lora(**fields[order[0]]), order[0])
+        model.add_adapter(order[1], a_lora(**fields[order[1]]))
+        for name, parameter in model.named_parameters():
+            if any(f".{adapter}" in name for adapter in order):
+                generator = torch.Generator().manual_seed(len(parameter))
+                parameter.data = torch.randn(parameter.shape, generator=generator)
+        for adapter in order:
+            model.set_adapter(adapter)
+            outs.setdefault(adapter, []).append(logits_of(model.eval()))
+            model.merge_adapter()
+            torch.testing.assert_close(logits_of(model), outs[adapter][-1], rtol=1e-3, atol=1e-3)
+            model.unmerge_adapter()
+    for one, other in outs.values():
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("tying", [False, True])

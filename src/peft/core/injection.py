@@ -19,7 +19,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.method import Adapters, Method
 from peft.core.model_config import model_config_of
 from peft.core.part import check_adapter_name, tensors_in, trained_in
-from peft.core.places import put_everywhere, take_away_everywhere, unite_embeddings
+from peft.core.places import part_embeddings, put_everywhere, take_away_everywhere, unite_embeddings
 from peft.core.plan import Plan, make_plan, warn_of_difference
 from peft.core.routing import without_samples
 from peft.core.storage.gradients import blocking, keep_open
@@ -208,6 +208,7 @@ class Injector(Adapters):
         self._check_bias(name, config)
         model, method = self.model, self.method(config)
         method.check_config(name, config)
+        part_embeddings(model, undo)
         config.target_modules = named_targets(config, model)
         restructured = method.prepare_model(config, model)
         if restructured is not None:
@@ -224,7 +225,7 @@ class Injector(Adapters):
         method.check_plan(plan, config)
         if only is not None:
             warn_of_difference(plan, model, partial(self._check_target_module_exists, config))
-        unite_embeddings(model, plan, undo)
+        unite_embeddings(model, plan, config, undo)
         tokens = token_rows(config, model)
         warn_of_tied_targets(plan.module_names, config, model)
         _note_layout(config, plan)
