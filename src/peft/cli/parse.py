@@ -15,9 +15,12 @@ import yaml
 
 from peft.cli.options import ALIASES, COMMANDS, TABLES, TYPES, OptionError, refuse
 from peft.registry import METHODS
+from peft.values import is_of, spelled
 
 #: settings of a run, written into its folder; what `--resume` reads
 SETTINGS = "train.yaml"
+#: names between commas
+NAMES = r"[\w./-]+(, ?[\w./-]+)*"
 #: what decides nothing about a run
 PASSING = {"config", "fields", "resume", "overwrite", "output"}
 Values = dict[str, Any]
@@ -100,7 +103,10 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     missing = " and ".join(name for name in needed if name not in values)
     refuse(missing, f"{missing} missing: `peft {command} --help` says what is needed", OptionError)
     parts: list[Values] = [{}, {}, {}]
-    for name, value in _typed(known, values).items():
+    for name, value in values.items():
+        names = _choices(known[name]) or [spelled(one) for one in _members(known[name]) if one is not types.NoneType]
+        words = f"{name} has to be {' or '.join(names)}, got {value!r}"
+        refuse(not _fits(value, known[name]), words, OptionError)
         parts[next(i for i, owner in enumerate(owners) if name in init_types(owner))][name] = value
     words = ", ".join(name for name, value in parts[2].items() if name.endswith("_kwargs") and str(value)[0] != "{")
     refuse(words, f"{words}: a JSON object is needed", OptionError)
@@ -204,44 +210,39 @@ def _takes_many(kind: Any) -> bool:
     return any(get_origin(member) in (list, set, tuple, Sequence, dict) for member in _members(kind))
 
 
-def _value(kind: Any, words: list[str]) -> Any:
-    """Words as jsonargparse reads them: names between commas, or one after the other, are a list where one may be."""
-    first = words[0]
-    if get_origin(kind) is dict and "=" in first:
-        pairs = [pair.partition("=") for word in words for pair in word.split(",")]
-        return {key.strip(): value.strip() for key, _, value in pairs}
-    if len(words) > 1:
-        return words
-    if not _takes_many(kind) or get_origin(kind) is dict or first.startswith(("[", "{")):
-        return None if first.lower() == "none" and type(None) in _members(kind) else first
-    # A regular expression without any special sign would match one full name only, which nobody writes.
-    if re.fullmatch(r"[\w./-]+(, ?[\w./-]+)*", first) and first != "all-linear":
-        return [word.strip() for word in first.split(",")]
-    return first if str in _members(kind) else words
-
-
-def _typed(known: Mapping[str, Any], values: Values) -> Values:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    for name in values:
-        parser.add_argument(f"--{name}", type=known[name])
-    try:
-        return parser.parse_object(values, defaults=False).as_dict()
-    except Exception as error:  # jsonargparse raises what argparse and its own types raise
-        words = re.sub(r"\s+", " ", str(error))
-        key = re.search(r'Parser key "(\w+)', words)
-        if key and key[1] in values:
-            kinds = [kind for kind in _members(known[key[1]]) if kind is not types.NoneType]
-            names = _choices(known[key[1]]) or [str(kind) if get_args(kind) else kind.__name__ for kind in kinds]
-            words = f"{key[1]} has to be {' or '.join(names)}, got {values[key[1]]!r}"
-        raise OptionError(words) from error
-
-
 def _choices(kind: Any) -> list[str]:
     """The values of a type that has few."""
     literals = [value for member in _members(kind) if get_origin(member) is Literal for value in get_args(member)]
     return [*map(str, literals), *["true", "false"] * (bool in _members(kind))]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; of those that the type names, if it does."""
+    return any(value in get_args(one) if get_origin(one) is Literal else is_of(value, one) for one in _members(kind))
+
+
+def _value(kind: Any, words: list[str]) -> Any:
+    """Words as YAML or as they stand; names between commas, or one after the other, are a list where one may be."""
+    first, listed = words[0], len(words) > 1
+    if get_origin(kind) is dict and "=" in first:
+        pairs = [pair.partition("=") for word in words for pair in word.split(",")]
+        return {key.strip(): value.strip() for key, _, value in pairs}
+    # A regular expression without any special sign would match one full name only, which nobody writes.
+    if not listed and _takes_many(kind) and first != "all-linear" and re.fullmatch(NAMES, first):
+        words, listed = re.split(", ?", first), True
+    loaded = [_loaded(word) for word in words]
+    ways = [loaded, words] if listed else [*loaded, first, words]
+    return next((value for value in ways if _fits(value, kind)), words if listed else first)
+
+
+def _loaded(word: str) -> Any:
+    from jsonargparse import get_loader
+
+    try:
+        value = None if word.lower() == "none" else get_loader("yaml")(word)
+    except yaml.YAMLError:
+        return word
+    return word if isinstance(value, str) else value  # with its quotes and blanks
 
 
 def _read_yaml(path: str, option: str) -> Values:
