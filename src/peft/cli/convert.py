@@ -11,7 +11,7 @@ import torch
 
 from peft import PeftConfig, load_peft_weights
 from peft.cli import models
-from peft.cli.options import OptionError, refuse
+from peft.cli.options import refuse
 from peft.lora_tools import experts, gguf, mlx
 from peft.lora_tools.formats import module_names, read_lora_file, scaled_factors, write_lora_file
 
@@ -22,12 +22,11 @@ ENDINGS = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"
 
 
 def run(options: Any, *_: Any) -> None:
-    if not os.path.exists(options.source) and (options.to is None or options.source.endswith((*FILES, ".gguf"))):
-        raise ValueError(f"{options.source} is not there")
+    is_file = options.to is None or options.source.endswith((*FILES, ".gguf"))
+    refuse(is_file and not os.path.exists(options.source), f"{options.source} is not there")
     models.check_empty(options.output)
     if os.path.isfile(options.source) or mlx.is_mlx(options.source):
-        if options.to:
-            raise OptionError(f"--to {options.to}: {options.source} is another program's; make an adapter of it first")
+        refuse(options.to, f"--to {options.to}: {options.source} is another program's; make an adapter of it first")
         config, tensors = _read(options)
         config.base_model_name_or_path = options.model or config.base_model_name_or_path
         models.write(options.output, config, tensors)
@@ -36,10 +35,10 @@ def run(options: Any, *_: Any) -> None:
         adapted.save_pretrained(options.output, minimal=options.to == "minimal")
         tensors = load_peft_weights(options.output, "cpu")
     else:
-        refuse(not options.to, "--to is needed: the form that the adapter is to have, see --help", OptionError)
+        refuse(not options.to, "--to is needed: the form that the adapter is to have, see --help")
         ending = ENDINGS.get(options.to, "")
-        if not options.output.endswith(ending):
-            raise OptionError(f"--output {options.output}: a file is written, so its name must end with {ending}")
+        other = not options.output.endswith(ending)
+        refuse(other, f"--output {options.output}: a file is written, so its name must end with {ending}")
         config, tensors = PeftConfig.from_pretrained(options.source), load_peft_weights(options.source, "cpu")
         _write(options, config, tensors)
     print(f"{len(tensors)} tensors: {options.output}")
@@ -80,6 +79,6 @@ def _skeleton(model: Any, why: str) -> Any:
     Raises:
         OptionError: none is named.
     """
-    refuse(not model, f"--model is needed, for {why}", OptionError)
+    refuse(not model, f"--model is needed, for {why}")
     source = models.locate(model)
     return models.skeleton(source, models.writer_of(models.config_of(source)).auto)

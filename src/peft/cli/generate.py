@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from peft import PeftConfig
 from peft.cli import models
-from peft.cli.options import OptionError, refuse
-from peft.cli.records import read_records, turns_of
+from peft.cli.options import explained, refuse
+from peft.cli.records import from_system, read_records, turns_of
+from peft.helpers import check_if_peft_model
 
 
 def run(options: Any, *_: Any) -> None:
-    refuse(options.prompt is not None and options.prompts, "either --prompt or --prompts, not both", OptionError)
+    refuse(options.prompt is not None and options.prompts, "either --prompt or --prompts, not both")
     asked = list(_questions(options))  # what is wrong with them is said before a model is loaded
     model, tokenizer = _load(options)
     chat = bool(tokenizer.chat_template) if options.chat is None or not asked else options.chat
@@ -25,7 +25,7 @@ def run(options: Any, *_: Any) -> None:
     refuse(mute, "the tokenizer has no chat template: no --chat, and --prompt is needed")
     lost = options.system and not chat
     refuse(lost, "--system is said in a chat: it needs --chat, and a tokenizer with a chat template")
-    system = [{"role": "system", "content": options.system}] if options.system else []
+    system = from_system(options.system)
     for messages in asked:
         last = messages[-1]["content"]
         text = write(model, tokenizer, [*system, *messages] if chat else last, options)
@@ -44,10 +44,8 @@ def _questions(options: Any) -> Iterator[list[dict[str, str]]]:
             lines = [row["prompt"]] if "prompt" in row else str(row.get("text", "")).splitlines()
             refuse(not lines and "messages" not in row, f"{where}: neither prompt nor messages, but {', '.join(row)}")
             asked = [[{"role": "user", "content": line}] for line in lines if line is None or line.strip()]
-            try:
+            with explained(where):
                 yield from map(turns_of, [row["messages"]] if "messages" in row else asked)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
     elif options.prompt is not None or not sys.stdin.isatty():
         text = sys.stdin.read() if options.prompt in (None, "-") else options.prompt
         refuse(not text, "the prompt is empty")
@@ -57,15 +55,12 @@ def _questions(options: Any) -> Iterator[list[dict[str, str]]]:
 def _load(options: Any) -> tuple[Any, Any]:
     """(an adapted or plain model, its tokenizer)"""
     name = options.adapter
-    try:
-        plain = name == models.SMOLLM or not PeftConfig.from_pretrained(name)
-    except ValueError:  # there is none, or it is damaged, which is said by what reads it now
-        plain = True
-    if plain:
-        task = models.writer_of(models.config_of(base := models.locate(name))).auto
-        return models.load_base(base, task, **models.placed(options)), models.load_processor(base)
-    model = models.load_adapted(name, options)
-    return model, models.tokenizer_of(name, model)
+    if name != models.SMOLLM and check_if_peft_model(name):
+        model = models.load_adapted(name, options)
+        return model, models.tokenizer_of(name, model)
+    base = models.locate(name)
+    task = models.writer_of(models.config_of(base)).auto
+    return models.load_base(base, task, **models.placed(options)), models.load_processor(base)
 
 
 def write(model: Any, tokenizer: Any, asked: Any, options: Any) -> str:

@@ -14,6 +14,7 @@ import pandas
 import torch
 
 from peft import PeftConfig, load_peft_weights
+from peft.cli.options import refuse
 from peft.cli.plots import layers
 from peft.integrations import serving
 from peft.ops.merging import svd_of_product
@@ -67,8 +68,7 @@ def examine(adapter: str) -> Found:
     read = PeftConfig.from_pretrained(adapter)
     config, weights = json.loads(json.dumps(read.to_json_dict(), default=str)), load_peft_weights(adapter, "cpu")
     method = config["peft_type"]
-    if not method:
-        raise ValueError(f"adapter_config.json of {adapter!r} names no method (peft_type)")
+    refuse(not method, f"adapter_config.json of {adapter!r} names no method (peft_type)")
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in weights.items():
         module, name = _split(key, method)

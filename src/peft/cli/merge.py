@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft.cli import models
-from peft.cli.options import OptionError, refuse
+from peft.cli.options import refuse
 from peft.core.part import Part
 
 
@@ -15,7 +15,7 @@ def run(options: Any, *_: Any) -> None:
     first, *others = options.adapters
     weights = options.weights or [1.0] * len(options.adapters)
     uneven = len(weights) != len(options.adapters)
-    refuse(uneven, f"--weights: {len(weights)} of them for {len(options.adapters)} adapters", OptionError)
+    refuse(uneven, f"--weights: {len(weights)} of them for {len(options.adapters)} adapters")
     with TemporaryDirectory() as folder:
         where: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": folder} if options.by_shard else {}
         model = models.load_adapted(first, options, plain=True, **where)

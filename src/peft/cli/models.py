@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from peft import (
     prepare_model_for_kbit_training,
 )  # fmt: skip
 from peft.checkpoint.files import write_adapter
-from peft.cli.options import TABLES, refuse
-from peft.cli.records import first_line, text_of
+from peft.cli.options import TABLES, explained, refuse
+from peft.cli.records import text_of
 from peft.cli.tasks import TASKS, Task
 from peft.errors import PeftWarning
 from peft.hub import is_path
@@ -51,10 +51,8 @@ def device_of(name: str | None) -> torch.device:
     Raises:
         ValueError: there is no such device here.
     """
-    try:
+    with explained(f"--device {name} cannot be used here"):
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:  # of torch, by kind of device
-        raise ValueError(f"--device {name} cannot be used here: {first_line(error)}") from error
 
 
 def placed(options: Any) -> dict[str, Any]:
@@ -112,21 +110,18 @@ def speaking(words: str) -> Iterator[None]:
 @contextmanager
 def made_once(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` once it is whole."""
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    yield unfinished
-    try:
-        unfinished.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(unfinished)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as unfinished:
+        yield Path(unfinished, folder.name)
+        with suppress(OSError):  # another process was faster
+            Path(unfinished, folder.name).rename(folder)
 
 
 def _convert(path: Path, folder: Path) -> None:
     library, named = transformers(), {"gguf_file": path.name}
-    try:
+    with explained(f"{path} cannot be converted"):
         tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
         read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
-    except Exception as error:  # of a reader that checks little
-        raise ValueError(f"{path} cannot be converted: {first_line(error)}") from error
     config = deepcopy(read.config)
     vars(config).pop("quantization_config", None)  # it says that it is quantised, and is not
     model = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -146,11 +141,9 @@ def config_of(model: str) -> Any:
     if os.path.isfile(os.path.join(model, "adapter_config.json")):
         base = PeftConfig.from_pretrained(model).base_model_name_or_path
         raise ValueError(f"{model} is an adapter; its base model is {base or 'not named'}")
-    try:
+    what = "no transformers model" if os.path.isdir(model) else "no folder here, and no model that the hub gives"
+    with explained(f"{model} is {what}"):
         return transformers().AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        where = "no transformers model" if os.path.isdir(model) else "no folder here, and no model that the hub gives"
-        raise ValueError(f"{model} is {where} ({first_line(error)})") from error
 
 
 def tasks_of(config: Any) -> list[str]:
@@ -199,10 +192,8 @@ def load_processor(source: str, kind: str = "AutoTokenizer", template: str | Non
     Raises:
         ValueError: there is none that can be read.
     """
-    try:
+    with explained(f"{source} has no {kind[4:].lower()} that can be read"):
         found = getattr(transformers(), kind).from_pretrained(source)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{source} has no {kind[4:].lower()} that can be read ({first_line(error)})") from error
     deaf = kind == "AutoProcessor" and not hasattr(found, "feature_extractor")
     refuse(deaf, f"{source} has no processor with a feature extractor and a tokenizer, which speech needs")
     if kind == "AutoTokenizer" and found.pad_token_id is None:
@@ -237,10 +228,8 @@ def load_base(
         ValueError: its files cannot be read, or are not of such a model.
     """
     kwargs["ignore_mismatched_sizes"] = not {"num_labels", "id2label"}.isdisjoint(kwargs)
-    try:
+    with explained(f"the model {model} cannot be loaded"):
         base = getattr(transformers(), class_name).from_pretrained(model, dtype=dtype or "auto", **kwargs)
-    except Exception as error:  # of many libraries
-        raise ValueError(f"the model {model} cannot be loaded: {first_line(error)}") from error
     if plain and getattr(base, "is_quantized", False):
         base = base.dequantize()
         base._weight_conversions = None  # of the quantised files, into which transformers would write it again
@@ -304,12 +293,9 @@ def load_adapted(adapter: str, options: Any, *, empty: bool = False, **more: Any
     else:
         more |= {"revision": config.revision} if config.revision and not options.model else {}
         base = load_base(source, name, **placed(options), **more)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), explained(f"the adapter is not of the model {source}", of=PeftWarning):
         warnings.filterwarnings("error", ".* has (no value|what the model has no place) for", PeftWarning)
-        try:
-            return PeftModel.from_pretrained(base, adapter)
-        except PeftWarning as error:
-            raise ValueError(f"the adapter is not of the model {source}: {error}") from error
+        return PeftModel.from_pretrained(base, adapter)
 
 
 def skeleton(model: str, class_name: str, dtype: torch.dtype | None = None, **fields: Any) -> Any:

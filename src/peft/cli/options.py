@@ -5,9 +5,11 @@ Nothing heavy is imported here, so that `peft --help` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import field, make_dataclass
 from pathlib import Path
+from textwrap import shorten
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
@@ -18,13 +20,23 @@ from peft.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloa
 
 
 class OptionError(ValueError):
-    """The command line asks for something that does not exist, or in a way that cannot be read."""
+    """The command line asks for something that does not exist, does not fit, or cannot be read."""
 
 
-def refuse(when: object, words: str, kind: type[ValueError] = ValueError) -> None:
-    """Raises an error with these words, if `when` holds."""
+def refuse(when: object, words: str) -> None:
+    """Raises an error with these words, if `when` holds; one of the command line where they begin with an option."""
     if when:
-        raise kind(words)
+        raise (OptionError if words.startswith(("--", "either --")) else ValueError)(words)
+
+
+@contextmanager
+def explained(words: str = "", kind: type[ValueError] = ValueError, of: type[Exception] = Exception) -> Iterator[None]:
+    """What goes wrong inside, as an error of this `kind` in one line that says `words` first."""
+    try:
+        yield
+    except of as error:
+        line = shorten(str(error), 1000) or type(error).__name__
+        raise kind(f"{words}: {line}" if words else line) from error
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from peft.cli.options import ALIASES, COMMANDS, TABLES, TYPES, OptionError, refuse
+from peft.cli.options import ALIASES, COMMANDS, TABLES, TYPES, OptionError, explained, refuse
 from peft.registry import METHODS
 from peft.values import is_of, spelled
 
@@ -36,12 +36,12 @@ def method_named(text: str) -> str:
     """The key in the table of methods for a name in any spelling.
 
     Raises:
-        OptionError: there is no such method.
+        ValueError: there is no such method.
     """
     name = text.upper().replace("-", "_")
     if name not in METHODS:
         known = sorted(map(str.lower, METHODS))
-        raise OptionError(f"unknown method {text!r}{nearest(name.lower(), known) or '.'} There are {', '.join(known)}")
+        raise ValueError(f"unknown method {text!r}{nearest(name.lower(), known) or '.'} There are {', '.join(known)}")
     return name
 
 
@@ -51,6 +51,7 @@ def init_types(owner: Any) -> Values:
     return {f.name: kinds[f.name] for f in fields(owner) if f.init and f.name not in hidden}
 
 
+@explained(kind=OptionError)
 def help_of(command: str, argv: Sequence[str]) -> str | None:
     """The help that `argv` asks for: of the command, or of the fields of a method."""
     from jsonargparse import ArgumentParser
@@ -66,6 +67,7 @@ def help_of(command: str, argv: Sequence[str]) -> str | None:
     return parser.format_help()
 
 
+@explained(kind=OptionError)
 def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     """(the options of `command`, fields of the method's configuration, fields of `TrainingArguments`).
 
@@ -93,7 +95,7 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     values: Values = {}
     for name, value in content.items():
         name = _checked(name, known, f"{path}: ")
-        refuse(name in values, f"{path}: {name} is there twice, perhaps by another name", OptionError)
+        refuse(name in values, f"{path}: {name} is there twice, perhaps by another name")
         if value is not None:
             values[name] = _value(known[name], [value]) if isinstance(value, str) else value
     needed = [f.name for f in fields(own) if f.default is MISSING and f.default_factory is MISSING]
@@ -101,22 +103,20 @@ def read(command: str, argv: Sequence[str]) -> tuple[Any, Values, Values]:
     if values.get("target_modules") in ("all", ["all"]):  # as others call it
         values["target_modules"] = "all-linear"
     missing = " and ".join(name for name in needed if name not in values)
-    refuse(missing, f"{missing} missing: `peft {command} --help` says what is needed", OptionError)
+    refuse(missing, f"{missing} missing: `peft {command} --help` says what is needed")
     parts: list[Values] = [{}, {}, {}]
     for name, value in values.items():
+        if type(value) is int and float in _members(known[name]) and int not in _members(known[name]):
+            value = float(value)
         names = _choices(known[name]) or [spelled(one) for one in _members(known[name]) if one is not types.NoneType]
-        words = f"{name} has to be {' or '.join(names)}, got {value!r}"
-        refuse(not _fits(value, known[name]), words, OptionError)
+        refuse(not _fits(value, known[name]), f"{name} has to be {' or '.join(names)}, got {value!r}")
         parts[next(i for i, owner in enumerate(owners) if name in init_types(owner))][name] = value
     words = ", ".join(name for name, value in parts[2].items() if name.endswith("_kwargs") and str(value)[0] != "{")
-    refuse(words, f"{words}: a JSON object is needed", OptionError)
-    try:
-        for name, value in parts[2].items():  # transformers takes any number
-            if isinstance(value, (int, float)):
-                get_args(TYPES[TABLES.numbers.get(name, "float >= 0")])[1].check(name, value)
-        return own(**parts[0]), parts[1], parts[2]
-    except (TypeError, ValueError) as error:  # a number out of range
-        raise OptionError(str(error)) from error
+    refuse(words, f"{words}: a JSON object is needed")
+    for name, value in parts[2].items():  # transformers takes any number
+        if isinstance(value, (int, float)):
+            get_args(TYPES[TABLES.numbers.get(name, "float >= 0")])[1].check(name, value)
+    return own(**parts[0]), parts[1], parts[2]
 
 
 def complete(line: str) -> None:
@@ -153,7 +153,7 @@ def _checked(name: str, known: Mapping[str, Any], where: str = "") -> str:
         advice = TABLES.elsewhere.get(name, "")
         others = (other for other, own in ALIASES.items() if own in known)
         hint = f": {advice}" if advice else nearest(alias, [*known, *others])
-        raise OptionError(f"{where}there is no option {name!r}{hint}")
+        raise ValueError(f"{where}there is no option {name!r}{hint}")
     return alias
 
 
@@ -180,14 +180,14 @@ def _assigned(split: Iterable[tuple[str, list[str]]], known: Mapping[str, Any], 
         count = _count(known[name], words) if name and not off else 0
         mine, loose = words[:count], loose + words[count:]
         if name and not mine and bool not in _members(known[name]):  # a setting that may be more than a flag, too
-            raise OptionError(f"--{name} needs a value")
+            raise ValueError(f"--{name} needs a value")
         if name:
             found[name] = _value(known[name], mine or ["false" if off else "true"])
     for name in needed if loose else ():
         count = _count(known[name], loose)
         if count and name not in found:
             found[name], loose = _value(known[name], loose[:count]), loose[count:]
-    refuse(loose, f"unexpected argument {''.join(loose[:1])!r}: a value belongs behind an option", OptionError)
+    refuse(loose, f"unexpected argument {''.join(loose[:1])!r}: a value belongs behind an option")
     return found
 
 
@@ -247,15 +247,12 @@ def _loaded(word: str) -> Any:
 
 def _read_yaml(path: str, option: str) -> Values:
     """A YAML file of options."""
-    try:
+    refuse(not os.path.exists(path), f"{option}: there is no {path}")
+    with explained(f"{option} {path}"):
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise OptionError(f"{option}: there is no {path}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise OptionError(f"{option} {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise OptionError(f"{option} {path}: a mapping of options and fields is needed, got {type(content).__name__}")
-    refuse("config" in content, f"{option} {path}: a file cannot name another one ('config')", OptionError)
+        given = type(content).__name__
+        refuse(not isinstance(content, dict), f"a mapping of options and fields is needed, got {given}")
+        refuse("config" in content, "a file cannot name another one ('config')")
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peft.cli import models, tiny
-from peft.cli.options import ALIASES, TABLES, OptionError, refuse
+from peft.cli.options import ALIASES, TABLES, OptionError, explained, refuse
 from peft.cli.parse import init_types, method_named
 from peft.cli.records import Record, read_records, understand, unused
 from peft.cli.tasks import TASKS, Encoder, shown
@@ -62,7 +62,7 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     method = method_named(options.method)
     configured = configure(method, fields, "CAUSAL_LM", 100)  # a wrong field is said before anything is read
     blind = getattr(options, "patience", None) and not (options.eval_split or options.eval_data)
-    refuse(blind, "--patience counts evaluations, and nothing is held out: see --eval-split", OptionError)
+    refuse(blind, "--patience counts evaluations, and nothing is held out: see --eval-split")
     data, others = ([os.path.abspath(file) if os.path.isfile(file) else file for file in files]
                     for files in (options.data, options.eval_data))  # fmt: skip
     read = read_records(data) if data else tiny.library_sources()
@@ -81,21 +81,20 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     bare = task == "seq2seq" and "prompt" not in first
     refuse(bare, f"{where}: an encoder-decoder learns answers: records need prompt and completion")
     soft = METHODS[method].prompt and TASKS[task].peft is None
-    refuse(soft, f"{options.method}: soft prompts are for models that read text, not for {task}", OptionError)
+    refuse(soft, f"--method {options.method}: soft prompts are for models that read text, not for {task}")
     tokenizer = models.load_processor(base, TASKS[task].processor, options.chat_template)
     mute = (task == "chat" or isinstance(first.get("prompt"), list)) and not tokenizer.chat_template
     refuse(mute, f"the tokenizer of {base} has no chat template: --chat-template chatml, or a file with one")
     virtual = getattr(configured, "num_virtual_tokens", None) or 0
     length = min(options.max_length, models.longest(config, tokenizer) - virtual)
-    words = f"--num-virtual-tokens {virtual} leaves no place for text in {length + virtual} tokens"
-    refuse(length < 1, words, OptionError)
+    refuse(length < 1, f"--num-virtual-tokens {virtual} leaves no place for text in {length + virtual} tokens")
     numbered = not {"num_tasks", "n_tasks"}.isdisjoint(init_types(METHODS[method].config_class))
     encoder = Encoder(task, tokenizer, length, numbered)
     training, held_out = _data_sets(options, encoder, records, out)
     batches = math.ceil(len(training) / (options.batch_size * int(os.environ.get("WORLD_SIZE", 1))))
     total = options.max_steps or math.ceil(options.epochs * math.ceil(batches / options.grad_accum))
     words = f"--warmup-steps {options.warmup_steps:g} is not less than the {total} steps of the run"
-    refuse(options.warmup_steps >= total, words, OptionError)
+    refuse(options.warmup_steps >= total, words)
     lr = options.lr or learning_rate(method, config)
     rule = "" if options.lr else " (by the rule in --help)"
     trainer_class, kind = _trainer_classes(options, task, method, fields)
@@ -161,13 +160,13 @@ def _trainer_classes(options: Any, task: str, method: str, fields: Mapping[str, 
     """
     head = bool(fields.get("modules_to_save")) or "lm_head" in str(fields.get("target_modules"))
     fits, wanted = not (METHODS[method].prompt or head), options.packing or task == "preference"
-    what = "--packing" if options.packing else f"the task {task}"
+    what = "--packing" if options.packing else f"--task {task}"
     words = f"--optim {options.optim} is made for the two factors of LoRA, not for {options.method}"
-    refuse(options.optim in OPTIMIZERS and "LORA" not in method, words, OptionError)
+    refuse(options.optim in OPTIMIZERS and "LORA" not in method, words)
     packs = options.packing and task not in ("chat", "causal-lm")
-    refuse(packs, f"--packing is for language models, not for {task}", OptionError)
+    refuse(packs, f"--packing is for language models, not for {task}")
     words = f"{what} is done by trl, which takes no soft prompt and no adapted output layer"
-    refuse(wanted and not fits, words, OptionError)
+    refuse(wanted and not fits, words)
     kind = "Seq2Seq" if task == "speech" else ""
     library, names = "transformers", (f"{kind}Trainer", f"{kind}TrainingArguments")
     if wanted or (task == "chat" and fits and find_spec("trl")):
@@ -183,35 +182,29 @@ def _arguments(options: Any, given: Mapping[str, Any], made: Any, task: str, eva
     """
     own = {name: getattr(options, ALIASES.get(name, name), None) for name in init_types(made)}
     every = getattr(options, "eval_steps", None) or math.ceil(options.max_steps / 10)
-    values: dict[str, Any] = {name: value for name, value in own.items() if value is not None} | TABLES.arguments
+    fixed = {name: value for name, value in TABLES.arguments.items() if name in own}
+    values: dict[str, Any] = {name: value for name, value in own.items() if value is not None} | fixed
     values |= {
         "per_device_eval_batch_size": options.batch_size,
         "optim": "adamw_torch" if options.optim in OPTIMIZERS else options.optim,
         "bf16": options.dtype == "bfloat16",
         "fp16": options.dtype == "float16" and options.device != "cpu",
         "use_cpu": models.device_of(options.device).type == "cpu",
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if options.gradient_checkpointing else None,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_steps": max(1, options.max_steps // 200),
         "save_steps": every,
     }
-    if made.__module__.startswith("transformers"):
-        values |= {"remove_unused_columns": False, "label_names": ["labels"]}
-    if task == "speech":
-        values["predict_with_generate"] = True
     metric, known = given.get("metric_for_best_model") or "loss", ["loss", *TASKS[task].measures]
     words = f"--metric-for-best-model {metric}: of {task} there is {', '.join(known)}"
-    refuse(metric.removeprefix("eval_") not in known, words, OptionError)
+    refuse(metric.removeprefix("eval_") not in known, words)
     saves = given.get("save_strategy", "steps")
     when = given.get("eval_strategy") or (saves if saves == "epoch" else "steps")
     if evaluates and when != "no":
         values |= {"eval_strategy": when, "save_strategy": when, "eval_steps": every, "eval_on_start": True}
         values["load_best_model_at_end"] = saves != "no"
-    try:
+    with explained(kind=OptionError):
         arguments = made(**values | dict(given))
         reporters = import_module("transformers.integrations").get_reporting_integration_callbacks
         for reporter in reporters(arguments.report_to):
             reporter()  # raises where its package is missing, which is found out late else
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise OptionError(str(error)) from error
     return arguments

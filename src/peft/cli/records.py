@@ -7,11 +7,12 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft.cli.options import TABLES, refuse
+from peft.cli.options import TABLES, explained, refuse
 from peft.hub import is_path
 from peft.values import is_of
 
@@ -41,35 +42,29 @@ class Format(NamedTuple):
 
 def turns_of(value: Any) -> list[Message]:
     """A conversation in OpenAI's or ShareGPT's words as messages with `role` and `content`."""
-    fits = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
-    refuse(not fits, f"a list of turns is needed, got {value!r:.60}")
+    refuse(not is_of(value, list[dict]), f"a list of turns is needed, got {value!r:.60}")
     turns = []
     for turn in value:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(f"a turn has to have role and content (or from and value), got {turn!r}")
+        fits = is_of([role, content], list[str])
+        refuse(not fits, f"a turn has to have role and content (or from and value), got {turn!r}")
         turns.append({"role": TABLES.roles.get(role, role), "content": content})
     return turns
 
 
-def _chat(messages: list[Message]) -> dict[str, Any]:
-    answers = any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages)
-    refuse(not answers, "no turn of the assistant has a text: there is nothing to learn")
-    return {"messages": messages}
+def from_system(text: str | None) -> list[Message]:
+    """What the system says at the beginning of a conversation, if anything."""
+    return [{"role": "system", "content": text}] if text else []
 
 
-def _asked(
-    question: str, answer: str, system: str | None = None, earlier: Sequence[Sequence[str]] = ()
-) -> dict[str, Any]:
-    said = [("system", system)] if system else []
-    for one, other in [*earlier, (question, answer)]:
-        said += [("user", one), ("assistant", other)]
-    return _chat([{"role": role, "content": str(text)} for role, text in said])
+def _asked(texts: Iterable[str], system: str | None = None) -> dict[str, Any]:
+    """A conversation of texts by turns, the user's first."""
+    turns = zip(cycle(("user", "assistant")), texts, strict=False)
+    return {"messages": [*from_system(system), *({"role": role, "content": text} for role, text in turns)]}
 
 
 def _conversation(row: Row) -> dict[str, Any]:
-    before = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return _chat(turns_of([*before, *row["messages"]] if isinstance(row["messages"], list) else row["messages"]))
+    return {"messages": [*from_system(row.get("system")), *turns_of(row["messages"])]}
 
 
 def _question(row: Row) -> str:
@@ -77,12 +72,12 @@ def _question(row: Row) -> str:
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
-    return _asked(_question(row), row["output"], row.get("system"), row.get("history") or ())
+    return _asked([*chain(*(row.get("history") or ())), _question(row), row["output"]], row.get("system"))
 
 
 def _answer(row: Row) -> dict[str, Any]:
     if isinstance(row["prompt"], list):
-        return _chat([*turns_of(row["prompt"]), *turns_of(row["completion"])])
+        return {"messages": [*turns_of(row["prompt"]), *turns_of(row["completion"])]}
     return {"prompt": row["prompt"], "completion": row["completion"]}
 
 
@@ -129,48 +124,72 @@ def read_records(sources: Sequence[str]) -> list[Record]:
     """
     records: list[Record] = []
     for source in sources:
-        path, before = Path(source), len(records)
-        for where, row in _rows(path) if path.is_file() else _data_set(source):
-            where = f"{source}, {where}" if where else source
-            words = f"{where}: an object with named fields is needed, got {type(row).__name__}"
-            refuse(not isinstance(row, dict), words)
+        before = len(records)
+        for place, row in _rows(source):
+            where = f"{source}, {place}" if place else source
+            given = type(row).__name__
+            refuse(not isinstance(row, dict), f"{where}: an object with named fields is needed, got {given}")
             records.append((where, row))
         refuse(len(records) == before, f"{source} is empty: there is nothing in it to read")
     return records
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place in the file, row) for each"""
-    if path.suffix == ".parquet":
-        from datasets import Dataset
-
-        try:
-            rows = Dataset.from_parquet(str(path))
-        except Exception as error:  # of pyarrow
-            raise ValueError(f"{path} is damaged or no Parquet file: {first_line(error)}") from error
-        yield from _of_data_set(rows)
-        return
-    text = text_of(path)
-    if path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)
+def _rows(source: str) -> Iterator[tuple[str, Any]]:
+    """(place in the source, row) for each"""
+    path, (name, _, split) = Path(source), source.partition(":")
+    if not path.is_file():
+        refuse(not source, "--data: the name of a file is empty")
+        folder = os.path.isdir(name)
+        refuse(not folder and (is_path(name) or Path(name).suffix), f"{source} is not there")
+        what = "a folder without data" if folder else "no file here, and no data set that the hub gives"
+        yield from _data_set(source, what, name, split=split or "train")
+    elif path.suffix == ".parquet":
+        yield from _data_set(source, "damaged or no Parquet file", "parquet", data_files=source, split="train")
+    elif path.suffix == ".jsonl":
+        lines = enumerate(text_of(path).split("\n"), 1)
         yield from ((f"line {number}", _json(line, path, number)) for number, line in lines if line.strip())
     elif path.suffix == ".json":
-        content = _json(text, path, 1) if text.strip() else []
+        content = _json(text_of(path).strip() or "[]", path, 1)
         content = content.get("data", content) if isinstance(content, dict) else content
         refuse(not isinstance(content, list), f"{path}: a list of records is needed, got {type(content).__name__}")
         yield from ((f"record {number}", row) for number, row in enumerate(content, 1))
     elif path.suffix in DELIMITERS:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS[path.suffix], strict=True)
-        try:
-            names = rows.fieldnames or ()
-            refuse(len({*names}) < len(names), f"a column is there twice ({', '.join(names)})")
-            for row in rows:
-                refuse(None in row or None in row.values(), f"not as many columns as the first line names ({len(row)})")
-                yield f"line {rows.line_num}", row
-        except (csv.Error, ValueError) as error:
-            raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
-    elif text.strip():
+        yield from _table(path)
+    elif (text := text_of(path)).strip():
         yield "", {"text": text}
+
+
+def _table(path: Path) -> Iterator[tuple[str, Any]]:
+    file = io.StringIO(text_of(path), newline="")
+    rows = csv.DictReader(file, delimiter=DELIMITERS[path.suffix], strict=True)
+    try:
+        names = rows.fieldnames or ()
+        refuse(len({*names}) < len(names), f"a column is there twice ({', '.join(names)})")
+        for row in rows:
+            refuse(None in row or None in row.values(), f"not as many columns as the first line names ({len(row)})")
+            yield f"line {rows.line_num}", row
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
+
+
+def _data_set(source: str, what: str, *names: str, **more: str) -> Iterator[tuple[str, Any]]:
+    """What `datasets` loads, with names of classes in place of their numbers, and images and audio as they are stored.
+
+    Raises:
+        ValueError: it cannot; says that `source` is `what`.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    with explained(f"{source} is {what}"):
+        rows: Any = datasets.load_dataset(*names, **more)
+    for field, kind in rows.features.items():
+        if isinstance(kind, (datasets.Audio, datasets.Image)):
+            rows = rows.cast_column(field, type(kind)(decode=False))
+    classes = {field: kind for field, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+    for number, row in enumerate(rows, 1):
+        known = [field for field in classes if row[field] is not None and row[field] >= 0]
+        yield f"row {number}", row | {field: classes[field].int2str(row[field]) for field in known}
 
 
 def text_of(path: Path) -> str:
@@ -196,39 +215,6 @@ def _json(text: str, path: Path, line: int) -> Any:
         raise ValueError(f"{path}, {where}: not valid JSON ({error.msg})") from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _data_set(source: str) -> Iterator[tuple[str, Any]]:
-    refuse(not source, "--data: the name of a file is empty")
-    name, _, split = source.partition(":")
-    refuse(not os.path.isdir(name) and (is_path(name) or Path(name).suffix), f"{source} is not there")
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # of the hub's client there are many
-        what = "a folder without data" if os.path.isdir(name) else "no file here, and no data set that the hub gives"
-        raise ValueError(f"{source} is {what} ({first_line(error)})") from error
-    yield from _of_data_set(rows)
-
-
-def _of_data_set(rows: Any) -> Iterator[tuple[str, Any]]:
-    """Rows with the names of classes in place of their numbers, and images and audio as they are stored."""
-    from datasets import Audio, ClassLabel, Image
-
-    for field, kind in rows.features.items():
-        if isinstance(kind, (Audio, Image)):
-            rows = rows.cast_column(field, type(kind)(decode=False))
-    classes = {field: kind.names for field, kind in rows.features.items() if isinstance(kind, ClassLabel)}
-    for number, row in enumerate(rows, 1):
-        known = [field for field in classes if row[field] is not None and row[field] >= 0]
-        yield f"row {number}", row | {field: classes[field][row[field]] for field in known}
-
-
 def understand(records: Sequence[Record], columns: Mapping[str, str], task: str | None) -> tuple[str, list[Record]]:
     """(the task that the records are for, the records as its encoder takes them).
 
@@ -243,23 +229,24 @@ def understand(records: Sequence[Record], columns: Mapping[str, str], task: str 
     where, first = records[0]
     absent = ", ".join(name for name in columns.values() if name not in first)
     refuse(absent, f"{where}: --columns names {absent}, but the fields are {', '.join(first)}")
-    first = _renamed(first, columns)
-    kinds = [kind for kind in FORMATS if first.keys() >= set(kind.fields) and task in (None, *kind.tasks)]
-    if not kinds:
+    kind = _format_of(_renamed(first, columns), task)
+    if kind is None:
         known = "; ".join(" with ".join(kind.fields) for kind in FORMATS)
         raise ValueError(
-            f"{where}: the fields {', '.join(map(repr, records[0][1]))} are not those of"
-            f" {task or 'a task that is known'}. Known are: {known}. Other names go with --columns,"
-            " as --columns text=body,label=class"
+            f"{where}: the fields {', '.join(map(repr, first))} are not those of {task or 'a task that is known'}."
+            f" Known are: {known}. Other names go with --columns, as --columns text=body,label=class"
         )
-    understood = [(where, _read(kinds[0], where, _renamed(row, columns))) for where, row in records]
-    if task == "chat":
-        asked = ((where, row, row.get("prompt")) for where, row in understood)
-        understood = [(where, _asked(prompt, row["completion"]) if prompt else row) for where, row, prompt in asked]
-    found = "chat" if "messages" in understood[0][1] else kinds[0].tasks[0]
-    if "regression" in kinds[0].tasks and _are_fractions([row["label"] for _, row in understood]):
+    understood = [(where, _read(kind, where, _renamed(row, columns), task)) for where, row in records]
+    found = "chat" if "messages" in understood[0][1] else kind.tasks[0]
+    if "regression" in kind.tasks and _are_fractions([row["label"] for _, row in understood]):
         found = "regression"
     return task or found, understood
+
+
+def _format_of(row: Row, task: str | None) -> Format | None:
+    """The first that the fields of a record are of."""
+    fits = (kind for kind in FORMATS if row.keys() >= set(kind.fields) and task in (None, *kind.tasks))
+    return next(fits, None)
 
 
 def _are_fractions(labels: Sequence[Any]) -> bool:
@@ -275,7 +262,7 @@ def _are_fractions(labels: Sequence[Any]) -> bool:
 def unused(row: Row, columns: Mapping[str, str], task: str) -> list[str]:
     """The fields of a record that nothing is learnt from."""
     row = _renamed(row, columns)
-    kind = next(kind for kind in FORMATS if row.keys() >= set(kind.fields) and task in kind.tasks)
+    kind: Any = _format_of(row, task)
     used = {*kind.fields, *kind.also, "task_id"}
     return [name for name, value in row.items() if name not in used and value not in (None, "", [])]
 
@@ -290,7 +277,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     return row
 
 
-def _read(kind: Format, where: str, row: dict[str, Any]) -> dict[str, Any]:
+def _read(kind: Format, where: str, row: dict[str, Any], task: str | None) -> dict[str, Any]:
     for name in (*kind.fields, *kind.also):
         value = row.get(name)
         if name in kind.fields and (value is None or value == [] or (isinstance(value, str) and not value.strip())):
@@ -299,13 +286,16 @@ def _read(kind: Format, where: str, row: dict[str, Any]) -> dict[str, Any]:
         of, words = LABELS if name == "label" and "tokens" in row else KINDS.get(name, (object, ""))
         wrong = value is not None and not is_of(value, of)
         refuse(wrong, f"{where}: field {name!r} has to be {words}, got {value!r:.60}")
-        if name in ("image", "audio") and isinstance(value, str) and not os.path.isfile(value):
+        if name in ("image", "audio") and isinstance(value, str):
             beside = os.path.join(os.path.dirname(where), value)  # beside the file that names it
-            row[name] = beside if os.path.isfile(beside) else value
-    task = str(row.get("task_id", 0))
-    refuse(not task.isdecimal(), f"{where}: field 'task_id' has to be a number from 0 on, got {task}")
-    try:
+            row[name] = beside if os.path.isfile(beside) and not os.path.isfile(value) else value
+    number = str(row.get("task_id", 0))
+    refuse(not number.isdecimal(), f"{where}: field 'task_id' has to be a number from 0 on, got {number}")
+    with explained(f"{where}: {' with '.join(map(repr, kind.fields))}"):
         read = kind.read(row) if kind.read else {name: row[name] for name in kind.fields}
-    except ValueError as error:
-        raise ValueError(f"{where}: {' with '.join(map(repr, kind.fields))}: {error}") from error
-    return read | ({"task_ids": int(task)} if "task_id" in row else {})
+        if task == "chat" and "prompt" in read:
+            read = _asked((read["prompt"], read["completion"]))
+        said = [turn["content"] for turn in read.get("messages", ()) if turn["role"] == "assistant"]
+        mute = "messages" in read and not "".join(said).strip()
+        refuse(mute, "no turn of the assistant has a text: there is nothing to learn")
+    return read | ({"task_ids": int(number)} if "task_id" in row else {})

@@ -6,11 +6,11 @@ from typing import Any
 
 from peft import PeftConfig, convert_to_lora
 from peft.cli import models
-from peft.cli.options import OptionError, refuse
+from peft.cli.options import refuse
 
 
 def run(options: Any, *_: Any) -> None:
-    refuse((options.rank is None) == (options.energy is None), "either --rank or --energy is needed", OptionError)
+    refuse((options.rank is None) == (options.energy is None), "either --rank or --energy is needed")
     models.check_empty(options.output)
     saved = PeftConfig.from_pretrained(options.adapter)
     factors = saved.peft_type == "LORA" and not getattr(saved, "use_dora", False)  # which tell the change by themselves

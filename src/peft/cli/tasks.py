@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from peft.cli.options import TABLES, refuse
+from peft.cli.options import TABLES, explained, refuse
 from peft.cli.records import Message, Record, Row
 
 IGNORED = -100
@@ -86,10 +86,8 @@ class Encoder:
         encode: Callable[[Row], Example] = getattr(self, TASKS[self.task].encode)
         found = Encoded([])
         for where, row in records:
-            try:
+            with explained(where):  # of tokenizers and their templates, too
                 example = encode(row)
-            except Exception as error:  # of tokenizers and their templates, too
-                raise ValueError(f"{where}: {error}") from error
             lists = {name: value for name, value in example.items() if isinstance(value, list)}
             example |= {name: value[: self.length] for name, value in lists.items()}
             example |= {"task_ids": row.get("task_ids", 0)} if self.numbered else {}

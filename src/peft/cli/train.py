@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from peft.cli import models
-from peft.cli.options import TABLES, OptionError, refuse
+from peft.cli.options import TABLES, refuse
 from peft.cli.parse import SETTINGS, settings_of
 from peft.cli.plan import OPTIMIZERS, Plan, prepare
 from peft.cli.plots import loss_curve
@@ -41,7 +41,10 @@ def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> No
         RuntimeError: an adapter tensor gets no gradient, or the loss is no longer a number.
     """
     output, state, out = Path(options.output), _processes(options), console()
-    _check_output(options, output)
+    refuse(output.is_file(), f"--output {output} is a file")
+    there = any((output / name).exists() for name in (SETTINGS, "adapter_config.json"))
+    lost = there and not (options.resume or options.overwrite)
+    refuse(lost, f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
     plan = prepare(options, fields, given, out)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # which share a step's examples, whatever has started them
     settings = settings_of(replace(plan.options, num_processes=processes), fields, given)
@@ -73,13 +76,6 @@ def _processes(options: Any) -> Any:
     return PartialState(**({"cpu": True} if options.device == "cpu" else {}))
 
 
-def _check_output(options: Any, output: Path) -> None:
-    refuse(output.is_file(), f"--output {output} is a file")
-    there = any((output / name).exists() for name in (SETTINGS, "adapter_config.json"))
-    lost = there and not (options.resume or options.overwrite)
-    refuse(lost, f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
-
-
 def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | None:
     """The last checkpoint of a broken-off run, if it has one.
 
@@ -90,7 +86,7 @@ def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | No
     changed = {name for name in {*before, *settings} if before.get(name) != settings.get(name)}
     words = [f"{name} {before.get(name, 'default')} -> {settings.get(name, 'default')}" for name in sorted(changed)]
     said = f"--resume: a run goes on only as it was: {', '.join(words)}. What may change is {', '.join(TABLES.free)}"
-    refuse(changed - {*TABLES.free}, said, OptionError)
+    refuse(changed - {*TABLES.free}, said)
     found = last_checkpoint(output)
     step = found.rpartition("-")[2] if found else "0, for it has no checkpoint"
     out.print(f"Going on after step {step}" + (f", with {', '.join(words)}" if words else ""))

@@ -16,7 +16,7 @@ import pandas
 from rich.console import Console
 
 from peft.cli import models
-from peft.cli.options import OptionError, refuse
+from peft.cli.options import refuse
 from peft.cli.parse import init_types, method_named
 from peft.cli.plan import Plan, learning_rate, prepare
 from peft.cli.plots import figure
@@ -30,15 +30,15 @@ STEPS = 60
 def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
     out = console()
     options = replace(options, max_steps=options.max_steps or STEPS)
-    refuse(any(rate <= 0 for rate in options.lrs), f"--lrs must be positive, got {options.lrs}", OptionError)
-    refuse(Path(options.output).is_file(), f"--output {options.output} is a file", OptionError)
+    refuse(any(rate <= 0 for rate in options.lrs), f"--lrs must be positive, got {options.lrs}")
+    refuse(Path(options.output).is_file(), f"--output {options.output} is a file")
     kind = METHODS[method_named(options.method)].config_class
     idle = "r" not in (own := init_types(kind)) or "target_r" in own  # which AdaLoRA has in its place
     words = f"--ranks sets the field r, and {options.method} has none that counts ({kind.__name__})"
-    refuse(options.ranks and idle, words, OptionError)
+    refuse(options.ranks and idle, words)
     plan = prepare(options, fields, trainer, out)
     words = "--eval-split: candidates are compared on what is held out, and nothing is"
-    refuse(plan.held_out is None, words, OptionError)
+    refuse(plan.held_out is None, words)
     middle = learning_rate(method_named(options.method), models.config_of(plan.base))
     rates = options.lrs or [middle * 3.0**power for power in (-2, -1, 0, 1, 2)]
     rows: list[dict[str, Any]] = []
