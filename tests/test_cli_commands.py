@@ -139,7 +139,7 @@ def test_merge_adds_the_changes_of_adapters(made, tmp_path, names, weights):
     for key, tensor in merged.items():
         torch.testing.assert_close(tensor, before[key] + expected[key], rtol=1e-4, atol=1e-5)
     assert any(change.abs().max() > 0.1 for change in expected.values())
-    assert main(words("merge", *sources, "--output", tmp_path / "merged")) == 1  # nothing is overwritten
+    assert main(words("merge", *sources, "--output", tmp_path / "merged")) == 2  # nothing is overwritten
 
 
 def test_inspect_says_what_the_files_hold(made, tmp_path, monkeypatch, capsys):
@@ -328,7 +328,7 @@ WRONG = {
     "export {one}": (2, "no such command; it is 'merge' here."),
     "inspect {one} --for tgi": (2, "engine has to be vllm or sglang or llama.cpp or mlx, got 'tgi'"),
     "estimate {base} --max_length 3": (2, "no option 'max_length'. Did you mean 'length'?"),
-    "convert {one} --to gguf --output text.gguf": (1, "--output text.gguf: there is a file"),
+    "convert {one} --to gguf --output text.gguf": (2, "--output text.gguf: there is a file"),
     "extract {base} {deep} --energy 2 --output x": (2, "energy must be above 0 and at most 1, got 2"),
     "train --model {base} --data text.txt --metric-for-best-model f1": (2, "of causal-lm there is loss, mean_token"),
     "train --model {base} --data text.txt --report_to nothing": (2, "nothing is not supported, only"),
@@ -366,7 +366,7 @@ WRONG = {
     "train --model {base} --data null.jsonl": (1, "null.jsonl, line 2: 'messages': a list of turns is needed"),
     "train --model {base} --data text.txt --device cuda:9": (1, "--device cuda:9 cannot be used here"),
     "train --model {base} --data text.txt --chat-template no.jinja": (2, "--chat-template: there is no file no.jinja"),
-    "tune --model {base} --data text.txt --lrs 0": (2, "--lrs must be positive, got [0.0]"),
+    "tune --model {base} --data text.txt --lrs 0": (2, "--lrs must be positive, got [0]"),
     "generate {base} --prompt a --temperature -1": (2, "temperature must be non-negative, got -1"),
     "tune --model {base} --data text.txt --ranks 0": (1, "r must be a positive integer, got 0"),
     "tune --model {base} --data text.txt --ranks 4 --method ia3": (2, "--ranks sets the field r, and ia3 has none"),

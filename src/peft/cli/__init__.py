@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments of the command line, without the program's name; those of the process if None.
 
     Returns:
-        0; 1 where a command failed; 2 where its options cannot be read; 130 where it was interrupted.
+        0; 1 where a command failed; 2 where its options cannot be read or do not fit; 130 where it was interrupted.
     """
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line may go on
         from peft.cli.parse import complete
