@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from peft.adapted import warn_of_name
 from peft.config import PeftConfig, check_is_config
 from peft.core.method import Method
 from peft.core.tuner import BaseTuner
@@ -55,10 +54,8 @@ class PeftMixedModel(PeftModel):
         self._check_new_adapter_config(peft_config, is_trainable=False)
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
-    def _make_tuner(self, model: nn.Module, config: PeftConfig, name: str, *how: bool) -> None:
-        warn_of_name(name, config)
-        self.base_model = MixedModel(model, {}, name)
-        self.base_model.inject_adapter(model, name, *how, config=config)
+    def _tuner_class(self, config: PeftConfig) -> Any:
+        return MixedModel
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
         check_is_config(peft_config)

@@ -9,9 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from peft.adapted import warn_of_name
 from peft.config import PeftConfig, check_is_config
-from peft.core.method import Method
 from peft.core.part import check_adapter_name
 from peft.core.walk import parts_of
 from peft.core.whole import alone, passing
@@ -89,23 +87,17 @@ class PeftModel(SavedAdapters, Delegated):
         else:
             self._peft_config = None
             convert_peft_config_for_transformers(peft_config, model)
-            self._make_tuner(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            self.base_model = self._tuner_class(peft_config)(model, {}, adapter_name)
+            self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
         self.prepare_model_for_gradient_checkpointing(model)
         base_config: Any = getattr(self.get_base_model(), "config", None)
         if getattr(base_config, "pretraining_tp", 1) != 1:
             # Sharded linear layers of old Llama code would bypass the adapters.
             base_config.pretraining_tp = 1
 
-    def _make_tuner(self, model: nn.Module, config: PeftConfig, name: str, autocast: bool, low_cpu_mem: bool) -> None:
-        """Gives the model its tuner, with the first adapter on it."""
-        tuner_class: Any = method_of(config.peft_type or "").model_class
-        if tuner_class.method_class.members is not Method.members:  # which are loaded before it
-            self.base_model = tuner_class(model, {}, name)
-            self._inject(name, config, autocast, low_cpu_mem)
-        else:
-            warn_of_name(name, config)
-            more = {} if autocast else {"autocast_adapter_dtype": False}
-            self.base_model = tuner_class(model, {name: config}, name, low_cpu_mem_usage=low_cpu_mem, **more)
+    def _tuner_class(self, config: PeftConfig) -> Any:
+        """The class of the tuner for an adapter with this configuration."""
+        return method_of(config.peft_type or "").model_class
 
     @classmethod
     def _class_for(cls, task_type: str | None) -> Any:

@@ -31,8 +31,8 @@ class BaseTuner(Injector):
         adapter_name: the first adapter's name.
         low_cpu_mem_usage: make the adapter's tensors without memory (on the meta device), to be loaded next.
         state_dict: an adapter's tensors; their names decide which modules get the adapter.
-        autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision. Unless said: with
-            configurations by name, as a `PeftModel` has them; an injected adapter has the base weight's dtype.
+
+    The adapter has the dtype of the base weights; one that comes by `inject_adapter` may be kept in float32.
 
     Raises:
         ValueError, TypeError, NotImplementedError: the configuration does not fit the model; the model is as before.
@@ -45,15 +45,14 @@ class BaseTuner(Injector):
         adapter_name: str,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
-        autocast_adapter_dtype: bool | None = None,
     ):
         super().__init__(model)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         self._stays = isinstance(peft_config, dict)  # one that is made for an injection is thrown away
         if configs.get(adapter_name) is not None:
-            config = configs[adapter_name]
-            autocast = self._stays if autocast_adapter_dtype is None else autocast_adapter_dtype
-            self.inject_adapter(self.model, adapter_name, autocast, low_cpu_mem_usage, state_dict, config=config)
+            self.inject_adapter(
+                self.model, adapter_name, False, low_cpu_mem_usage, state_dict, config=configs[adapter_name]
+            )
 
     # ---- adapters and their state
 
