@@ -238,7 +238,7 @@ class AdaptedModel(PromptHost):
             self._tuner.delete_adapter(adapter_name)
             return
         known(adapter_name, self.peft_config)
-        with self._whole(deleted=adapter_name) as parts:
+        with self._whole(deleted=True) as parts:
             del self.peft_config[adapter_name]
             self._delete_prompt_encoder(adapter_name)
             for part in parts:
@@ -249,7 +249,7 @@ class AdaptedModel(PromptHost):
                     self.set_adapter(next(iter(self.peft_config)))
 
     @contextmanager
-    def _whole(self, names: Sequence[str] = (), deleted: str | None = None) -> Iterator[list[Part]]:
+    def _whole(self, names: Sequence[str] = (), deleted: bool = False) -> Iterator[list[Part]]:
         """Stands around a change of the state of soft prompts and of the parts beside them: all of it, or none."""
         parts = [part for _, part in parts_of(self.base_model)]
         with whole(self, parts, names, deleted, [self.prompt_encoder]):

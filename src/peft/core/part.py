@@ -61,7 +61,7 @@ class Part(nn.Module):
     _left: tuple[str, ...] = ()
     _active: list[str]
     #: the adapters that were made trainable last
-    _trained: set[str]
+    _trained: frozenset[str]
     _disable_adapters: bool
     _trained_before_disable: list[nn.Parameter]
 
@@ -81,7 +81,7 @@ class Part(nn.Module):
         # Straight into __dict__, here and in what derives from it: a large model has tens of thousands of parts, and
         # assigning to a module is slow.
         self.__dict__.update(
-            configs={}, settings={name: {} for name in self.other_param_names}, _active=[], _trained=set(),
+            configs={}, settings={name: {} for name in self.other_param_names}, _active=[], _trained=frozenset(),
             _disable_adapters=False, _trained_before_disable=[],
         )  # fmt: skip
 
@@ -294,7 +294,7 @@ class Part(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Makes adapters trainable or not, active or not."""
         for name in as_names(adapter_names):
-            (self._trained.add if requires_grad else self._trained.discard)(name)
+            self.__dict__["_trained"] = self._trained | {name} if requires_grad else self._trained - {name}
             parameters = list(self.trainable_parameters(name))
             for parameter in parameters:
                 parameter.requires_grad_(requires_grad)

@@ -102,7 +102,7 @@ class BaseTuner(Injector):
         """
         self.check_names(adapter_name)
         shared = [container for method in self.methods() for container in method.shared.values()]
-        with whole(self, [part for _, part in self.parts()], deleted=adapter_name, held=shared):
+        with whole(self, [part for _, part in self.parts()], deleted=True, held=shared):
             unloading.delete(self, adapter_name)
         self.__dict__.pop("_watches", None)  # another of this name may come
 

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from peft.core import merge as merging
-from peft.core.adapted import Entry
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
 from peft.core.storage.shared import part_of
-from peft.core.undo import undone_on_error
+from peft.core.undo import as_before, undone_on_error
 from peft.core.walk import parts_of
 from peft.errors import warn
 
@@ -88,7 +87,7 @@ def whole(
     holder: Any,
     parts: Iterable[Part],
     names: Sequence[str] = (),
-    deleted: str | None = None,
+    deleted: bool = False,
     held: Sequence[Any] = (),
 ) -> Iterator[None]:
     """Gives all parts back the state they had if it ends by an error, an interrupt too; see `alone`.
@@ -97,56 +96,52 @@ def whole(
         holder: the tuner, or the model with soft prompts: what knows the configurations and which adapters are active.
         parts: the parts of its model.
         names: adapters that become active, so that these or those before may become trainable or cease to be.
-        deleted: an adapter that goes.
+        deleted: whether an adapter goes, so that any may become active.
         held: what has tensors of the adapters by name beside the parts: modules and dictionaries.
     """
     with alone(holder):
         parts, active = list(parts), holder._active
         # Lists over all parts, and few objects for each: a model may have tens of thousands of them.
-        states, put_back = [_state_of(part) for part in parts], _entries_of([*held, holder.peft_config])
-        bring_back = _entry_of(parts, deleted) if deleted else put_back
-        parameters = [p for part in parts for p in _touched(part, names, deleted)]
+        attributes = [as_before(part) for part in parts]
+        ledgers = [(part, part.ledger.entries, part.ledger.paused) for part in parts if isinstance(part, AdapterLayer)]
+        put_back = _entries_of([*held, holder.peft_config, *(_contents_of(parts) if deleted else ())])
+        parameters = [p for part in parts for name in _touched(part, names, deleted) for p in part.adapter_parameters(name)]
         parameters += [p for module in held if isinstance(module, nn.Module) for p in module.parameters()]
         learned = [parameter.requires_grad for parameter in parameters]
         try:
             yield
         except BaseException:
             put_back()
-            bring_back()  # in all parts first: layers around one module merge what the others have
-            for part, state in zip(parts, states, strict=True):
-                _give_back(part, *state)
+            for part, give_back in zip(parts, attributes, strict=True):
+                _let_learn(part._trained_before_disable, True)
+                give_back()
+                _let_learn(part._trained_before_disable, False)
+            for layer, entries, paused in ledgers:  # when all have theirs: layers around one module merge for each other
+                if layer.ledger.entries != entries:
+                    merging.rewrite(layer, entries)
+                layer.ledger.paused = paused
             for parameter, requires_grad in zip(parameters, learned, strict=True):
                 parameter.requires_grad_(requires_grad)
+            for part in parts:
+                part.refresh()
             holder._active = active
             raise
 
 
-def _touched(part: Part, names: Sequence[str], deleted: str | None) -> Iterator[nn.Parameter]:
-    """The parameters of a part that may become trainable or cease to be."""
-    for name in part.adapter_names() if deleted else {*names, *part._active, *part._trained} if names else ():
-        yield from part.adapter_parameters(name)
+def _contents_of(parts: Iterable[Part]) -> Iterator[Any]:
+    """What holds the tensors, configurations and settings that adapters have on parts."""
+    for part in parts:
+        yield from (*part.containers(), part.configs, *part.settings.values())
 
 
-def _state_of(part: Part) -> tuple[Any, ...]:
-    """What `_give_back` needs."""
-    merged = (part.ledger.entries, part.ledger.paused) if isinstance(part, AdapterLayer) else ([], [])
-    return part._active, set(part._trained), part._disable_adapters, part._trained_before_disable, *merged
+def _touched(part: Part, names: Sequence[str], deleted: bool) -> Iterable[str]:
+    """The adapters whose parameters may become trainable or cease to be."""
+    return part.adapter_names() if deleted else {*names, *part._active, *part._trained} if names else ()
 
 
-def _give_back(
-    part: Part, active: list[str], trained: set[str], disabled: bool, before: list[nn.Parameter],
-    entries: list[Entry], paused: list[Entry],
-) -> None:  # fmt: skip
-    """Gives a part the state back that it had."""
-    for parameter in before if disabled else part._trained_before_disable:
-        parameter.requires_grad_(not disabled)
-    part._active, part._trained, part._disable_adapters = active, trained, disabled
-    part._trained_before_disable = before
-    if isinstance(part, AdapterLayer):
-        if part.ledger.entries != entries:
-            merging.rewrite(part, entries)
-        part.ledger.paused = paused
-    part.refresh()
+def _let_learn(parameters: Iterable[nn.Parameter], learns: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(learns)
 
 
 @contextmanager
@@ -195,21 +190,6 @@ def _entries_of(containers: Sequence[Any]) -> Callable[[], None]:
         for entries, those in zip(inside, before, strict=True):
             entries.clear()
             entries.update(those)
-
-    return put_back
-
-
-def _entry_of(parts: Iterable[Part], name: str) -> Callable[[], None]:
-    """What gives parts what an adapter has there now back, in its place among the others."""
-    held = (held for part in parts for held in (*part.containers(), part.configs, *part.settings.values()))
-    inside = [entries for entries in _dicts_of(held) if name in entries]
-    values, places = [entries[name] for entries in inside], [list(entries).index(name) for entries in inside]
-
-    def put_back() -> None:
-        for entries, value, place in zip(inside, values, places, strict=True):
-            others = [item for item in entries.items() if item[0] != name]
-            entries.clear()
-            entries.update([*others[:place], (name, value), *others[place:]])
 
     return put_back
 
