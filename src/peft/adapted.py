@@ -162,23 +162,21 @@ class AdaptedModel(PromptHost):
         """
         check_adapter_name(adapter_name, self.peft_config)
         self._check_new_adapter_config(peft_config, is_trainable=False)
-        if peft_config.is_prompt_learning:
-            self._add_prompt(adapter_name, peft_config)
-        else:
-            convert_peft_config_for_transformers(peft_config, self.get_base_model())
-            self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+        self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
 
-    def _inject(self, name: str, config: PeftConfig, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
+    def _add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool, autocast_adapter_dtype: bool) -> None:
         """Adds an adapter with the saved ones that it is made of; all of them, or none."""
         warn_of_name(name, config)
+        if config.is_prompt_learning:
+            self._add_prompt(name, config)
+            return
+        model = self.get_base_model()
+        convert_peft_config_for_transformers(config, model)
         with alone(self.base_model), all_or_nothing():
             self._load_members(name, config)
-            self.base_model.inject_adapter(
-                self.get_base_model(), name, autocast_adapter_dtype, low_cpu_mem_usage, config=config
-            )
+            self.base_model.inject_adapter(model, name, autocast_adapter_dtype, low_cpu_mem_usage, config=config)
 
     def _add_prompt(self, name: str, config: PeftConfig) -> None:
-        warn_of_name(name, config)
         trained = [(parameter, parameter.requires_grad) for parameter in self.base_model.parameters()]
         active = self._active
 

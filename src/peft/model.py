@@ -15,7 +15,6 @@ from peft.core.walk import parts_of
 from peft.core.whole import alone, passing
 from peft.errors import warn
 from peft.integrations.training import let_gradients_through_inputs
-from peft.integrations.transformers import convert_peft_config_for_transformers
 from peft.registry import method_of
 from peft.saved import SavedAdapters
 
@@ -80,15 +79,10 @@ class PeftModel(SavedAdapters, Delegated):
         check_is_config(peft_config)
         check_base_model(model)
         self.peft_type = peft_config.peft_type
-        if peft_config.is_prompt_learning:
-            self._peft_config: dict[str, Any] | None = {}
-            self.base_model = model
-            self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
-        else:
-            self._peft_config = None
-            convert_peft_config_for_transformers(peft_config, model)
-            self.base_model = self._tuner_class(peft_config)(model, {}, adapter_name)
-            self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+        is_prompt = peft_config.is_prompt_learning
+        self._peft_config: dict[str, Any] | None = {} if is_prompt else None
+        self.base_model = model if is_prompt else self._tuner_class(peft_config)(model, {}, adapter_name)
+        self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         self.prepare_model_for_gradient_checkpointing(model)
         base_config: Any = getattr(self.get_base_model(), "config", None)
         if getattr(base_config, "pretraining_tp", 1) != 1:

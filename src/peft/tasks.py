@@ -9,10 +9,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from peft.config import PeftConfig
 from peft.core.call import cached_tokens
 from peft.core.undo import as_before, replaced, undone_on_error
 from peft.errors import warn
@@ -58,22 +57,12 @@ class TaskModel(PeftModel):
     #: labels that are positions in the input
     labelled_positions: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any):
-        with self._heads_saved(peft_config):
-            super().__init__(model, peft_config, adapter_name, **kwargs)
-
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        with self._heads_saved(peft_config):
-            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
-
-    @contextmanager
-    def _heads_saved(self, config: Any) -> Iterator[None]:
-        """Adds the task's heads to the modules that `config` saves; not so if adding the adapter then fails."""
-        saves = hasattr(config, "modules_to_save")
-        with undone_on_error(as_before(config)) if saves else nullcontext():
-            if saves and self.heads:
+    def _add(self, name: str, config: Any, *how: bool) -> None:
+        """Adds an adapter; the task's heads are among the modules that it saves."""
+        with undone_on_error(as_before(config)):
+            if self.heads and hasattr(config, "modules_to_save"):
                 config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *self.heads]))
-            yield
+            super()._add(name, config, *how)
 
     def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -9,22 +9,16 @@ from torch import Tensor, nn
 
 from peft.checkpoint.state import IncompatibleKeys
 from peft.core.biases import TrainedBiases
+from peft.core.targets import base_of, model_modules
 from peft.core.walk import parts_of
 
 
-def _base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the base model by their names without adapters, each as often as it has a name."""
-    module: Any = model
-    while hasattr(type(module), "wrapped"):  # what stands around a module of the model, or in its place
-        module = module.wrapped
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None and not isinstance(child, TrainedBiases):
-            yield from _base_modules(child, f"{path}.{name}" if path else name)
-
-
-def _base_of(model: Any) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _base_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base model, each with what the names of its tensors begin with, as often as it has a name."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for path, module in model_modules(base):
+        if not isinstance(module, TrainedBiases):
+            yield f"{path}." if path else "", base_of(module)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -37,8 +31,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
         Tensors by their names in the base model; the same as `state_dict()` gives for it alone.
     """
     state: dict[str, Tensor] = {}
-    for path, module in _base_modules(_base_of(model)):
-        prefix = f"{path}." if path else ""
+    for prefix, module in _base_modules(model):
         module._save_to_state_dict(state, prefix, keep_vars=False)
         for biases in module.children():
             if isinstance(biases, TrainedBiases):
@@ -63,8 +56,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         RuntimeError: names do not agree (`strict`), or shapes do not.
         ValueError: adapters are merged, so that the weights are not the base model's alone.
     """
-    base = _base_of(model)
-    if any(part.merged_adapters for _, part in parts_of(base)):
+    if any(part.merged_adapters for _, part in parts_of(model)):
         raise ValueError("The base model's weights have adapters merged into them; call unmerge_adapter() first.")
     own = get_base_model_state_dict(model)
     missing = [key for key in own if key not in state_dict]
@@ -78,9 +70,8 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         there = own.get(key)
         if isinstance(there, Tensor) and isinstance(value, Tensor) and there.shape != value.shape:
             errors.append(f"size mismatch for {key}: got {tuple(value.shape)}, the model has {tuple(there.shape)}")
-    for path, module in _base_modules(base) if not errors else ():
-        prefix = f"{path}." if path else ""
+    for prefix, module in _base_modules(model) if not errors else ():
         module._load_from_state_dict(dict(state_dict), prefix, {}, False, [], [], errors)
     if errors:
-        raise RuntimeError(f"The state dict does not fit {type(base).__name__}:\n  " + "\n  ".join(errors))
+        raise RuntimeError(f"The state dict does not fit {type(model).__name__}:\n  " + "\n  ".join(errors))
     return IncompatibleKeys(missing, unexpected)

@@ -237,6 +237,9 @@ def _check(fit: Fit, ignore_mismatched_sizes: bool) -> None:
 class Fit:
     """What of an adapter's tensors has which place in a model.
 
+    Of the base model's tensors, a file may bring those that the configuration accounts for: biases that are trained,
+    and the embeddings, which are saved along where they have adapters or the vocabulary has grown.
+
     Attributes:
         given: the tensors by the names that files have for them.
         found: names, tensors and places (None for those of a prompt) of what fits.
@@ -245,21 +248,28 @@ class Fit:
     """
 
     def __init__(self, model: nn.Module, config: Any, adapter_name: str, tensors: Mapping[str, Tensor]):
-        self.adapter_name, self.locations = adapter_name, locations_of(model, adapter_name)
+        self._model, self.adapter_name, self.locations = model, adapter_name, locations_of(model, adapter_name)
         self.prompt: dict[str, Tensor] = {}
         if config.is_prompt_learning and isinstance(model, PromptHost):
             self.prompt = model.prompt_encoder[adapter_name].stored_tensors()  # type: ignore[operator]
+        plain, adapted = _embedding_locations(model, adapter_name)
+        self._embeddings = {_place(location) for location in plain.values()}
+        self._accounted = {_place(location): location for location in adapted.values()}
+        for key, location in _bias_locations(model, adapter_name).items():
+            self._accounted[_place(base_location(model, key) or location)] = location
         self.found: list[tuple[str, Tensor, Location | None]] = []
         self.wrong: dict[str, str] = {}
         self.unexpected: list[str] = []
-        places = Places(model, config, adapter_name, self.locations, tensors)
-        self.given = {places.file_key(key): value for key, value in tensors.items()}
+        self._refused: list[str] = []
+        self._replaced: list[str] = []
+        raw = self._raw_names(tensors)
+        self.given = {self._file_key(raw.get(key, key)): value for key, value in tensors.items()}
         for key, value in self.given.items():
-            self._place(places, key, value)
-        places.warn()
+            self._put(key, value)
+        self._warn()
 
-    def _place(self, places: Places, key: str, value: Tensor) -> None:
-        location = self.locations.get(key) or (None if key in self.prompt else places.of_base(key, value))
+    def _put(self, key: str, value: Tensor) -> None:
+        location = self.locations.get(key) or (None if key in self.prompt else self._of_base(key, value))
         if location is None and key not in self.prompt:
             self.unexpected.append(key)
             return
@@ -279,62 +289,38 @@ class Fit:
         names = [location.live_name for location in left.values()]
         return names + [f"prompt_encoder.{self.adapter_name}.{key}" for key in self.prompt if key not in given]
 
-
-class Places:
-    """Where tensors out of a file may go, beside the locations of the adapter.
-
-    Of the base model, those are the tensors that the configuration accounts for: biases that are trained, and the
-    embeddings, which are saved along where they have adapters or the vocabulary has grown.
-    """
-
-    def __init__(
-        self, model: nn.Module, config: Any, adapter_name: str, locations: Mapping[str, Location], keys: Iterable[str]
-    ):
-        self._model, self._injected, self._locations = model, not isinstance(model, PromptHost), locations
-        self._biases: dict[tuple[int, str], Location] = {}
-        for key, location in _bias_locations(model, adapter_name).items():
-            self._biases[_place(base_location(model, key) or location)] = location
-        plain, adapted = _embedding_locations(model, adapter_name)
-        self._adapted = {_place(location): location for location in adapted.values()}
-        self._embeddings = {_place(location) for location in plain.values()}
-        self._raw = self._raw_names(adapter_name, [*keys])
-        self._refused: list[str] = []
-        self._replaced: list[str] = []
-
-    def _raw_names(self, adapter_name: str, keys: list[str]) -> dict[str, str]:
+    def _raw_names(self, keys: Iterable[str]) -> dict[str, str]:
         """The names that a model's own state dict has, with an adapter's name in them -> those that files have."""
-        if all(key in self._locations for key in keys):
-            return {}
-        live = {name: without_holders(location.live_name) for name, location in self._locations.items()}
+        others = [key for key in keys if key not in self.locations]
+        live = {name: without_holders(location.live_name) for name, location in self.locations.items() if others}
         cuts = ((name, cut) for name, plain in live.items() for cut in _cuts(plain))
-        by_rest = {(before, after): name for name, (before, part, after) in cuts if part == adapter_name}
+        by_rest = {(before, after): name for name, (before, part, after) in cuts if part == self.adapter_name}
         raw: dict[str, dict[str, str]] = {}
-        for key in keys:
-            for before, part, after in _cuts(without_holders(key)) if key not in self._locations else ():
+        for key in others:
+            for before, part, after in _cuts(without_holders(key)):
                 if (before, after) in by_rest:
                     raw.setdefault(part, {})[key] = by_rest[before, after]
         # Of several adapters in the file, the one of that name; else "default"; else the only one.
-        names = [name for name in (adapter_name, "default") if name in raw] or (list(raw) if len(raw) == 1 else [])
+        names = [name for name in (self.adapter_name, "default") if name in raw] or (list(raw) if len(raw) == 1 else [])
         return raw[names[0]] if names else {}
 
-    def file_key(self, key: str) -> str:
+    def _file_key(self, key: str) -> str:
         """The name that a file has for the tensor that is called `key`."""
-        if self._injected:
+        if not isinstance(self._model, PromptHost):
             key = key.removeprefix("base_model.model.")  # a file of a PeftModel, for injected adapters
-        key = self._raw.get(key, key)
         others = (
             key.replace(".base_layer", ""),  # a module trained in full that other adapters were on before
             key.removeprefix("base_model."),  # what layers share: a file of a PeftModel, for injected adapters
             key.replace("base_model.model.", "base_model.", 1),  # the other way round
         )
-        return next((name for name in (key, *others) if name in self._locations), key)
+        return next((name for name in (key, *others) if name in self.locations), key)
 
-    def of_base(self, key: str, value: Tensor) -> Location | None:
+    def _of_base(self, key: str, value: Tensor) -> Location | None:
         """The place in the base model, where the configuration accounts for the tensor."""
         location = base_location(self._model, key)
         if location is None:
             return None
-        known = self._biases.get(_place(location)) or self._adapted.get(_place(location))
+        known = self._accounted.get(_place(location))
         if known or (key.endswith("bias") and same(location.tensor, value)):
             return known or location
         if _place(location) in self._embeddings:
@@ -344,7 +330,7 @@ class Places:
         self._refused.append(key)
         return None
 
-    def warn(self) -> None:
+    def _warn(self) -> None:
         """Names what was refused, and what was taken and may surprise."""
         if self._refused:
             warn(

@@ -168,23 +168,15 @@ class Method:
                 plan.waits_for_file = False
                 made = self.share(plan, config, adapter_name)
         device = place_of(plan.targets[0].base)[0]
-
-        def placed(value: Any) -> Any:
-            return value if device is None or device.type == "meta" or _is_blank(value) else value.to(device)
-
         for name, value in made.items():
-            container, slot = self.shared[name], self.slot(name)
+            slot = self.slot(name)
             if isinstance(slot, FixedSlot):
-                slot.prepare(container, name, adapter_name, config)
-            if isinstance(value, nn.Module):
-                container[adapter_name] = placed(value)
-            elif isinstance(value, Tensor):
-                container[adapter_name] = nn.Parameter(placed(value)) if slot.trained else placed(value)
-            else:
-                groups = nn.ParameterDict() if slot.trained else Buffers(persistent=slot.in_state(config, name))
-                for group, tensor in value.items():
-                    groups[group] = placed(tensor)
-                container[adapter_name] = groups
+                slot.prepare(self.shared[name], name, adapter_name, config)
+            if isinstance(value, Mapping):  # by groups of layers
+                kept = slot.in_state(config, name)
+                value = nn.ParameterDict(value.items()) if slot.trained else Buffers(value, kept)
+            stays = device is None or device.type == "meta" or _is_blank(value)
+            self.shared[name][adapter_name] = value if stays else value.to(device)
 
     def make_shared_again(self, adapter_name: str) -> None:
         """Makes what the layers of an adapter share and no file has brought."""
@@ -422,7 +414,7 @@ class Adapters(nn.Module):
 
 
 def _is_blank(value: Any) -> bool:
-    """Whether a tensor, or one of those of a group each or of a module, has no memory."""
+    """Whether a tensor, or one of those of groups or of a module, has no memory."""
     if isinstance(value, nn.Module):
         value = value.state_dict()
     return any(tensor.is_meta for tensor in ([value] if isinstance(value, Tensor) else value.values()))

@@ -126,6 +126,11 @@ class Part(nn.Module):
         modules = self._modules  # past `__getattr__`, which takes longer than all the rest of most callers
         return [modules[slot] for slot in self.own_slots]
 
+    def all_containers(self) -> list[Any]:
+        """The same with those that several parts share."""
+        modules = self._modules
+        return [modules[slot] for slot in self.slots if slot in modules]
+
     def adapter_names(self) -> list[str]:
         """The adapters that are here, in the order they came."""
         return list(dict.fromkeys(name for entries in self.containers() for name in entries))
@@ -146,16 +151,14 @@ class Part(nn.Module):
         parameters: list[nn.Parameter] = []
         modules: Any = self._modules
         for slot, kind in self.slots.items():
-            entries = modules.get(slot) if kind.trained else None
-            if entries is None:
+            entries = modules.get(slot, ()) if kind.trained else ()
+            if name not in entries:
                 continue
-            entry = entries._modules.get(name)  # looked for here first: asked of every layer in every change of state
-            if entry is not None and kind.shared:
-                parameters += self._own_group(slot, name)
-            elif entry is not None:
-                parameters += _parameters_of(entry)
-            elif name in entries and isinstance(entries[name], nn.Parameter):
-                parameters.append(entries[name])
+            entry = entries[name]
+            if isinstance(entry, nn.Module):
+                parameters += self._own_group(slot, name) if kind.shared else _parameters_of(entry)
+            elif isinstance(entry, nn.Parameter):
+                parameters.append(entry)
         return parameters
 
     def shared_tensor(self, slot: str, name: str) -> Tensor:
@@ -174,12 +177,11 @@ class Part(nn.Module):
 
     def tensors(self, name: str) -> list[Tensor]:
         """All tensors that adapter `name` has here, trained or fixed, those that it shares among them."""
-        return tensors_in((self._modules[slot] for slot in self.slots if slot in self._modules), name)
+        return tensors_in(self.all_containers(), name)
 
     def bring_back(self) -> None:
         """Brings tensors of the adapters back that accelerate has offloaded, to stay: nobody calls their modules."""
-        containers = (self._modules[slot] for slot in self.slots if slot in self._modules)
-        for module in (inner for container in containers if container is not None for inner in container.modules()):
+        for module in (inner for container in self.all_containers() for inner in container.modules()):
             hook: Any = module.__dict__.get("_hf_hook")
             tensors = (*module._parameters.values(), *module._buffers.values())
             if getattr(hook, "offload", False) and any(tensor is not None and tensor.is_meta for tensor in tensors):
@@ -187,10 +189,9 @@ class Part(nn.Module):
 
     def gathered(self) -> AbstractContextManager[None]:
         """While it lasts, the tensors of the adapters here are whole, also where processes share them out."""
-        modules: Any = self._modules
         if "_hf_hook" in self.wrapped.__dict__:
             self.bring_back()
-        return gathered(modules[slot] for slot in self.slots if slot in modules)
+        return gathered(self.all_containers())
 
     def leave_shared(self) -> None:
         """Leaves what layers share to the model around, which holds it as well."""

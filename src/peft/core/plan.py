@@ -356,14 +356,11 @@ def _nothing_matches(
             f" trained in full by modules_to_save={config.modules_to_save}. Nothing is left to adapt."
         )
     if config.layers_to_transform is not None:
+        pattern = config.layers_pattern
+        counted = f" (counted in layers_pattern={pattern})." if pattern else ". Check them, or give layers_pattern."
         return (
             f"No module that target_modules={asked} matches was found in {where} in layers_to_transform="
-            f"{config.layers_to_transform}"
-            + (
-                f" (counted in layers_pattern={config.layers_pattern})."
-                if config.layers_pattern
-                else ". Check the indices, or give layers_pattern."
-            )
+            f"{config.layers_to_transform}{counted}"
         )
     if names == [""]:
         return (

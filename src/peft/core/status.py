@@ -103,11 +103,10 @@ def _merged(layers: list[TunerLayerStatus]) -> Any:
     return merged
 
 
-def _plain_base(model: nn.Module) -> nn.Module:
-    """The base model inside a `PeftModel` or tuner."""
-    inner = model.__dict__.get("_modules", {}).get("base_model")
-    inner = inner if isinstance(inner, BaseTuner) else model
-    return inner.model if isinstance(inner, BaseTuner) else inner
+def _tuner_and_base(model: nn.Module) -> tuple[BaseTuner | None, nn.Module]:
+    """The tuner of a `PeftModel`, or that the model is, if any; and the base model."""
+    tuner = model if isinstance(model, BaseTuner) else model.__dict__.get("_modules", {}).get("base_model")
+    return (tuner, tuner.model) if isinstance(tuner, BaseTuner) else (None, model)
 
 
 def _layer_status(name: str, part: Part) -> TunerLayerStatus:
@@ -143,8 +142,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     kinds = ("is_prompt_learning", "is_adaption_prompt")
     if isinstance(configs, dict) and any(getattr(c, kind, False) for c in configs.values() for kind in kinds):
         raise TypeError("get_layer_status() is for adapters on layers; this model has a soft prompt.")
-    base = _plain_base(model)
-    prefix = "model." if base is not model else ""
+    tuner, base = _tuner_and_base(model)
+    prefix = "" if tuner is None else "model."
     statuses = []
     for name, part in parts_of(base):
         if isinstance(part, (AdapterLayer, ModulesToSaveWrapper)):
@@ -168,14 +167,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         ValueError: the model has no adapter layers.
     """
     layers = get_layer_status(model)
-    base = _plain_base(model)
-    tuner = model if isinstance(model, BaseTuner) else model.__dict__["_modules"].get("base_model")
-    trainable, total = count_parameters(tuner if isinstance(tuner, BaseTuner) else base)
+    tuner, base = _tuner_and_base(model)
+    trainable, total = count_parameters(base if tuner is None else tuner)
     configs = getattr(model, "peft_config", {})
     names = sorted({name for layer in layers for name in layer.available_adapters})
     return TunerModelStatus(
         base_model_type=type(base).__name__,
-        adapter_model_type=type(tuner).__name__ if isinstance(tuner, BaseTuner) else "None",
+        adapter_model_type="None" if tuner is None else type(tuner).__name__,
         peft_types={
             name: str(getattr(config.peft_type, "value", config.peft_type)) for name, config in configs.items()
         },

@@ -44,7 +44,8 @@ def model_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, 
         base = base_of(module)
         if base._modules:
             prefix = f"{key}." if key else ""
-            waiting += [(prefix + name, inner, base, name) for name, inner in reversed(list(base.named_children()))]
+            children = reversed(base._modules.items())
+            waiting += [(prefix + name, inner, base, name) for name, inner in children if inner is not None]
 
 
 def target_name(path: str, layer: AdapterLayer) -> str:

@@ -165,7 +165,7 @@ class TrainableTokensLayer(AdapterLayer):
 
 
 def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:
-    """Embedding -> rows to train, as `trainable_token_indices` says; a plain list means the input embedding.
+    """Name of an embedding -> rows to train, as `trainable_token_indices` says; a list means the input embedding.
 
     Raises:
         ValueError: the model has no such module, the adapter trains it in full, or a row is named twice.
@@ -190,7 +190,7 @@ def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:
     wanted = _by_module(model, rows)
     if getattr(config, "ensure_weight_tying", False):
         _check_tied(model, wanted)
-    return dict(rows)
+    return wanted
 
 
 def _check_tied(model: nn.Module, wanted: Mapping[str, Sequence[int]]) -> None:
@@ -221,14 +221,13 @@ def check_rows(key: str, module: nn.Module, indices: Sequence[int]) -> None:
         raise ValueError(f"trainable_token_indices={list(indices)} names a row of {key!r} twice.")
 
 
-def train_tokens(model: nn.Module, adapter_name: str, rows: Mapping[str, Sequence[int]]) -> None:
-    """Lets an adapter train rows of embeddings; modules tied to the input embedding share its rows.
+def train_tokens(model: nn.Module, adapter_name: str, rows: Mapping[str, list[int]]) -> None:
+    """Lets an adapter train rows of embeddings, see `token_rows`; modules tied to the input embedding share its rows.
 
     Not so those that are trained in full, or for which other rows are named. What is said of an output layer alone
     holds for it alone.
     """
-    wanted = _by_module(model, rows)
-    tied = tied_embedding_modules(model) if rows else []
+    wanted, tied = dict(rows), tied_embedding_modules(model) if rows else []
     if tied and tied[0] in wanted:
         indices = wanted.pop(tied[0])
         modules: dict[str, Any] = {key: model.get_submodule(live_key(model, key)) for key in tied}
@@ -245,14 +244,14 @@ def train_tokens(model: nn.Module, adapter_name: str, rows: Mapping[str, Sequenc
         _train_tokens_of(model, key, adapter_name, indices)
 
 
-def _by_module(model: nn.Module, rows: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+def _by_module(model: nn.Module, rows: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """The rows to train by the whole names of the modules; of a module with several places, the first.
 
     Raises:
         ValueError: different rows of one module are named.
     """
     first: dict[int, str] = {}
-    wanted: dict[str, Sequence[int]] = {}
+    wanted: dict[str, list[int]] = {}
     for key, module in model_modules(model) if rows else ():
         place = first.setdefault(id(module), key)
         for indices in (indices for name, indices in rows.items() if ends_with(key, {name})):

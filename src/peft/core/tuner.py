@@ -136,7 +136,7 @@ class BaseTuner(Injector):
                 "The adapters are disabled, and merged all the same: until they are unmerged, the model does not act as"
                 " its base model."
             )
-        with alone(self):
+        with whole(self, [part for _, part in self.parts()]):
             unloading.merge_all(self, adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -56,17 +55,16 @@ def check_finite(tuner: Adapters, adapter_names: Sequence[str] | None) -> None:
             merging.check_finite(layer, here)
 
 
-def merge_all(tuner: Adapters, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
-    """Merges adapters in all layers, or in none if one of them raises."""
-    shared = _shared_weights(tuner.model)
-    with ExitStack() as undo:
-        # Inner layers first: what they make of the weight is what the outer ones change.
-        for layer in reversed(list(tuner.adapter_layers())):
-            names = layer.names_to_merge(adapter_names)
-            if names:
-                undo.callback(merging.unmerge, layer, names)
-                merging.merge(layer, names, safe_merge, own=layer.ledger.own or _is_shared(layer, shared))
-        undo.pop_all()
+def merge_all(
+    tuner: Adapters, adapter_names: Sequence[str] | None, safe: bool, keep: bool = True, progressbar: bool = False
+) -> None:
+    """Merges adapters in all layers; for good unless `keep`."""
+    # Inner layers first: what they make of the weight is what the outer ones change.
+    shared, layers = _shared_weights(tuner.model), list(tuner.adapter_layers())[::-1]
+    last = {id(layer.ledger): layer for layer in layers}  # those before it around its module need the original
+    for layer in with_progress(layers, progressbar, "Merging"):
+        own = layer.ledger.own or _is_shared(layer, shared)
+        layer.merge(safe, adapter_names, keep or last[id(layer.ledger)] is not layer, own)
 
 
 def unmerge_all(tuner: Adapters) -> None:
@@ -114,7 +112,7 @@ def unload(
         tied = tied_embedding_modules(model) if merge else []
         alike = _kept_alike(tuner, tied, adapter_names)
         if merge:
-            _merge_for_good(tuner, adapter_names, safe_merge, progressbar)
+            merge_all(tuner, adapter_names, safe_merge, keep=False, progressbar=progressbar)
         _take_off(tuner, merge, adapter_names, progressbar and not merge)
         for key in tied[1:] if alike else ():
             model.get_submodule(key).weight = model.get_submodule(tied[0]).weight
@@ -129,13 +127,6 @@ def unload(
         for method, name in gone:
             method.removed(name)
         return model
-
-
-def _merge_for_good(tuner: Adapters, names: Sequence[str] | None, safe: bool, progressbar: bool) -> None:
-    shared, layers = _shared_weights(tuner.model), list(tuner.adapter_layers())[::-1]
-    last = {id(layer.ledger): layer for layer in layers}  # those before it around its module need the original
-    for layer in with_progress(layers, progressbar, "Merging"):
-        layer.merge(safe, names, last[id(layer.ledger)] is not layer, _is_shared(layer, shared))
 
 
 def _take_off(tuner: Adapters, merged: bool, names: Sequence[str] | None, progressbar: bool) -> None:

@@ -105,7 +105,8 @@ def whole(
         attributes = [as_before(part) for part in parts]
         ledgers = [(part, part.ledger.entries, part.ledger.paused) for part in parts if isinstance(part, AdapterLayer)]
         put_back = _entries_of([*held, holder.peft_config, *(_contents_of(parts) if deleted else ())])
-        parameters = [p for part in parts for name in _touched(part, names, deleted) for p in part.adapter_parameters(name)]
+        touched = ((part, name) for part in parts for name in _touched(part, names, deleted))
+        parameters = [parameter for part, name in touched for parameter in part.adapter_parameters(name)]
         parameters += [p for module in held if isinstance(module, nn.Module) for p in module.parameters()]
         learned = [parameter.requires_grad for parameter in parameters]
         try:
@@ -116,7 +117,8 @@ def whole(
                 _let_learn(part._trained_before_disable, True)
                 give_back()
                 _let_learn(part._trained_before_disable, False)
-            for layer, entries, paused in ledgers:  # when all have theirs: layers around one module merge for each other
+            # When all have theirs: layers around one module merge for each other.
+            for layer, entries, paused in ledgers:
                 if layer.ledger.entries != entries:
                     merging.rewrite(layer, entries)
                 layer.ledger.paused = paused
@@ -155,8 +157,7 @@ def contents_kept(model: Any, name: str, more: Iterable[Tensor] = (), values: bo
         values: False for an adapter that is taken out in that case anyway: the values of `more` alone.
     """
     parts = [part for _, part in parts_of(model) if part.has(name)] if values else []
-    held: list[Any] = [container for part in parts for container in part.containers()]
-    held += [part._modules[slot] for part in parts for slot in part.slots if slot in part._modules]
+    held: list[Any] = [container for part in parts for container in (*part.containers(), *part.all_containers())]
     if values and "prompt_encoder" in model._modules:
         held.append(model._modules["prompt_encoder"])
     entries = [container[name] for container in held if name in container]

@@ -10,10 +10,9 @@ from torch import nn
 from peft.config import LayerConfig
 from peft.core.change import Bias
 from peft.core.layer import AdapterLayer
-from peft.core.method import Method
-from peft.core.plan import Plan
 from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
+from peft.errors import warn
 from peft.registry import PeftType
 
 
@@ -38,6 +37,8 @@ class BeftLayer(AdapterLayer):
     kinds = AdapterLayer.kinds - {"Embedding", "Parameter"}
 
     def create(self, name: str, config: BeftConfig) -> None:
+        if self.get_base_bias() is None:
+            warn(f"A {self.op.kind} has no bias that adapter {name!r} could be merged into.")
         shape = 1, self.out_features
         self.beft_bias[name] = nn.Parameter(torch.zeros(shape) if config.init_weights else torch.randn(shape))
 
@@ -52,12 +53,5 @@ class BeftLayer(AdapterLayer):
             )
 
 
-class BeftMethod(Method):
-    """What BEFT asks of the base model."""
-
-    def check_plan(self, plan: Plan, config: BeftConfig) -> None:
-        plan.warn_of_no_bias("the adapter")
-
-
-class BeftModel(BaseTuner, layer=BeftLayer, method=BeftMethod, prefix="beft_"):
+class BeftModel(BaseTuner, layer=BeftLayer, prefix="beft_"):
     """A model with trained vectors added to the outputs of its modules."""
