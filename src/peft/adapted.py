@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from peft.config import PeftConfig, check_is_config
 from peft.core import status
-from peft.core.auxiliary import save_modules, unsave_modules
+from peft.core.auxiliary import ModulesToSaveWrapper, save_modules
 from peft.core.part import Part, check_adapter_name, known
 from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
-from peft.core.undo import all_or_nothing, undone_on_error
-from peft.core.walk import live_key, parts_of
+from peft.core.undo import all_or_nothing, as_before, undone_on_error
+from peft.core.walk import live_key, parts_of, put_back
 from peft.core.whole import alone, whole
 from peft.errors import warn
 from peft.html import table
@@ -30,6 +30,8 @@ class AdaptedModel(PromptHost):
     base_model: Any
     peft_type: Any
     _peft_config: dict[str, Any] | None
+    #: heads of the base model that are new for each task: trained and stored with the adapter where they are found
+    heads: ClassVar[tuple[str, ...]] = ()
     #: which soft prompt is active
     _active: Sequence[str] = ()
 
@@ -167,12 +169,14 @@ class AdaptedModel(PromptHost):
     def _add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool, autocast_adapter_dtype: bool) -> None:
         """Adds an adapter with the saved ones that it is made of; all of them, or none."""
         warn_of_name(name, config)
-        if config.is_prompt_learning:
-            self._add_prompt(name, config)
-            return
         model = self.get_base_model()
-        convert_peft_config_for_transformers(config, model)
-        with alone(self.base_model), all_or_nothing():
+        with undone_on_error(as_before(config)), alone(self._holder), all_or_nothing():
+            if self.heads and hasattr(config, "modules_to_save"):
+                config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *self.heads]))
+            if config.is_prompt_learning:
+                self._add_prompt(name, config)
+                return
+            convert_peft_config_for_transformers(config, model)
             self._load_members(name, config)
             self.base_model.inject_adapter(model, name, autocast_adapter_dtype, low_cpu_mem_usage, config=config)
 
@@ -183,12 +187,16 @@ class AdaptedModel(PromptHost):
         def take_back() -> None:
             self.peft_config.pop(name, None)
             self._delete_prompt_encoder(name)
-            unsave_modules(self.base_model, name)
+            for key, part in parts_of(self.base_model):
+                if isinstance(part, ModulesToSaveWrapper):
+                    part.delete_adapter(name)
+                    if not part.modules_to_save:
+                        put_back(self.base_model, key, part.original_module)
             self._active = active
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
 
-        with alone(self), undone_on_error(take_back):
+        with undone_on_error(take_back):
             self.peft_config[name] = config
             self._setup_prompt_encoder(name)
             keys = modules_named(self.base_model, getattr(config, "modules_to_save", None) or ())

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from peft.core.call import cached_tokens
-from peft.core.undo import as_before, replaced, undone_on_error
+from peft.core.undo import replaced
 from peft.errors import warn
 from peft.model import TASK_CLASSES, PeftModel
 from peft.tuners.prompts.base import lengthen
@@ -48,21 +48,12 @@ class TaskModel(PeftModel):
     """
 
     takes_prompts = True
-    #: heads of the base model that are new for each task: trained and stored with the adapter where they are found
-    heads: ClassVar[tuple[str, ...]] = ()
     #: the arguments of `forward`, in order
     arguments: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "inputs_embeds", "labels", *_COMMON)
     #: labels with one entry per token
     labels_by_token: ClassVar[tuple[str, ...]] = ()
     #: labels that are positions in the input
     labelled_positions: ClassVar[tuple[str, ...]] = ()
-
-    def _add(self, name: str, config: Any, *how: bool) -> None:
-        """Adds an adapter; the task's heads are among the modules that it saves."""
-        with undone_on_error(as_before(config)):
-            if self.heads and hasattr(config, "modules_to_save"):
-                config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *self.heads]))
-            super()._add(name, config, *how)
 
     def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -154,13 +154,3 @@ def save_modules(model: nn.Module, keys: Mapping[str, str], adapter_name: str, t
             setattr(owner, name, module)
         if key in tied:
             shared = shared or module.modules_to_save[adapter_name]
-
-
-def unsave_modules(model: nn.Module, adapter_name: str) -> None:
-    """Takes an adapter's copies out again; modules that no other adapter trains are put back."""
-    for key, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            module.delete_adapter(adapter_name)
-            if not module.modules_to_save:
-                parent, _, name = get_submodules(model, key)
-                setattr(parent, name, module.original_module)

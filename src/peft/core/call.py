@@ -66,7 +66,7 @@ def fact(key: Any, default: Any = None) -> Any:
 
 
 def begin(call: Call) -> None:
-    """Makes this call the one under way, until `end`; for hooks, `calling` is for everything else."""
+    """Makes this call the one under way, until `end`."""
     _STATE.outer = (*_STATE.outer, (_STATE.call, _STATE.within))
     _STATE.call, _STATE.within = call, backward_pass()
 
@@ -82,12 +82,11 @@ def calling(**facts: Any) -> Iterator[Call]:
     """While it lasts, a call is under way that knows these facts (`route` among them) beside those known before."""
     outer = current() or Call()
     call = Call(facts.pop("route", outer.route), {**outer.facts, **facts})
-    before = _STATE.call, _STATE.within
-    _STATE.call, _STATE.within = call, backward_pass()
+    begin(call)
     try:
         yield call
     finally:
-        _STATE.call, _STATE.within = before
+        end()
 
 
 def remember_for_backward(output: Any, call: Call) -> None:
