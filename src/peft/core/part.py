@@ -151,7 +151,7 @@ class Part(nn.Module):
         parameters: list[nn.Parameter] = []
         modules: Any = self._modules
         for slot, kind in self.slots.items():
-            entries = modules.get(slot, ()) if kind.trained else ()
+            entries: Any = modules.get(slot, ()) if kind.trained else ()
             if name not in entries:
                 continue
             entry = entries[name]
