@@ -11,6 +11,7 @@ from torch import nn
 from peft.config import PeftConfig, check_is_config
 from peft.core import status
 from peft.core.auxiliary import ModulesToSaveWrapper, save_modules
+from peft.core.method import Method
 from peft.core.part import Part, check_adapter_name, known
 from peft.core.targets import modules_named
 from peft.core.tuner import BaseTuner
@@ -166,10 +167,10 @@ class AdaptedModel(PromptHost):
         self._check_new_adapter_config(peft_config, is_trainable=False)
         self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
 
-    def _add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool, autocast_adapter_dtype: bool) -> None:
+    def _add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool, autocast: bool, first: bool = False) -> None:
         """Adds an adapter with the saved ones that it is made of; all of them, or none."""
         warn_of_name(name, config)
-        model = self.get_base_model()
+        model = self.base_model if first else self.get_base_model()
         with undone_on_error(as_before(config)), alone(self._holder), all_or_nothing():
             if self.heads and hasattr(config, "modules_to_save"):
                 config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *self.heads]))
@@ -177,8 +178,20 @@ class AdaptedModel(PromptHost):
                 self._add_prompt(name, config)
                 return
             convert_peft_config_for_transformers(config, model)
-            self._load_members(name, config)
-            self.base_model.inject_adapter(model, name, autocast_adapter_dtype, low_cpu_mem_usage, config=config)
+            tuner_class = self._tuner_class(config)
+            has_members = tuner_class.method_class.members is not Method.members
+            if first:
+                here = {} if has_members else {name: config}
+                self.base_model = tuner_class(model, here, name, low_cpu_mem_usage=low_cpu_mem_usage)
+            if not first or has_members:
+                self._load_members(name, config)
+                self.base_model.inject_adapter(model, name, autocast, low_cpu_mem_usage, config=config)
+            elif not autocast:
+                self.base_model._cast_adapter_dtype(name, False)
+
+    def _tuner_class(self, config: PeftConfig) -> Any:
+        """The class of the tuner for an adapter with this configuration."""
+        return method_of(config.peft_type or "").model_class
 
     def _add_prompt(self, name: str, config: PeftConfig) -> None:
         trained = [(parameter, parameter.requires_grad) for parameter in self.base_model.parameters()]

@@ -15,7 +15,6 @@ from peft.core.walk import parts_of
 from peft.core.whole import alone, passing
 from peft.errors import warn
 from peft.integrations.training import let_gradients_through_inputs
-from peft.registry import method_of
 from peft.saved import SavedAdapters
 
 if TYPE_CHECKING:
@@ -79,19 +78,14 @@ class PeftModel(SavedAdapters, Delegated):
         check_is_config(peft_config)
         check_base_model(model)
         self.peft_type = peft_config.peft_type
-        is_prompt = peft_config.is_prompt_learning
-        self._peft_config: dict[str, Any] | None = {} if is_prompt else None
-        self.base_model = model if is_prompt else self._tuner_class(peft_config)(model, {}, adapter_name)
-        self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        self._peft_config: dict[str, Any] | None = {} if peft_config.is_prompt_learning else None
+        self.base_model = model
+        self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, first=True)
         self.prepare_model_for_gradient_checkpointing(model)
         base_config: Any = getattr(self.get_base_model(), "config", None)
         if getattr(base_config, "pretraining_tp", 1) != 1:
             # Sharded linear layers of old Llama code would bypass the adapters.
             base_config.pretraining_tp = 1
-
-    def _tuner_class(self, config: PeftConfig) -> Any:
-        """The class of the tuner for an adapter with this configuration."""
-        return method_of(config.peft_type or "").model_class
 
     @classmethod
     def _class_for(cls, task_type: str | None) -> Any:

@@ -32,7 +32,8 @@ class BaseTuner(Injector):
         low_cpu_mem_usage: make the adapter's tensors without memory (on the meta device), to be loaded next.
         state_dict: an adapter's tensors; their names decide which modules get the adapter.
 
-    The adapter has the dtype of the base weights; one that comes by `inject_adapter` may be kept in float32.
+    Given by name, as a `PeftModel` does, an adapter is in float32 where the base is in half precision; else it has the
+    base weight's dtype.
 
     Raises:
         ValueError, TypeError, NotImplementedError: the configuration does not fit the model; the model is as before.
@@ -51,7 +52,7 @@ class BaseTuner(Injector):
         self._stays = isinstance(peft_config, dict)  # one that is made for an injection is thrown away
         if configs.get(adapter_name) is not None:
             self.inject_adapter(
-                self.model, adapter_name, False, low_cpu_mem_usage, state_dict, config=configs[adapter_name]
+                self.model, adapter_name, self._stays, low_cpu_mem_usage, state_dict, config=configs[adapter_name]
             )
 
     # ---- adapters and their state
