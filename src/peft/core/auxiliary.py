@@ -13,7 +13,13 @@ from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import ModuleSlot
 from peft.core.storage.shared import whole_copy
-from peft.core.wrappers import AuxiliaryTrainingWrapper, TrainableTokensWrapper, get_submodules, state_names
+from peft.core.wrappers import (
+    AuxiliaryTrainingWrapper,
+    TrainableTokensWrapper,
+    get_submodules,
+    share_hooks,
+    state_names,
+)
 from peft.errors import warn
 
 
@@ -33,7 +39,10 @@ class ModulesToSaveWrapper(Part, AuxiliaryTrainingWrapper):
         super().__init__()
         self.original_module = module_to_save
         self.modules_to_save = nn.ModuleDict()  # type: ignore[assignment]
-        module_to_save.requires_grad_(False)
+        parts = [part for part in module_to_save.modules() if isinstance(part, Part)]
+        others = {p for part in parts for name in part.adapter_names() for p in part.adapter_parameters(name)}
+        for parameter in module_to_save.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter in others)
         self.update(adapter_name, tied_module)
 
     def of_module(self, name: str) -> Any:
@@ -45,7 +54,9 @@ class ModulesToSaveWrapper(Part, AuxiliaryTrainingWrapper):
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None) -> None:
         """Makes a copy of the original for another adapter."""
-        copied = _without_adapters(whole_copy(self.original_module)).requires_grad_(False)
+        copied = whole_copy(self.original_module)
+        share_hooks(self.original_module, copied)
+        copied = _without_adapters(copied).requires_grad_(False)
         if tied_module is not None:
             copied.weight = tied_module.weight
         # Hooks (of accelerate, say) belong to the original's place in the model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -134,7 +134,9 @@ class Injector(Adapters):
         """Puts an adapter on one module: on the layer of this method that is there, or on a new one around it."""
         named = current_key if parameter_name is None else f"{current_key}.{parameter_name}"
         method = self.method(peft_config)
-        layer = self._find_layer(target, parameter_name, method.layer_class)
+        layer = self._find_layer(
+            target, parameter_name, method.layer_class, partial(method.is_for, peft_config, current_key)
+        )
         if layer is None:
             if isinstance(target, TrainableTokensLayer):
                 target.part_from(part for _, part in self.parts())
@@ -154,11 +156,15 @@ class Injector(Adapters):
             attention.out_proj.is_read = attention.out_proj.with_attention = True
 
     def _find_layer(
-        self, module: nn.Module, parameter_name: str | None, kind: type[AdapterLayer]
+        self,
+        module: nn.Module,
+        parameter_name: str | None,
+        kind: type[AdapterLayer],
+        fits: Callable[[AdapterLayer], bool],
     ) -> AdapterLayer | None:
-        """The layer of a method among those that wrap a module."""
+        """The layer of a method among those that wrap a module, if one fits."""
         while isinstance(module, AdapterLayer):
-            if isinstance(module, kind) and module.parameter_name == parameter_name:
+            if isinstance(module, kind) and module.parameter_name == parameter_name and fits(module):
                 return module
             module = module.base_layer
         return None
@@ -183,9 +189,9 @@ class Injector(Adapters):
     def _tie_layers(self, keys: Sequence[str], adapter_name: str) -> None:
         """Makes an adapter on tied modules the same on all of them."""
         method = self.method(self.peft_config[adapter_name])
-        found = (self.model.get_submodule(live_key(self.model, key)) for key in keys)
-        layers = [self._find_layer(module, None, method.layer_class) for module in found]
-        here = [layer for layer in layers if layer is not None and layer.has(adapter_name)]
+        found = (held(self.model.get_submodule(live_key(self.model, key))) for key in keys)
+        layers = [self._find_layer(m, None, method.layer_class, lambda it: it.has(adapter_name)) for m in found]
+        here = [layer for layer in layers if layer is not None]
         for layer in here[1:]:
             method.tie(layer, here[0], adapter_name)
 

@@ -120,17 +120,30 @@ class AdapterLayer(AdaptedModule):
     @property
     def weight(self) -> Tensor:
         """The base module's weight, packed as it may be; the one in effect where it is read rather than called."""
-        return self._seen()[0] if self.is_read and self.acting() else self.own_weight
+        if self.is_read and self.acting():
+            return self._seen()[0]
+        below: Any = self.below
+        return self.own_weight if below is None else below.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base module's bias, or None; in effect where `weight` is."""
-        return self._seen()[1] if self.is_read and self.acting() else self.get_base_bias()
+        if self.is_read and self.acting():
+            return self._seen()[1]
+        below: Any = self.below
+        return self.get_base_bias() if below is None else below.bias
 
     def _seen(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as a module around reads them."""
         for name in () if self.with_attention else self.acting():
-            self.check_merge(name)  # else it cannot be seen in a weight
+            try:
+                self.check_merge(name)
+            except (NotImplementedError, ValueError) as error:
+                raise NotImplementedError(
+                    f"The module around this {type(self.get_base_layer()).__name__} reads its weight and does not call"
+                    f" it, so adapter {name!r} acts there only as a change of the weight. {error} Leave the module out"
+                    " of the adapter's targets."
+                ) from None
         return self.effective()
 
     # ---- the life of an adapter

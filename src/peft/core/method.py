@@ -210,6 +210,10 @@ class Method:
         """What the adapter on module (or parameter) `key` has as its own, as further arguments of its `create`."""
         return {}
 
+    def is_for(self, config: Any, key: str, layer: AdapterLayer) -> bool:
+        """Whether a layer of the method that is on module `key` takes an adapter with this configuration."""
+        return True
+
     def make_layer(self, config: Any, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
         """A layer of the method around `target`, without adapters yet."""
         return self.layer_class(target, parameter_name)

@@ -74,7 +74,7 @@ def _base(module: Any) -> Any:
 def _is_adapted(holder: nn.Module, name: str) -> bool:
     """Whether the module in a place has adapters, beyond rows that are those of the embedding as well."""
     parts: list[Any] = [part for part in (holder, *holder.get_submodule(name).modules()) if isinstance(part, Part)]
-    return any(part.adapter_names() and not getattr(part, "_is_tied", False) for part in parts)
+    return any(part.adapter_names() and not getattr(part, "is_tied", False) for part in parts)
 
 
 def put_everywhere(model: nn.Module) -> None:

@@ -19,14 +19,18 @@ _EXPERT = re.compile(r"(^|\.)\w*experts?[._]\d+(\.|$)")
 
 #: tables of distances: T5, MPNet, WavLM, BERT and their like
 _DISTANCES = re.compile(r"(^|\.)(relative_attention_bias|rel_attn_embed|rel_embeddings|distance_embedding)$")
+#: tables of positions
+_POSITIONS = re.compile(r"(^|\.)(wpe|\w*pos\w*)$")
 
 
 def without_samples(key: str) -> str | None:
     """What the module `key` is given in place of a row for each sample, going by its name; None for such rows.
 
-    `"tokens"` where it belongs to one of several experts, `"distances"` of positions, which all samples share.
+    `"tokens"` where it belongs to one of several experts, `"distances"` of positions, which all samples share, and so
+    they may share `"positions"`.
     """
-    return "tokens" if _EXPERT.search(key) else "distances" if _DISTANCES.search(key) else None
+    kinds = (("tokens", _EXPERT), ("distances", _DISTANCES), ("positions", _POSITIONS))
+    return next((kind for kind, pattern in kinds if pattern.search(key)), None)
 
 
 class Route:
@@ -114,8 +118,8 @@ class Route:
                 return {self.names[0]: list(range(rows))}
             raise ValueError(
                 "Mixed batches (adapter_names) do not work here: the layer is given what has no row for each sample"
-                " (tokens sent to an expert, distances between positions, or sequences before samples). Run the samples"
-                " of each adapter by themselves."
+                " (tokens sent to an expert, positions or distances between them, sequences before samples). Run the"
+                " samples of each adapter by themselves."
             )
         if not self.names or rows % (rounds * len(self.names)):
             raise ValueError(

@@ -6,6 +6,7 @@ The one place that decides how: in one with a frozen linear layer, on top of it,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ def _run_weight(layer: AdaptedModule, changes: Sequence[Change], x: Tensor, *arg
             name, depth = layer.op.weight_name, layer.count_below()
             with calling(**{f"original {name} {id(base)}": layer.original_weight()}):
                 return run_with(layer.base_layer, {"base_layer." * depth + name: weight}, (x, *args), kwargs)
-        if x.is_floating_point() and weight.dtype != x.dtype and not is_plain(base, layer.op.weight_name):
+        if not is_plain(base, layer.op.weight_name) and x.is_floating_point() and weight.dtype != x.dtype:
             # Packed weights have no dtype of their own to compute in.
             dtype = compute_dtype(x)
             weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
@@ -209,21 +210,17 @@ def _stand_in(layer: AdaptedModule, changes: Sequence[Change]) -> tuple[Tensor, 
 
 def run_routed(layer: AdaptedModule, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The samples of each adapter run with that adapter."""
-    op = layer.op
-    rows = x.shape[op.batch_dim]
-    if rows == 1 and len(set(route.names)) > 1 and op.kind == "Embedding":  # positions, one row of them for all samples
-        rows = len(route.names)
-        x = x.expand(rows, *x.shape[1:])
-    known = set().union(*layer.containers())
+    op, samples, known = layer.op, len(route.names), set().union(*layer.containers())
+    if known.isdisjoint(route.names):
+        return layer.base_layer(x, *args, **kwargs)
+    x = _for_each_sample(layer, route, x)
     # An expert that is a module by itself is given the tokens that are sent to it, unless it sees whole samples.
-    apart = layer.without_samples == "distances" or (layer.without_samples == "tokens" and x.dim() < 3)
-    rounds = None if apart or _is_sequence_first(op, x, len(route.names)) else op.rounds
-    if rounds is None and known.isdisjoint(route.names):
-        return layer.base_layer(x, *args, **kwargs)
-    groups = route.groups(rows, x.device, rounds)
+    apart = not isinstance(x, Tensor) or layer.without_samples == "distances"
+    apart = apart or (layer.without_samples == "tokens" and x.dim() < 3) or _is_sequence_first(op, x, samples)
+    apart = apart or (op.kind == "Embedding" and x.dim() == 1 and len(x) != samples)  # no samples, or all in one row
+    rows, rounds = 1 if apart else x.shape[op.batch_dim], None if apart else op.rounds
+    groups = route.groups(rows, getattr(x, "device", torch.device("cpu")), rounds)
     here = [name for name, _ in groups if name in known]
-    if not here:
-        return layer.base_layer(x, *args, **kwargs)
     if len(groups) == 1:
         return run(layer, here, x, *args, **kwargs)
     sizes, vectors = [len(route.samples[name]) for name in here], x.numel() // x.shape[-1]
@@ -252,6 +249,15 @@ def run_routed(layer: AdaptedModule, route: Route, x: Tensor, *args: Any, **kwar
     return join_rows(parts, op.batch_dim, rows)
 
 
+def _for_each_sample(layer: AdaptedModule, route: Route, x: Any) -> Any:
+    """The input of an embedding of positions that all samples share, once for each of them if their adapters differ."""
+    if layer.op.kind != "Embedding" or len(set(route.names)) == 1 or not isinstance(x, Tensor):
+        return x
+    if x.dim() == 1 and layer.without_samples == "positions":
+        x = x[None]
+    return x.expand(len(route.names), *x.shape[1:]) if x.dim() > 1 and len(x) == 1 else x
+
+
 def _is_sequence_first(op: Any, x: Tensor, samples: int) -> bool:
     """Whether samples are counted by the second dimension, as far as can be told."""
     return op.batch_dim == 0 and x.is_floating_point() and x.dim() > 2 and x.shape[0] != samples == x.shape[1]
@@ -270,7 +276,9 @@ def _add_groups(
     for name, some_x, some_y in zip(names, x.split(sizes, dim), before, strict=True):
         for change in changes.get(name, ()):
             change = change.of_samples(route.samples[name])
-            some_y = change.leave(op, module, some_x, some_y, _bias(layer, change), fresh)
+            with calling(route=Route([name])) if change.needs_bias else nullcontext():
+                bias = _bias(layer, change)  # as the layers below make it for these samples
+            some_y = change.leave(op, module, some_x, some_y, bias, fresh)
         parts.append(some_y)
     if any(some is not other for some, other in zip(parts, before, strict=True)):  # else it was written to
         y = torch.cat(parts, dim)

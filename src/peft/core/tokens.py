@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from peft.core.slots import Buffers, Setting, Slot
 from peft.core.storage.shared import shape_of
 from peft.core.targets import base_of, check_target_module_exists, ends_with, model_modules, saved_as
 from peft.core.tying import input_embedding_name, tied_embedding_modules
-from peft.core.walk import live_key
+from peft.core.walk import live_key, parts_of
 from peft.core.wrappers import TrainableTokensWrapper, get_submodules, held
 
 
@@ -68,6 +68,7 @@ class TrainableTokensLayer(AdapterLayer):
         base_layer: an `nn.Embedding`, or the linear layer tied to one.
         tied: the layer whose rows these are too (an output layer shares those of the embedding).
         apart: whether the modules get weights of their own when rows are merged, since others change one of them too.
+        group: names of the modules that have the rows in common, the one that holds them first; none for one alone.
     """
 
     trainable_tokens_delta = Slot()
@@ -76,13 +77,19 @@ class TrainableTokensLayer(AdapterLayer):
 
     token_indices = Setting[list[int]]()
 
-    def __init__(self, base_layer: nn.Module, tied: TrainableTokensLayer | None = None, apart: bool = False):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        tied: TrainableTokensLayer | None = None,
+        apart: bool = False,
+        group: tuple[str, ...] = (),
+    ):
         super().__init__(base_layer)
-        self._is_tied = False
+        self.group = group
+        #: whether the rows are held by another layer
+        self.is_tied = False
         #: whether rows and weight are those of another layer too, and stay so when they are merged
         self.has_twin = False
-        #: whether files hold its rows too: not where they are known to be the embedding's
-        self._is_stored = tied is None
         if tied is not None:
             self.tie_to(tied, apart)
 
@@ -91,7 +98,7 @@ class TrainableTokensLayer(AdapterLayer):
         # The same containers: what is trained, moved or deleted there is so here.
         self.trainable_tokens_delta = tied.trainable_tokens_delta
         self.configs, self.settings = tied.configs, tied.settings
-        self._is_tied = True
+        self.is_tied = True
         if not apart and self.get_base_layer().weight is tied.get_base_layer().weight:
             self.ledger = tied.ledger
             self.has_twin = tied.has_twin = True
@@ -119,11 +126,11 @@ class TrainableTokensLayer(AdapterLayer):
             twin.refresh()
 
     def new_record(self, name: str, config: Any, own: Any = None) -> None:
-        if not self._is_tied:
+        if not self.is_tied:
             super().new_record(name, config, own)
 
     def create(self, name: str, config: Any, token_indices: Sequence[int] = ()) -> None:
-        if self._is_tied:
+        if self.is_tied:
             return
         weight = self.get_base_weight()
         outside = [index for index in token_indices if not -weight.shape[0] <= index < weight.shape[0]]
@@ -138,8 +145,10 @@ class TrainableTokensLayer(AdapterLayer):
         return self.has(name) and self.configs[name] is None
 
     def key_map(self, name: str) -> dict[str, str]:
-        keys = super().key_map(name) if self._is_stored else {}
-        return {f"token_adapter.{key}": live for key, live in keys.items()} if self.is_beside(name) else keys
+        keys = super().key_map(name)
+        if not self.is_beside(name):
+            return keys
+        return {} if self.is_tied else {f"token_adapter.{key}": live for key, live in keys.items()}
 
     def change(self, name: str) -> Change:
         tokens = self.in_features if self.op.kind == "Embedding" else self.out_features
@@ -232,16 +241,25 @@ def train_tokens(model: nn.Module, adapter_name: str, rows: Mapping[str, list[in
         indices = wanted.pop(tied[0])
         modules: dict[str, Any] = {key: model.get_submodule(live_key(model, key)) for key in tied}
         tied = [key for key in tied if not any(modules[key] is modules[other] for other in tied[: tied.index(key)])]
-        layers = [held(module) for module in modules.values()]
-        apart = any(isinstance(layer, AdapterLayer) and not isinstance(layer, TrainableTokensLayer) for layer in layers)
-        layer = _train_tokens_of(model, tied[0], adapter_name, indices)
-        for key in tied[1:]:
-            in_full = isinstance(modules[key], ModulesToSaveWrapper) and modules[key].has(adapter_name)
-            if not in_full and list(wanted.get(key, indices)) == list(indices):
-                wanted.pop(key, None)
-                _train_tokens_of(model, key, adapter_name, indices, layer, apart)
+        in_full = {key for key, it in modules.items() if isinstance(it, ModulesToSaveWrapper) and it.has(adapter_name)}
+        alike = [key for key in tied[1:] if list(wanted.get(key, indices)) == list(indices) and key not in in_full]
+        group = (tied[0], *alike) if alike else ()
+        around = [layer for key in group for layer in _layers_around(modules[key])]
+        apart = any(not isinstance(layer, TrainableTokensLayer) or layer.group != group for layer in around)
+        layer = _train_tokens_of(model, tied[0], adapter_name, indices, group)
+        for key in alike:
+            wanted.pop(key, None)
+            _train_tokens_of(model, key, adapter_name, indices, group, layer, apart)
     for key, indices in wanted.items():
         _train_tokens_of(model, key, adapter_name, indices)
+
+
+def _layers_around(module: Any) -> Iterator[AdapterLayer]:
+    """The adapter layers around the module of the base model that is in this place, from the outermost on."""
+    layer = held(module)
+    while isinstance(layer, AdapterLayer):
+        yield layer
+        layer = layer.base_layer
 
 
 def _by_module(model: nn.Module, rows: Mapping[str, list[int]]) -> dict[str, list[int]]:
@@ -268,20 +286,24 @@ def _train_tokens_of(
     key: str,
     adapter_name: str,
     indices: Sequence[int],
+    group: tuple[str, ...] = (),
     tied: TrainableTokensLayer | None = None,
     apart: bool = False,
 ) -> TrainableTokensLayer:
     owner, module, name = get_submodules(model, live_key(model, key))
     if isinstance(module, ModulesToSaveWrapper):  # another adapter's
         owner, name, module = module, "original_module", module.original_module
-    layer = held(module)
-    while isinstance(layer, AdapterLayer) and isinstance(layer.base_layer, AdapterLayer):
-        layer = layer.base_layer
-    if not isinstance(layer, TrainableTokensLayer):
+    around: Any = None
+    for layer in _layers_around(module):
+        if isinstance(layer, TrainableTokensLayer) and layer.group == group:
+            break
+        around = layer
+    else:
         # Next to the embedding, below LoRA on an output layer tied to it, say: the rows come first.
-        around = layer if isinstance(layer, AdapterLayer) else None
         base = module if around is None else around.base_layer
-        layer = TrainableTokensLayer(base, tied, apart).train(base.training)
+        if isinstance(around, TrainableTokensLayer):
+            around.part_from(part for _, part in parts_of(model))
+        layer = TrainableTokensLayer(base, tied, apart, group).train(base.training)
         layer.is_read = True  # models with tied embeddings ask for the weight
         if around is None:
             setattr(owner, name, TrainableTokensWrapper(layer).train(base.training))

@@ -19,7 +19,8 @@ from peft.core.tokens import TrainableTokensLayer
 from peft.core.tying import tied_embedding_modules
 from peft.core.walk import live_key, put_back, with_progress
 from peft.core.whole import alone
-from peft.errors import warn
+from peft.core.wrappers import held
+from peft.errors import listed, warn
 
 
 def check_merge(tuner: Adapters, adapter_names: Sequence[str] | None) -> None:
@@ -83,17 +84,20 @@ def delete(tuner: Adapters, adapter_name: str) -> None:
     del tuner.peft_config[adapter_name]
     active = tuner.active_adapters
     left = [name for name in active if name != adapter_name]
-    gone = not left
+    gone, waiting = not left, list[str]()
     if gone and tuner.peft_config:
         left = [next(iter(tuner.peft_config))]
-        if active:
-            warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now.")
-    for _, part in tuner.parts():
+    for key, part in tuner.parts():
         # A module that the deleted adapter did not train stays as it is, as in huggingface/peft.
         takes_over = isinstance(part, AdapterLayer) or part.has(adapter_name)
         part.delete_adapter(adapter_name)
         if gone and takes_over and any(map(len, part.containers())):
             part.set_adapter(left, bool(left) and tuner.peft_config[left[0]].inference_mode)
+        elif gone and not takes_over and left and part.has(left[0]):
+            waiting.append(key)
+    if gone and left and active:
+        rest = f", but not its {listed(waiting)}, until set_adapter({left[0]!r})" if waiting else ""
+        warn(f"Adapter {adapter_name!r} was active; {left[0]!r} is now{rest}.")
     method.forget_shared(adapter_name)
     tuner._active = left
     method.removed(adapter_name)
@@ -163,7 +167,16 @@ def _is_shared(layer: AdapterLayer, shared: set[int]) -> bool:
 
 def _kept_alike(tuner: Adapters, tied: Sequence[str], names: Sequence[str] | None) -> bool:
     """Whether these adapters change the modules tied to the input embedding, and keep them the same."""
-    there = [tuner.model.get_submodule(live_key(tuner.model, key)) for key in tied]
-    names = _names_or_active(tuner, names)
-    here = {name for layer in there if isinstance(layer, AdapterLayer) for name in names if layer.has(name)}
-    return bool(here) and all(getattr(tuner.peft_config[name], "ensure_weight_tying", False) for name in here)
+    names, stacks = _names_or_active(tuner, names), set[tuple[Any, ...]]()
+    for key in tied:
+        layer: Any = tuner.model.get_submodule(live_key(tuner.model, key))
+        if isinstance(layer, ModulesToSaveWrapper) and layer.active_adapters:
+            return False  # what is trained in full takes their place
+        layer, stack = held(layer), []
+        while isinstance(layer, AdapterLayer):
+            stack += [(layer.parameter_name, name) for name in names if layer.has(name)]
+            layer = layer.base_layer
+        stacks.add(tuple(stack))
+    here = {name for stack in stacks for _, name in stack}
+    configs = [tuner.peft_config[name] for name in here]
+    return len(stacks) == 1 and here != set() and all(getattr(c, "ensure_weight_tying", False) for c in configs)

@@ -10,7 +10,7 @@ from torch import nn
 from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
-from peft.core.wrappers import layer_of, unwrapped
+from peft.core.wrappers import TrainableTokensWrapper, hand_over_hooks, layer_of
 
 L = TypeVar("L", bound=AdapterLayer)
 
@@ -60,13 +60,16 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def put_back(model: nn.Module, key: str, module: nn.Module | None) -> None:
-    """Puts `module` in place of the part called `key`."""
+    """Puts `module` in place of the part called `key`, with the hooks that somebody has put on that."""
     parent, _, name = key.rpartition(".")
-    owner: Any = unwrapped(model.get_submodule(parent))
+    owner: Any = layer_of(model.get_submodule(parent))
     if module is None:
         del owner._modules[name]
-    else:
-        setattr(owner, name, module)
+        return
+    for holder in dict.fromkeys((layer_of(owner._modules[name]), owner._modules[name])):
+        if isinstance(holder, (Part, TrainableTokensWrapper)):
+            hand_over_hooks(holder, module)
+    setattr(owner, name, module)
 
 
 def live_key(model: nn.Module, key: str) -> str:

@@ -5,13 +5,17 @@ The former have no part in the names that tensors have in files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 #: where such a module keeps what it is around
 _INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+#: where a module has its hooks, and what it notes about them
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "_hooks" in name and value is not None)
 
 
 class AuxiliaryTrainingWrapper:
@@ -78,6 +82,41 @@ def _inside(module: nn.Module) -> nn.Module | None:
         if name in modules:
             return modules[name]
     return None
+
+
+def share_hooks(module: nn.Module, copied: nn.Module) -> None:
+    """Lets a copy of a module act with the hooks of that, as long as these are there."""
+    own = dict(module.named_modules())
+    for name, twin in copied.named_modules():
+        hooks = {kind for kind in _HOOKS if "state_dict" not in kind}  # those know which module they are of
+        if any(vars(twin)[kind] for kind in hooks):
+            vars(twin).update({kind: vars(own[name])[kind] for kind in hooks})
+
+
+class _FormerHook:
+    """A hook of a module that another has taken the place of, there until somebody removes it."""
+
+    def __init__(self, hooks: Mapping[str, Any], kind: str, key: int):
+        self.hooks, self.kind, self.key = hooks, kind, key
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hook = self.hooks[self.kind].get(self.key)
+        return None if hook is None else hook(*args, **kwargs)
+
+
+def hand_over_hooks(module: nn.Module, to: nn.Module) -> None:
+    """Lets the hooks of a module act on the one that takes its place; who can remove them still can."""
+    hooks, after = {kind: vars(module)[kind] for kind in _HOOKS}, vars(to)
+    for hook in hooks["_load_state_dict_pre_hooks"].values():
+        if hook.with_module:
+            hook.module = weakref.ref(to)
+    if hooks["_backward_hooks"]:
+        after["_is_full_backward_hook"] = module._is_full_backward_hook
+    if not any(after[kind] for kind in _HOOKS):
+        after.update(hooks)
+        return
+    for kind, there in hooks.items():
+        after[kind].update({k: hook if hook is True else _FormerHook(hooks, kind, k) for k, hook in there.items()})
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, Any, str]:

@@ -22,7 +22,7 @@ from peft.core.combine import (
 )
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.slots import Slot
+from peft.core.slots import Setting, Slot
 from peft.core.targets import ends_with, matching_entry
 from peft.core.tuner import BaseTuner
 from peft.ops.merging import task_arithmetic
@@ -60,22 +60,27 @@ class IA3Layer(AdapterLayer):
     ia3_l = Slot()
     label = "{kind}"
 
-    def __init__(self, base_layer: nn.Module, parameter_name: str | None = None, is_feedforward: bool = False):
-        super().__init__(base_layer, parameter_name)
-        self.is_feedforward = is_feedforward
+    #: adapter -> whether it scales the input
+    scales_input = Setting[bool]()
 
-    def create(self, name: str, config: IA3Config) -> None:
-        size = self.op.input_size(self.get_base_layer()) if self.is_feedforward else self.out_features
+    @property
+    def is_feedforward(self) -> bool:
+        """Whether the first adapter here scales the input."""
+        return next(iter(self.scales_input.values()), False)
+
+    def create(self, name: str, config: IA3Config, is_feedforward: bool = False) -> None:
+        self.scales_input[name] = is_feedforward
+        size = self.op.input_size(self.get_base_layer()) if is_feedforward else self.out_features
         if isinstance(self.op, ConvOp):
             shape = (1, size, *[1] * len(self.get_base_layer().kernel_size))
         else:
-            shape = (1, size) if self.is_feedforward else (size, 1)
+            shape = (1, size) if is_feedforward else (size, 1)
         start = torch.ones(shape) if config.init_ia3_weights else torch.randn(shape)
         self.ia3_l[name] = nn.Parameter(start)
 
     def change(self, name: str) -> ScaleInput | ScaleOutput:
         scale = self.ia3_l[name].flatten()
-        return ScaleInput(scale) if self.is_feedforward else ScaleOutput(scale)
+        return ScaleInput(scale) if self.scales_input[name] else ScaleOutput(scale)
 
 
 class IA3Method(Method):
@@ -92,9 +97,8 @@ class IA3Method(Method):
             both = {name for name in targets if ends_with(name, usual)} | {n for n in usual if ends_with(n, targets)}
             config.feedforward_modules, config.target_modules = both, targets | both
 
-    def make_layer(self, config: IA3Config, target: nn.Module, parameter_name: str | None, key: str) -> IA3Layer:
-        name = key if parameter_name is None else f"{key}.{parameter_name}"
-        return IA3Layer(target, parameter_name, matching_entry(config.feedforward_modules, name) is not None)
+    def layer_settings(self, config: IA3Config, key: str) -> dict[str, Any]:
+        return {"is_feedforward": matching_entry(config.feedforward_modules, key) is not None}
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Adds an adapter whose vectors are the weighted sums of those of others; it is not active yet.
@@ -109,13 +113,21 @@ class IA3Method(Method):
             adapter_name: the new adapter's name.
 
         Raises:
-            ValueError: an adapter does not exist, the name is taken, or an adapter is on a bare parameter.
+            ValueError: an adapter does not exist, the name is taken, an adapter is on a bare parameter, or of a module
+                one scales the input and another the output.
         """
         adapters, weights = check_combination(self, adapters, weights, adapter_name)
         configs = [self.configs[name] for name in adapters]
         layers: dict[Any, str] = layers_with(self, adapters)
         config = combined_config(self, adapters, layers)
-        feedforward = [key for layer, key in layers.items() if layer.is_feedforward]
+        sides = {layer: {layer.scales_input[name] for name in adapters if layer.has(name)} for layer in layers}
+        both = next((layers[layer] for layer, those in sides.items() if len(those) > 1), None)
+        if both is not None:
+            raise ValueError(
+                f"Of {both!r}, some of {', '.join(adapters)} scale the input and others the output"
+                " (feedforward_modules), so their vectors have no sum."
+            )
+        feedforward = [key for layer, key in layers.items() if sides[layer] == {True}]
         rule = joined_targets([config.feedforward_modules for config in configs])
         config.feedforward_modules = exact_targets(self.model, feedforward, [rule]) if feedforward else set()
         tensors = {}

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from peft.config import LayerConfig
-from peft.core.layer import AdapterLayer
 from peft.core.method import Method
 from peft.core.targets import check_target_module_exists
 from peft.core.tokens import TrainableTokensLayer
@@ -56,14 +55,23 @@ class TrainableTokensMethod(Method):
     def layer_settings(self, config: TrainableTokensConfig, key: str) -> dict[str, Any]:
         return {"token_indices": config.token_indices}
 
+    def _group(self, config: Any, key: str) -> tuple[str, ...]:
+        tied = tied_embedding_modules(self.model) if config.ensure_weight_tying else []
+        return tuple(tied) if key in tied else ()
+
+    def is_for(self, config: Any, key: str, layer: Any) -> bool:
+        return layer.group == self._group(config, key)
+
     def make_layer(
         self, config: TrainableTokensConfig, target: nn.Module, parameter_name: str | None, key: str
     ) -> TrainableTokensLayer:
-        return TrainableTokensLayer(target)
+        return TrainableTokensLayer(target, group=self._group(config, key))
 
-    def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
-        if isinstance(layer, TrainableTokensLayer) and isinstance(to, TrainableTokensLayer):
-            layer.tie_to(to)
+    def tie(self, layer: Any, to: Any, adapter_name: str) -> None:
+        if not layer.is_tied:
+            bases = (layer.get_base_layer(), to.get_base_layer())
+            around = [other for other in self.tuner.adapter_layers() if other.get_base_layer() in bases]
+            layer.tie_to(to, apart=len(around) > 2)
 
 
 class TrainableTokensModel(
