@@ -22,7 +22,7 @@ def encoder_of(model):
 def step(model) -> None:
     ids = tiny.tokens()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    model(input_ids=ids, labels=ids).loss.backward()
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
     optimizer.step()
 
 
@@ -50,6 +50,7 @@ def test_it_starts_as_the_reference_does_from_the_same_seed():
     torch.testing.assert_close(encoder_of(model).weight.detach(), torch.cat(expected))
 
 
+@tiny.needs_a_bare_past()
 @pytest.mark.parametrize(
     "config",
     [
@@ -156,6 +157,7 @@ def test_starts_that_do_not_fit():
         )
 
 
+@tiny.needs_a_bare_past()
 @pytest.mark.parametrize("safe", [True, False])
 def test_composition(tmp_path, safe):
     models = [cartridge(3, num_frozen_tokens=2), cartridge(4)]
@@ -188,6 +190,7 @@ def test_more_frozen_than_there_are():
         peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, num_frozen_tokens=3)
 
 
+@tiny.needs_a_bare_past()
 def test_models_that_want_another_cache(monkeypatch):
     seen = []
 

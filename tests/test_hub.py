@@ -112,6 +112,7 @@ def test_a_model_by_its_adapter_alone(hub: Hub, tmp_path):
     assert logits(loaded).equal(logits(model))
 
 
+@tiny_models.needs_transformers_5("pushes to the hub that was there when it was imported")
 def test_a_snapshot_of_an_adapter_with_its_tokenizer_is_enough_without_a_network(hub: Hub, tmp_path, monkeypatch):
     tiny_models.llama().save_pretrained(tmp_path / "base")
     model = lora_model()

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from peft.utils import other, transpose
 from torch import nn
 
@@ -26,6 +27,8 @@ NAMES = json.loads(scan_packages.DATA.read_text(encoding="utf-8"))
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_published_packages_use_is_here_or_left_out_on_purpose(name):
+    if name.endswith("get_model_conversion_mapping") and transformers.__version__ < "5":
+        pytest.skip("transformers has no such table yet")
     assert scan_packages.is_here(name) or scan_packages.left_out(name)
 
 

@@ -31,6 +31,7 @@ from tiny_models import (
     fill_adapter,
     gpt2,
     llama,
+    needs_a_bare_past,
     state,
     t5,
     tokens,
@@ -122,7 +123,8 @@ def test_generation_goes_step_by_step(name):
     ids, rest = inputs["input_ids"], told(name, inputs["input_ids"])
     with torch.no_grad():
         for _ in range(4):
-            ids = torch.cat((ids, model(input_ids=ids, **rest).logits[:, -1:].argmax(-1)), dim=1)
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **rest}
+            ids = torch.cat((ids, model(**given).logits[:, -1:].argmax(-1)), dim=1)
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, **GREEDY), ids)
     beams = model.generate(**inputs, max_new_tokens=4, num_beams=2, **GREEDY)
     for row in range(3):
@@ -187,6 +189,7 @@ def test_prefix_in_the_caches_of_generate(cache):
     assert torch.equal(found, expected)
 
 
+@needs_a_bare_past()
 def test_prefix_is_what_attention_has_of_tokens_before():
     """The cache of real tokens as prefix gives what those tokens in the input give."""
     base, ids, words = llama(), tokens(2), tokens(1, 4, seed=3)
@@ -216,6 +219,7 @@ def test_prefix_of_heads_that_are_wider_than_the_model():
     assert model(**inputs).logits.shape == (3, 7, 40)
 
 
+@needs_a_bare_past()
 def test_prefix_in_half_precision_is_trained_in_float32():
     model = adapted("prefix", lambda: llama().to(torch.bfloat16))
     output = model(tokens())

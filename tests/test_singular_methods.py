@@ -26,7 +26,8 @@ def chain(*widths: int, seed: int = 0) -> nn.Sequential:
 
 def saved(model: peft.PeftModel, folder) -> dict[str, Tensor]:
     model.save_pretrained(folder)
-    return load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {key: value.clone() for key, value in tensors.items()}  # old versions of safetensors read no earlier
 
 
 # ---- TinyLoRA

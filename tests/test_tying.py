@@ -182,6 +182,7 @@ def test_an_encoder_decoder_has_one_adapter_on_all_its_embeddings(tmp_path):
     assert merged.lm_head.weight is merged.shared.weight
 
 
+@tiny.needs_transformers_5("has one embedding in several places of T5")
 def test_rows_of_the_embedding_that_a_model_says_it_has_are_those_of_all_it_is_tied_to():
     """It need not be the first of them."""
     base = t5()
@@ -247,14 +248,16 @@ ROWS = {
     "LoRA on the head": (gpt2, ["lm_head"], [1, 2]),
     "LoRA on the head, both named": (lambda: llama(tie_word_embeddings=True), ["q_proj"], {"embed_tokens": [1, 2]}),
     "LoRA on T5's head": (t5, ["lm_head", "q"], {"shared": [1, 2]}),
-    "LoRA on T5's embedding, rows of its places": (t5, ["shared", "k"], {"embed_tokens": [1, 2]}),
     "T5 of one embedding": (t5_of_one_embedding, ["lm_head", "q"], {"shared": [1, 2]}),
     "its second place": (t5_of_one_embedding, ["q"], {"encoder.embed_tokens": [1, 2]}),
 }
 
 
+several_embeddings = tiny.needs_transformers_5("has one embedding in several places of T5")
+
+
 def with_rows(name: str, **fields):
-    build, targets, rows = ROWS[name]
+    build, targets, rows = ROWS.get(name, (t5, ["shared", "k"], {"embed_tokens": [1, 2]}))
     config = LoraConfig(target_modules=targets, trainable_token_indices=rows, init_lora_weights=False, **fields)
     model = get_peft_model(build(), config).eval()
     torch.manual_seed(3)
@@ -270,9 +273,9 @@ def logits_of(model) -> torch.Tensor:
     return model(**inputs).logits
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, pytest.param("rows of its places", marks=several_embeddings)])
 def test_trained_rows_of_tied_modules_keep_the_laws(name, tmp_path):
-    build = ROWS[name][0]
+    build = ROWS.get(name, (t5,))[0]
     base, model = logits_of(build()), with_rows(name)
     out = logits_of(model)
     for _ in range(2):
@@ -308,6 +311,7 @@ ON_T5 = {
 }
 
 
+@several_embeddings
 @pytest.mark.parametrize("what", ON_T5)
 def test_an_embedding_and_its_places_have_adapters_in_any_order_or_none(what):
     shared, places = a_lora(target_modules=["shared"]), a_lora(**ON_T5[what])
@@ -335,6 +339,13 @@ def test_an_embedding_and_its_places_have_adapters_in_any_order_or_none(what):
         assert plain.encoder.embed_tokens.weight is plain.shared.weight
 
 
+def test_rows_of_a_target_are_refused_by_whatever_name():
+    base = t5_of_one_embedding()
+    with pytest.raises(TypeError, match=r"'shared' is in target_modules and .* \(as 'encoder.embed_tokens'\)"):
+        get_peft_model(base, a_lora(target_modules=["shared"], trainable_token_indices={"embed_tokens": [1]}))
+
+
+@several_embeddings
 def test_rows_of_an_embedding_and_lora_on_it_do_without_an_order():
     fields = {"rows": {"trainable_token_indices": [1, 2]}, "lora": {"target_modules": ["shared"]}}
     outs = {}

@@ -183,13 +183,19 @@ def token_rows(config: Any, model: nn.Module) -> dict[str, list[int]]:
     """
     wanted = getattr(config, "trainable_token_indices", None) or {}
     rows = wanted if isinstance(wanted, Mapping) else {input_embedding_name(model): list(wanted)}
+    modules = list(model_modules(model)) if rows else []
+    targets = {id(base_of(module)): key for key, module in modules if check_target_module_exists(config, key)}
     for name, indices in rows.items():
-        found = [(key, module) for key, module in model_modules(model) if ends_with(key, {name})]
+        found = [(key, module) for key, module in modules if ends_with(key, {name})]
         if not found:
             raise ValueError(f"trainable_token_indices names {name!r}, which {type(model).__name__} does not have.")
         for key, module in found:
-            if check_target_module_exists(config, key):
-                raise TypeError(f"{key!r} is in target_modules and in trainable_token_indices; choose one of them.")
+            target = targets.get(id(base_of(module)))
+            if target is not None:
+                other = "" if target == key else f" (as {key!r})"
+                raise TypeError(
+                    f"{target!r} is in target_modules and in trainable_token_indices{other}; choose one of them."
+                )
             if saved_as(key, config.modules_to_save or ()):
                 raise ValueError(
                     f"{key!r} is trained in full (modules_to_save), so trainable_token_indices has nothing to add;"

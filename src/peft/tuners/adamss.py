@@ -114,7 +114,7 @@ class AdamssLayer(AdapterLayer):
         self.adamss_dropped[name], self.adamss_importance[name] = set(), {}
         pairs, rows, self.adamss_newB[name] = subspaces_of(self.with_bias(), config)
         self.adamss_rows[name] = torch.cat(rows)
-        if torch.get_default_device().type == "meta":
+        if torch.empty(0).is_meta:
             pairs = [(down.to("meta"), up.to("meta")) for down, up in pairs]
         self.adamss_A[name] = nn.ParameterList([down for down, _ in pairs])
         self.adamss_B[name] = nn.ParameterList([up for _, up in pairs])
