@@ -12,15 +12,26 @@ from torch import nn
 
 import tiny_models as tiny
 from peft import (
+    AdaLoraConfig,
+    DeloraConfig,
+    GloraConfig,
     HRAConfig,
     IA3Config,
     LilyConfig,
+    LNTuningConfig,
     LoraConfig,
+    PeanutConfig,
+    PsoftConfig,
+    SupertuningConfig,
     TrainableTokensConfig,
+    VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
+    inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.core.layer import AdapterLayer
+from peft.functional import delete_adapter
 
 IDS = torch.arange(3, 15).reshape(2, 6)
 
@@ -131,6 +142,79 @@ def test_merging_keeps_what_one_of_two_tied_modules_has_beside():
     fill(model, "default")
     expected = logits(model)
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_dora_on_tied_modules_keeps_the_lengths_of_each():
+    model = get_peft_model(tiny.gpt2(), LoraConfig(target_modules=["wte", "lm_head"], use_dora=True, r=2)).eval()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    expected = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_of_another_method_in_the_record_of_a_model_are_none_of_this_ones():
+    model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny.llama(), "one")
+    model = inject_adapter_in_model(VeraConfig(target_modules=["v_proj"], r=2), model, "two")
+    model = inject_adapter_in_model(AdaLoraConfig(target_modules=["k_proj"], total_step=5), model, "three")
+    assert list(model.peft_config) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_merged_rows_of_tied_modules_go_with_lora_on_them(injected):
+    def config():
+        return LoraConfig(target_modules=["lm_head", "c_attn"], r=2, trainable_token_indices=[3])
+
+    base = logits(tiny.gpt2())
+    if injected:
+        model = inject_adapter_in_model(config(), tiny.gpt2(), "default").eval()
+    else:
+        model = get_peft_model(tiny.gpt2(), config()).eval()
+    fill(model, "default")
+    for part in reversed([module for module in model.modules() if isinstance(module, AdapterLayer)]):
+        part.merge()
+    delete_adapter(model, "default")
+    assert logits(model).equal(base)
+
+
+# ---- base weights and factors in floats of 8 bits, which are cast when a module is called
+
+
+class CastWhenCalled(nn.Linear):
+    """As under diffusers' layerwise casting: kept in 8 bits, in bfloat16 while it is called."""
+
+    def __call__(self, *args, **kwargs):
+        self.to(torch.bfloat16)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("kind", [GloraConfig, PsoftConfig, LNTuningConfig, DeloraConfig, SupertuningConfig, HRAConfig])
+def test_methods_that_read_a_base_weight_of_8_bits(kind):
+    torch.manual_seed(0)
+    base = nn.Sequential(CastWhenCalled(16, 16).to(torch.float8_e4m3fn))
+    x = torch.randn(3, 16).bfloat16()
+    expected = base(x)
+    model = get_peft_model(base, kind(target_modules=["0"], **({"r": 4} if kind in (HRAConfig, PsoftConfig) else {})))
+    output = model(x)
+    output.float().sum().backward()
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", [LilyConfig, PeanutConfig])
+def test_factors_of_8_bits(kind):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 16).bfloat16())
+    model, x = get_peft_model(base, kind(target_modules=["0"], r=4, init_weights=False)), torch.randn(3, 16).bfloat16()
+    expected = model(x)
+    for module in model.base_model.model[0].modules():
+        if isinstance(module, nn.Linear) and module is not model.base_model.model[0].base_layer:
+            module.to(torch.float8_e4m3fn)
+    torch.testing.assert_close(model(x), expected, atol=0.5, rtol=0.5)
 
 
 # ---- modules that are read

@@ -12,6 +12,7 @@ from peft.config import PeftConfig, check_is_config
 from peft.core.layer import AdapterLayer
 from peft.core.part import UPCAST_DTYPES, Part, as_names, check_adapter_name, known
 from peft.core.tuner import BaseTuner
+from peft.core.unloading import take_out
 from peft.core.walk import layers_of, parts_of
 from peft.errors import warn
 from peft.integrations.transformers import convert_peft_config_for_transformers
@@ -130,6 +131,7 @@ def delete_adapter(
     if tuner is not None:
         tuner.delete_adapter(adapter_name)
         return tuner.active_adapters or None
+    take_out((part for part in parts if isinstance(part, AdapterLayer)), adapter_name)
     for part in parts:
         part.delete_adapter(adapter_name)
     left = [part for part in parts if part.adapter_names()]

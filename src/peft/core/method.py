@@ -42,6 +42,8 @@ class Method:
     unwraps_saved: ClassVar[bool] = True
     #: slots whose tensors have nothing to do in some layers, and get no gradient there
     idle_slots: ClassVar[tuple[str, ...]] = ()
+    #: the PEFT type of its adapters, where others may be injected beside them
+    peft_type: Any = None
     _hooks: tuple[Any, ...] = ()
 
     def __init__(self, tuner: Adapters, layer_class: type[AdapterLayer], prefix: str):
@@ -65,7 +67,8 @@ class Method:
     @property
     def configs(self) -> dict[str, Any]:
         """The configurations of the method's adapters."""
-        return {name: config for name, config in self.tuner.peft_config.items() if self.tuner.method(config) is self}
+        mine = {name: config for name, config in self.tuner.peft_config.items() if self.tuner.method(config) is self}
+        return {name: config for name, config in mine.items() if self.peft_type in (None, config.peft_type)}
 
     # ---- before the first layer
 
@@ -355,6 +358,7 @@ class Adapters(nn.Module):
         """The method of an adapter with this configuration."""
         if not self._methods:
             self._methods[""] = self.method_class(self, self.layer_class, self.prefix)
+            self._methods[""].peft_type = config.peft_type
         return self._methods[""]
 
     def methods(self) -> list[Method]:

@@ -44,7 +44,8 @@ class Rows(Change):
         # They go to their places in the output: that is less than putting them into the weight.
         values, index = self.values.to(y.dtype), self.index
         if op.kind != "Embedding":
-            return y.index_copy(-1, index, F.linear(x.to(y.dtype), values, None if bias is None else bias[index]))
+            bias = None if bias is None else bias[index].to(y.dtype)
+            return y.index_copy(-1, index, F.linear(x.to(y.dtype), values, bias))
         places = torch.full((op.in_features,), -1, device=x.device)
         places[index] = torch.arange(len(index), device=x.device)
         place, padding = places[x], module.padding_idx

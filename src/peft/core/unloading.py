@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -78,6 +78,12 @@ def unmerge_all(tuner: Adapters) -> None:
         layer.unmerge()
 
 
+def take_out(layers: Iterable[AdapterLayer], adapter_name: str) -> None:
+    """Takes an adapter out of all weights, which comes before it is deleted: layers may have rows in common."""
+    for layer in layers:
+        merging.unmerge(layer, [adapter_name])
+
+
 def delete(tuner: Adapters, adapter_name: str) -> None:
     """Takes an adapter out of all parts; if it was the only active one, the first that is left becomes active."""
     method = tuner.method(tuner.peft_config[adapter_name])
@@ -87,6 +93,7 @@ def delete(tuner: Adapters, adapter_name: str) -> None:
     gone, waiting = not left, list[str]()
     if gone and tuner.peft_config:
         left = [next(iter(tuner.peft_config))]
+    take_out(tuner.adapter_layers(), adapter_name)
     for key, part in tuner.parts():
         # A module that the deleted adapter did not train stays as it is, as in huggingface/peft.
         takes_over = isinstance(part, AdapterLayer) or part.has(adapter_name)

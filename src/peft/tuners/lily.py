@@ -15,6 +15,7 @@ from peft.core.method import Method
 from peft.core.plan import Plan
 from peft.core.scale import ScaledLayer
 from peft.core.slots import ModuleSlot, Setting
+from peft.core.storage.flat import weight_of
 from peft.core.targets import matching_entry
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
@@ -86,7 +87,7 @@ class LilyLayer(ScaledLayer):
 
     def mixture(self, name: str, x: Tensor) -> Tensor:
         """What adapter `name` adds to the output, for inputs [..., in]: [..., out]."""
-        a, b, router = (held[name].weight for held in (self.lily_A, self.lily_B, self.lily_router))
+        a, b, router = (weight_of(held[name]) for held in (self.lily_A, self.lily_B, self.lily_router))
         low = F.linear(x.to(a.dtype), a)
         shares = F.linear(low, router).softmax(-1).flatten(0, -2)
         shares = shares.sum(0) / max(len(shares), 1)

@@ -14,6 +14,7 @@ from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.scale import ScaledLayer
 from peft.core.slots import ModuleSlot, Setting
+from peft.core.storage.base import widened
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import product_with
 from peft.registry import PeftType
@@ -69,7 +70,9 @@ class PeanutLayer(ScaledLayer):
     def weights(self, name: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """A, the encoders, and the decoders."""
         modules: Any = [self._modules[slot] for slot in ("peanut_A", "peanut_encoders", "peanut_decoders")]
-        a, encoders, decoders = (list(held[name].parameters()) if name in held else [] for held in modules)
+        a, encoders, decoders = (
+            [widened(p) for p in held[name].parameters()] if name in held else [] for held in modules
+        )
         return a[0], encoders, decoders
 
     def hidden(self, name: str) -> Tensor:
@@ -87,7 +90,7 @@ class PeanutLayer(ScaledLayer):
     def change(self, name: str) -> LowRank:
         a, encoders, decoders = self.weights(name)
         h = self.remembered(lambda: self.hidden(name), a, *encoders, *decoders)
-        return LowRank(h, self.peanut_B[name].weight, self.scaling[name])
+        return LowRank(h, widened(self.peanut_B[name].weight), self.scaling[name])
 
     @classmethod
     def check(cls, config: PeanutConfig, key: str, module: nn.Module, op: BaseOp) -> None:

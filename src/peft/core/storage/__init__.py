@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft.core.storage.base import Storage
+from peft.core.storage.base import Narrow, Storage, widened
 from peft.core.storage.flat import Mastered, Partitioned, Window, check_whole, together
 from peft.core.storage.parametrised import Parametrised, is_parametrised
 from peft.core.storage.quantised import QUANTISED
 from peft.core.storage.sharded import SHARDED
 from peft.core.storage.shared import ALONE, KINDS, kind_of, shape_of, whole
 
-_PLAIN, _PARAMETRISED = Storage(), Parametrised()
+_PLAIN, _NARROW, _PARAMETRISED = Storage(), Narrow(), Parametrised()
 KINDS[:] = SHARDED, Partitioned(), Mastered(), Window()
 
 
@@ -49,7 +49,7 @@ def storage_of(module: nn.Module, name: str) -> Storage:
     is_plain_kind = isinstance(weight, Tensor) and (weight.is_floating_point() or not weight.dim())  # or a count
     if is_plain_kind and not _is_packed(module, weight):
         check_whole(module, name)
-        return _PLAIN
+        return _NARROW if weight.itemsize == 1 else _PLAIN
     raise TypeError(
         f"{type(module).__module__}.{type(module).__name__} holds its weight {name!r} as"
         f" {'nothing' if weight is None else type(weight).__name__}"
@@ -75,7 +75,7 @@ def read_bias(module: nn.Module, name: str | None) -> Tensor | None:
     bias = getattr(module, name, None) if name else None
     if bias is None or not shape_of(bias).numel():  # Transformer Engine's layers have an empty one
         return None
-    return whole(bias)
+    return widened(whole(bias))
 
 
 def is_plain(module: nn.Module, name: str) -> bool:

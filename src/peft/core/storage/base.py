@@ -66,3 +66,18 @@ class Storage:
     def nbytes(self, before: Any) -> int:
         """Memory that `before` holds, in bytes."""
         return before.numel() * before.element_size()
+
+
+class Narrow(Storage):
+    """Plain tensors in floats of 8 bits, which nothing is computed in (diffusers casts layers from and to them)."""
+
+    def read(self, module: nn.Module, name: str) -> Tensor:
+        return widened(super().read(module, name))
+
+    def original(self, module: nn.Module, name: str, before: Any) -> Tensor:
+        return widened(super().original(module, name, before))
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor as it can be computed with: floats of 8 bits in float32."""
+    return tensor.float() if tensor.itemsize == 1 and tensor.is_floating_point() else tensor

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft.core.storage.base import widened
 from peft.core.storage.shared import Shared
 
 #: what to do about a tensor that FSDP1 has cut up
@@ -237,7 +238,7 @@ def _is_freed(tensor: Tensor) -> bool:
 def weight_of(module: Any) -> Tensor:
     """The weight of a module of an adapter that FSDP1 may have made a unit of its own: whole, with gradients."""
     if not _is_unit(module) or module._handle._training_state.name == "SUMMON_FULL_PARAMS":
-        return module.weight
+        return widened(module.weight)
     if module._is_root is not False:
         raise RuntimeError(f"FullyShardedDataParallel has not run yet, or with this module alone: {SUMMON}.")
     return _in_forward(module, lambda: module.weight.clone())

@@ -15,6 +15,7 @@ from peft.core.change import LowRank
 from peft.core.run import is_watched
 from peft.core.scale import ScaledLayer
 from peft.core.slots import ModuleSlot, Setting
+from peft.core.storage.base import widened
 from peft.core.storage.flat import weight_of
 from peft.core.wrappers import unwrapped
 from peft.tuners.lora.config import LoraConfig
@@ -122,7 +123,7 @@ class FactorLayer(ScaledLayer):
         scaling = self.settings["scaling"][name]
         bias = b._parameters.get("bias")
         offset = None if bias is None else bias * scaling
-        down, up = self.flat_factors(_weight(a), _weight(b))
+        down, up = self.flat_factors(widened(_weight(a)), widened(_weight(b)))
         change = LowRank(down, up, scaling, self.dropout_of(name), offset)
         # Somebody wants to see them called; FSDP has done so to bring their weights together.
         if self.op.linear and not (_is_plain(a) and _is_plain(b)):

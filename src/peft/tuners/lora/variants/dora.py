@@ -98,7 +98,8 @@ class Dora(Variant):
         if layer.ledger.originals:
             squares = row_squares(weight)
         else:
-            squares = remember(layer.own_weight, "row squares", lambda: row_squares(weight))
+            key = "row squares", layer.op.kind  # tied modules of two kinds have other rows
+            squares = remember(layer.own_weight, key, lambda: row_squares(weight))
         return _lengths(layer, name, weight, squares)
 
 
