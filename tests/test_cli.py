@@ -186,6 +186,9 @@ def test_every_method_trains(work, tmp_path, method):
     saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert saved["peft_type"] == method
     assert len(losses(tmp_path / "run")) == 2
+    # FRoD draws by values of the base weights
+    estimated = main(words("estimate", work.base, "--length", 16, "--method", name, *NEEDS.get(method, [])))
+    assert estimated == (1 if method == "FROD" else 0)
 
 
 def test_accumulated_gradients_are_those_of_a_large_batch(work, tmp_path):
@@ -266,9 +269,15 @@ def test_the_task_follows_from_the_data(work, tmp_path, capsys, case):
         assert head.shape[0] == (1 if case == "regression" else 2)
 
 
+@pytest.mark.parametrize("task", ["causal-lm", "preference"])
 @pytest.mark.parametrize("optim", ["loraplus", "lorafa", "riemannian", "adafactor"])
-def test_optimizers(work, tmp_path, optim):
-    assert quick(work, tmp_path / "run", "--optim", optim, "--target_modules", "q_proj") == 0
+def test_optimizers(work, tmp_path, optim, task):
+    data = work.data
+    if task == "preference":
+        pytest.importorskip("trl")
+        data = write_records(tmp_path / "data.jsonl", TASKS["preference"][1])
+    options = ("--data", data, "--optim", optim, "--target_modules", "q_proj", "--lr", 0.01)
+    assert quick(work, tmp_path / "run", *options) == 0
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in weights.values())
 

@@ -19,12 +19,6 @@ from importlib.util import find_spec
 from peft.cli.options import COMMANDS, TABLES
 from peft.version import __version__
 
-#: libraries that warn, when they are imported, of things that no user of the command can change; or say an error twice
-NOISY = (
-    "torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects",
-    "datasets.packaged_modules", "bitsandbytes.backends.cpu.ops",
-)  # fmt: skip
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console entry point.
@@ -50,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is said in a way of its own
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
-    for name in NOISY:
+    for name in TABLES.noisy:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return _call(command, rest)

@@ -49,10 +49,8 @@ def run(options: Any, *_: Any) -> int:
         return [json.loads(line)["answer"] for line in said.splitlines()]
 
     before = answers(base)
-    own = [f"--{option}={value}" for option, value in how["train"].items()] + ([] if tiny else ["--data", DATA])
-    own += ["--max-steps", steps, "--eval-steps", max(1, steps // 3), "--max-length", 128, "--device", "cpu"]
-    lora = ["--r", 16, "--lora_alpha", 32, "--target_modules", "all-linear"]
-    _peft("train", "--model", base, *own, *lora, "--output", output, "--overwrite")
+    own = how["train"].split() + ([] if tiny else ["--data", DATA])
+    _peft("train", "--model", base, *own, "--max-steps", steps, "--eval-steps", max(1, steps // 3), "--output", output)
     after = answers(output)
     _peft("merge", output, "--output", merged)
     same = answers(merged) == after

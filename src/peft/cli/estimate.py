@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.cli import models
+from peft.cli.options import explained
 from peft.cli.parse import method_named
 from peft.cli.plan import configure
 from peft.ops.internals import is_fake
@@ -62,18 +63,15 @@ def measure(options: Any, fields: Mapping[str, Any]) -> tuple[Sizes, Sizes]:
         head = base.get_output_embeddings()
         inner = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not head)
         model = get_peft_model(base, configured)
-        try:
-            file = sum(t.numel() * t.element_size() for t in get_peft_model_state_dict(model).values())
-        except NotImplementedError:  # a soft prompt is computed when it is saved
-            file = 0
     trains = [p for p in model.parameters() if p.requires_grad]
-    own, trainable = sum(p.numel() * p.element_size() for p in trains), sum(p.numel() for p in trains)
-    held, peak = _trained(model, options, length)
+    own, trainable = sum(p.nbytes for p in trains), sum(p.numel() for p in trains)
+    with explained(f"--method {options.method} needs values, which an estimate has none of", of=RuntimeError):
+        held, peak, file = _trained(model, options, length)
     weights = everything * dtype.itemsize
     kept = (weights + (inner * (quantised - dtype.itemsize) if quantised else 0)) / options.processes
     parts = {"base weights": kept, "adapter": own, "gradients": own, "optimizer (AdamW)": 2 * own}
     parts["activations and loss"] = peak - held
-    facts = {"trainable": trainable, "parameters": everything + trainable, "file": file or own, "length": length}
+    facts = {"trainable": trainable, "parameters": everything + trainable, "file": file, "length": length}
     return parts, {**facts, "peak": peak - weights + kept}
 
 
@@ -98,22 +96,24 @@ class Live(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool and is_fake(args[0]):
-            return False  # transformers 4.57 asks whether a mask is of ones only
+        if func is torch.ops.aten._local_scalar_dense.default and not args[0].is_floating_point() and is_fake(args[0]):
+            return False  # whether a mask is of ones only, which transformers 4.57 asks; the largest number of a task
         found = func(*args, **(kwargs or {}))
         self.note(*tree_leaves(found))
         return found
 
 
-def _trained(model: Any, options: Any, length: int) -> tuple[int, int]:
-    """(bytes that are there between two steps of training, bytes at the peak)"""
+def _trained(model: Any, options: Any, length: int) -> tuple[int, int, int]:
+    """(bytes that are there between two steps of training, bytes at the peak, bytes of the adapter when it is saved)"""
     from accelerate.utils import convert_outputs_to_fp32
 
     live, forward = Live(), model
+    numbered = not {"num_tasks", "n_tasks"}.isdisjoint(vars(model.active_peft_config))
     if options.dtype == "bfloat16" or (options.dtype == "float16" and options.device != "cpu"):  # as Trainer does
         forward = convert_outputs_to_fp32(torch.autocast("cpu", getattr(torch, options.dtype))(model))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu").train()
+        for module in model.train().modules():  # each once, where several layers share one
+            module.to_empty(device="cpu", recurse=False)
         model.get_base_model().tie_weights()
         if options.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -124,7 +124,8 @@ def _trained(model: Any, options: Any, length: int) -> tuple[int, int]:
             for _ in range(2):  # the optimizer has its moments in the second
                 ids = torch.zeros(options.batch_size, length, dtype=torch.long)
                 # With a mask, as padded texts have one; attention repeats keys and values of groups then.
-                forward(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+                tasks = {"task_ids": ids[:, 0]} if numbered else {}
+                forward(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, **tasks).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    return live.now, live.peak
+        return live.now, live.peak, sum(t.nbytes for t in get_peft_model_state_dict(model).values())

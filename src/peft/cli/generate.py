@@ -72,19 +72,15 @@ def write(model: Any, tokenizer: Any, asked: Any, options: Any) -> str:
         asked: a text, or messages with `role` and `content`.
         options: how to draw; with `prompts`, nothing is printed.
     """
-    library, chat = models.transformers(), not isinstance(asked, str)
+    library, chat, answers = models.transformers(), not isinstance(asked, str), model.config.is_encoder_decoder
     text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) if chat else asked
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    inputs.pop("token_type_ids", None)
-    answers, hot = model.config.is_encoder_decoder, options.temperature > 0
-    draw = {"temperature": options.temperature, "top_k": options.top_k} if hot else {}
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, return_token_type_ids=False)
     streamer = library.TextStreamer(tokenizer, skip_prompt=chat or answers, skip_special_tokens=True)
     torch.manual_seed(options.seed)
-    model.eval()
-    with torch.no_grad():
-        tokens = model.generate(
-            **inputs, **draw, do_sample=hot, max_new_tokens=options.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-            streamer=None if options.prompts else streamer,
-        )[0]  # fmt: skip
+    tokens = model.generate(
+        **inputs.to(model.device), do_sample=options.temperature > 0, temperature=options.temperature,
+        top_k=options.top_k, max_new_tokens=options.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+        streamer=None if options.prompts else streamer,
+    )[0]  # fmt: skip
     start = inputs["input_ids"].shape[1] if chat and not answers else 0
     return tokenizer.decode(tokens[start:], skip_special_tokens=True)

@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -122,13 +121,10 @@ def _convert(path: Path, folder: Path) -> None:
     with explained(f"{path} cannot be converted"):
         tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
         read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
-    config = deepcopy(read.config)
-    vars(config).pop("quantization_config", None)  # it says that it is quantised, and is not
-    model = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
+    read.hf_quantizer = None  # it says that it is quantised, and is not
+    vars(read.config).pop("quantization_config", None)
     with made_once(folder) as unfinished:
-        model.save_pretrained(unfinished)
+        read.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,16 +28,16 @@ class Format(NamedTuple):
     """A kind of record.
 
     Attributes:
+        fields: what a record has to have, which tells it.
         tasks: what it is for; the first where the user names none.
-        fields: what a record has to have.
-        read: the record as the encoder of its task takes it; by default with these fields alone.
+        read: name of what reads a record as the encoder of its task takes it; by default with these fields alone.
         also: what it may have.
     """
 
-    tasks: tuple[str, ...]
-    fields: tuple[str, ...]
-    read: Callable[[Row], dict[str, Any]] | None = None
-    also: tuple[str, ...] = ()
+    fields: Sequence[str]
+    tasks: Sequence[str]
+    read: str | None = None
+    also: Sequence[str] = ()
 
 
 def turns_of(value: Any) -> list[Message]:
@@ -102,18 +102,8 @@ KINDS |= {"tokens": (list[str], "a list of words"), "label": (str | int | float 
 KINDS |= {"history": (list[tuple[str, str]], "a list of pairs of texts")}
 LABELS = (list[str] | list[int], "a list, one for each word")
 
-#: by the fields that tell them, the most telling first
-FORMATS = (
-    Format(("preference",), ("chosen", "rejected"), _preference, ("prompt", "messages", "instruction", "input")),
-    Format(("chat",), ("messages",), _conversation, ("system",)),
-    Format(("chat",), ("instruction", "output"), _alpaca, ("input", "system", "history")),
-    Format(("causal-lm", "seq2seq", "chat"), ("prompt", "completion"), _answer),
-    Format(("token-classification",), ("tokens", "label"), _tagged),
-    Format(("image-classification",), ("image", "label")),
-    Format(("speech",), ("audio", "text")),
-    Format(("classification", "regression"), ("text", "label")),
-    Format(("causal-lm",), ("text",)),
-)
+READERS = {read.__name__: read for read in (_preference, _conversation, _alpaca, _answer, _tagged)}
+FORMATS = [Format(**row) for row in TABLES.formats]
 
 
 def read_records(sources: Sequence[str]) -> list[Record]:
@@ -292,7 +282,7 @@ def _read(kind: Format, where: str, row: dict[str, Any], task: str | None) -> di
     number = str(row.get("task_id", 0))
     refuse(not number.isdecimal(), f"{where}: field 'task_id' has to be a number from 0 on, got {number}")
     with explained(f"{where}: {' with '.join(map(repr, kind.fields))}"):
-        read = kind.read(row) if kind.read else {name: row[name] for name in kind.fields}
+        read = READERS[kind.read](row) if kind.read else {name: row[name] for name in kind.fields}
         if task == "chat" and "prompt" in read:
             read = _asked((read["prompt"], read["completion"]))
         said = [turn["content"] for turn in read.get("messages", ()) if turn["role"] == "assistant"]

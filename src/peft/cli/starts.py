@@ -27,16 +27,12 @@ def data_driven(base: Any, plan: Any, collator: Any, out: Any) -> Any:
         peft.initialize_lora_eva_weights(model, batches)
         return model
 
-    learns = start == "lora_ga"
-
     def over() -> None:
         for batch in tqdm(batches, start, leave=False, disable=not out.is_terminal or out.quiet):
-            with torch.set_grad_enabled(learns):
-                loss = base(**{name: value.to(base.device) for name, value in batch.items()}).loss
-            if learns:
+            loss = base(**{name: value.to(base.device) for name, value in batch.items()}).loss
+            if loss.requires_grad:  # LoRA-GA looks at gradients, CorDA at inputs alone
                 loss.backward()
 
-    if learns:
-        config.lora_ga_config = config.lora_ga_config or peft.LoraGAConfig()
-    (peft.preprocess_loraga if learns else preprocess_corda)(base, config, over)
+    look = peft.preprocess_loraga if start == "lora_ga" else preprocess_corda
+    look(base, config, over)
     return peft.get_peft_model(base, config)

@@ -116,8 +116,6 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
         model.enable_input_require_grads()
     if plan.trainer.__module__.startswith("transformers"):
         more["data_collator"] = collator
-    if options.optim in OPTIMIZERS:
-        more["optimizers"] = (_optimizer(model, plan), None)
     callbacks: list[Any] = [Watch(out, checkpoint)]
     if getattr(options, "patience", None):
         callbacks.append(library.EarlyStoppingCallback(options.patience))
@@ -126,6 +124,8 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
         processing_class=plan.tokenizer, callbacks=callbacks, **more,
     )  # fmt: skip
     trainer.remove_callback(library.PrinterCallback)
+    if options.optim in OPTIMIZERS:  # of the model that has its adapter now, whoever has put that on
+        trainer.optimizer = _optimizer(trainer.model, plan)
     trainable, everything = trainer.model.get_nb_trainable_parameters()
     share = f"{100 * trainable / everything:.2f} %"
     out.print(f"{trainable:,} of {everything:,} parameters train ({share}), on {arguments.device}")
@@ -133,13 +133,9 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
 
 
 def fit(trainer: Any, checkpoint: str | None = None) -> None:
-    """Trains, and saves the adapter."""
+    """Trains, and saves the adapter, to the hub too if that is wanted."""
     trainer.train(resume_from_checkpoint=checkpoint)
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    model.get_base_model().config.use_cache = True
     trainer.save_model()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
 
 
 def _optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
