@@ -333,6 +333,12 @@ def test_text_becomes_the_type_of_the_option(line, name, value):
     assert type(found) is type(value) or isinstance(value, int)
 
 
+@pytest.mark.parametrize("text", ["", " a ", "# a", "'a'", "[a", "5", "true", "~", "{}", "a: b"])
+def test_a_text_stays_as_it_stands(text):
+    options, _, _ = read("generate", ["adapter", "--prompt", text])
+    assert options.prompt == text
+
+
 def test_a_name_is_that_of_the_method_then_of_the_command_then_of_the_trainer():
     from transformers import TrainingArguments
 

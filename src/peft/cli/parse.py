@@ -238,11 +238,13 @@ def _value(kind: Any, words: list[str]) -> Any:
 def _loaded(word: str) -> Any:
     from jsonargparse import get_loader
 
+    if word.lower() in ("none", "null"):
+        return None
     try:
-        value = None if word.lower() == "none" else get_loader("yaml")(word)
+        value = get_loader("yaml")(word)
     except yaml.YAMLError:
         return word
-    return word if isinstance(value, str) else value  # with its quotes and blanks
+    return word if value is None or isinstance(value, str) else value  # a text with its quotes, blanks and signs
 
 
 def _read_yaml(path: str, option: str) -> Values:
