@@ -204,9 +204,8 @@ class AdapterLayer(AdaptedModule):
 
     def _fixed(self, name: str) -> list[tuple[str, Tensor]]:
         """The fixed tensors of an adapter, by slot."""
-        slots = [slot for slot in self.own_slots if not self.slots[slot].trained]
-        held: Any = self._modules
-        fixed = ((slot, held[slot][name]) for slot in slots if name in held[slot])
+        held: dict[str, Any] = {slot: self._modules[slot] for slot in self.own_slots if not self.slots[slot].trained}
+        fixed = ((slot, entries[name]) for slot, entries in held.items() if name in entries)
         return [(slot, entry) for slot, entry in fixed if isinstance(entry, Tensor)]
 
     def restore_base(self, before: Any) -> None:

@@ -158,18 +158,14 @@ class Method:
     def make_shared(self, plan: Plan, config: Any, adapter_name: str) -> None:
         """Makes what the layers of an adapter share, on the device of the base, and works out the place of each.
 
-        What a file is about to bring may be made without memory.
+        What a file is about to bring, all of it, may be made without memory.
         """
         self.note_plan(plan, config)
         if not self.shared or not plan.targets:
             return
+        plan.waits_for_file &= all(self.slot(name).is_stored(config, name) for name in self.shared)
         with torch.device("cpu"):  # also where the adapter itself is made without memory: it may not be in the file
             made = self.share(plan, config, adapter_name)
-            if plan.waits_for_file and any(
-                _is_blank(made[name]) and not self.slot(name).is_stored(config, name) for name in made
-            ):
-                plan.waits_for_file = False
-                made = self.share(plan, config, adapter_name)
         device = place_of(plan.targets[0].base)[0]
         for name, value in made.items():
             slot = self.slot(name)
