@@ -13,13 +13,8 @@ from peft.core.part import Part, as_names
 from peft.core.routing import BASE, Route, join_rows, select_rows
 from peft.core.slots import ModuleSlot
 from peft.core.storage.shared import whole_copy
-from peft.core.wrappers import (
-    AuxiliaryTrainingWrapper,
-    TrainableTokensWrapper,
-    get_submodules,
-    share_hooks,
-    state_names,
-)
+from peft.core.walk import parts_of
+from peft.core.wrappers import AuxiliaryTrainingWrapper, get_submodules, layer_of, share_hooks, state_names
 from peft.errors import warn
 
 
@@ -130,23 +125,17 @@ class ModulesToSaveWrapper(Part, AuxiliaryTrainingWrapper):
 
 def _without_adapters(module: nn.Module) -> Any:
     """The module of the base model that is left of one with parts of other adapters in it, or around it."""
-    for path, part in reversed([*module.named_modules()]):
+    holder = nn.ModuleDict({"left": module})
+    for path, part in reversed(parts_of(holder)):
+        for name in part.merged_adapters:
+            part.delete_adapter(name)  # takes it out of the weight
         place, _, child = path.rpartition(".")
-        if isinstance(part, TrainableTokensWrapper):
-            left: Any = part.token_adapter  # which is the plain module by now
-        elif isinstance(part, Part):
-            for name in part.merged_adapters:
-                part.delete_adapter(name)  # takes it out of the weight
-            left = part.unload(merge=False)
+        children, left = layer_of(holder.get_submodule(place))._modules, part.unload(merge=False)
+        if left is None:
+            del children[child]
         else:
-            continue
-        if not path:
-            module = left
-        elif left is None:
-            del module.get_submodule(place)._modules[child]
-        else:
-            setattr(module.get_submodule(place), child, left)
-    return module
+            children[child] = left
+    return holder["left"]
 
 
 def save_modules(model: nn.Module, keys: Mapping[str, str], adapter_name: str, tied: Sequence[str] = ()) -> None:

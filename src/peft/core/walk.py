@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from peft.core.auxiliary import ModulesToSaveWrapper
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
 from peft.core.wrappers import TrainableTokensWrapper, hand_over_hooks, layer_of
@@ -44,8 +43,8 @@ def live_modules(model: nn.Module, copies: bool = True) -> Iterator[tuple[str, n
         children = module._modules
         if isinstance(module, AdapterLayer):
             children = {"base_layer": children["base_layer"]}
-        elif isinstance(module, ModulesToSaveWrapper) and not copies:
-            children = {"original_module": module.original_module}
+        elif not copies and (inner := getattr(type(module), "holds", "")):
+            children = {inner: module._modules[inner]}
         if children:
             prefix = f"{path}." if path else ""
             waiting += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
@@ -77,7 +76,7 @@ def live_key(model: nn.Module, key: str) -> str:
     module, path = model, []
     for name in key.split(".") if key else ():
         while isinstance(module, Part):
-            path.append("original_module" if isinstance(module, ModulesToSaveWrapper) else "base_layer")
+            path.append(getattr(type(module), "holds", "base_layer"))
             module = module.wrapped
         module = getattr(module, name)
         path.append(name)
