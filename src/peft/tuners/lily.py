@@ -90,9 +90,9 @@ class LilyLayer(ScaledLayer):
         a, b, router = (weight_of(held[name]) for held in (self.lily_A, self.lily_B, self.lily_router))
         low = F.linear(x.to(a.dtype), a)
         shares = F.linear(low, router).softmax(-1).flatten(0, -2)
-        shares = shares.sum(0) / max(len(shares), 1)
+        shares = shares.sum(0) * (self.scaling[name] / max(len(shares), 1))
         mixed = (shares.to(b.dtype) @ b.view(len(shares), -1)).view(len(a), -1)
-        return low @ mixed.to(low.dtype) * self.scaling[name]
+        return low @ mixed.to(low.dtype)
 
 
 class LilyMethod(Method):
