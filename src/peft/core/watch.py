@@ -92,7 +92,11 @@ class Watch:
 
         self._handles = [tensor.register_hook(goes_back) for tensor in tensors]
         for _, part in parts:
-            self._handles += [p.register_hook(partial(note, id(part))) for p in _trained_parameters(part)]
+            noted = partial(note, id(part))
+            for parameter in _trained_parameters(part):
+                # Under checkpointing, torch 2.4 calls the second alone; autograd.grad() the first alone.
+                self._handles.append(parameter.register_hook(noted))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(noted))
 
     def _report_gradients(self, tuner: Adapters) -> None:
         dead = [key for key, part in _trained_parts(tuner) if id(part) not in (self._reached or ())]
