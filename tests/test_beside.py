@@ -238,6 +238,7 @@ def test_an_inactive_layer_around_another_hides_nothing_from_who_reads_the_weigh
     torch.testing.assert_close(model.eval()(x), expected)
 
 
+@tiny.needs_transformers_5("calls that layer")
 def test_what_can_be_no_weight_is_refused_where_that_is_read():
     small = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=20)
     base = transformers.MambaForCausalLM(small).eval()
@@ -316,7 +317,7 @@ def test_hooks_stay_with_the_module_that_is_left(kind, when, how):
         handles.append(embedding.register_forward_hook(lambda *_: seen.append(name)))
         handles.append(embedding.register_forward_pre_hook(lambda *_: seen.append(name), with_kwargs=True))
         handles.append(embedding.register_full_backward_hook(lambda *_: seen.append(name)))
-        handles.append(embedding.register_load_state_dict_pre_hook(lambda module, *_: seen.append((name, module))))
+        handles.append(embedding._register_load_state_dict_pre_hook(lambda m, *_: seen.append((name, m)), with_module=True))
         model.enable_input_require_grads()
 
     if "before" in when:
