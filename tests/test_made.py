@@ -13,6 +13,7 @@ from torch import nn
 
 import peft
 import test_conformance as conformance
+import tiny_models as tiny
 from peft.ops.dropout import draw_mask, mask_factors
 from peft.ops.matrix import product_with
 from peft.ops.principal import principal_factors
@@ -135,6 +136,33 @@ def test_adapters_that_are_offloaded_with_the_model(method, kind):
     cpu_offload(other, torch.device("cpu"))
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(other(x, adapter_names=names), mixed)
+
+
+@over("beside", [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["mlp"]}, {"trainable_token_indices": [1, 2]}])
+def test_what_is_trained_beside_on_a_model_that_is_offloaded(beside, tmp_path):
+    ids = tiny.tokens()
+    model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["q_proj"], r=2, **beside)).eval()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = model(ids).logits
+    model.save_pretrained(tmp_path / "one")
+    base = tiny.llama()
+    cpu_offload(base, torch.device("cpu"))
+    before = {name: value.clone() for name, value in tiny.llama().state_dict().items()}
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "one", is_trainable=True).eval()
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    assert sum(p.requires_grad for p in loaded.parameters()) == sum(p.requires_grad for p in model.parameters())
+    optimiser = torch.optim.SGD([p for p in loaded.parameters() if p.requires_grad], lr=0.1)
+    loaded(ids).logits.square().sum().backward()
+    assert all(p.grad is not None for p in loaded.parameters() if p.requires_grad)
+    optimiser.step()
+    loaded.save_pretrained(tmp_path / "two")
+    again = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "two").eval()
+    trained = loaded(ids).logits
+    torch.testing.assert_close(trained, again(ids).logits)
+    assert all(base.model.norm._hf_hook.weights_map.dataset[name].equal(value) for name, value in before.items())
+    torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, trained, rtol=1e-4, atol=1e-4)
 
 
 @over("config", [peft.LoraConfig(r=2), peft.LoraConfig(r=2, use_dora=True)], ids=repr)

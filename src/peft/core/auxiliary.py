@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,11 +53,6 @@ class ModulesToSaveWrapper(Part, AuxiliaryTrainingWrapper):
         copied = _without_adapters(copied).requires_grad_(False)
         if tied_module is not None:
             copied.weight = tied_module.weight
-        # Hooks (of accelerate, say) belong to the original's place in the model.
-        if hasattr(self.original_module, "_hf_hook"):
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(copied, copy.copy(self.original_module._hf_hook))
         self.modules_to_save[adapter_name] = copied
 
     def check_active(self, names: Sequence[str]) -> None:

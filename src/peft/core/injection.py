@@ -319,7 +319,7 @@ class Injector(Adapters):
     def _freeze_base(self, before: Before) -> None:
         """Freezes the base model when its first adapter comes; what is trained of it later on is its owner's choice."""
         if not any(part.adapter_names() for _, part in before.parts):
-            for parameter, _ in before.trained:
+            for _, parameter in base_parameters(self.model):
                 parameter.requires_grad = False
 
     def _join_in(self, before: Before, adapter_name: str) -> None:

@@ -133,7 +133,7 @@ class TrainableTokensLayer(AdapterLayer):
     def create(self, name: str, config: Any, token_indices: Sequence[int] = ()) -> None:
         if self.is_tied:
             return
-        weight = self.get_base_weight()
+        weight = self.original_weight()
         outside = [index for index in token_indices if not -weight.shape[0] <= index < weight.shape[0]]
         if outside:
             raise IndexError(f"Token index {outside[0]} is out of range for an embedding of {weight.shape[0]} tokens.")

@@ -17,9 +17,9 @@ from peft.errors import warn
 def tied_embedding_modules(model: Any) -> list[str]:
     """Names of the modules that share the input embedding's weight, the embedding first; empty if none does."""
     embedding = embeddings_of(model)
-    if embedding is None or not hasattr(embedding, "weight"):
+    weight = None if embedding is None else _plain_weight(embedding)
+    if weight is None:
         return []
-    weight = _plain_weight(embedding)
     tied = [key for key, module in model_modules(model) if key and _plain_weight(module) is weight]
     first = input_embedding_name(model)
     return sorted(tied, key=lambda key: key != first) if len(tied) > 1 else []

@@ -182,7 +182,24 @@ def whole_copy(module: nn.Module) -> nn.Module:
             wholes[parameter] = nn.Parameter(whole(parameter).detach(), parameter.requires_grad)
         if parameter in wholes:
             values[plain_name(name)] = wholes[parameter]
-    return copy.deepcopy(rebuilt(module, values) if values else module)
+    hooks: list[Any] = [vars(inner).get("_hf_hook") for inner in module.modules()]
+    hooks = [hook for hook in hooks if getattr(hook, "offload", False)]
+    kept = {id(held): held for hook in hooks for held in (hook.weights_map, hook.tied_params_map)}
+    copied = copy.deepcopy(rebuilt(module, values) if values else module, kept)
+    for inner in copied.modules() if hooks else ():
+        _bring_in(inner)
+    return copied
+
+
+def _bring_in(module: Any) -> None:
+    """Brings the tensors of a copied module that accelerate has offloaded to where it runs, as tensors of its own."""
+    hook: Any = vars(module).get("_hf_hook")
+    if getattr(hook, "offload", False):
+        hook.pre_forward(module)
+        hook.offload = False
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
 #: what those who share a model out leave on its modules
