@@ -317,7 +317,8 @@ def test_hooks_stay_with_the_module_that_is_left(kind, when, how):
         handles.append(embedding.register_forward_hook(lambda *_: seen.append(name)))
         handles.append(embedding.register_forward_pre_hook(lambda *_: seen.append(name), with_kwargs=True))
         handles.append(embedding.register_full_backward_hook(lambda *_: seen.append(name)))
-        handles.append(embedding._register_load_state_dict_pre_hook(lambda m, *_: seen.append((name, m)), with_module=True))
+        noted = lambda module, *_: seen.append((name, module))
+        handles.append(embedding._register_load_state_dict_pre_hook(noted, with_module=True))
         model.enable_input_require_grads()
 
     if "before" in when:

@@ -341,7 +341,7 @@ WRONG = {
     "inspect folder": (1, "adapter_config.json of 'folder' names no method"),
     "merge {one} --model {deep} --output x": (1, "the adapter is not of the model"),
     "merge {one} --model {deep} --by-shard --output x": (
-        1, "the adapter is not of the model" if transformers.__version__ >= "5" else "--by-shard needs transformers 5",
+        *((1, "the adapter is not of the model") if transformers.__version__ >= "5" else (2, "--by-shard needs")),
     ),
     "resize {one} --rank 0 --output x": (2, "rank must be a positive integer, got 0"),
     "generate {bert} --prompt a": (1, "a bert model has no head for causal-lm"),

@@ -136,6 +136,7 @@ def test_a_sharded_weight_gives_what_a_whole_one_gives(method, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("traces_contexts")
 def test_a_penalty_on_the_loss_is_in_the_graph():
     model = get_peft_model(llama(), peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=10)).train()
     batch = {"input_ids": tokens(), "labels": tokens(), "use_cache": False}
