@@ -151,14 +151,14 @@ class Part(nn.Module):
         parameters: list[nn.Parameter] = []
         modules: Any = self._modules
         for slot, kind in self.slots.items():
-            entries: Any = modules.get(slot, ()) if kind.trained else ()
-            if name not in entries:
+            entries = modules.get(slot) if kind.trained else None
+            if entries is None:
                 continue
-            entry = entries[name]
-            if isinstance(entry, nn.Module):
+            entry = entries._modules.get(name)  # looked for here first: asked of every layer in every change of state
+            if entry is not None:
                 parameters += self._own_group(slot, name) if kind.shared else _parameters_of(entry)
-            elif isinstance(entry, nn.Parameter):
-                parameters.append(entry)
+            elif name in entries and isinstance(entries[name], nn.Parameter):
+                parameters.append(entries[name])
         return parameters
 
     def shared_tensor(self, slot: str, name: str) -> Tensor:

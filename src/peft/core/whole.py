@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -19,7 +20,7 @@ from peft.core import merge as merging
 from peft.core.layer import AdapterLayer
 from peft.core.part import Part
 from peft.core.storage.shared import part_of
-from peft.core.undo import as_before, undone_on_error
+from peft.core.undo import undone_on_error
 from peft.core.walk import parts_of
 from peft.errors import warn
 
@@ -82,6 +83,11 @@ def alone(holder: nn.Module) -> Iterator[None]:
         yield
 
 
+#: what says which adapters of a part act, and which are trained
+_STATE = ("_active", "_trained", "_disable_adapters", "_trained_before_disable")
+_state_of = attrgetter(*_STATE)
+
+
 @contextmanager
 def whole(
     holder: Any,
@@ -102,7 +108,7 @@ def whole(
     with alone(holder):
         parts, active = list(parts), holder._active
         # Lists over all parts, and few objects for each: a model may have tens of thousands of them.
-        attributes = [as_before(part) for part in parts]
+        states = [_state_of(part) for part in parts]
         ledgers = [(part, part.ledger.entries, part.ledger.paused) for part in parts if isinstance(part, AdapterLayer)]
         put_back = _entries_of([*held, holder.peft_config, *(_contents_of(parts) if deleted else ())])
         touched = ((part, name) for part in parts for name in _touched(part, names, deleted))
@@ -113,9 +119,9 @@ def whole(
             yield
         except BaseException:
             put_back()
-            for part, give_back in zip(parts, attributes, strict=True):
+            for part, state in zip(parts, states, strict=True):
                 _let_learn(part._trained_before_disable, True)
-                give_back()
+                vars(part).update(zip(_STATE, state, strict=True))
                 _let_learn(part._trained_before_disable, False)
             # When all have theirs: layers around one module merge for each other.
             for layer, entries, paused in ledgers:
