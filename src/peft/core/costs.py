@@ -28,17 +28,16 @@ _WRITING = 45
 
 def low_rank_as_weight(down: Tensor, up: Tensor, rows: int, narrow: int, wide: int) -> bool:
     """Whether W + B A, which has to be made, is faster for `rows` vectors than W and the thin products beside it."""
-    rank, both = len(down), narrow + wide
-    making = (rank + _WRITING) * narrow * wide
     if not torch.is_grad_enabled():
-        return making < rows * rank * both
+        return narrow * wide < rows * (narrow + wide)
     # As factors there are two products forward, two back to the input, and one back to each that is learned. As a
     # weight it is made forward and backward; see `Product.gradients` for the rest.
+    rank, both = len(down), narrow + wide
     a, b = down.requires_grad, up.requires_grad
     a, b = (a, b) if a or b else (True, True)  # what has been trained and loaded is to act as before, to the last bit
     learned, thin = a + b, 2 * both + a * down.shape[1] + b * len(up)
     back = min(learned * rows * rank * both, rows * narrow * wide + learned * rank * narrow * wide)
-    return 2 * making + back < rows * rank * thin
+    return 2 * (rank + _WRITING) * narrow * wide + back < rows * rank * thin
 
 
 def _spectrum(matrix: Spectrum, rows: int, narrow: int, wide: int) -> bool:
