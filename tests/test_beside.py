@@ -136,6 +136,18 @@ def test_each_ia3_says_for_itself_whether_it_scales_the_input():
         model.add_weighted_adapter(["in", "out"], [1.0, 1.0], "sum")
 
 
+def test_combining_in_a_mixed_model_goes_by_the_method_of_the_adapters():
+    model = get_peft_model(tiny.gpt2(), IA3Config(target_modules=["c_fc"], feedforward_modules=[]), "ia3", mixed=True)
+    model.add_adapter("one", LoraConfig(target_modules=["c_attn"], r=2))
+    model.add_adapter("hra", HRAConfig(target_modules=["c_proj"], r=2))
+    model.add_weighted_adapter(["one"], [1.0], "sum", combination_type="linear")
+    assert model.peft_config["sum"].r == 2
+    with pytest.raises(ValueError, match="one method can be combined, not of IA3, LORA"):
+        model.add_weighted_adapter(["one", "ia3"], [1.0, 1.0], "other")
+    with pytest.raises(NotImplementedError, match="HRA cannot be combined"):
+        model.add_weighted_adapter(["hra"], [1.0], "other")
+
+
 def test_merging_keeps_what_one_of_two_tied_modules_has_beside():
     config = LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True, target_parameters=["lm_head.weight"], r=2)
     model = get_peft_model(tiny.gpt2(n_layer=1), config).eval()
@@ -152,6 +164,18 @@ def test_dora_on_tied_modules_keeps_the_lengths_of_each():
     expected = logits(model)
     model.merge_adapter()
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_merged_rows_of_an_embedding_whose_output_layer_has_a_bias():
+    config = LoraConfig(target_modules=["query"], trainable_token_indices=[3], r=2)
+    model = get_peft_model(tiny.bert("BertForMaskedLM"), config).eval()
+    fill(model, "default")
+    expected = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    assert logits(model).equal(expected)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_adapters_of_another_method_in_the_record_of_a_model_are_none_of_this_ones():

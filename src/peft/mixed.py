@@ -31,6 +31,21 @@ class MixedModel(BaseTuner):
             self._methods[name] = made.method_class(self, made.layer_class, made.prefix)
         return self._methods[name]
 
+    def add_weighted_adapter(self, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Combines adapters of one method, as that method does it.
+
+        Raises:
+            ValueError: they are of several methods, or an adapter does not exist.
+            NotImplementedError: adapters of their method cannot be combined.
+        """
+        kinds = {value_of(self.peft_config[name].peft_type) for name in self.check_names(adapters)}
+        if len(kinds) != 1:
+            raise ValueError(f"Adapters of one method can be combined, not of {', '.join(sorted(kinds)) or 'none'}.")
+        method = self.method(self.peft_config[adapters[0]])
+        if not hasattr(method, "add_weighted_adapter"):
+            raise NotImplementedError(f"Adapters of {kinds.pop()} cannot be combined.")
+        return method.add_weighted_adapter(adapters, *args, **kwargs)
+
 
 class PeftMixedModel(PeftModel):
     """A base model with adapters of several methods, each under a name of its own.

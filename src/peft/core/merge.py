@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft.core.adapted import AdaptedModule, Entry, Ledger, apply_to_bias
 from peft.core.base_op import ParameterOp
 from peft.core.change import Change, LowRank, Statistics, bias_with, weight_with
-from peft.core.storage import onloaded, storage_of
+from peft.core.storage import onloaded, read_bias, storage_of
 from peft.core.storage.sharded import is_managed, reshard
 from peft.core.undo import replaced
 
@@ -176,7 +176,8 @@ def _values(base: nn.Module, ledger: Ledger, entries: Sequence[Entry]) -> dict[s
             after = apply(layer, changes, native)
             if after is not native:
                 values[name] = after
-            if bias_name is not None and layer.get_base_bias() is not None:
+            # Of modules that share a weight, one may have no bias.
+            if bias_name is not None and read_bias(base, bias_name) is not None:
                 bias = values[bias_name] if bias_name in values else ledger.original(base, bias_name)
                 changed_bias = apply_to_bias(changes, bias)
                 if changed_bias is not bias and changed_bias is not None:
