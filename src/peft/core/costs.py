@@ -23,7 +23,7 @@ from peft.ops.sparse import Entries
 from peft.ops.wavelets import Wavelets
 
 #: what it takes to write an entry of a matrix beside making it
-_WRITING = 45
+_WRITING = 20
 
 
 def low_rank_as_weight(down: Tensor, up: Tensor, rows: int, narrow: int, wide: int) -> bool:
