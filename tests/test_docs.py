@@ -123,6 +123,10 @@ def run_here(page: Path, folder: Path, monkeypatch) -> None:
 SHORT = sorted([*(ROOT / "docs/tasks").glob("*.md"), ROOT / "docs/data.md", ROOT / "docs/migration.md"])
 
 
+of_the_present = tiny_models.needs_transformers_5("has other names and classes than the pages")
+
+
+@of_the_present
 @pytest.mark.parametrize("page", [page for page in SHORT if script(page).strip()], ids=lambda page: page.stem)
 def test_the_page_of_a_task_runs(page, tmp_path, monkeypatch):
     run_here(page, tmp_path, monkeypatch)
@@ -131,6 +135,7 @@ def test_the_page_of_a_task_runs(page, tmp_path, monkeypatch):
 METHOD_PAGES = sorted(page for page in (ROOT / "docs/methods").glob("*.md") if page.stem != "README")
 
 
+@of_the_present
 @pytest.mark.parametrize("page", METHOD_PAGES, ids=lambda page: page.stem)
 def test_the_page_of_a_method_runs(page, tmp_path, monkeypatch):
     run_here(page, tmp_path, monkeypatch)
