@@ -490,7 +490,8 @@ def test_a_model_made_in_inference_mode_runs(method):
         assert torch.equal(model(x), expected)
         with model.disable_adapter():
             assert not torch.equal(model(x), expected)
-    assert torch.equal(adapted(method, "Linear")(x), expected)
+    with torch.no_grad():  # with gradients, sums may go another way
+        assert torch.equal(adapted(method, "Linear")(x), expected)
 
 
 @over("method", LAYER_METHODS)
