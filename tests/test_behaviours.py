@@ -373,7 +373,7 @@ def test_norms_of_other_packages_are_tuned():
     "config", [LoraConfig(target_modules=["q_proj"], lora_bias=True), peft.BeftConfig(target_modules=["q_proj"])]
 )
 def test_what_has_no_bias_to_be_merged_into_is_warned_of(config):
-    with pytest.warns(PeftWarning, match="merged into them"):
+    with pytest.warns(PeftWarning, match="merged into"):
         get_peft_model(llama(), config)
 
 
