@@ -135,6 +135,10 @@ def test_scales_can_still_be_set(saved):
     assert layer.scaling["default"] is held and held.item() == 2 * half["linear"]
 
 
+newer_torch = pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.4 fails where it traces descriptors")
+
+
+@newer_torch
 @pytest.mark.parametrize("targets", [["linear"], ["conv", "grouped"], ["embed"], TARGETS], ids=str)
 def test_nothing_is_compiled_anew(targets, saved):
     folders = [
@@ -155,6 +159,7 @@ def test_nothing_is_compiled_anew(targets, saved):
             torch.testing.assert_close(output(compiled), wanted, atol=1e-5, rtol=1e-4)
 
 
+@newer_torch
 def test_without_preparation_a_new_scale_is_compiled_anew(saved):
     """So the test above can fail."""
     model = loaded(saved())
