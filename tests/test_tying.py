@@ -322,6 +322,9 @@ def test_an_embedding_and_its_places_have_adapters_in_any_order_or_none(what):
             model.add_adapter("second", copy.deepcopy(second))
         assert [name for name, _ in model.named_modules()] == names
         assert torch.equal(logits_of(model), out)
+        if first is shared:
+            assert vars(model.unload()).keys() == vars(t5()).keys()
+            model = get_peft_model(the_t5(), copy.deepcopy(first), "first").eval()
         model.delete_adapter("first")
         if what == "in full" and first is places:
             continue  # the wrapper stays, and could not be the embedding

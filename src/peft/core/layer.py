@@ -164,6 +164,7 @@ class AdapterLayer(AdaptedModule):
         self.new_record(name, config, own)
         for setting, value in (planned or {}).items():
             self.settings.setdefault(setting, {})[name] = value
+        # `get_default_device()` of torch 2.4 knows nothing of `with torch.device(...)`.
         with replaced(self, "waits_for_file", torch.empty(0).is_meta):
             # Beside a weight without memory, tensors would lose their values at once: they are made without as well.
             with device if device is not None and device.type == "meta" else nullcontext():

@@ -13,6 +13,7 @@ from peft.core.model_config import embeddings_of
 from peft.core.part import Part
 from peft.core.plan import Plan
 from peft.core.targets import base_of, ends_with, model_places
+from peft.core.undo import as_before
 from peft.core.walk import live_modules
 from peft.core.wrappers import TrainableTokensWrapper, held
 
@@ -59,7 +60,7 @@ def unite_embeddings(model: Any, plan: Plan, config: Any, undo: ExitStack) -> No
             f"{apart[0]!r} has the weight of the input embedding, and parts of its own, so an adapter on the input"
             " embedding would not act there: name the same module for both."
         )
-    undo.callback(setattr, model, _UNITED, united)
+    undo.callback(as_before(model))
     setattr(model, _UNITED, [*united, *((holder, name, _base(holder._modules[name])) for _, holder, name in others)])
     for _, holder, name in others:
         undo.callback(holder._modules.__setitem__, name, holder._modules[name])
@@ -109,8 +110,8 @@ def part_embeddings(model: nn.Module, undo: ExitStack) -> None:
     united = model.__dict__.get(_UNITED, [])
     if not united or any(_is_adapted(holder, name) for holder, name, _ in united):
         return
-    undo.callback(setattr, model, _UNITED, united)
-    setattr(model, _UNITED, [])
+    undo.callback(as_before(model))
+    delattr(model, _UNITED)
     for holder, name, module in united:
         undo.callback(holder._modules.__setitem__, name, holder._modules[name])
         module.weight = holder._modules[name].weight
