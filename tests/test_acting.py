@@ -326,6 +326,25 @@ def test_a_model_that_passes_no_gradient_on_is_named():
         model.train()(torch.randn(2, 8))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_that_is_loaded_to_be_trained_and_not_active_is_named_once(method, tmp_path):
+    model = get_peft_model(Parts(), METHODS[method](target_modules=["called"], modules_to_save=["cut"]))
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "second", is_trainable=True)
+    model.load_adapter(tmp_path, "frozen")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model.train()(torch.randn(2, 8)).sum().backward()
+    said = [str(warning.message) for warning in seen if "is not active" in str(warning.message)]
+    assert len(said) == 1 and said[0].startswith("'second' can be trained")
+    model.set_adapter("second")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model(torch.randn(2, 8)).sum().backward()
+    assert not any("is not active" in str(warning.message) for warning in seen)
+
+
 def test_a_model_in_order_is_silent():
     model = get_peft_model(gpt2(), LoraConfig(target_modules=["c_attn"], modules_to_save=["ln_f"]))
     with warnings.catch_warnings():

@@ -82,6 +82,7 @@ class Watch:
                 _warn_of_gradients([key for key, _ in parts])
             self._end(tuner)
             return
+        _warn_of_idle_adapters(tuner)
         reached = self._reached = set()
 
         def note(place: int, grad: Tensor) -> None:
@@ -161,6 +162,21 @@ def _trained_parts(tuner: Adapters) -> list[tuple[str, Part]]:
         and getattr(part, "without_samples", None) != "tokens"
         and any(parameter.is_leaf for parameter in _trained_parameters(part))
     ]
+
+
+def _warn_of_idle_adapters(tuner: Adapters) -> None:
+    parts = [part for _, part in tuner.parts()]
+    idle = {
+        name
+        for part in parts
+        for name in set(part.adapter_names()).difference(tuner.active_adapters)
+        if any(parameter.requires_grad for parameter in part.trainable_parameters(name))
+    }
+    if idle:
+        warn(
+            f"{listed(sorted(map(repr, idle)))} can be trained and gets no gradient, for it is not active: set_adapter()"
+            " makes an adapter active, and set_requires_grad() says which are to be trained."
+        )
 
 
 def _can_be_watched(model: nn.Module) -> bool:
