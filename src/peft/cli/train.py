@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,15 +14,17 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import HfApi
 
 from peft.cli import models
-from peft.cli.options import TABLES, refuse
+from peft.cli.options import TABLES, explained, refuse
 from peft.cli.parse import SETTINGS, settings_of
 from peft.cli.plan import OPTIMIZERS, Plan, prepare
 from peft.cli.plots import loss_curve
 from peft.cli.starts import data_driven
 from peft.cli.tasks import TASKS, collator_for, measures
 from peft.cli.watch import Watch, last_checkpoint
+from peft.hub import push
 
 CURVE = "loss.png"
 
@@ -41,11 +44,17 @@ def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> No
         RuntimeError: an adapter tensor gets no gradient, or the loss is no longer a number.
     """
     output, state, out = Path(options.output), _processes(options), console()
+    given = dict(given)
+    if token := given.pop("hub_token", None):  # the files of a run hold all else that was given, on the hub too
+        os.environ["HF_TOKEN"] = token
     refuse(output.is_file(), f"--output {output} is a file")
     there = any((output / name).exists() for name in (SETTINGS, "adapter_config.json"))
     lost = there and not (options.resume or options.overwrite)
     refuse(lost, f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
     plan = prepare(options, fields, given, out)
+    if plan.arguments.push_to_hub:
+        with explained("--push-to-hub needs access: `hf auth login`, or --hub-token"):
+            HfApi().whoami()
     processes = int(os.environ.get("WORLD_SIZE", 1))  # which share a step's examples, whatever has started them
     settings = settings_of(replace(plan.options, num_processes=processes), fields, given)
     checkpoint = _checkpoint(output, settings, out) if options.resume else None
@@ -56,9 +65,12 @@ def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> No
         for folder in () if options.resume else output.glob("checkpoint-[0-9]*"):
             shutil.rmtree(folder)
         (output / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    fit(trainer, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(_internal_call=True)  # which does not push: the card is not whole yet
     if state.is_main_process:
         _finish(plan, trainer.state.log_history, settings, output, out)
+        if plan.arguments.push_to_hub:
+            _push(trainer.hub_model_id, plan.arguments.hub_revision, output, out)
 
 
 def _processes(options: Any) -> Any:
@@ -132,12 +144,6 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
     return trainer
 
 
-def fit(trainer: Any, checkpoint: str | None = None) -> None:
-    """Trains, and saves the adapter, to the hub too if that is wanted."""
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-
-
 def _optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
     from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 
@@ -162,3 +168,17 @@ def _finish(plan: Plan, log: Sequence[Any], settings: Mapping[str, Any], output:
     size = sum(path.stat().st_size for path in output.glob("adapter_*"))
     seconds = log[-1]["train_runtime"]
     out.print(f"Adapter ({size / 1000:,.0f} kB), curve, card and checkpoints are in {output}, after {seconds:.0f} s")
+
+
+def _push(repo: str, revision: str | None, output: Path, out: Any) -> None:
+    """Puts the folder on the hub as one commit, without checkpoints.
+
+    Raises:
+        ValueError: the hub does not take it; says how to try again.
+    """
+    apart = shutil.ignore_patterns("checkpoint-*", "_*")
+    again = f"hf upload {repo} {shlex.quote(str(output))} . --exclude 'checkpoint-*'"
+    with explained(f"--push-to-hub: the adapter is in {output}, but not on the hub; try again by `{again}`"):
+        made = push(lambda folder: shutil.copytree(output, folder, ignore=apart, dirs_exist_ok=True), repo,
+                    revision=revision)  # fmt: skip
+    out.print(f"On the hub: {made.repo_url}")

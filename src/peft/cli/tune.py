@@ -20,7 +20,7 @@ from peft.cli.options import refuse
 from peft.cli.parse import init_types, method_named
 from peft.cli.plan import Plan, learning_rate, prepare
 from peft.cli.plots import figure
-from peft.cli.train import build, console, fit
+from peft.cli.train import build, console
 from peft.registry import METHODS
 
 #: steps of a candidate
@@ -37,6 +37,7 @@ def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> 
     words = f"--ranks sets the field r, and {options.method} has none that counts ({kind.__name__})"
     refuse(options.ranks and idle, words)
     plan = prepare(options, fields, trainer, out)
+    refuse(plan.arguments.push_to_hub, "--push-to-hub: candidates are not kept; what they tell is for `peft train`")
     words = "--eval-split: candidates are compared on what is held out, and nothing is"
     refuse(plan.held_out is None, words)
     middle = learning_rate(method_named(options.method), models.config_of(plan.base))
@@ -65,7 +66,7 @@ def _tried(plan: Plan, rate: float, config: Any) -> float:
     plan.arguments.learning_rate = rate
     with tempfile.TemporaryDirectory() as plan.arguments.output_dir:
         try:
-            fit(trainer := build(plan, Console(quiet=True)))
+            (trainer := build(plan, Console(quiet=True))).train()
         except RuntimeError as error:
             if "the loss is" not in str(error):
                 raise
