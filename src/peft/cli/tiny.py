@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from peft.cli import models
 from peft.cli.options import TABLES
 from peft.cli.records import Record
 from peft.cli.tasks import Encoder, collator_for
-from peft.cli.watch import Watch
+from peft.cli.watch import Watch, console
 
 #: steps that its making takes; PEFT_TINY_STEPS is there for tests
 STEPS = int(os.environ.get("PEFT_TINY_STEPS", 500))
@@ -29,30 +28,29 @@ def library_sources() -> list[Record]:
     return [(str(path), {"text": path.read_text(encoding="utf-8")}) for path in paths]
 
 
-def base_model(folder: Path, out: Any) -> str:
+def base_model(folder: Path) -> str:
     """Path of the tiny base model in `folder`; made there if it is not there yet."""
     from accelerate import PartialState
 
     path = folder / f"tiny-{STEPS}"
     with PartialState().main_process_first():
         if not path.is_dir():
-            _make(path, out)
+            _make(path)
     return str(path)
 
 
-def _make(path: Path, out: Any) -> None:
+def _make(path: Path) -> None:
     from pydoc_data.topics import topics
 
     from tokenizers import ByteLevelBPETokenizer
 
-    library, words = models.transformers(), ByteLevelBPETokenizer()
+    library, words, out = models.transformers(), ByteLevelBPETokenizer(), console(stderr=True)
     words.train_from_iterator(list(topics.values()), vocab_size=2048, special_tokens=[END], show_progress=False)
     named = dict(eos_token=END, pad_token=END, model_max_length=BLOCK)
     tokenizer = library.PreTrainedTokenizerFast(tokenizer_object=words._tokenizer, **named)
     library.set_seed(0)
     model = library.LlamaForCausalLM(library.LlamaConfig(vocab_size=len(tokenizer), **TABLES.tiny["config"]))
-    out.print(f"No model is named: making one of {model.num_parameters():,} parameters from Python's help texts,"
-              f" {STEPS} steps, once, in {path}")  # fmt: skip
+    out.print(f"Making a model of {model.num_parameters():,} parameters of Python's help texts, once, in {path}")
     records: list[Record] = [(name, {"text": text}) for name, text in topics.items()]
     examples = Encoder("causal-lm", tokenizer, BLOCK)(records).examples
     with models.made_once(path) as unfinished:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import HfApi
 
@@ -23,17 +21,10 @@ from peft.cli.plan import OPTIMIZERS, Plan, prepare
 from peft.cli.plots import loss_curve
 from peft.cli.starts import data_driven
 from peft.cli.tasks import TASKS, collator_for, measures
-from peft.cli.watch import Watch, last_checkpoint
+from peft.cli.watch import Watch, console, last_checkpoint
 from peft.hub import push
 
 CURVE = "loss.png"
-
-
-def console() -> Any:
-    """A rich console, which speaks in the first of several processes alone."""
-    from rich.console import Console
-
-    return Console(quiet=int(os.environ.get("RANK", 0)) > 0, soft_wrap=True, highlight=False, markup=False)
 
 
 def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -43,7 +34,7 @@ def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> No
         ValueError: an option that does not fit the model or the data; nothing is written then.
         RuntimeError: an adapter tensor gets no gradient, or the loss is no longer a number.
     """
-    output, state, out = Path(options.output), _processes(options), console()
+    output, out = Path(options.output), console()
     given = dict(given)
     if token := given.pop("hub_token", None):  # the files of a run hold all else that was given, on the hub too
         os.environ["HF_TOKEN"] = token
@@ -59,33 +50,18 @@ def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> No
     settings = settings_of(replace(plan.options, num_processes=processes), fields, given)
     checkpoint = _checkpoint(output, settings, out) if options.resume else None
     trainer = build(plan, out, checkpoint)
-    state.wait_for_everyone()
-    if state.is_main_process:
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         for folder in () if options.resume else output.glob("checkpoint-[0-9]*"):
             shutil.rmtree(folder)
         (output / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # which does not push: the card is not whole yet
-    if state.is_main_process:
+    if trainer.is_world_process_zero():
         _finish(plan, trainer.state.log_history, settings, output, out)
         if plan.arguments.push_to_hub:
             _push(trainer.hub_model_id, plan.arguments.hub_revision, output, out)
-
-
-def _processes(options: Any) -> Any:
-    from accelerate import PartialState
-
-    if options.device and ":" in options.device:
-        os.environ["CUDA_VISIBLE_DEVICES"] = options.device.partition(":")[2]
-    elif "RANK" not in os.environ:  # several GPUs in one process are slower than one, and Trainer would take them
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    if models.device_of(options.device).type == "cpu":
-        # glibc keeps what is freed; what is larger than this it gives back (M_MMAP_THRESHOLD): the row with
-        # checkpointing in benchmarks/estimate.py takes 1.15 GB then, in place of 2.04. Not in all C libraries.
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(-3, 1 << 20)
-    return PartialState(**({"cpu": True} if options.device == "cpu" else {}))
 
 
 def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | None:
@@ -137,22 +113,14 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
     )  # fmt: skip
     trainer.remove_callback(library.PrinterCallback)
     if options.optim in OPTIMIZERS:  # of the model that has its adapter now, whoever has put that on
-        trainer.optimizer = _optimizer(trainer.model, plan)
+        how = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay}
+        if options.optim == "lorafa":
+            how |= {"r": plan.config.r, "lora_alpha": plan.config.lora_alpha}
+        trainer.optimizer = OPTIMIZERS[options.optim](trainer.model, **how)
     trainable, everything = trainer.model.get_nb_trainable_parameters()
     share = f"{100 * trainable / everything:.2f} %"
     out.print(f"{trainable:,} of {everything:,} parameters train ({share}), on {arguments.device}")
     return trainer
-
-
-def _optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
-    from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
-
-    rate, decay = plan.arguments.learning_rate, plan.arguments.weight_decay
-    if plan.options.optim == "lorafa":
-        return create_lorafa_optimizer(model, plan.config.r, plan.config.lora_alpha, rate, decay)
-    if plan.options.optim == "riemannian":
-        return create_riemannian_optimizer(model, torch.optim.AdamW, lr=rate, weight_decay=decay)
-    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16, weight_decay=decay)
 
 
 def _finish(plan: Plan, log: Sequence[Any], settings: Mapping[str, Any], output: Path, out: Any) -> None:
@@ -162,9 +130,10 @@ def _finish(plan: Plan, log: Sequence[Any], settings: Mapping[str, Any], output:
     best: dict[str, Any] = min(held_out, key=lambda entry: entry["eval_loss"], default={})
     measured = {name.removeprefix("eval_"): f"{value:.4g}" for name, value in best.items() if name.startswith("eval_")}
     rows = "".join(f"| {name} | {value} |\n" for name, value in {**settings, **measured}.items())
-    with (output / "README.md").open("a", encoding="utf-8") as card:
-        card.write(f"\n## Training\n\n`peft train --config {SETTINGS}`\n\n| | |\n| --- | --- |\n{rows}")
-        card.write(f"\n![Loss]({CURVE})\n" if (output / CURVE).is_file() else "")
+    card, picture = output / "README.md", f"\n![Loss]({CURVE})\n" if (output / CURVE).is_file() else ""
+    other = re.sub(r"\n## Training\n.*?(?=\n## |\Z)", "", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+    told = f"\n## Training\n\n`peft train --config {SETTINGS}`\n\n| | |\n| --- | --- |\n{rows}{picture}"
+    card.write_text(other + told, encoding="utf-8")  # in place of what an earlier run has told
     size = sum(path.stat().st_size for path in output.glob("adapter_*"))
     seconds = log[-1]["train_runtime"]
     out.print(f"Adapter ({size / 1000:,.0f} kB), curve, card and checkpoints are in {output}, after {seconds:.0f} s")

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas
-from rich.console import Console
 
 from peft.cli import models
 from peft.cli.options import refuse
 from peft.cli.parse import init_types, method_named
 from peft.cli.plan import Plan, learning_rate, prepare
 from peft.cli.plots import figure
-from peft.cli.train import build, console
+from peft.cli.train import build
+from peft.cli.watch import console
 from peft.registry import METHODS
 
 #: steps of a candidate
@@ -66,7 +66,7 @@ def _tried(plan: Plan, rate: float, config: Any) -> float:
     plan.arguments.learning_rate = rate
     with tempfile.TemporaryDirectory() as plan.arguments.output_dir:
         try:
-            (trainer := build(plan, Console(quiet=True))).train()
+            (trainer := build(plan, console(quiet=True))).train()
         except RuntimeError as error:
             if "the loss is" not in str(error):
                 raise

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import TrainerCallback
 
 from peft.cli.options import TABLES
@@ -18,6 +20,12 @@ from peft.errors import listed
 STATE = "trainable.pt"
 #: seconds between two lines
 PAUSE = 5.0
+
+
+def console(**kwargs: Any) -> Any:
+    """A rich console, which speaks in the first of several processes alone."""
+    silent = int(os.environ.get("RANK", 0)) > 0
+    return Console(**{"quiet": silent, "soft_wrap": True, "highlight": False, "markup": False, **kwargs})
 
 
 def last_checkpoint(output: Path) -> str | None:
