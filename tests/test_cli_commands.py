@@ -220,7 +220,6 @@ def test_an_estimate_is_the_peak_of_training(made, method, checkpointing, dtype)
         forward = convert_outputs_to_fp32(torch.autocast("cpu", getattr(torch, dtype))(model))
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
     ids, mask = torch.zeros(4, 64, dtype=torch.long), torch.ones(4, 64, dtype=torch.long)
     mask[0, -1] = 0  # texts of different lengths

@@ -133,7 +133,7 @@ def _choose_device(name: str | None) -> None:
         # checkpointing in benchmarks/estimate.py takes 1.15 GB then, in place of 2.04. Not in all C libraries.
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(-3, 1 << 20)
-    PartialState(**({"cpu": True} if name == "cpu" else {}))
+    PartialState(cpu=name == "cpu")
 
 
 def configure(

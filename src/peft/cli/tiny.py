@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from itertools import chain, islice, repeat
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -51,8 +52,9 @@ def _make(path: Path) -> None:
     tokenizer = library.PreTrainedTokenizerFast(tokenizer_object=words._tokenizer, **named)
     library.set_seed(0)
     model = library.LlamaForCausalLM(library.LlamaConfig(vocab_size=len(tokenizer), **TABLES.tiny["config"]))
-    found = Encoder("causal-lm", tokenizer, BLOCK)([(name, {"text": text}) for name, text in topics.items()])
-    batches = torch.utils.data.DataLoader(found.examples, 8, True, collate_fn=collator_for("causal-lm", tokenizer))
+    records: list[Record] = [(name, {"text": text}) for name, text in topics.items()]
+    examples: Any = Encoder("causal-lm", tokenizer, BLOCK)(records).examples
+    batches: Any = torch.utils.data.DataLoader(examples, 8, True, collate_fn=collator_for("causal-lm", tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), **TABLES.tiny["optimizer"])
     schedule = library.get_linear_schedule_with_warmup(optimizer, min(20, STEPS // 2), STEPS)
     for batch in islice(chain.from_iterable(repeat(batches)), STEPS):

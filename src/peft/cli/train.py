@@ -91,7 +91,7 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
     fields = {"id2label": names, "label2id": {name: number for number, name in names.items()}} if names else {}
     fields |= {"num_labels": 1} if plan.task == "regression" else {}
     base = models.load_for_training(plan.base, TASKS[plan.task], options, fields)
-    if getattr(base.config, "pad_token_id", None) is None:
+    if getattr(base.config, "pad_token_id", None) is None:  # a start that sees the data needs it now
         base.config.pad_token_id = getattr(plan.tokenizer, "pad_token_id", None)
     base.config.use_cache = False  # of no use in training, and X-LoRA and checkpointing want it so
     if names and TASKS[plan.task].peft is None:  # where no class for the task knows the new head
@@ -100,8 +100,6 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
     collator = collator_for(plan.task, plan.tokenizer, getattr(base.config, "decoder_start_token_id", None))
     more: dict[str, Any] = {"peft_config": plan.config} if preference else measures(plan.task, plan.tokenizer)
     model = base if preference else data_driven(base, plan, collator, out)
-    if options.gradient_checkpointing and not preference:
-        model.enable_input_require_grads()
     if plan.trainer.__module__.startswith("transformers"):
         more["data_collator"] = collator
     callbacks: list[Any] = [Watch(out, checkpoint)]

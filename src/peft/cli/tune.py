@@ -20,7 +20,7 @@ from peft.cli.parse import init_types, method_named
 from peft.cli.plan import Plan, learning_rate, prepare
 from peft.cli.plots import figure
 from peft.cli.train import build
-from peft.cli.watch import console
+from peft.cli.watch import NoNumber, console
 from peft.registry import METHODS
 
 #: steps of a candidate
@@ -67,9 +67,7 @@ def _tried(plan: Plan, rate: float, config: Any) -> float:
     with tempfile.TemporaryDirectory() as plan.arguments.output_dir:
         try:
             (trainer := build(plan, console(quiet=True))).train()
-        except RuntimeError as error:
-            if "the loss is" not in str(error):
-                raise
+        except NoNumber:
             return math.inf
     losses = (entry.get("eval_loss", math.inf) for entry in trainer.state.log_history)
     return min(filter(math.isfinite, losses))

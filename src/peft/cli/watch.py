@@ -36,6 +36,10 @@ def last_checkpoint(output: Path) -> str | None:
     return whole[max(whole)] if whole else None
 
 
+class NoNumber(RuntimeError):
+    """The loss of a run is infinite, or not a number."""
+
+
 class Watch(TrainerCallback):
     """Speaks of the progress; checks gradients and losses; calls methods that change between steps; keeps parameters.
 
@@ -87,11 +91,11 @@ class Watch(TrainerCallback):
             model.base_model.update_and_allocate(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Raises RuntimeError where the loss is no longer a number."""
+        """Raises NoNumber where the loss is no longer one."""
         loss = logs.get("loss")
         if loss is not None:
             if not math.isfinite(loss):
-                raise RuntimeError(f"the loss is {loss} at step {state.global_step}: a lower --lr may help")
+                raise NoNumber(f"the loss is {loss} at step {state.global_step}: a lower --lr may help")
             self.loss = f"loss {loss:.4f}"
         evaluated, total = "eval_loss" in logs, state.max_steps
         if evaluated or (loss is not None and not control.should_evaluate and time.monotonic() - self.said > PAUSE):
