@@ -67,6 +67,7 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     Raises:
         ValueError: something does not fit; says what.
     """
+    refuse(os.path.isfile(options.output), f"--output {options.output} is a file")
     _choose_device(options.device)
     method = method_named(options.method)
     configured = configure(method, fields, "CAUSAL_LM", 100)  # a wrong field is said before anything is read

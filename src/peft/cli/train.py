@@ -38,7 +38,6 @@ def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> No
     given = dict(given)
     if token := given.pop("hub_token", None):  # the files of a run hold all else that was given, on the hub too
         os.environ["HF_TOKEN"] = token
-    refuse(output.is_file(), f"--output {output} is a file")
     there = any((output / name).exists() for name in (SETTINGS, "adapter_config.json"))
     lost = there and not (options.resume or options.overwrite)
     refuse(lost, f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")

@@ -31,7 +31,6 @@ def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> 
     out = console()
     options = replace(options, max_steps=options.max_steps or STEPS)
     refuse(any(rate <= 0 for rate in options.lrs), f"--lrs must be positive, got {options.lrs}")
-    refuse(Path(options.output).is_file(), f"--output {options.output} is a file")
     kind = METHODS[method_named(options.method)].config_class
     idle = "r" not in (own := init_types(kind)) or "target_r" in own  # which AdaLoRA has in its place
     words = f"--ranks sets the field r, and {options.method} has none that counts ({kind.__name__})"
