@@ -212,6 +212,7 @@ def test_of_an_answer_to_a_prompt_the_answer_alone_is_learnt():
     assert cut == 0
     found, cut = example("abcdef", "gh", 5)
     assert tokenizer.decode(found["input_ids"]).startswith("efgh")  # a long prompt loses its beginning
+    assert cut == 1
     found, cut = example("ab", "cdefgh", 4)
     assert (tokenizer.decode(found["input_ids"]), cut) == ("bcde", 1)
 

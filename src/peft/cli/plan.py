@@ -156,24 +156,29 @@ def learning_rate(method: str, config: Any) -> float:
 
 def _data_sets(options: Any, encoder: Encoder, records: Sequence[Record], out: Any) -> tuple[Any, Any]:
     """(examples to train on, examples held out or None)"""
-    from datasets import Dataset
-
-    encoded, names = encoder(records), encoder.labels
-    examples, total = encoded.examples, len(encoded.examples) + encoded.dropped
-    if encoded.cut:
-        out.print(f"{encoded.cut:,} of {total:,} examples are cut: --max-length is {encoder.length} tokens")
-    if encoded.dropped:
-        out.print(f"{encoded.dropped:,} of {total:,} examples are left out: nothing to learn is left of them")
-    refuse(len(names) == 1, f"all {total} records have the label {names}: there is nothing to tell apart")
+    data, names = _data_set(encoder, records, out, "examples"), encoder.labels
+    refuse(len(names) == 1, f"all {len(records)} records have the label {names}: there is nothing to tell apart")
     if encoder.task in ("chat", "causal-lm"):
-        out.print(f"An example; what is learnt is green:\n{shown(examples[0], encoder.tokenizer)}", markup=True)
-    data = Dataset.from_list(examples)
+        out.print(f"An example; what is learnt is green:\n{shown(data[0], encoder.tokenizer)}", markup=True)
     if options.eval_data:
         _, others = understand(read_records(options.eval_data), options.columns, options.task or encoder.task)
-        return data, Dataset.from_list(encoder(others).examples)
-    held_out = min(math.ceil(options.eval_split * len(examples)), len(examples) - 1)
+        return data, _data_set(encoder, others, out, "examples to evaluate on")
+    held_out = min(math.ceil(options.eval_split * len(data)), len(data) - 1)
     parts = data.train_test_split(held_out, seed=options.seed) if held_out else {"train": data}
     return parts["train"], parts.get("test")
+
+
+def _data_set(encoder: Encoder, records: Sequence[Record], out: Any, what: str) -> Any:
+    """Records as numbers; says how many of them are not whole."""
+    from datasets import Dataset
+
+    found = encoder(records)
+    total = len(found.examples) + found.dropped
+    if found.cut:
+        out.print(f"{found.cut:,} of {total:,} {what} are cut: --max-length is {encoder.length} tokens")
+    if found.dropped:
+        out.print(f"{found.dropped:,} of {total:,} {what} are left out: nothing to learn is left of them")
+    return Dataset.from_list(found.examples)
 
 
 def _trainer_classes(options: Any, task: str, method: str, fields: Mapping[str, Any]) -> list[Any]:
