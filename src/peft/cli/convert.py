@@ -12,8 +12,9 @@ from peft import PeftConfig, load_peft_weights
 from peft.cli import models
 from peft.cli.options import refuse
 from peft.lora_tools import experts, gguf, mlx
-from peft.lora_tools.formats import module_names, read_lora_file, write_lora_file
+from peft.lora_tools.formats import module_names, read_lora_file, scaled_factors, write_lora_file
 
+ENGINES = {"gguf": "llama.cpp", "mlx": "mlx"}
 ENDINGS = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"}
 
 
@@ -58,8 +59,9 @@ def _write(options: Any, config: Any, tensors: Mapping[str, Any]) -> None:
     if options.to in ("kohya", "diffusers"):
         return write_lora_file(options.output, config, tensors, options.to, options.part or "unet")
     base = _skeleton(options.model or config.base_model_name_or_path, "the adapter names no base model")
-    if options.to in ("gguf", "mlx"):
-        models.load_adapted(options.source, options, empty=True)  # says what does not fit the base model
+    if options.to in ENGINES:  # what it has no place for is said first, then what does not fit the base model
+        scaled_factors(config, tensors, ENGINES[options.to])
+        models.load_adapted(options.source, options, empty=True)
     if options.to == "gguf":
         return gguf.write_gguf(options.output, config, tensors, base.config)
     if options.to == "mlx":
