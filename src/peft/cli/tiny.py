@@ -14,8 +14,6 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from tokenizers import ByteLevelBPETokenizer
 
 from peft.cli.made import made_once, transformers
 from peft.cli.options import TABLES
@@ -36,6 +34,8 @@ def library_sources() -> list[Record]:
 
 def base_model(folder: Path) -> str:
     """Path of the tiny base model in `folder`; made there if it is not there yet."""
+    from accelerate import PartialState
+
     path = folder / f"tiny-{STEPS}"
     with PartialState().main_process_first():
         if not path.is_dir():
@@ -46,6 +46,8 @@ def base_model(folder: Path) -> str:
 
 def _make(path: Path) -> None:
     """Without a trainer, which would have the other processes take part."""
+    from tokenizers import ByteLevelBPETokenizer
+
     library, words = transformers(), ByteLevelBPETokenizer()
     words.train_from_iterator(list(topics.values()), vocab_size=2048, special_tokens=[END], show_progress=False)
     named = dict(eos_token=END, pad_token=END, model_max_length=BLOCK)
