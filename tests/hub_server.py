@@ -75,6 +75,7 @@ class Hub(ThreadingHTTPServer):
         self.storage_url = f"http://localhost:{self.server_port}"  # another host, as on the real hub
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
+        self.read_only: set[str] = set()  # repositories that take no commits
         self.requests: list[tuple[str, str]] = []
         self.user_agents: set[str] = set()
 
@@ -214,6 +215,8 @@ class Request(BaseHTTPRequestHandler):
 
     def commit(self, repo_id: str, revision: str) -> None:
         repo = self._repo(repo_id, write=True)
+        if repo_id in self.server.read_only:
+            raise Refusal(403, message="You don't have the rights to commit here")
         _, there = self._files(repo_id, revision)
         files, message = dict(there), ""
         for line in self.body.splitlines():
@@ -317,6 +320,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
             monkeypatch.setattr(holder, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=holder is constants)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # another protocol, and another server
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # keeps the address it began with
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         forget_sessions()
         yield server

@@ -140,6 +140,8 @@ def test_more_steps_for_a_finished_run(work, tmp_path, capsys, method):
     capsys.readouterr()
     assert main(words("train", "--resume", "--output", tmp_path / "short", "--max-steps", 4)) == 0
     assert "max_steps 2 -> 4" in capsys.readouterr().out
+    card = (tmp_path / "short" / "README.md").read_text()
+    assert card.count("## Training\n") == 1 and "| max_steps | 4 |" in card
     for key in ("loss", "eval_loss"):
         assert losses(tmp_path / "short", key) == pytest.approx(losses(tmp_path / "long", key), rel=1e-5)
 
@@ -219,6 +221,17 @@ def test_two_processes_are_one_with_twice_the_batch(work, tmp_path):
     assert run.stdout.count("step 2/2") == 1  # the first process alone speaks
     assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(tmp_path / "one", "eval_loss"), rel=1e-4)
     assert "num_processes: 2" in (tmp_path / "two" / "train.yaml").read_text()  # so many go on with it
+
+
+@pytest.mark.slow
+def test_the_tiny_model_is_made_by_one_of_several_processes(tmp_path):
+    home = {"PEFT_HOME": str(tmp_path / "home"), "PEFT_TINY_STEPS": "2"}
+    few = ("--max-steps", 1, "--max-length", 16, "--batch-size", 2, "--eval-split", 0, "--device", "cpu")
+    line = words("train", "--num-processes", 2, "--output", tmp_path / "run", *few)
+    command = [sys.executable, "-m", "peft", *line]
+    run = subprocess.run(command, env=environment() | home, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("Making a tiny model") == 1
 
 
 TURNS = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}] for i in range(20)]

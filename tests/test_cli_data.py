@@ -212,6 +212,7 @@ def test_of_an_answer_to_a_prompt_the_answer_alone_is_learnt():
     assert cut == 0
     found, cut = example("abcdef", "gh", 5)
     assert tokenizer.decode(found["input_ids"]).startswith("efgh")  # a long prompt loses its beginning
+    assert cut == 1
     found, cut = example("ab", "cdefgh", 4)
     assert (tokenizer.decode(found["input_ids"]), cut) == ("bcde", 1)
 
@@ -295,6 +296,13 @@ def test_a_device_that_is_not_here():
         device_of("abacus")
     with pytest.raises(ValueError, match="--device cuda:99 cannot be used here"):
         device_of("cuda:99")
+
+
+def test_the_only_device_that_a_process_sees_is_its_first(monkeypatch):
+    monkeypatch.setattr("torch.empty", lambda size, device: SimpleNamespace(device=device))
+    assert device_of("cuda:3") == "cuda:3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert device_of("cuda:3") == "cuda"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,14 +14,12 @@ from peft.cli.options import refuse
 from peft.lora_tools import experts, gguf, mlx
 from peft.lora_tools.formats import module_names, read_lora_file, scaled_factors, write_lora_file
 
-#: endings of LoRA files
-FILES = (".safetensors", ".bin", ".pt", ".ckpt")
 ENGINES = {"gguf": "llama.cpp", "mlx": "mlx"}
 ENDINGS = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"}
 
 
 def run(options: Any, *_: Any) -> None:
-    is_file = options.to is None or options.source.endswith((*FILES, ".gguf"))
+    is_file = options.to is None or options.source.endswith((".safetensors", ".gguf"))
     refuse(is_file and not os.path.exists(options.source), f"{options.source} is not there")
     models.check_empty(options.output)
     if os.path.isfile(options.source) or mlx.is_mlx(options.source):
@@ -31,7 +28,7 @@ def run(options: Any, *_: Any) -> None:
         config.base_model_name_or_path = options.model or config.base_model_name_or_path
         models.write(options.output, config, tensors)
     elif options.to in ("minimal", "full"):
-        adapted = models.load_adapted(options.source, SimpleNamespace(model=options.model, device="cpu"))
+        adapted = models.load_adapted(options.source, options)
         adapted.save_pretrained(options.output, minimal=options.to == "minimal")
         tensors = load_peft_weights(options.output, "cpu")
     else:
@@ -52,8 +49,8 @@ def _read(options: Any) -> tuple[Any, dict[str, Any]]:
     if options.source.endswith(".gguf"):
         base = _skeleton(options.model, "GGUF has names of its own for modules")
         return gguf.read_gguf(options.source, base.config, [name for name, _ in base.named_modules()])
-    if not options.source.endswith(FILES):
-        raise ValueError(f"{options.source}: LoRA files end with .safetensors, .gguf, .bin, .pt or .ckpt")
+    other = not options.source.endswith(".safetensors")
+    refuse(other, f"{options.source}: LoRA files end with .safetensors or .gguf")
     names = module_names(options.model) if options.model else None
     return read_lora_file(options.source, part=options.part, names=names)
 

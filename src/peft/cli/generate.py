@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +20,14 @@ from peft.helpers import check_if_peft_model
 def run(options: Any, *_: Any) -> None:
     refuse(options.prompt is not None and options.prompts, "either --prompt or --prompts, not both")
     asked = list(_questions(options))  # what is wrong with them is said before a model is loaded
-    model, tokenizer = _load(options)
+    name = options.adapter
+    if (name not in (models.SMOLLM, models.TINY) or os.path.isdir(name)) and check_if_peft_model(name):
+        model = models.load_adapted(name, options)
+        tokenizer = models.tokenizer_of(name, model)
+    else:
+        base = models.locate(name)
+        auto = models.writer_of(models.config_of(base)).auto
+        model, tokenizer = models.load_base(base, auto, **models.placed(options)), models.load_processor(base)
     chat = bool(tokenizer.chat_template) if options.chat is None or not asked else options.chat
     mute = not tokenizer.chat_template and (options.chat or not asked)
     refuse(mute, "the tokenizer has no chat template: no --chat, and --prompt is needed")
@@ -50,17 +58,6 @@ def _questions(options: Any) -> Iterator[list[dict[str, str]]]:
         text = sys.stdin.read() if options.prompt in (None, "-") else options.prompt
         refuse(not text, "the prompt is empty")
         yield [{"role": "user", "content": text}]
-
-
-def _load(options: Any) -> tuple[Any, Any]:
-    """(an adapted or plain model, its tokenizer)"""
-    name = options.adapter
-    if name != models.SMOLLM and check_if_peft_model(name):
-        model = models.load_adapted(name, options)
-        return model, models.tokenizer_of(name, model)
-    base = models.locate(name)
-    task = models.writer_of(models.config_of(base)).auto
-    return models.load_base(base, task, **models.placed(options)), models.load_processor(base)
 
 
 def write(model: Any, tokenizer: Any, asked: Any, options: Any) -> str:

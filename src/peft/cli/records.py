@@ -241,12 +241,10 @@ def _format_of(row: Row, task: str | None) -> Format | None:
 
 def _are_fractions(labels: Sequence[Any]) -> bool:
     """Whether labels are numbers with a point; tables hold them as text, and write whole ones so, too."""
-    try:
-        numbers = [float(label) for label in labels if isinstance(label, (float, str))]
-    except ValueError:
-        return False
-    said = not any(isinstance(label, str) for label in labels) or any(number % 1 for number in numbers)
-    return said and len(numbers) == len(labels) and all(map(math.isfinite, numbers))
+    import pandas
+
+    numbers, kinds = pandas.to_numeric(pandas.Series(labels, dtype=object), errors="coerce"), {*map(type, labels)}
+    return kinds <= {float, str} and numbers.abs().lt(math.inf).all() and (kinds == {float} or (numbers % 1).any())
 
 
 def unused(row: Row, columns: Mapping[str, str], task: str) -> list[str]:

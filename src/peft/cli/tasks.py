@@ -92,7 +92,7 @@ class Encoder:
             example |= {name: value[: self.length] for name, value in lists.items()}
             example |= {"task_ids": row.get("task_ids", 0)} if self.numbered else {}
             learns = "label" in example or any(label != IGNORED for label in example["labels"])
-            found.cut += any(len(value) > self.length for value in lists.values())
+            found.cut += example.pop("cut", False) or any(len(value) > self.length for value in lists.values())
             found.dropped += not learns
             found.examples += [example] * learns
         return self._some(found)
@@ -117,8 +117,9 @@ class Encoder:
         prompt, answer = self._ids(row["prompt"], special=True), self._ids(row["completion"]) + self.end
         if prompt[-1:] == self.end:
             prompt = prompt[:-1]
-        prompt = prompt[-max(1, self.length - len(answer)) :]
-        return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+        kept = prompt[-max(1, self.length - len(answer)) :]
+        cut = len(kept) < len(prompt)
+        return {"input_ids": kept + answer, "labels": [IGNORED] * len(kept) + answer, "cut": cut}
 
     def _pair(self, row: Row) -> Example:
         return {"input_ids": self._ids(row["prompt"], special=True), "labels": self._ids(row["completion"]) + self.end}

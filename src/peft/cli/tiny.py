@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from itertools import chain, islice, repeat
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
-from peft.cli import models
+import torch
+
+from peft.cli.made import made_once, transformers
 from peft.cli.options import TABLES
 from peft.cli.records import Record
 from peft.cli.tasks import Encoder, collator_for
-from peft.cli.watch import Watch
 
 #: steps that its making takes; PEFT_TINY_STEPS is there for tests
 STEPS = int(os.environ.get("PEFT_TINY_STEPS", 500))
@@ -29,41 +32,38 @@ def library_sources() -> list[Record]:
     return [(str(path), {"text": path.read_text(encoding="utf-8")}) for path in paths]
 
 
-def base_model(folder: Path, out: Any) -> str:
+def base_model(folder: Path) -> str:
     """Path of the tiny base model in `folder`; made there if it is not there yet."""
     from accelerate import PartialState
 
     path = folder / f"tiny-{STEPS}"
     with PartialState().main_process_first():
         if not path.is_dir():
-            _make(path, out)
+            with made_once(path, "Making a tiny model of Python's help texts") as unfinished:
+                _make(unfinished)
     return str(path)
 
 
-def _make(path: Path, out: Any) -> None:
-    from pydoc_data.topics import topics
-
+def _make(path: Path) -> None:
+    """Without a trainer, which would have the other processes take part."""
     from tokenizers import ByteLevelBPETokenizer
 
-    library, words = models.transformers(), ByteLevelBPETokenizer()
+    library, words = transformers(), ByteLevelBPETokenizer()
     words.train_from_iterator(list(topics.values()), vocab_size=2048, special_tokens=[END], show_progress=False)
     named = dict(eos_token=END, pad_token=END, model_max_length=BLOCK)
     tokenizer = library.PreTrainedTokenizerFast(tokenizer_object=words._tokenizer, **named)
     library.set_seed(0)
     model = library.LlamaForCausalLM(library.LlamaConfig(vocab_size=len(tokenizer), **TABLES.tiny["config"]))
-    out.print(f"No model is named: making one of {model.num_parameters():,} parameters from Python's help texts,"
-              f" {STEPS} steps, once, in {path}")  # fmt: skip
     records: list[Record] = [(name, {"text": text}) for name, text in topics.items()]
-    examples = Encoder("causal-lm", tokenizer, BLOCK)(records).examples
-    with models.made_once(path) as unfinished:
-        arguments = library.TrainingArguments(
-            str(unfinished), max_steps=STEPS, warmup_steps=min(20, STEPS // 2), logging_steps=max(1, STEPS // 10),
-            **TABLES.tiny["arguments"],
-        )  # fmt: skip
-        trainer = library.Trainer(
-            model, arguments, collator_for("causal-lm", tokenizer), examples, processing_class=tokenizer,
-            callbacks=[Watch(out)],
-        )  # fmt: skip
-        trainer.remove_callback(library.PrinterCallback)
-        trainer.train()
-        trainer.save_model()
+    examples: Any = Encoder("causal-lm", tokenizer, BLOCK)(records).examples
+    batches: Any = torch.utils.data.DataLoader(examples, 8, True, collate_fn=collator_for("causal-lm", tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), **TABLES.tiny["optimizer"])
+    schedule = library.get_linear_schedule_with_warmup(optimizer, min(20, STEPS // 2), STEPS)
+    for batch in islice(chain.from_iterable(repeat(batches)), STEPS):
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
+from huggingface_hub import HfApi
 
 from peft.cli import models
-from peft.cli.options import TABLES, refuse
+from peft.cli.options import TABLES, explained, refuse
 from peft.cli.parse import SETTINGS, settings_of
 from peft.cli.plan import OPTIMIZERS, Plan, prepare
 from peft.cli.plots import loss_curve
 from peft.cli.starts import data_driven
 from peft.cli.tasks import TASKS, collator_for, measures
-from peft.cli.watch import Watch, last_checkpoint
+from peft.cli.watch import Watch, console, last_checkpoint
+from peft.hub import push
 
 CURVE = "loss.png"
-
-
-def console() -> Any:
-    """A rich console, which speaks in the first of several processes alone."""
-    from rich.console import Console
-
-    return Console(quiet=int(os.environ.get("RANK", 0)) > 0, soft_wrap=True, highlight=False, markup=False)
 
 
 def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -40,40 +34,33 @@ def run(options: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> No
         ValueError: an option that does not fit the model or the data; nothing is written then.
         RuntimeError: an adapter tensor gets no gradient, or the loss is no longer a number.
     """
-    output, state, out = Path(options.output), _processes(options), console()
-    refuse(output.is_file(), f"--output {output} is a file")
+    output, out = Path(options.output), console()
+    given = dict(given)
+    if token := given.pop("hub_token", None):  # the files of a run hold all else that was given, on the hub too
+        os.environ["HF_TOKEN"] = token
     there = any((output / name).exists() for name in (SETTINGS, "adapter_config.json"))
     lost = there and not (options.resume or options.overwrite)
     refuse(lost, f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
     plan = prepare(options, fields, given, out)
+    if plan.arguments.push_to_hub:
+        with explained("--push-to-hub needs access: `hf auth login`, or --hub-token"):
+            HfApi().whoami()
     processes = int(os.environ.get("WORLD_SIZE", 1))  # which share a step's examples, whatever has started them
     settings = settings_of(replace(plan.options, num_processes=processes), fields, given)
     checkpoint = _checkpoint(output, settings, out) if options.resume else None
     trainer = build(plan, out, checkpoint)
-    state.wait_for_everyone()
-    if state.is_main_process:
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         for folder in () if options.resume else output.glob("checkpoint-[0-9]*"):
             shutil.rmtree(folder)
         (output / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    fit(trainer, checkpoint)
-    if state.is_main_process:
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(_internal_call=True)  # which does not push: the card is not whole yet
+    if trainer.is_world_process_zero():
         _finish(plan, trainer.state.log_history, settings, output, out)
-
-
-def _processes(options: Any) -> Any:
-    from accelerate import PartialState
-
-    if options.device and ":" in options.device:
-        os.environ["CUDA_VISIBLE_DEVICES"] = options.device.partition(":")[2]
-    elif "RANK" not in os.environ:  # several GPUs in one process are slower than one, and Trainer would take them
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    if models.device_of(options.device).type == "cpu":
-        # glibc keeps what is freed; what is larger than this it gives back (M_MMAP_THRESHOLD): the row with
-        # checkpointing in benchmarks/estimate.py takes 1.15 GB then, in place of 2.04. Not in all C libraries.
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(-3, 1 << 20)
-    return PartialState(**({"cpu": True} if options.device == "cpu" else {}))
+        if plan.arguments.push_to_hub:
+            _push(trainer.hub_model_id, plan.arguments.hub_revision, output, out)
 
 
 def _checkpoint(output: Path, settings: Mapping[str, Any], out: Any) -> str | None:
@@ -103,7 +90,7 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
     fields = {"id2label": names, "label2id": {name: number for number, name in names.items()}} if names else {}
     fields |= {"num_labels": 1} if plan.task == "regression" else {}
     base = models.load_for_training(plan.base, TASKS[plan.task], options, fields)
-    if getattr(base.config, "pad_token_id", None) is None:
+    if getattr(base.config, "pad_token_id", None) is None:  # a start that sees the data needs it now
         base.config.pad_token_id = getattr(plan.tokenizer, "pad_token_id", None)
     base.config.use_cache = False  # of no use in training, and X-LoRA and checkpointing want it so
     if names and TASKS[plan.task].peft is None:  # where no class for the task knows the new head
@@ -112,8 +99,6 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
     collator = collator_for(plan.task, plan.tokenizer, getattr(base.config, "decoder_start_token_id", None))
     more: dict[str, Any] = {"peft_config": plan.config} if preference else measures(plan.task, plan.tokenizer)
     model = base if preference else data_driven(base, plan, collator, out)
-    if options.gradient_checkpointing and not preference:
-        model.enable_input_require_grads()
     if plan.trainer.__module__.startswith("transformers"):
         more["data_collator"] = collator
     callbacks: list[Any] = [Watch(out, checkpoint)]
@@ -125,28 +110,14 @@ def build(plan: Plan, out: Any, checkpoint: str | None = None) -> Any:
     )  # fmt: skip
     trainer.remove_callback(library.PrinterCallback)
     if options.optim in OPTIMIZERS:  # of the model that has its adapter now, whoever has put that on
-        trainer.optimizer = _optimizer(trainer.model, plan)
+        how = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay}
+        if options.optim == "lorafa":
+            how |= {"r": plan.config.r, "lora_alpha": plan.config.lora_alpha}
+        trainer.optimizer = OPTIMIZERS[options.optim](trainer.model, **how)
     trainable, everything = trainer.model.get_nb_trainable_parameters()
     share = f"{100 * trainable / everything:.2f} %"
     out.print(f"{trainable:,} of {everything:,} parameters train ({share}), on {arguments.device}")
     return trainer
-
-
-def fit(trainer: Any, checkpoint: str | None = None) -> None:
-    """Trains, and saves the adapter, to the hub too if that is wanted."""
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-
-
-def _optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
-    from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
-
-    rate, decay = plan.arguments.learning_rate, plan.arguments.weight_decay
-    if plan.options.optim == "lorafa":
-        return create_lorafa_optimizer(model, plan.config.r, plan.config.lora_alpha, rate, decay)
-    if plan.options.optim == "riemannian":
-        return create_riemannian_optimizer(model, torch.optim.AdamW, lr=rate, weight_decay=decay)
-    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16, weight_decay=decay)
 
 
 def _finish(plan: Plan, log: Sequence[Any], settings: Mapping[str, Any], output: Path, out: Any) -> None:
@@ -156,9 +127,24 @@ def _finish(plan: Plan, log: Sequence[Any], settings: Mapping[str, Any], output:
     best: dict[str, Any] = min(held_out, key=lambda entry: entry["eval_loss"], default={})
     measured = {name.removeprefix("eval_"): f"{value:.4g}" for name, value in best.items() if name.startswith("eval_")}
     rows = "".join(f"| {name} | {value} |\n" for name, value in {**settings, **measured}.items())
-    with (output / "README.md").open("a", encoding="utf-8") as card:
-        card.write(f"\n## Training\n\n`peft train --config {SETTINGS}`\n\n| | |\n| --- | --- |\n{rows}")
-        card.write(f"\n![Loss]({CURVE})\n" if (output / CURVE).is_file() else "")
+    card, picture = output / "README.md", f"\n![Loss]({CURVE})\n" if (output / CURVE).is_file() else ""
+    other = re.sub(r"\n## Training\n.*?(?=\n## |\Z)", "", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+    told = f"\n## Training\n\n`peft train --config {SETTINGS}`\n\n| | |\n| --- | --- |\n{rows}{picture}"
+    card.write_text(other + told, encoding="utf-8")  # in place of what an earlier run has told
     size = sum(path.stat().st_size for path in output.glob("adapter_*"))
     seconds = log[-1]["train_runtime"]
     out.print(f"Adapter ({size / 1000:,.0f} kB), curve, card and checkpoints are in {output}, after {seconds:.0f} s")
+
+
+def _push(repo: str, revision: str | None, output: Path, out: Any) -> None:
+    """Puts the folder on the hub as one commit, without checkpoints.
+
+    Raises:
+        ValueError: the hub does not take it; says how to try again.
+    """
+    apart = shutil.ignore_patterns("checkpoint-*", "_*")
+    again = f"hf upload {repo} {shlex.quote(str(output))} . --exclude 'checkpoint-*'"
+    with explained(f"--push-to-hub: the adapter is in {output}, but not on the hub; try again by `{again}`"):
+        made = push(lambda folder: shutil.copytree(output, folder, ignore=apart, dirs_exist_ok=True), repo,
+                    revision=revision)  # fmt: skip
+    out.print(f"On the hub: {made.repo_url}")

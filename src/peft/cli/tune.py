@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas
-from rich.console import Console
 
 from peft.cli import models
 from peft.cli.options import refuse
 from peft.cli.parse import init_types, method_named
 from peft.cli.plan import Plan, learning_rate, prepare
 from peft.cli.plots import figure
-from peft.cli.train import build, console, fit
+from peft.cli.train import build
+from peft.cli.watch import NoNumber, console
 from peft.registry import METHODS
 
 #: steps of a candidate
@@ -31,12 +31,12 @@ def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> 
     out = console()
     options = replace(options, max_steps=options.max_steps or STEPS)
     refuse(any(rate <= 0 for rate in options.lrs), f"--lrs must be positive, got {options.lrs}")
-    refuse(Path(options.output).is_file(), f"--output {options.output} is a file")
     kind = METHODS[method_named(options.method)].config_class
     idle = "r" not in (own := init_types(kind)) or "target_r" in own  # which AdaLoRA has in its place
     words = f"--ranks sets the field r, and {options.method} has none that counts ({kind.__name__})"
     refuse(options.ranks and idle, words)
     plan = prepare(options, fields, trainer, out)
+    refuse(plan.arguments.push_to_hub, "--push-to-hub: candidates are not kept; what they tell is for `peft train`")
     words = "--eval-split: candidates are compared on what is held out, and nothing is"
     refuse(plan.held_out is None, words)
     middle = learning_rate(method_named(options.method), models.config_of(plan.base))
@@ -65,10 +65,8 @@ def _tried(plan: Plan, rate: float, config: Any) -> float:
     plan.arguments.learning_rate = rate
     with tempfile.TemporaryDirectory() as plan.arguments.output_dir:
         try:
-            fit(trainer := build(plan, Console(quiet=True)))
-        except RuntimeError as error:
-            if "the loss is" not in str(error):
-                raise
+            (trainer := build(plan, console(quiet=True))).train()
+        except NoNumber:
             return math.inf
     losses = (entry.get("eval_loss", math.inf) for entry in trainer.state.log_history)
     return min(filter(math.isfinite, losses))

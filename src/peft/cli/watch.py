@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import TrainerCallback
 
 from peft.cli.options import TABLES
@@ -20,13 +22,22 @@ STATE = "trainable.pt"
 PAUSE = 5.0
 
 
+def console(quiet: bool = False) -> Console:
+    """A rich console, which speaks in the first of several processes alone, or not at all."""
+    silent = quiet or int(os.environ.get("RANK", 0)) > 0
+    return Console(quiet=silent, soft_wrap=True, highlight=False, markup=False)
+
+
 def last_checkpoint(output: Path) -> str | None:
     """The last checkpoint that is whole: a killed process may have left one that is not."""
-    for name in (STATE, "trainer_state.json"):  # sharded training keeps what trains in files of its own
-        whole = [path.parent for path in output.glob(f"checkpoint-[0-9]*/{name}")]
-        if whole:
-            return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
-    return None
+    folders = "checkpoint-[0-9]*"  # sharded training keeps what trains in files of its own
+    found = [*output.glob(f"{folders}/{STATE}")] or [*output.glob(f"{folders}/trainer_state.json")]
+    whole = {int(path.parent.name.rpartition("-")[2]): str(path.parent) for path in found}
+    return whole[max(whole)] if whole else None
+
+
+class NoNumber(RuntimeError):
+    """The loss of a run is infinite, or not a number."""
 
 
 class Watch(TrainerCallback):
@@ -80,11 +91,11 @@ class Watch(TrainerCallback):
             model.base_model.update_and_allocate(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Raises RuntimeError where the loss is no longer a number."""
+        """Raises NoNumber where the loss is no longer one."""
         loss = logs.get("loss")
         if loss is not None:
             if not math.isfinite(loss):
-                raise RuntimeError(f"the loss is {loss} at step {state.global_step}: a lower --lr may help")
+                raise NoNumber(f"the loss is {loss} at step {state.global_step}: a lower --lr may help")
             self.loss = f"loss {loss:.4f}"
         evaluated, total = "eval_loss" in logs, state.max_steps
         if evaluated or (loss is not None and not control.should_evaluate and time.monotonic() - self.said > PAUSE):
