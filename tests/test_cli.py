@@ -340,3 +340,12 @@ def test_the_learning_rate_is_tuned(work, tmp_path, capsys):
     assert min(rows, key=lambda row: row["loss"])["lr"] == 0.03
     assert "Best: --lr 0.03 --r" in capsys.readouterr().out
     assert (tmp_path / "tune.png").is_file()
+
+
+def test_a_candidate_that_stays_behind_is_stopped(work, tmp_path, capsys):
+    few = ("--max-steps", 6, "--batch-size", 4, "--max-length", 48, "--target_modules", "q_proj,v_proj")
+    lrs = ("--lrs", 0.03, 1e-9, 0.04)
+    assert main(words("tune", "--model", work.base, "--data", work.data, "--output", tmp_path, *few, *lrs)) == 0
+    steps = {row["lr"]: row["steps"] for row in json.loads((tmp_path / "tune.json").read_text())}
+    assert steps == {0.03: 6, 1e-9: 1, 0.04: 6}
+    assert "(behind, and stopped at step 1)" in capsys.readouterr().out

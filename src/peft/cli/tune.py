@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from itertools import product
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+from transformers import TrainerCallback
 
 from peft.cli import models
 from peft.cli.options import refuse
@@ -40,42 +42,64 @@ def run(options: Any, fields: Mapping[str, Any], trainer: Mapping[str, Any]) -> 
     words = "--eval-split: candidates are compared on what is held out, and nothing is"
     refuse(plan.held_out is None, words)
     middle = learning_rate(method_named(options.method), models.config_of(plan.base))
-    rates = options.lrs or [middle * 3.0**power for power in (-2, -1, 0, 1, 2)]
+    rates = options.lrs or [middle * 3.0**power for power in (0, -1, 1, -2, 2)]  # the likeliest first
     rows: list[dict[str, Any]] = []
+    best: list[float] = []
     configs = {rank: replace(plan.config, r=rank) for rank in options.ranks} or {None: plan.config}
     for (rank, config), rate in product(configs.items(), rates):
-        rows.append({"lr": rate, "rank": rank, "loss": _tried(plan, rate, copy(config))})
+        losses, steps = _tried(plan, rate, copy(config), best)
+        rows.append({"lr": rate, "rank": rank, "loss": min(losses), "steps": steps})
+        best = min(best or losses, losses, key=min)
         words = f", rank {rank}" if rank else ""
-        out.print(f"learning rate {rate:.2g}{words}: held out {rows[-1]['loss']:.4f}")
-    best = min(rows, key=lambda row: row["loss"])
-    if not math.isfinite(best["loss"]):
+        early = f" (behind, and stopped at step {steps})" if steps < options.max_steps else ""
+        out.print(f"learning rate {rate:.2g}{words}: held out {min(losses):.4f}{early}")
+    first = min(rows, key=lambda row: row["loss"])
+    if not math.isfinite(first["loss"]):
         raise RuntimeError("the loss was no number with any candidate: lower --lrs may help")
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "tune.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
     _draw(rows, output / "tune.png")
-    words = f"--lr {best['lr']:.2g}" + (f" --r {best['rank']}" if best["rank"] else "")
-    edge = best["lr"] in (min(rates), max(rates)) and len(rates) > 1
+    words = f"--lr {first['lr']:.2g}" + (f" --r {first['rank']}" if first["rank"] else "")
+    edge = first["lr"] in (min(rates), max(rates)) and len(rates) > 1
     out.print(f"Best: {words}" + ("; it is the last of the candidates: try --lrs beyond it too" if edge else ""))
 
 
-def _tried(plan: Plan, rate: float, config: Any) -> float:
-    """The lowest loss on what is held out; infinite where the loss was no number."""
+class _Behind(TrainerCallback):
+    """Ends a run that has gained less than half of what the best one before it had gained at the same step.
+
+    Args:
+        best: that one's losses on what is held out, from before its first step on; empty if there is none.
+    """
+
+    def __init__(self, best: list[float]):
+        self.best, self.losses = best, list[float]()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.losses.append(loss if math.isfinite(loss := metrics["eval_loss"]) else math.inf)
+        if 1 < len(self.losses) <= len(self.best):
+            start, best = self.best[0], self.best[len(self.losses) - 1]
+            control.should_training_stop |= self.losses[-1] > (start + best) / 2
+
+
+def _tried(plan: Plan, rate: float, config: Any, best: list[float]) -> tuple[list[float], int]:
+    """The losses on what is held out, infinite where it was no number, and after how many steps the run ended."""
     plan = replace(plan, config=config, arguments=copy(plan.arguments))
     plan.arguments.learning_rate = rate
+    behind = _Behind(best)
     with tempfile.TemporaryDirectory() as plan.arguments.output_dir:
-        try:
-            (trainer := build(plan, console(quiet=True))).train()
-        except NoNumber:
-            return math.inf
-    losses = (entry.get("eval_loss", math.inf) for entry in trainer.state.log_history)
-    return min(filter(math.isfinite, losses))
+        trainer = build(plan, console(quiet=True))
+        trainer.add_callback(behind)
+        with suppress(NoNumber):
+            trainer.train()
+            return behind.losses, trainer.state.global_step
+    return [math.inf], trainer.state.global_step
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     made, axes = figure(6, 4)
     for axis in axes:
-        for rank, points in pandas.DataFrame(rows).groupby("rank", dropna=False, sort=False):
+        for rank, points in pandas.DataFrame(rows).sort_values("lr").groupby("rank", dropna=False, sort=False):
             axis.plot("lr", "loss", "o-", data=points, label=f"rank {rank}")
         axis.set(xscale="log", xlabel="learning rate", ylabel="loss on what is held out", title="Short runs")
         axis.legend(frameon=False)

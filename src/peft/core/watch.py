@@ -174,8 +174,8 @@ def _warn_of_idle_adapters(tuner: Adapters) -> None:
     }
     if idle:
         warn(
-            f"{listed(sorted(map(repr, idle)))} can be trained and gets no gradient, for it is not active: set_adapter()"
-            " makes an adapter active, and set_requires_grad() says which are to be trained."
+            f"{listed(sorted(map(repr, idle)))} can be trained and gets no gradient, for it is not active:"
+            " set_adapter() makes an adapter active, and set_requires_grad() says which are to be trained."
         )
 
 
