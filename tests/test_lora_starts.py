@@ -288,7 +288,7 @@ def test_a_trained_dora_is_saved_for_the_original_base(start, tmp_path):
 def test_orthogonal_draws_b_rank_by_rank():
     layer = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"], r=4)).base_model.model[0]
     torch.manual_seed(3)
-    layer.add_adapter("o", LoraConfig(r=4, init_lora_weights="orthogonal"), r=4)
+    layer.add_adapter("o", LoraConfig(r=4, init_lora_weights="orthogonal"))
     torch.manual_seed(3)
     torch.rand(4 * 6), torch.rand(5 * 4)  # plain factors are drawn first
     basis, _ = torch.linalg.qr(torch.randn(4, 4))
@@ -403,6 +403,16 @@ def test_eva_leaves_out_layers_that_get_no_rank():
     assert isinstance(model.base_model.model.down, nn.Linear)
     assert model.base_model.model.up.r["default"] == 6
     assert model.peft_config["default"].target_modules == {"up"}
+
+
+def test_where_eva_leaves_an_adapter_out_no_other_comes_in_its_place():
+    model = eva_model()
+    model.add_adapter("other", config_of(False))
+    peft.initialize_lora_eva_weights(model, eva_state_dict={"up": torch.randn(8, 12), "down": torch.empty(0, 16)})
+    down = model.base_model.model.down
+    assert down.active_adapters == ["default"] and down.adapter_names() == ["other"]
+    torch.testing.assert_close(down(X.new_ones(2, 16)), down.base_layer(X.new_ones(2, 16)))
+    assert not any(parameter.requires_grad for parameter in down.parameters())
 
 
 def test_eva_on_a_language_model_leaves_out_masked_positions():

@@ -27,7 +27,6 @@ from peft.core.targets import ROOT
 from peft.folder import replace_files
 from peft.integrations.serving import ENGINES, FEATURES, findings
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import alpha_of, rank_of
 from peft.untrusted import parse_json
 
 FORMATS = ("kohya", "diffusers")
@@ -227,7 +226,7 @@ def scaled_factors(
     alphas = {}
     for name, leaves in found.items():
         r = leaves["A"].shape[0]
-        alphas[name] = alpha_of(config, name) * (math.sqrt(r) if config.use_rslora else 1.0)
+        alphas[name] = config.at(name).lora_alpha * (math.sqrt(r) if config.use_rslora else 1.0)
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     for name, leaves in found.items():
         if alphas[name] != alpha:
@@ -265,11 +264,11 @@ def write_lora_file(
             out[f"{part}.{name}.{leaf}"] = value.contiguous()
             continue
         place = f"lora_{short}_{name.replace('.', '_')}"
-        r = rank_of(config, name)
+        own = config.at(name)
         if leaf == "lora_magnitude_vector":
             value = value[:, None] if value.dim() == 1 else value.transpose(0, 1)
         out[f"{place}.{_OF_KOHYA[leaf]}"] = value.contiguous()
-        out[f"{place}.alpha"] = torch.tensor(alpha_of(config, name) * (math.sqrt(r) if config.use_rslora else 1.0))
+        out[f"{place}.alpha"] = torch.tensor(own.lora_alpha * (math.sqrt(own.r) if config.use_rslora else 1.0))
     metadata = {"format": "pt"}
     if format == "diffusers":
         settings = {f"{part}.{key}": value for key, value in config.to_json_dict().items()}

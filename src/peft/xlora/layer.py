@@ -16,7 +16,7 @@ from peft.core.routing import Route
 from peft.ops.lora import compute_dtype
 from peft.tuners.lora.kinds import Embedding, Linear
 from peft.tuners.lora.layer import LoraLayer
-from peft.xlora.gate import WEIGHTS, Mixture
+from peft.xlora.gate import WEIGHTS, weights_at
 
 NO_ROUTES = "adapter_names (a mixed batch) cannot be used with X-LoRA, which weighs all experts itself."
 
@@ -28,9 +28,7 @@ class XLoraLayer(LoraLayer):
     kinds = frozenset(("Linear", "Conv1D", "Embedding"))
     cannot_merge = "X-LoRA weighs its experts anew for each token, so they cannot be merged."
 
-    #: set by the model
-    mixture: Mixture
-    layer_number: int
+    layer_number: int  # set by the model
 
     def low(self, name: str, x: Tensor) -> Tensor:
         """A x of one expert: [..., r]."""
@@ -43,13 +41,13 @@ class XLoraLayer(LoraLayer):
 
     def mixed(self, names: Sequence[str], x: Tensor) -> Tensor:
         """What the experts add for each token, in its shares: [..., out]."""
-        weights = self.mixture.at(self.layer_number, x.shape if self.op.kind == "Embedding" else x.shape[:-1])
-        if isinstance(weights, float) and weights == 0:
+        weights = weights_at(self.layer_number, x.shape if self.op.kind == "Embedding" else x.shape[:-1])
+        if weights == 0:
             return torch.zeros((), device=x.device)
         dtype = compute_dtype(x) if x.is_floating_point() else self.place()[1] or torch.float32
         low, up = [], []
         for name in names:
-            share = weights[..., self.mixture.experts.index(name), None] if isinstance(weights, Tensor) else weights
+            share = weights if isinstance(weights, float) else weights[name]
             low.append((self.low(name, x) * (share * self.scaling[name])).to(dtype))
             up.append(self.factors(name)[1].to(dtype))
         change = F.linear(torch.cat(low, -1), torch.cat(up, 1))

@@ -14,8 +14,7 @@ from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp, ConvOp
 from peft.core.change import LowRank
 from peft.core.method import Method
-from peft.core.scale import ScaledLayer
-from peft.core.slots import ModuleSlot, Setting, Slot
+from peft.core.slots import Setting, Slot
 from peft.core.storage.flat import bring_together, read_in_units
 from peft.core.storage.shared import put, whole, with_gradient
 from peft.core.tuner import BaseTuner
@@ -23,6 +22,7 @@ from peft.core.walk import layers_of
 from peft.errors import warn
 from peft.ops.rank_budget import budget_at, kept_ranks, orthogonality_gap, track_sensitivity, triplet_scores
 from peft.registry import PeftType
+from peft.tuners.lora.base import DropoutLayer
 from peft.tuners.lora.config import LoraConfig
 from peft.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -98,7 +98,7 @@ class AdaLoraConfig(LoraConfig, peft_type=PeftType.ADALORA):
         return content if self._allocated else {**content, "rank_pattern": None}
 
 
-class AdaLoraLayer(ScaledLayer):
+class AdaLoraLayer(DropoutLayer):
     """A module with a low-rank change in the form of a singular value decomposition.
 
     `ranknum` [1] is the rank that the scale counts with; it stays when ranks are dropped.
@@ -107,16 +107,14 @@ class AdaLoraLayer(ScaledLayer):
     lora_A = Slot()
     lora_B = Slot()
     lora_E = Slot()
-    lora_dropout = ModuleSlot[nn.Module](trained=False, stored=False)
     ranknum = Slot(trained=False, stored=False)
 
     r = Setting[int]("init_r")
-    lora_alpha = Setting[float]()
 
     def create(self, name: str, config: AdaLoraConfig) -> None:
         r = config.init_r
         self.scaling[name] = self.initial_scaling(name)
-        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.make_dropout(name, config)
         for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
             getattr(self, slot)[name] = nn.Parameter(torch.randn(shape))
         torch.randn(1)  # one more number, so that a seed means the values that it means to huggingface/peft
@@ -144,9 +142,8 @@ class AdaLoraLayer(ScaledLayer):
 
     def change(self, name: str) -> LowRank:
         scale = self.scaling[name] / (self.ranknum[name].to(self.lora_E[name].dtype) + 1e-5)
-        dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return LowRank(self.lora_A[name] * (self.lora_E[name] * scale), self.lora_B[name], dropout=p)
+        down = self.lora_A[name] * (self.lora_E[name] * scale)
+        return LowRank(down, self.lora_B[name], dropout=self.dropout_of(name))
 
     @classmethod
     def check(cls, config: AdaLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:

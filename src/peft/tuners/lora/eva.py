@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from peft.core.targets import base_of
-from peft.core.walk import live_key, put_back
+from peft.core.targets import ROOT, base_of
+from peft.core.walk import layers_of, put_back
 from peft.errors import warn
 from peft.ops.pca import IncrementalPca
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.kinds import Linear
-from peft.tuners.lora.layer import LoraLayer, alpha_of, rank_of
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.preprocess import targeted
 from peft.tuners.lora.settings import EvaConfig
 
@@ -78,18 +78,19 @@ class _Inputs:
 
     def __init__(self, name: str, prepare: PrepareLayer | None, gather: bool, count: int):
         self.name, self.prepare, self.gather = name, prepare or _all_rows, gather
+        #: that of the first layer, where several have the same inputs
         self.pca = IncrementalPca(count)
         self.batch: Any = None
         #: of the first batch: tells inputs of different layers apart that are one and the same tensor
         self.stamp: Any = None
-        #: the first layer's of those that have the same, which are looked at for all; None until that is known
-        self.source: _Inputs | None = None
+        #: whether it is that first layer, whose inputs are looked at for all; None until that is known
+        self.leads: bool | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self.source is None:
+        if self.leads is None:
             tensor = _first_tensor(inputs, self.name)
             self.stamp = tensor.data_ptr(), tensor.shape, tensor.double().square().sum().item()
-        elif self.source is self:
+        elif self.leads:
             rows = self.prepare(inputs, self.batch, self.name).detach()
             rows = _gathered(rows) if self.gather else rows
             if len(rows) >= self.pca.count:
@@ -142,7 +143,8 @@ def get_eva_state_dict(
     if isinstance(dataloader, Sized) and len(dataloader) == 0:
         raise ValueError("The dataloader is empty.")
     config, layers = _layers(model, peft_config, adapter_name)
-    watched = _watched(layers, config, prepare_layer_inputs_fn, gather_distributed_inputs)
+    setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
+    watched = _watched(layers, config, prepare_layer_inputs_fn, gather_distributed_inputs, setting.rho)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def run(batch: Any) -> None:
@@ -152,8 +154,7 @@ def get_eva_state_dict(
             inputs.batch = known
         forward_fn(model, batch)
 
-    setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
-    budget = sum(rank_of(config, name) for name in layers)
+    budget = sum(config.at(name).r for name in layers)
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()
@@ -161,24 +162,21 @@ def get_eva_state_dict(
         for name, layer in layers.items():
             stack.enter_context(layer.register_forward_pre_hook(watched[name]))
         ranks = _ranks_found(watched, dataloader, run, budget, setting.tau, show_progress_bar)
-    found = {name: inputs.source or inputs for name, inputs in watched.items()}
-    return {name: one.pca.directions(ranks[name], setting.whiten) for name, one in found.items()}
+    return {name: inputs.pca.directions(ranks[name], setting.whiten) for name, inputs in watched.items()}
 
 
 def _watched(
-    layers: Mapping[str, nn.Module], config: LoraConfig, prepare: PrepareLayers, gather: bool
+    layers: Mapping[str, nn.Module], config: LoraConfig, prepare: PrepareLayers, gather: bool, rho: float
 ) -> dict[str, _Inputs]:
     """What sees the inputs of each layer."""
     by_layer = prepare if isinstance(prepare, Mapping) else dict.fromkeys(layers, prepare)
     unknown = sorted(set(by_layer) - set(layers))
     if unknown:
         raise ValueError(f"prepare_layer_inputs_fn names {', '.join(unknown)}, which are no layers of the adapter.")
-    setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
     watched = {}
     for name, layer in layers.items():
         width = getattr(base_of(layer), "in_features", 2**31)
-        count = min(round(rank_of(config, name) * setting.rho), width)
-        watched[name] = _Inputs(name, by_layer.get(name), gather, count)
+        watched[name] = _Inputs(name, by_layer.get(name), gather, min(round(config.at(name).r * rho), width))
     return watched
 
 
@@ -194,19 +192,22 @@ def _ranks_found(
     for batch in islice(batches, 1):
         run(batch)
     first: dict[Any, _Inputs] = {}
-    source = {name: first.setdefault(inputs.stamp, inputs) for name, inputs in watched.items()}
-    for name, one in source.items():
-        watched[name].source, one.pca.count = one, max(one.pca.count, watched[name].pca.count)
-    ranks = {name: one.pca.count for name, one in source.items()}
+    for inputs in watched.values():
+        lead = first.setdefault(inputs.stamp, inputs)
+        lead.pca.count = max(lead.pca.count, inputs.pca.count)
+        inputs.leads, inputs.pca = inputs is lead, lead.pca
+    ranks: dict[str, int] = {}
     with _progress_bar(len(watched), show) as bar:
         for _ in range(_MOST_PASSES):
             for batch in batches:
                 run(batch)
                 if any(one.pca.components is None for one in first.values()):
                     continue
-                ranks = _shared_out({name: one.pca.shares for name, one in source.items()}, budget)
-                needed = {id(one): max(ranks[n] for n in ranks if source[n] is one) for one in first.values()}
-                bar.n = sum(one.pca.is_stable(needed[id(one)], tau) for one in source.values())
+                ranks = _shared_out({name: inputs.pca.shares for name, inputs in watched.items()}, budget)
+                needed = Counter[IncrementalPca]()
+                for name, inputs in watched.items():
+                    needed[inputs.pca] = max(needed[inputs.pca], ranks[name])
+                bar.n = sum(inputs.pca.is_stable(needed[inputs.pca], tau) for inputs in watched.values())
                 bar.refresh()
                 if bar.n == len(watched):
                     return ranks
@@ -238,8 +239,8 @@ def _progress_bar(total: int, show: bool) -> Any:
 def _layers(model: Any, config: Any, adapter_name: str) -> tuple[LoraConfig, Mapping[str, nn.Module]]:
     """The configuration, and the layers by name: those that have the adapter, or would get it."""
     if hasattr(model, "peft_config"):
-        linear = ((name, module) for name, module in model.named_modules() if isinstance(module, Linear))
-        here = {name: module for name, module in linear if module.has(adapter_name) and not module.with_attention}
+        linear = layers_of(model, Linear, adapter_name)
+        here = {name: layer for name, layer in linear.items() if not layer.with_attention}
         return config or model.peft_config[adapter_name], here
     if config is None:
         raise ValueError("peft_config is needed for a model without an adapter.")
@@ -305,21 +306,18 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
     plain = copy.copy(config)
     plain.init_lora_weights = True
     setting = config.eva_config or EvaConfig()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.has(adapter_name)}
-    prefix = next((name for name, module in model.named_modules() if module is tuner.model), "")
     ranks, alphas = {}, {}
-    for name, layer in layers.items():
-        key = name[len(prefix) + 1 :] if prefix else name
-        directions = found.get(name, found.get(key))
+    for key, layer in layers_of(tuner.model, LoraLayer, adapter_name).items():
+        directions = found.get(ROOT + key, found.get(key))
         if directions is not None and len(directions) == 0:
             _leave_out(tuner, layer, key, adapter_name)
             continue
         if directions is None:
             warn(f"EVA has found nothing for {key!r}, which starts as usual.")
-        rank, alpha = rank_of(config, key), alpha_of(config, key)
-        ranks[key] = new = rank if directions is None else len(directions)
-        alphas[key] = alpha * new / rank if setting.adjust_scaling_factors else alpha  # type: ignore[union-attr]
-        if new != rank or layer.factors(adapter_name)[0].is_meta:
+        own = config.at(key)
+        ranks[key] = new = own.r if directions is None else len(directions)
+        alphas[key] = own.lora_alpha * new / own.r if setting.adjust_scaling_factors else own.lora_alpha  # type: ignore[union-attr]
+        if new != own.r or layer.factors(adapter_name)[0].is_meta:
             trained = any(parameter.requires_grad for parameter in layer.adapter_parameters(adapter_name))
             dtype = layer.dtype_of(adapter_name)
             layer.update_layer(adapter_name, new, alphas[key], plain, target_name=key)
@@ -334,8 +332,11 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
 
 def _leave_out(tuner: Any, layer: LoraLayer, key: str, adapter_name: str) -> None:
     """Takes the adapter off one layer, and the layer off its module if that was all it was for."""
+    active = layer.active_adapters
     layer.delete_adapter(adapter_name)
-    if not layer.adapter_names():
-        put_back(tuner.model, live_key(tuner.model, key), layer.base_layer)
+    if layer.adapter_names() and layer.active_adapters != active:
+        layer.set_adapter(active)  # none of the others comes in its place
+    elif not layer.adapter_names():
+        put_back(tuner.model, key, layer.base_layer)
         tuner._parts = None
         tuner.targeted_module_names.remove(key)

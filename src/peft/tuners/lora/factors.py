@@ -70,8 +70,10 @@ def change_factors(layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor] | No
     return b * change.scale, a
 
 
-def store(layer: AdapterLayer, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """The tensors of a LoRA on a layer's module, by the names that files have for them."""
+def store(layer: AdapterLayer, a: Tensor, b: Tensor, rank: int = 0) -> dict[str, Tensor]:
+    """The tensors of a LoRA on a layer's module, by the names that files have for them; with zeros up to a rank."""
+    missing = max(rank - a.shape[1], 0)
+    a, b = pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
     if isinstance(layer.op, EmbeddingOp):
         return {"lora_embedding_A": a[0].contiguous(), "lora_embedding_B": b[0].contiguous()}
     if isinstance(layer.op, ConvOp):
@@ -102,9 +104,7 @@ def of_svd(layer: AdapterLayer, u: Tensor, s: Tensor, vh: Tensor, rank: int) -> 
         u, s, vh: decomposition of the blocks, [blocks, out, k], [blocks, k] and [blocks, k, in].
         rank: where it is more than k, the rest is zero.
     """
-    missing = max(rank - s.shape[1], 0)
-    a, b = in_two(u[..., :rank], s[:, :rank], vh[:, :rank])
-    return store(layer, pad(a, (0, 0, 0, missing)), pad(b, (0, missing)))
+    return store(layer, *in_two(u[..., :rank], s[:, :rank], vh[:, :rank]), rank)
 
 
 def check_plain(layer: Any, name: str) -> None:

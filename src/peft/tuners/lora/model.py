@@ -24,7 +24,7 @@ from peft.tuners.lora.combine import Combination, add_weighted_adapter
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import FACTOR_KEYS
 from peft.tuners.lora.kinds import LAYERS, Embedding, Linear
-from peft.tuners.lora.layer import LoraLayer, alpha_of, check_config, rank_of
+from peft.tuners.lora.layer import LoraLayer, check_config
 from peft.tuners.lora.quantised import linear_class
 from peft.tuners.lora.replication import replicate_layers, same_stack
 from peft.tuners.lora.starts import drawn_from, settle_seed, start_of
@@ -82,8 +82,8 @@ class LoraMethod(Method):
         return made(target, op=op) if parameter_name is None else made(target, None, parameter_name, None, op=op)
 
     def add(self, layer: Any, adapter_name: str, config: LoraConfig, key: str, planned: Any) -> None:
-        r, lora_alpha = rank_of(config, key), alpha_of(config, key)
-        layer.update_layer(adapter_name, r, lora_alpha, config=config, target_name=key, planned=planned)
+        own = config.at(key)
+        layer.update_layer(adapter_name, own.r, own.lora_alpha, config=config, target_name=key, planned=planned)
 
     def without_start(
         self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: dict[str, Tensor]

@@ -10,7 +10,7 @@ from torch import nn
 from peft.core.base_op import BaseOp
 from peft.core.change import Change
 from peft.core.slots import Slot
-from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.base import FactorLayer
 from peft.tuners.lora.config import LoraConfig
 
 T = TypeVar("T")
@@ -52,12 +52,8 @@ class Variant:
         """Whether there is anything to do on a layer's module, or a plain LoRA will do there."""
         return True
 
-    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
-        """Makes the tensors beside A and B, which have their start values.
-
-        Returns what is to be left of the base weight, if that changes.
-        """
-        return None
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
+        """Makes the tensors beside A and B, which have their start values."""
 
     def change(self, layer: FactorLayer, name: str) -> Change | Iterable[Change]:
         """What the adapter does to the module at present."""
