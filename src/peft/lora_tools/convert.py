@@ -15,7 +15,7 @@ from peft.checkpoint.state import config_of, get_peft_model_state_dict
 from peft.core.base_op import ParameterOp
 from peft.core.combine import exact_targets
 from peft.core.layer import AdapterLayer
-from peft.core.merge import bias_difference
+from peft.core.merge import bias_difference, difference
 from peft.core.targets import ROOT, target_name
 from peft.core.tuner import BaseTuner
 from peft.core.walk import parts_of, with_progress
@@ -24,7 +24,7 @@ from peft.ops.merging import svd_of_product
 from peft.ops.principal import unrounded
 from peft.registry import method_of, value_of
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.factors import adapter_rank, block_count, block_rank, change_blocks, change_factors, of_svd
+from peft.tuners.lora.factors import adapter_rank, block_count, block_rank, change_factors, of_svd
 
 #: relative error of a layer above which it is worth a warning
 NOTABLE_ERROR = 0.1
@@ -225,7 +225,8 @@ def decompose(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _changed(layer: AdapterLayer, name: str, split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> LayerChange:
     factors = change_factors(layer, name)
     if factors is None:
-        change = change_blocks(layer, name)
+        # In the adapter's dtype, so that nothing is lost in a base weight of lower precision.
+        change = difference(layer, name).unflatten(0, (block_count(layer), -1))
         parts = split(change)
     else:
         change, parts = factors[1], svd_of_product(*factors)

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from peft.core.base_op import ConvOp, EmbeddingOp, ParallelLinearOp, ParameterOp, kernel_numel
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.merge import difference, without_dropout
+from peft.core.merge import without_dropout
 from peft.core.storage import onloaded
 from peft.ops.principal import unrounded
 
@@ -43,15 +43,6 @@ def block_rank(layer: AdapterLayer, r: int) -> int:
 def adapter_rank(layer: AdapterLayer, rank: int) -> int:
     """The adapter's rank where that of one block is `rank`."""
     return rank * block_count(layer) if isinstance(layer.op, ConvOp) else rank
-
-
-@torch.no_grad()
-def change_blocks(layer: AdapterLayer, name: str) -> Tensor:
-    """What an adapter of any method changes a layer's base weight by: [blocks, out, in].
-
-    Computed in the adapter's dtype, so that nothing of it is lost in a base weight of lower precision.
-    """
-    return difference(layer, name).unflatten(0, (block_count(layer), -1))
 
 
 @torch.no_grad()

@@ -149,8 +149,8 @@ class LoraLayer(FactorLayer):
     def key_map(self, name: str) -> dict[str, str]:
         if not self.has(name):
             return {}
-        slots = [slot for slot in self.own_slots if name in getattr(self, slot)]
-        tied = [slot for slot in slots if isinstance(getattr(self, slot)[name], TiedFactor)]
+        modules: Any = self._modules
+        tied = [slot for slot in self.own_slots if isinstance(modules[slot]._modules.get(name), TiedFactor)]
         keys = {**super().key_map(name), **{f"{slot}.weight": f"{slot}.{name}.weight" for slot in tied}}
         return keys if name not in self.lora_variant else self.lora_variant[name].key_map(name, keys)
 
