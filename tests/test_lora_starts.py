@@ -405,6 +405,15 @@ def test_eva_leaves_out_layers_that_get_no_rank():
     assert model.peft_config["default"].target_modules == {"up"}
 
 
+def test_eva_inside_of_another_method_names_modules_as_configurations_do():
+    model = get_peft_model(mlp(), config_of("eva"), "one", mixed=True)
+    model.add_adapter("two", peft.HRAConfig(r=2, target_modules=["up", "down"]))
+    found = {"base_model.model.up.base_layer": torch.eye(12)[:6], "down": torch.eye(16)[:2]}
+    peft.initialize_lora_eva_weights(model, eva_state_dict=found, adapter_name="one")
+    config = model.peft_config["one"]
+    assert config.target_modules == {"up", "down"} and config.rank_pattern == {"up": 6, "down": 2}
+
+
 def test_where_eva_leaves_an_adapter_out_no_other_comes_in_its_place():
     model = eva_model()
     model.add_adapter("other", config_of(False))

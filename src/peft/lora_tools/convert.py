@@ -18,7 +18,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.merge import bias_difference, difference
 from peft.core.targets import ROOT, target_name
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of, with_progress
+from peft.core.walk import in_files, parts_of, with_progress
 from peft.errors import listed, warn
 from peft.ops.merging import svd_of_product
 from peft.ops.principal import unrounded
@@ -131,7 +131,7 @@ def convert_to_lora(
         block = max(change.block(rank) for change in changes.values())
         ranks[key] = max(adapter_rank(change.layer, block) for change in changes.values())
         for path, change in changes.items():
-            place = _lora_path(model, path, adapter_name)
+            place = in_files(model, adapter_name, path)
             tensors.update({f"{place}.{name}": tensor for name, tensor in change.tensors(block).items()})
             biases[place] = (change.layer, change.bias)
             errors[path.removeprefix(ROOT)] = change.error(block)
@@ -234,16 +234,6 @@ def _changed(layer: AdapterLayer, name: str, split: Callable[[Tensor], tuple[Ten
     return LayerChange(layer, u, s, vh, bias_difference(layer, name))
 
 
-def _lora_path(model: nn.Module, path: str, name: str) -> str:
-    """The name that a layer has in a model with the LoRA alone: without the layers of other methods around it."""
-    kept, module = [], model
-    for part in path.split("."):
-        if not (part == "base_layer" and isinstance(module, AdapterLayer) and not module.has(name)):
-            kept.append(part)
-        module = getattr(module, part)
-    return ".".join(kept)
-
-
 def _lora_config(
     model: nn.Module, config: Any, modules: Mapping[str, Mapping[str, AdapterLayer]], ranks: dict[str, int], rank: Any
 ) -> LoraConfig:
@@ -289,7 +279,7 @@ def _other_tensors(
     """What the adapter saves beside its layers: modules trained in full, biases, embeddings."""
     owners: list[tuple[str, Any]] = [(path, layer) for layers in modules.values() for path, layer in layers.items()]
     owners += [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTuner)]
-    own = {f"{path}.{key}" for path, owner in owners for key in owner.key_map(adapter_name)}
+    own = {in_files(model, adapter_name, f"{path}.{k}") for path, owner in owners for k in owner.key_map(adapter_name)}
     tuner: Any = method_of(config_of(model, adapter_name).peft_type).model_class
     stored = get_peft_model_state_dict(model, adapter_name=adapter_name)
     for key, tensor in tuner.method_class.read_tensors(model, adapter_name, stored).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,7 +55,9 @@ def extract_lora(
         ValueError: the models differ in structure, nothing matches, or the rank is too low or too high.
     """
     check_rank(rank)
+    groups = (module.groups for module in base.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
     config = LoraConfig(
+        r=rank if isinstance(rank, int) else math.lcm(*groups),  # which groups can share, until layers have their own
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         modules_to_save=list(modules_to_save) if modules_to_save else None,
         task_type=task_type,

@@ -14,7 +14,7 @@ from peft.checkpoint.state import Fit, Location, config_of
 from peft.config import PeftConfig, build_config
 from peft.core.combine import fill
 from peft.core.targets import ROOT, target_name
-from peft.core.walk import layers_of
+from peft.core.walk import in_files, layers_of
 from peft.core.whole import alone, contents_kept
 from peft.errors import warn
 from peft.lora_tools.formats import as_pattern
@@ -108,7 +108,8 @@ def hotswap_adapter_from_state_dict(
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
     given, beside = _sorted_out(plain, state_dict, adapter_name, config, parameter_prefix)
-    swaps = [_Swap.of(path, layer, adapter_name, given) for path, layer in layers.items()]
+    files = {in_files(plain, adapter_name, path): layer for path, layer in layers.items()}
+    swaps = [_Swap.of(path, layer, adapter_name, given) for path, layer in files.items()]
     too_large = [swap for swap in swaps if swap.rank > swap.room]
     if too_large and _compiled(model):
         path, rank, room = too_large[0].path, too_large[0].rank, too_large[0].room

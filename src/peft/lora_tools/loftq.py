@@ -12,7 +12,7 @@ from torch import nn
 
 from peft.checkpoint.files import opened_weights
 from peft.core.storage import backend_of
-from peft.core.targets import ROOT
+from peft.core.targets import ROOT, target_name
 from peft.core.walk import layers_of
 from peft.model import PeftModel
 from peft.ops.principal import truncated_svd
@@ -43,7 +43,7 @@ def replace_lora_weights_loftq(
         FileNotFoundError: there is no such file, or a weight is not in it.
     """
     found = layers_of(peft_model, LoraLayer, adapter_name)
-    layers = {path.removeprefix(ROOT): layer for path, layer in found.items() if backend_of(layer) is not None}
+    layers = {target_name(path.removeprefix(ROOT), la): la for path, la in found.items() if backend_of(la) is not None}
     if not layers:
         raise ValueError(
             f"Adapter {adapter_name!r} is on no layer that bitsandbytes (or another quantisation) holds; for weights"
@@ -57,9 +57,10 @@ def replace_lora_weights_loftq(
         source = snapshot_download(source, allow_patterns=["*.safetensors"], local_files_only=True)
     places, prefix = opened_weights(source), f"{getattr(base, 'base_model_prefix', '')}."
     for name, layer in layers.items():
-        key = next((k for k in (f"{name}.weight", f"{name.removeprefix(prefix)}.weight") if k in places), None)
+        wanted = f"{name}.weight"
+        key = next((key for key in (wanted, wanted.removeprefix(prefix)) if key in places), None)
         if key is None:
-            raise FileNotFoundError(f"{source!r} holds no weight {f'{name}.weight'!r}.")
+            raise FileNotFoundError(f"{source!r} holds no weight {wanted!r}.")
         original = layer.op.matrix(places[key].get_tensor(key)).float()
         lost = original.to(layer.get_base_weight().device) - layer.op.matrix(layer.get_base_weight()).float()
         before = [factor.clone() for factor in layer.factors(adapter_name)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from peft.core.targets import ROOT, base_of
+from peft.core.targets import ROOT, base_of, target_name
 from peft.core.walk import layers_of, put_back
 from peft.errors import warn
 from peft.ops.pca import IncrementalPca
@@ -307,10 +307,11 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
     plain.init_lora_weights = True
     setting = config.eva_config or EvaConfig()
     ranks, alphas = {}, {}
-    for key, layer in layers_of(tuner.model, LoraLayer, adapter_name).items():
-        directions = found.get(ROOT + key, found.get(key))
+    for path, layer in layers_of(tuner.model, LoraLayer, adapter_name).items():
+        key = target_name(path, layer)
+        directions = next((found[name] for name in (ROOT + path, path, key) if name in found), None)
         if directions is not None and len(directions) == 0:
-            _leave_out(tuner, layer, key, adapter_name)
+            _leave_out(tuner, layer, path, adapter_name)
             continue
         if directions is None:
             warn(f"EVA has found nothing for {key!r}, which starts as usual.")
@@ -330,13 +331,13 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
     config.alpha_pattern = {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
-def _leave_out(tuner: Any, layer: LoraLayer, key: str, adapter_name: str) -> None:
+def _leave_out(tuner: Any, layer: LoraLayer, path: str, adapter_name: str) -> None:
     """Takes the adapter off one layer, and the layer off its module if that was all it was for."""
     active = layer.active_adapters
     layer.delete_adapter(adapter_name)
     if layer.adapter_names() and layer.active_adapters != active:
         layer.set_adapter(active)  # none of the others comes in its place
     elif not layer.adapter_names():
-        put_back(tuner.model, key, layer.base_layer)
+        put_back(tuner.model, path, layer.base_layer)
         tuner._parts = None
-        tuner.targeted_module_names.remove(key)
+        tuner.targeted_module_names.remove(target_name(path, layer))
