@@ -64,11 +64,8 @@ def write_mlx(folder: str | os.PathLike, config: Any, tensors: Mapping[str, Tens
             "rank": rank, "scale": alpha / rank, "dropout": config.lora_dropout, "keys": sorted(keys)
         },
     }  # fmt: skip
-
-    def write(place: str) -> None:
-        save_file(out, place, {"format": "mlx"})
-
-    replace_files(folder, {FILE: write, CONFIG: json.dumps(content, indent=2).encode()})
+    settings = json.dumps(content, indent=2).encode()
+    replace_files(folder, {FILE: lambda place: save_file(out, place, {"format": "mlx"}), CONFIG: settings})
 
 
 def read_mlx(folder: str | os.PathLike, embeddings: Iterable[str]) -> tuple[Any, dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils._pytree import tree_map
 
 from peft.core.targets import ROOT, base_of, target_name
 from peft.core.walk import layers_of, put_back
@@ -148,7 +149,7 @@ def get_eva_state_dict(
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def run(batch: Any) -> None:
-        batch = _moved(batch, device)
+        batch = tree_map(lambda value: value.to(device) if hasattr(value, "to") else value, batch)
         known = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
         for inputs in watched.values():
             inputs.batch = known
@@ -245,14 +246,6 @@ def _layers(model: Any, config: Any, adapter_name: str) -> tuple[LoraConfig, Map
     if config is None:
         raise ValueError("peft_config is needed for a model without an adapter.")
     return config, targeted(model, config)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    return type(batch)(_moved(value, device) for value in batch) if isinstance(batch, (tuple, list)) else batch
 
 
 @torch.no_grad()
