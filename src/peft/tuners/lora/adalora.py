@@ -18,7 +18,7 @@ from peft.core.slots import Setting, Slot
 from peft.core.storage.flat import bring_together, read_in_units
 from peft.core.storage.shared import put, whole, with_gradient
 from peft.core.tuner import BaseTuner
-from peft.core.walk import layers_of
+from peft.core.walk import in_files, layers_of
 from peft.errors import warn
 from peft.ops.rank_budget import budget_at, kept_ranks, orthogonality_gap, track_sensitivity, triplet_scores
 from peft.registry import PeftType
@@ -163,9 +163,14 @@ class RankAllocator:
     def __init__(self, model: nn.Module, peft_config: AdaLoraConfig, adapter_name: str):
         self.peft_config, self.adapter_name = peft_config, adapter_name
         self.reset_ipt()
-        layers = layers_of(model, AdaLoraLayer, adapter_name).values()
+        layers = self._layers(model).values()
         self.init_bgt = sum(layer.r[adapter_name] for layer in layers)
         self.target_bgt = peft_config.target_r * len(layers)
+
+    def _layers(self, model: nn.Module) -> dict[str, AdaLoraLayer]:
+        """The layers with the adapter, by the names that they have in files."""
+        found = layers_of(model, AdaLoraLayer, self.adapter_name)
+        return {in_files(model, self.adapter_name, path): layer for path, layer in found.items()}
 
     def set_total_step(self, total_step: int) -> None:
         """Sets the number of training steps."""
@@ -192,7 +197,7 @@ class RankAllocator:
         name = self.adapter_name
         tensors = {
             f"{path}.{slot}.{name}": with_gradient(getattr(layer, slot)[name])
-            for path, layer in layers_of(model, AdaLoraLayer, name).items()
+            for path, layer in self._layers(model).items()
             for slot in _SLOTS
         }
         if any(tensor.dim() != 2 for tensor, _ in tensors.values()):
@@ -215,7 +220,7 @@ class RankAllocator:
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
         """Sets E to zero at all but the `budget` most important ranks; returns which are kept, by name of the E."""
-        name, layers = self.adapter_name, layers_of(model, AdaLoraLayer, self.adapter_name)
+        name, layers = self.adapter_name, self._layers(model)
 
         def importance(key: str) -> Tensor:
             return whole(self.exp_avg_ipt[key] * self.exp_avg_unc[key])
@@ -238,7 +243,7 @@ class RankAllocator:
     def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: Mapping[str, Iterable[bool]]) -> None:
         """Sets E to zero at the ranks that are not kept."""
         with torch.no_grad():
-            for path, layer in layers_of(model, AdaLoraLayer, self.adapter_name).items():
+            for path, layer in self._layers(model).items():
                 e, name = layer.lora_E[self.adapter_name], f"{path}.lora_E"
                 kept = rank_pattern.get(f"{name}.{self.adapter_name}", rank_pattern.get(name))
                 if kept is not None:
