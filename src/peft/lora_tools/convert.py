@@ -241,8 +241,8 @@ def _lora_config(
     base = next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
     wanted = set(modules) - bare
     targets: Any = exact_targets(base, wanted, [getattr(config, "target_modules", None)]) if wanted else []
-    bias = getattr(config, "bias", "none")
     kept = {name: getattr(config, name) for name in _KEPT_FIELDS if getattr(config, name, None)}
+    bias = getattr(config, "bias", "none")
     bias = bias if bias in ("none", "all") else "lora_only"
     made = LoraConfig(target_modules=targets, target_parameters=sorted(bare) or None, bias=bias, **kept)
     set_ranks(made, ranks, rank)

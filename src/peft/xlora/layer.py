@@ -32,7 +32,10 @@ class XLoraLayer(LoraLayer):
 
     def low(self, name: str, x: Tensor) -> Tensor:
         """A x of one expert: [..., r]."""
-        raise NotImplementedError
+        a, _ = self.factors(name)
+        if self.op.kind == "Embedding":
+            return F.embedding(x, a.T)
+        return F.linear(self.lora_dropout[name](x), a.to(compute_dtype(x)))
 
     def changes(self, names: Sequence[str]) -> list[Change]:
         if fact(WEIGHTS) is None:
@@ -60,13 +63,6 @@ class XLoraLayer(LoraLayer):
 class XLoraLinearLayer(XLoraLayer, Linear):
     """A linear layer with experts."""
 
-    def low(self, name: str, x: Tensor) -> Tensor:
-        a = self.lora_A[name].weight
-        return F.linear(self.lora_dropout[name](x), a.to(compute_dtype(x)))
-
 
 class XLoraEmbeddingLayer(XLoraLayer, Embedding):
     """An embedding with experts."""
-
-    def low(self, name: str, x: Tensor) -> Tensor:
-        return F.embedding(x, self.lora_embedding_A[name].T)

@@ -30,6 +30,7 @@ from peft.tuners.lora.replication import replicate_layers, same_stack
 from peft.tuners.lora.starts import drawn_from, settle_seed, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.alora import Invocations
+from peft.tuners.lora.variants.base import Variant
 from peft.tuners.lora.variants.dora import Dora
 from peft.tuners.lora.variants.kasa import Kasa
 from peft.tuners.lora.variants.monteclora import Monteclora
@@ -155,7 +156,7 @@ class LoraMethod(Method):
         Args:
             adapter_names: of which adapters; the active ones if None.
         """
-        return sum((v.penalty(layer, name) for layer, name, v in self._variants(Kasa, adapter_names)), 0.0)
+        return sum(self._penalties(Kasa, adapter_names), 0.0)
 
     def monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
         """What MonteCLoRA adds to the loss in training: the mean over all layers; 0 where no adapter has any.
@@ -163,32 +164,24 @@ class LoraMethod(Method):
         Args:
             adapter_names: of which adapters; the active ones if None.
         """
-        losses = [
-            layer.lora_monteclora_sampler[name].penalty()
-            for layer, name, _ in self._variants(Monteclora, adapter_names)
-            if layer.training
-        ]
+        losses = self._penalties(Monteclora, adapter_names)
         return sum(losses, 0.0) / max(len(losses), 1)
 
-    def _variants(self, kind: type, adapter_names: str | Sequence[str] | None) -> Iterator[tuple[Any, str, Any]]:
+    def _penalties(self, kind: type[Variant], adapter_names: str | Sequence[str] | None) -> list[Tensor | float]:
+        """What a variant adds to the loss, for each layer and adapter that has it."""
         names = self.tuner.active_adapters if adapter_names is None else self.tuner.check_names(adapter_names)
-        for layer in self.tuner.adapter_layers():
-            for name in names:
-                variant = layer.lora_variant.get(name) if isinstance(layer, LoraLayer) else None
-                if isinstance(variant, kind):
-                    yield layer, name, variant
+        layers = [layer for layer in self.tuner.adapter_layers() if isinstance(layer, LoraLayer)]
+        found = ((layer, name, layer.lora_variant.get(name)) for layer in layers for name in names)
+        return [variant.penalty(layer, name) for layer, name, variant in found if isinstance(variant, kind)]
 
     def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
-        if not isinstance(to, Embedding):
+        if not isinstance(to, Embedding) or not isinstance(layer, (Embedding, Linear)):
             return super().tie(layer, to, adapter_name)
         if isinstance(layer, Embedding):
-            layer.lora_embedding_A[adapter_name] = to.lora_embedding_A[adapter_name]
-            layer.lora_embedding_B[adapter_name] = to.lora_embedding_B[adapter_name]
-        elif isinstance(layer, Linear):
+            layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name] = to.factors(adapter_name)
+        else:
             layer.lora_A[adapter_name] = TiedFactor(to.lora_embedding_B, adapter_name)
             layer.lora_B[adapter_name] = TiedFactor(to.lora_embedding_A, adapter_name)
-        else:
-            return super().tie(layer, to, adapter_name)
         for setting in ("r", "lora_alpha", "scaling"):
             getattr(layer, setting)[adapter_name] = getattr(to, setting)[adapter_name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp
 from peft.core.change import Change
@@ -58,6 +58,10 @@ class Variant:
     def change(self, layer: FactorLayer, name: str) -> Change | Iterable[Change]:
         """What the adapter does to the module at present."""
         return layer.low_rank(name)
+
+    def penalty(self, layer: FactorLayer, name: str) -> Tensor | float:
+        """What is to be added to the loss at present."""
+        return 0.0
 
     def key_map(self, name: str, keys: dict[str, str]) -> dict[str, str]:
         """Names of the adapter's tensors, in files and in the live module, where `keys` is how they are as a rule."""
