@@ -91,10 +91,13 @@ def read_lora_file(
         The configuration, and the tensors by the names that this library's files have for them.
 
     Raises:
+        WeightsFileError: it is none.
         ValueError: the format is unknown, the part is missing or not the only one, a name is no module's, or a module
             has no whole LoRA.
     """
-    tensors, metadata = load_tensors(path)
+    tensors = load_safetensors(os.fspath(path), torch.device("cpu"))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
     found = _modules_of(tensors, names, format_of(tensors))
     if part is None and len(found) > 1:
         raise ValueError(f"{os.fspath(path)!r} holds LoRAs for {', '.join(sorted(found))}: say which part is wanted.")
@@ -103,17 +106,6 @@ def read_lora_file(
         raise ValueError(f"{os.fspath(path)!r} holds nothing for {part!r}; it has {', '.join(sorted(found))}.")
     modules = found[part]
     return config_of_modules(modules, path, _settings(metadata, part, os.fspath(path)))
-
-
-def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a .safetensors file.
-
-    Raises:
-        WeightsFileError: it is none.
-    """
-    tensors = load_safetensors(os.fspath(path), torch.device("cpu"))
-    with safe_open(path, "pt") as file:
-        return tensors, file.metadata() or {}
 
 
 Modules = dict[str, dict[str, dict[str, Tensor]]]

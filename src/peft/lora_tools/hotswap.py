@@ -165,7 +165,11 @@ def prepare_model_for_compiled_hotswap(
         raise ValueError(f"{type(plain).__name__} has no LoRA: load the first adapter before this, others after.")
     if target_rank is not None:
         for path, layer in layers.items():
-            _check_room(path, layer, target_rank)
+            asked, ranks = f"target_rank={target_rank}", [_rank(layer, name) for name in layer.adapter_names()]
+            if target_rank < max(ranks, default=0):
+                raise ValueError(f"{asked} is lower than the rank of an adapter on {path!r} ({max(ranks)}).")
+            if adapter_rank(layer, block_rank(layer, target_rank)) != target_rank:
+                raise ValueError(f"{asked} must be a multiple of the groups of {path!r} ({block_count(layer)}).")
         for each in config.values() if isinstance(config, Mapping) else [config] if config is not None else []:
             each.r, each.rank_pattern = target_rank, dict.fromkeys(each.rank_pattern, target_rank)
     for name in names:
@@ -180,6 +184,11 @@ def prepare_model_for_compiled_hotswap(
                 # A number would be compiled in.
                 scaling[name] = torch.tensor(scaling[name], device=layer.factors(name)[0].device)
         _record(config_of(plain, name), layers, name)
+
+
+def _rank(layer: LoraLayer, name: str) -> int:
+    """The rank of an adapter as its tensors have it."""
+    return adapter_rank(layer, load(layer, name)[0].shape[1])
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -241,10 +250,10 @@ class _Swap(NamedTuple):
                 f"The adapter cannot be swapped in. On {path!r} it has {shapes}, which does not fit {', '.join(live)}"
                 f" ({' and '.join(str(tuple(tensor.shape)) for tensor in now)}) there."
             )
-        old_a, old_b = as_stacks(layer, *now)
+        room, old_a, old_b = _rank(layer, name), *load(layer, name)
         a, b = as_stacks(layer, *pair) if pair else (old_a[:, :0], old_b[..., :0])
-        rank, room = (adapter_rank(layer, stack.shape[1]) for stack in (a, old_a))
-        return cls(path, layer, {**store(layer, a, b, old_a.shape[1]), **others}, rank, room)
+        tensors = {**store(layer, a, b, old_a.shape[1]), **others}
+        return cls(path, layer, tensors, adapter_rank(layer, a.shape[1]), room)
 
 
 def _alike(new: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
@@ -253,15 +262,6 @@ def _alike(new: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
     if a.shape[1:] != old_a.shape[1:] or b.shape[:1] + b.shape[2:] != old_b.shape[:1] + old_b.shape[2:]:
         return False
     return a.shape[0] * old_b.shape[1] == b.shape[1] * old_a.shape[0]
-
-
-def _check_room(path: str, layer: LoraLayer, rank: int) -> None:
-    """Raises ValueError where the adapters of a layer cannot be brought to a rank."""
-    largest = max((adapter_rank(layer, load(layer, name)[0].shape[1]) for name in layer.adapter_names()), default=0)
-    if rank < largest:
-        raise ValueError(f"target_rank={rank} is lower than the rank of an adapter on {path!r} ({largest}).")
-    if adapter_rank(layer, block_rank(layer, rank)) != rank:
-        raise ValueError(f"target_rank={rank} must be a multiple of the groups of {path!r} ({block_count(layer)}).")
 
 
 def _resize(layer: LoraLayer, name: str, rank: int) -> None:
@@ -285,8 +285,7 @@ def _resize(layer: LoraLayer, name: str, rank: int) -> None:
 
 def _set_alpha(layer: LoraLayer, name: str, alpha: float, r: int) -> None:
     """Gives an adapter the scale that `alpha` and `r` mean, whatever rank its tensors are padded to."""
-    rank = adapter_rank(layer, load(layer, name)[0].shape[1])
-    layer.r[name] = rank
+    layer.r[name] = rank = _rank(layer, name)
     layer.lora_alpha[name] = alpha * (rank / r) ** (0.5 if layer.use_rslora[name] else 1)
     layer.set_scale(name, 1.0)
 

@@ -123,10 +123,6 @@ class FactorLayer(DropoutLayer):
         modules: Any = self._modules  # past `__getattr__`, which takes longer than the rest
         return _weight(modules["lora_A"]._modules[name]), _weight(modules["lora_B"]._modules[name])
 
-    def flat_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B as matrices [r, in] and [out, r]."""
-        return a, b
-
     def low_rank(self, name: str) -> LowRank:
         """scaling B A, and the bias that belongs to it."""
         modules: Any = self._modules
@@ -134,7 +130,9 @@ class FactorLayer(DropoutLayer):
         scaling = self.settings["scaling"][name]
         bias = b._parameters.get("bias")
         offset = None if bias is None else bias * scaling
-        down, up = self.flat_factors(widened(_weight(a)), widened(_weight(b)))
+        down, up = widened(_weight(a)), widened(_weight(b))
+        if down.dim() > 2:  # those of a convolution
+            down, up = down.flatten(1), up.flatten(1)
         change = LowRank(down, up, scaling, self.dropout_of(name), offset)
         # Somebody wants to see them called; FSDP has done so to bring their weights together.
         if self.op.linear and not (_is_plain(a) and _is_plain(b)):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peft.core.combine import add_combined, check_combination, combined_config, layers_with
 from peft.core.method import Method
+from peft.core.part import as_names
 from peft.ops.merging import (
     SignMethod,
     clamp_to_quantile,
@@ -65,34 +66,76 @@ class Combination:
         return combine(tensors, weights, method, self.density, self.majority_sign_method)
 
 
-def add_weighted_adapter(
-    method: Method, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
-) -> None:
-    """See [`LoraModel.add_weighted_adapter`]."""
-    adapters, weights = check_combination(method, adapters, weights, adapter_name)
-    layers: dict[Any, str] = layers_with(method, adapters)
-    _check_factors(adapters, layers, how)
-    configs = [method.configs[name] for name in adapters]
-    if len({tuple(config.alora_invocation_tokens or ()) for config in configs}) > 1:
-        raise ValueError("aLoRA adapters can be combined where all of them have the same alora_invocation_tokens.")
-    largest = max(rank for config in configs for rank in (config.r, *(config.rank_pattern or {}).values()))
-    if "dare" in how.name:
-        start = configs[0].init_lora_weights
-        _skip_start_values(adapters, layers, how.svd_rank if how.on_product and how.svd_rank else largest, start)
-    tensors, ranks = {}, {}
-    for layer, key in layers.items():
-        here = {name: weight for name, weight in zip(adapters, weights, strict=True) if layer.has(name)}
-        ranks[key], tensors[layer] = _combined(layer, here, how, key, largest)
-    config = combined_config(method, adapters, layers)
+class Combining(Method):
+    """A method whose adapters can be combined: LoRA."""
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: SignMethod = "total",
+    ) -> None:
+        """Adds an adapter that combines others; it is not active yet. A call that raises changes nothing.
+
+        Args:
+            adapters: names of the adapters to combine. One of them at most may have `modules_to_save` or
+                `trainable_token_indices`, which the new adapter takes over as they are.
+            weights: a factor for each; negative ones take an adapter's effect away.
+            adapter_name: the new adapter's name.
+            combination_type: `"cat"` and `"svd"` make the weighted sum of the changes that the adapters make to a
+                weight: exact, with the sum of all ranks, or the nearest of rank `svd_rank`. `"linear"` sums the
+                factors A and B instead, which is cheap and rough. `"ties"` (arXiv:2306.01708), `"dare_linear"`,
+                `"dare_ties"` (arXiv:2311.03099) and `"magnitude_prune"` prune first; with `_svd` at the end they
+                work on the changes, else on A and B. Those on A and B need adapters of the same rank.
+            svd_rank: rank of the new adapter, for the svd types; the largest of the adapters' ranks if None.
+            svd_clamp: quantile that no entry of the factors may pass, for the svd types.
+            svd_full_matrices: has no influence on the outcome; taken for compatibility.
+            svd_driver: method of `torch.linalg.svd` on CUDA.
+            density: share of the entries that pruning keeps, 0 to 1.
+            majority_sign_method: how `ties` and `dare_ties` elect the sign of an entry: by the sum (`"total"`) or by
+                counting (`"frequency"`).
+
+        Raises:
+            ValueError: an adapter does not exist, the name is taken, ranks differ where they may not, a setting is
+                out of range or missing, or an adapter is on a bare parameter.
+            RuntimeError: an unknown `majority_sign_method`.
+        """
+        how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+        adapters, weights = check_combination(self, as_names(adapters), weights, adapter_name)
+        layers: dict[Any, str] = layers_with(self, adapters)
+        _check_factors(adapters, layers, how)
+        configs = [self.configs[name] for name in adapters]
+        if len({tuple(config.alora_invocation_tokens or ()) for config in configs}) > 1:
+            raise ValueError("aLoRA adapters can be combined where all of them have the same alora_invocation_tokens.")
+        largest = max(rank for config in configs for rank in (config.r, *(config.rank_pattern or {}).values()))
+        if "dare" in how.name:
+            start = configs[0].init_lora_weights
+            _skip_start_values(adapters, layers, how.svd_rank if how.on_product and how.svd_rank else largest, start)
+        tensors, ranks = {}, {}
+        for layer, key in layers.items():
+            here = {name: weight for name, weight in zip(adapters, weights, strict=True) if layer.has(name)}
+            ranks[key], tensors[layer] = _combined(layer, here, how, key, largest)
+        config = combined_config(self, adapters, layers)
+        _describe(config, ranks, tensors)
+        add_combined(self, adapter_name, adapters, config, tensors)
+
+
+def _describe(config: Any, ranks: Mapping[str, int], tensors: Mapping[Any, dict[str, Tensor]]) -> None:
+    """Lets the configuration say what the new adapter is; if one layer's B has a bias, all get one."""
     config.r = config.lora_alpha = max(ranks.values())
     config.rank_pattern = {key: rank for key, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora, config.init_lora_weights = False, True
     config.lora_bias = any("lora_B.bias" in values for values in tensors.values())
-    if config.lora_bias:
-        for layer, values in tensors.items():
-            values.setdefault("lora_B.bias", torch.zeros(layer.out_features))
-    add_combined(method, adapter_name, adapters, config, tensors)
+    for layer, values in tensors.items() if config.lora_bias else ():
+        values.setdefault("lora_B.bias", torch.zeros(layer.out_features))
 
 
 def _check_factors(adapters: Sequence[str], layers: Mapping[Any, str], how: Combination) -> None:

@@ -190,6 +190,8 @@ def _ranks_found(
     show: bool,
 ) -> dict[str, int]:
     """Goes through the data until the components that count stay as they are; returns the ranks of the layers."""
+    from tqdm.auto import tqdm
+
     for batch in islice(batches, 1):
         run(batch)
     first: dict[Any, _Inputs] = {}
@@ -198,7 +200,8 @@ def _ranks_found(
         lead.pca.count = max(lead.pca.count, inputs.pca.count)
         inputs.leads, inputs.pca = inputs is lead, lead.pca
     ranks: dict[str, int] = {}
-    with _progress_bar(len(watched), show) as bar:
+    hidden = not show or (dist.is_initialized() and dist.get_rank() > 0)
+    with tqdm(total=len(watched), desc="EVA: layers whose directions are found", disable=hidden, leave=False) as bar:
         for _ in range(_MOST_PASSES):
             for batch in batches:
                 run(batch)
@@ -228,13 +231,6 @@ def _shared_out(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     order = torch.cat(list(shares.values())).argsort(descending=True, stable=True)[:budget]
     counts = Counter(owners[index] for index in order.tolist())
     return {name: counts[name] for name in shares}
-
-
-def _progress_bar(total: int, show: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    return tqdm(total=total, desc="EVA: layers whose directions are found", disable=not (show and first), leave=False)
 
 
 def _layers(model: Any, config: Any, adapter_name: str) -> tuple[LoraConfig, Mapping[str, nn.Module]]:

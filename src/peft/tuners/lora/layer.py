@@ -17,7 +17,7 @@ from peft.core.slots import Setting
 from peft.core.storage import onloaded, storage_of
 from peft.tuners.lora.base import FactorLayer, TiedFactor
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.megatron import check_megatron, check_parallel
+from peft.tuners.lora.megatron import check_parallel
 from peft.tuners.lora.starts import CORDA, GRADIENT, Start, check_start, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.base import Variant
@@ -184,13 +184,6 @@ class LoraLayer(FactorLayer):
                 known = ", ".join(sorted(variant.kinds))
                 raise ValueError(f"{variant.label} is not supported on {name!r}, a {op.kind}; it works on {known}.")
             variant.check(config, name, module, op, r)
-
-
-def check_config(config: LoraConfig) -> None:
-    """Raises ValueError where a configuration asks for what there is no code for."""
-    start_of(config.init_lora_weights)
-    variant_of(config)
-    check_megatron(config)
 
 
 def _check_parameter(config: LoraConfig, name: str) -> None:
