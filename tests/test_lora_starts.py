@@ -405,6 +405,14 @@ def test_eva_leaves_out_layers_that_get_no_rank():
     assert model.peft_config["default"].target_modules == {"up"}
 
 
+def test_eva_leaves_a_module_out_in_all_its_places():
+    base = mlp()
+    base.again = base.down
+    model = get_peft_model(base, config_of("eva"))
+    peft.initialize_lora_eva_weights(model, eva_state_dict={"up": torch.eye(12)[:8], "down": torch.empty(0, 16)})
+    assert type(base.down) is nn.Linear and base.again is base.down
+
+
 def test_eva_inside_of_another_method_names_modules_as_configurations_do():
     model = get_peft_model(mlp(), config_of("eva"), "one", mixed=True)
     model.add_adapter("two", peft.HRAConfig(r=2, target_modules=["up", "down"]))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
+from peft.core.places import take_away_everywhere
+from peft.core.storage.shared import is_one_of_many
 from peft.core.targets import ROOT, base_of, target_name
 from peft.core.walk import layers_of, put_back
 from peft.errors import warn
@@ -99,7 +101,7 @@ class _Inputs:
 
 
 def _gathered(rows: Tensor) -> Tensor:
-    if not dist.is_initialized():
+    if not is_one_of_many():
         return rows
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows.cpu())
@@ -200,7 +202,7 @@ def _ranks_found(
         lead.pca.count = max(lead.pca.count, inputs.pca.count)
         inputs.leads, inputs.pca = inputs is lead, lead.pca
     ranks: dict[str, int] = {}
-    hidden = not show or (dist.is_initialized() and dist.get_rank() > 0)
+    hidden = not show or (is_one_of_many() and dist.get_rank() > 0)
     with tqdm(total=len(watched), desc="EVA: layers whose directions are found", disable=hidden, leave=False) as bar:
         for _ in range(_MOST_PASSES):
             for batch in batches:
@@ -328,5 +330,6 @@ def _leave_out(tuner: Any, layer: LoraLayer, path: str, adapter_name: str) -> No
         layer.set_adapter(active)  # none of the others comes in its place
     elif not layer.adapter_names():
         put_back(tuner.model, path, layer.base_layer)
+        take_away_everywhere(tuner.model, {layer: layer.base_layer})
         tuner._parts = None
         tuner.targeted_module_names.remove(target_name(path, layer))

@@ -147,8 +147,6 @@ class LoraLayer(FactorLayer):
         return super().train(mode)
 
     def key_map(self, name: str) -> dict[str, str]:
-        if not self.has(name):
-            return {}
         modules: Any = self._modules
         tied = [slot for slot in self.own_slots if isinstance(modules[slot]._modules.get(name), TiedFactor)]
         keys = {**super().key_map(name), **{f"{slot}.weight": f"{slot}.{name}.weight" for slot in tied}}

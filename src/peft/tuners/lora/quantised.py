@@ -77,9 +77,7 @@ def linear_class(module: Any) -> type[Linear]:
 def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> Linear | None:
     """A LoRA layer with an adapter on a quantised linear layer; None for modules that are something else."""
     base = base_of(target)
-    if not isinstance(base_op(base), LinearOp):
-        return None
-    made = linear_class(base)
+    made = linear_class(base) if isinstance(base_op(base), LinearOp) else Linear
     if not issubclass(made, QuantisedLinear):
         return None
     own = config.at(kwargs.pop("target_name", ""))
