@@ -228,6 +228,21 @@ def test_one_adapter_of_several_methods(tmp_path):
         torch.testing.assert_close(reloaded(tmp_path / name)(TOKENS), model.eval()(TOKENS), rtol=1e-3, atol=1e-4)
 
 
+def test_an_adapter_inside_of_others_becomes_a_lora_and_no_more():
+    kinds = {"a": peft.LoHaConfig(r=2, target_modules=["up"]), "b": LoraConfig(r=2, target_modules=["up"])}
+    model = get_peft_model(Net(), kinds["a"], "a", mixed=True)
+    model.add_adapter("b", kinds["b"])
+    model.add_adapter("c", peft.HRAConfig(r=2, target_modules=["up"]))
+    for name in kinds:
+        randomise(model, name)
+        model.set_adapter(name)
+        _, tensors = convert_to_lora(model, 4, adapter_name=name)
+        assert sorted(tensors) == [f"base_model.model.up.lora_{factor}.weight" for factor in "AB"]
+        layer = next(part for part in model.base_model.adapter_layers() if part.has(name))
+        a, b = (tensors[key] for key in sorted(tensors))
+        torch.testing.assert_close(b @ a, difference(layer, name), rtol=1e-3, atol=1e-4)
+
+
 def test_injected_adapters_are_named_as_injected():
     torch.manual_seed(0)
     model = peft.inject_adapter_in_model(peft.HRAConfig(r=2, target_modules=["up"]), Net())

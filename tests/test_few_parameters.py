@@ -243,6 +243,22 @@ def test_adalora_saved_while_ranks_are_allocated_can_be_trained_on(tmp_path):
     assert kept(train(resumed, range(5, 10))[-1]) == 4
 
 
+def test_adalora_inside_of_another_method_leaves_dropped_ranks_out_of_files_and_loads_them():
+    model = peft.get_peft_model(build(), adalora(), "one", mixed=True)
+    model.add_adapter("two", peft.HRAConfig(r=2, **TARGETS))
+    model.set_adapter(["one", "two"])
+    assert kept(train(model, range(10))[-1]) == 4
+    tensors = peft.get_peft_model_state_dict(model, adapter_name="one")
+    assert sum(len(tensor) for name, tensor in tensors.items() if name.endswith("lora_E")) == 4
+    assert all(name.count("base_layer") == 0 for name in model.peft_config["one"].rank_pattern)
+    again = peft.get_peft_model(build(), adalora(), "one", mixed=True)
+    again.add_adapter("two", peft.HRAConfig(r=2, **TARGETS))
+    assert not peft.set_peft_model_state_dict(again, tensors, "one").unexpected_keys
+    model.set_adapter("one")
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(again(x), model(x))
+
+
 def test_adalora_adds_its_penalty_to_the_loss_of_the_model():
     class Output:
         pass

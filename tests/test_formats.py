@@ -176,6 +176,23 @@ def test_a_share_of_the_change_gives_each_layer_a_rank():
     assert config.rank_pattern == {"down_blocks.0.to_q": 4, "down_blocks.0.conv": 1, "mid_block": 2}
 
 
+@pytest.mark.parametrize("rank", [3, 1.0])
+def test_convolutions_with_groups_are_extracted_with_a_rank_that_suits_them(rank):
+    def conv() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(6, 6, 1, groups=3))
+
+    base, tuned, x = conv(), conv(), torch.randn(2, 6, 4, 4)
+    with torch.no_grad():
+        tuned[0].weight.view(3, 2, 2).add_(torch.randn(3, 2, 1) @ torch.randn(3, 1, 2))
+    config, tensors = extract_lora(base, tuned, rank, target_modules=["0"])
+    model = get_peft_model(conv(), config)
+    peft.set_peft_model_state_dict(model, tensors)
+    torch.testing.assert_close(model.eval()(x), tuned(x))
+    with pytest.raises(ValueError, match="groups"):
+        extract_lora(base, tuned, 4, target_modules=["0"])
+
+
 def test_extraction_says_what_it_leaves_out_or_takes_it_whole():
     base, tuned = unet(), unet()
     with torch.no_grad():

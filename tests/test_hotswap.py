@@ -15,7 +15,7 @@ from peft.utils.hotswap import (
 )
 from torch import Tensor, nn
 
-from peft import IA3Config, LoraConfig, PeftModel, PeftWarning, get_peft_model, inject_adapter_in_model
+from peft import HRAConfig, IA3Config, LoraConfig, PeftModel, PeftWarning, get_peft_model, inject_adapter_in_model
 from peft.core.slots import Slot
 
 TARGETS = ["embed", "attention", "linear", "conv", "grouped"]
@@ -110,6 +110,15 @@ def test_the_model_is_as_if_the_new_adapter_had_been_loaded(settings, saved, tmp
     # What is saved then is the new adapter (huggingface/peft writes its tensors with the scale of the old one).
     model.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(output(loaded(tmp_path / "again")), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_inside_of_others_is_replaced(saved):
+    model = get_peft_model(Net(), lora(target_modules=["linear"]), "one", mixed=True)
+    model.add_adapter("two", HRAConfig(r=2, target_modules=["linear"]))
+    folder = saved(target_modules=["linear"])
+    hotswap_adapter(model, folder, "one")
+    model.set_adapter("one")
+    torch.testing.assert_close(model.eval()(TOKENS), PeftModel.from_pretrained(Net(), folder).eval()(TOKENS))
 
 
 def test_making_room_changes_nothing(saved, tmp_path):

@@ -288,7 +288,7 @@ def test_a_trained_dora_is_saved_for_the_original_base(start, tmp_path):
 def test_orthogonal_draws_b_rank_by_rank():
     layer = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"], r=4)).base_model.model[0]
     torch.manual_seed(3)
-    layer.add_adapter("o", LoraConfig(r=4, init_lora_weights="orthogonal"), r=4)
+    layer.add_adapter("o", LoraConfig(r=4, init_lora_weights="orthogonal"))
     torch.manual_seed(3)
     torch.rand(4 * 6), torch.rand(5 * 4)  # plain factors are drawn first
     basis, _ = torch.linalg.qr(torch.randn(4, 4))
@@ -403,6 +403,33 @@ def test_eva_leaves_out_layers_that_get_no_rank():
     assert isinstance(model.base_model.model.down, nn.Linear)
     assert model.base_model.model.up.r["default"] == 6
     assert model.peft_config["default"].target_modules == {"up"}
+
+
+def test_eva_leaves_a_module_out_in_all_its_places():
+    base = mlp()
+    base.again = base.down
+    model = get_peft_model(base, config_of("eva"))
+    peft.initialize_lora_eva_weights(model, eva_state_dict={"up": torch.eye(12)[:8], "down": torch.empty(0, 16)})
+    assert type(base.down) is nn.Linear and base.again is base.down
+
+
+def test_eva_inside_of_another_method_names_modules_as_configurations_do():
+    model = get_peft_model(mlp(), config_of("eva"), "one", mixed=True)
+    model.add_adapter("two", peft.HRAConfig(r=2, target_modules=["up", "down"]))
+    found = {"base_model.model.up.base_layer": torch.eye(12)[:6], "down": torch.eye(16)[:2]}
+    peft.initialize_lora_eva_weights(model, eva_state_dict=found, adapter_name="one")
+    config = model.peft_config["one"]
+    assert config.target_modules == {"up", "down"} and config.rank_pattern == {"up": 6, "down": 2}
+
+
+def test_where_eva_leaves_an_adapter_out_no_other_comes_in_its_place():
+    model = eva_model()
+    model.add_adapter("other", config_of(False))
+    peft.initialize_lora_eva_weights(model, eva_state_dict={"up": torch.randn(8, 12), "down": torch.empty(0, 16)})
+    down = model.base_model.model.down
+    assert down.active_adapters == ["default"] and down.adapter_names() == ["other"]
+    torch.testing.assert_close(down(X.new_ones(2, 16)), down.base_layer(X.new_ones(2, 16)))
+    assert not any(parameter.requires_grad for parameter in down.parameters())
 
 
 def test_eva_on_a_language_model_leaves_out_masked_positions():

@@ -19,7 +19,6 @@ from peft.cli.plots import layers
 from peft.integrations import serving
 from peft.ops.merging import svd_of_product
 from peft.registry import METHODS
-from peft.tuners.lora.layer import alpha_of, rank_of
 
 #: the fields that say how large an adapter is, by the names that the methods give them
 RANKS = ("r", "rank", "num_virtual_tokens")
@@ -140,10 +139,10 @@ def _spectrum(name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> to
     found = {part.removesuffix(".weight")[-2:]: tensor for part, tensor in tensors.items()}
     if set(found) != {"_A", "_B"}:
         return None
-    a, b, rank = found["_A"].double().flatten(1), found["_B"].double().flatten(1), rank_of(config, name)
-    if a.shape[0] != rank or b.shape[1] != rank:
+    a, b, own = found["_A"].double().flatten(1), found["_B"].double().flatten(1), config.at(name)
+    if a.shape[0] != own.r or b.shape[1] != own.r:
         return None  # the experts of a fused parameter, the groups of a convolution
-    scaling = alpha_of(config, name) / (rank**0.5 if config.use_rslora else rank)
+    scaling = own.lora_alpha / (own.r**0.5 if config.use_rslora else own.r)
     return abs(scaling) * svd_of_product(b, a)[1]
 
 

@@ -17,7 +17,7 @@ from peft.core.plan import Plan
 from peft.core.slots import Buffers, FixedSlot, Slot, stored_names
 from peft.core.storage import place_of
 from peft.core.targets import default_targets
-from peft.core.walk import parts_of
+from peft.core.walk import in_files, parts_of
 
 
 def _find(tensors: Mapping[str, Tensor], starts: Sequence[str], name: str) -> Tensor | None:
@@ -278,7 +278,8 @@ class Method:
         for path, layer in parts_of(model):
             if isinstance(layer, AdapterLayer) and type(layer).fit is not AdapterLayer.fit and layer.has(adapter_name):
                 # Models that adapters were put into directly have no `base_model.model` in their names.
-                layer.fit(adapter_name, path, partial(_find, tensors, (f"{path}.", f"base_model.model.{path}.")))
+                name = in_files(model, adapter_name, path)
+                layer.fit(adapter_name, path, partial(_find, tensors, (f"{name}.", f"base_model.model.{name}.")))
         return tensors
 
     @classmethod

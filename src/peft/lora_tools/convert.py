@@ -15,16 +15,16 @@ from peft.checkpoint.state import config_of, get_peft_model_state_dict
 from peft.core.base_op import ParameterOp
 from peft.core.combine import exact_targets
 from peft.core.layer import AdapterLayer
-from peft.core.merge import bias_difference
+from peft.core.merge import bias_difference, difference
 from peft.core.targets import ROOT, target_name
 from peft.core.tuner import BaseTuner
-from peft.core.walk import parts_of, with_progress
+from peft.core.walk import in_files, parts_of, with_progress
 from peft.errors import listed, warn
 from peft.ops.merging import svd_of_product
 from peft.ops.principal import unrounded
 from peft.registry import method_of, value_of
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.factors import adapter_rank, block_count, block_rank, change_blocks, change_factors, of_svd
+from peft.tuners.lora.factors import adapter_rank, block_count, block_rank, change_factors, of_svd
 
 #: relative error of a layer above which it is worth a warning
 NOTABLE_ERROR = 0.1
@@ -131,7 +131,7 @@ def convert_to_lora(
         block = max(change.block(rank) for change in changes.values())
         ranks[key] = max(adapter_rank(change.layer, block) for change in changes.values())
         for path, change in changes.items():
-            place = _lora_path(model, path, adapter_name)
+            place = in_files(model, adapter_name, path)
             tensors.update({f"{place}.{name}": tensor for name, tensor in change.tensors(block).items()})
             biases[place] = (change.layer, change.bias)
             errors[path.removeprefix(ROOT)] = change.error(block)
@@ -225,22 +225,13 @@ def decompose(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _changed(layer: AdapterLayer, name: str, split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> LayerChange:
     factors = change_factors(layer, name)
     if factors is None:
-        change = change_blocks(layer, name)
+        # In the adapter's dtype, so that nothing is lost in a base weight of lower precision.
+        change = difference(layer, name).unflatten(0, (block_count(layer), -1))
         parts = split(change)
     else:
         change, parts = factors[1], svd_of_product(*factors)
     u, s, vh = (part.to(change.dtype) for part in parts)
     return LayerChange(layer, u, s, vh, bias_difference(layer, name))
-
-
-def _lora_path(model: nn.Module, path: str, name: str) -> str:
-    """The name that a layer has in a model with the LoRA alone: without the layers of other methods around it."""
-    kept, module = [], model
-    for part in path.split("."):
-        if not (part == "base_layer" and isinstance(module, AdapterLayer) and not module.has(name)):
-            kept.append(part)
-        module = getattr(module, part)
-    return ".".join(kept)
 
 
 def _lora_config(
@@ -250,8 +241,8 @@ def _lora_config(
     base = next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
     wanted = set(modules) - bare
     targets: Any = exact_targets(base, wanted, [getattr(config, "target_modules", None)]) if wanted else []
-    bias = getattr(config, "bias", "none")
     kept = {name: getattr(config, name) for name in _KEPT_FIELDS if getattr(config, name, None)}
+    bias = getattr(config, "bias", "none")
     bias = bias if bias in ("none", "all") else "lora_only"
     made = LoraConfig(target_modules=targets, target_parameters=sorted(bare) or None, bias=bias, **kept)
     set_ranks(made, ranks, rank)
@@ -288,7 +279,7 @@ def _other_tensors(
     """What the adapter saves beside its layers: modules trained in full, biases, embeddings."""
     owners: list[tuple[str, Any]] = [(path, layer) for layers in modules.values() for path, layer in layers.items()]
     owners += [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTuner)]
-    own = {f"{path}.{key}" for path, owner in owners for key in owner.key_map(adapter_name)}
+    own = {in_files(model, adapter_name, f"{path}.{k}") for path, owner in owners for k in owner.key_map(adapter_name)}
     tuner: Any = method_of(config_of(model, adapter_name).peft_type).model_class
     stored = get_peft_model_state_dict(model, adapter_name=adapter_name)
     for key, tensor in tuner.method_class.read_tensors(model, adapter_name, stored).items():

@@ -23,7 +23,6 @@ from peft.integrations.transformers import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
 )
-from peft.tuners.lora.layer import alpha_of, rank_of
 
 Adapter = tuple[Any, dict[str, Tensor]]
 
@@ -62,12 +61,13 @@ def split_experts(config: Any, tensors: Mapping[str, Tensor], model: nn.Module) 
         a, b = (tensors.pop(f"{key}.{side}.weight", None) for side in ("lora_A", "lora_B"))
         if a is None or b is None or stack.rule.parameter not in names:
             continue
-        rank = rank_of(config, f"{stack.key}.{stack.rule.parameter}")
+        own = config.at(f"{stack.key}.{stack.rule.parameter}")
+        rank = own.r
         if a.shape[0] != stack.count * rank or b.shape[1] != stack.count * rank:
             raise ValueError(f"{key}: {[*a.shape]} and {[*b.shape]} do not fit {stack.count} experts of rank {rank}.")
         part, found = _split(_names(model, stack), rank, a, b)
         share = part / rank
-        alpha = alpha_of(config, f"{stack.key}.{stack.rule.parameter}") * (share**0.5 if config.use_rslora else share)
+        alpha = own.lora_alpha * (share**0.5 if config.use_rslora else share)
         for layer, (own_a, own_b) in found.items():
             tensors[f"{ROOT}{layer}.lora_A.weight"], tensors[f"{ROOT}{layer}.lora_B.weight"] = own_a, own_b
             name = ".".join(layer.split(".")[-3:])

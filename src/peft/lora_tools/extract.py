@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,7 +55,9 @@ def extract_lora(
         ValueError: the models differ in structure, nothing matches, or the rank is too low or too high.
     """
     check_rank(rank)
+    groups = (module.groups for module in base.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
     config = LoraConfig(
+        r=rank if isinstance(rank, int) else math.lcm(*groups),  # which groups can share, until layers have their own
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         modules_to_save=list(modules_to_save) if modules_to_save else None,
         task_type=task_type,
@@ -66,7 +69,6 @@ def extract_lora(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
-    covered: list[str] = []
     for target in with_progress(plan.targets, progressbar, "Extracting"):
         change = _difference(target.module, tuned.get_submodule(target.key))
         block = change.block(rank)
@@ -75,12 +77,11 @@ def extract_lora(
         ranks[target.key] = adapter_rank(change.layer, block)
         tensors.update({f"{ROOT}{target.key}.{name}": t for name, t in change.tensors(block).items()})
         errors[target.key] = change.error(block)
-        covered.append(f"{target.key}.{change.layer.op.weight_name}")
     whole = {f"{key}.{name}": v for key in plan.save for name, v in tuned.get_submodule(key).state_dict().items()}
     tensors |= {f"{ROOT}{name}": value.clone() for name, value in whole.items()}
     set_ranks(config, ranks, rank)
     report(errors)
-    _report_rest(base, tuned, {*covered, *whole})
+    _report_rest(base, tuned, {f"{target.key}.{target.op.weight_name}" for target in plan.targets}.union(whole))
     return ConvertedLora(config, tensors, errors)
 
 

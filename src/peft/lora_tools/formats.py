@@ -27,7 +27,6 @@ from peft.core.targets import ROOT
 from peft.folder import replace_files
 from peft.integrations.serving import ENGINES, FEATURES, findings
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import alpha_of, rank_of
 from peft.untrusted import parse_json
 
 FORMATS = ("kohya", "diffusers")
@@ -92,10 +91,13 @@ def read_lora_file(
         The configuration, and the tensors by the names that this library's files have for them.
 
     Raises:
+        WeightsFileError: it is none.
         ValueError: the format is unknown, the part is missing or not the only one, a name is no module's, or a module
             has no whole LoRA.
     """
-    tensors, metadata = load_tensors(path)
+    tensors = load_safetensors(os.fspath(path), torch.device("cpu"))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
     found = _modules_of(tensors, names, format_of(tensors))
     if part is None and len(found) > 1:
         raise ValueError(f"{os.fspath(path)!r} holds LoRAs for {', '.join(sorted(found))}: say which part is wanted.")
@@ -104,17 +106,6 @@ def read_lora_file(
         raise ValueError(f"{os.fspath(path)!r} holds nothing for {part!r}; it has {', '.join(sorted(found))}.")
     modules = found[part]
     return config_of_modules(modules, path, _settings(metadata, part, os.fspath(path)))
-
-
-def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a .safetensors file.
-
-    Raises:
-        WeightsFileError: it is none.
-    """
-    tensors = load_safetensors(os.fspath(path), torch.device("cpu"))
-    with safe_open(path, "pt") as file:
-        return tensors, file.metadata() or {}
 
 
 Modules = dict[str, dict[str, dict[str, Tensor]]]
@@ -227,7 +218,7 @@ def scaled_factors(
     alphas = {}
     for name, leaves in found.items():
         r = leaves["A"].shape[0]
-        alphas[name] = alpha_of(config, name) * (math.sqrt(r) if config.use_rslora else 1.0)
+        alphas[name] = config.at(name).lora_alpha * (math.sqrt(r) if config.use_rslora else 1.0)
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     for name, leaves in found.items():
         if alphas[name] != alpha:
@@ -265,11 +256,11 @@ def write_lora_file(
             out[f"{part}.{name}.{leaf}"] = value.contiguous()
             continue
         place = f"lora_{short}_{name.replace('.', '_')}"
-        r = rank_of(config, name)
+        own = config.at(name)
         if leaf == "lora_magnitude_vector":
             value = value[:, None] if value.dim() == 1 else value.transpose(0, 1)
         out[f"{place}.{_OF_KOHYA[leaf]}"] = value.contiguous()
-        out[f"{place}.alpha"] = torch.tensor(alpha_of(config, name) * (math.sqrt(r) if config.use_rslora else 1.0))
+        out[f"{place}.alpha"] = torch.tensor(own.lora_alpha * (math.sqrt(own.r) if config.use_rslora else 1.0))
     metadata = {"format": "pt"}
     if format == "diffusers":
         settings = {f"{part}.{key}": value for key, value in config.to_json_dict().items()}

@@ -14,7 +14,7 @@ from peft.checkpoint.state import Fit, Location, config_of
 from peft.config import PeftConfig, build_config
 from peft.core.combine import fill
 from peft.core.targets import ROOT, target_name
-from peft.core.walk import layers_of
+from peft.core.walk import in_files, layers_of
 from peft.core.whole import alone, contents_kept
 from peft.errors import warn
 from peft.lora_tools.formats import as_pattern
@@ -22,7 +22,7 @@ from peft.registry import PeftType, value_of
 from peft.tuners.lora.base import TiedFactor
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import FACTOR_KEYS, adapter_rank, as_stacks, block_count, block_rank, load, store
-from peft.tuners.lora.layer import LoraLayer, alpha_of, rank_of
+from peft.tuners.lora.layer import LoraLayer
 
 #: settings that decide how an adapter's tensors are used, beyond its scale, and so have to be the same
 CONFIG_KEYS_TO_CHECK = {
@@ -108,7 +108,8 @@ def hotswap_adapter_from_state_dict(
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
     given, beside = _sorted_out(plain, state_dict, adapter_name, config, parameter_prefix)
-    swaps = [_Swap.of(path, layer, adapter_name, given) for path, layer in layers.items()]
+    files = {in_files(plain, adapter_name, path): layer for path, layer in layers.items()}
+    swaps = [_Swap.of(path, layer, adapter_name, given) for path, layer in files.items()]
     too_large = [swap for swap in swaps if swap.rank > swap.room]
     if too_large and _compiled(model):
         path, rank, room = too_large[0].path, too_large[0].rank, too_large[0].room
@@ -121,9 +122,9 @@ def hotswap_adapter_from_state_dict(
         for swap in too_large:
             _resize(swap.layer, adapter_name, swap.rank)
         for swap in swaps:
-            swap.fill(adapter_name)
-            name = target_name(swap.path.removeprefix(ROOT), swap.layer)
-            _set_alpha(swap.layer, adapter_name, alpha_of(config, name), rank_of(config, name))
+            fill(swap.layer, {live: swap.tensors[key] for key, live in swap.layer.key_map(adapter_name).items()})
+            own = config.at(target_name(swap.path.removeprefix(ROOT), swap.layer))
+            _set_alpha(swap.layer, adapter_name, own.lora_alpha, own.r)
         for slot, value in beside:
             slot.tensor.copy_(value)
         _record(old, layers, adapter_name)
@@ -158,12 +159,17 @@ def prepare_model_for_compiled_hotswap(
             raise ValueError(message)
         warn(message)
     plain = _plain(model)
-    names = dict.fromkeys(name for layer in layers_of(plain, LoraLayer).values() for name in layer.adapter_names())
+    layers = layers_of(plain, LoraLayer)
+    names = dict.fromkeys(name for layer in layers.values() for name in layer.adapter_names())
     if not names:
         raise ValueError(f"{type(plain).__name__} has no LoRA: load the first adapter before this, others after.")
     if target_rank is not None:
-        for path, layer in layers_of(plain, LoraLayer).items():
-            _check_room(path, layer, target_rank)
+        for path, layer in layers.items():
+            asked, ranks = f"target_rank={target_rank}", [_rank(layer, name) for name in layer.adapter_names()]
+            if target_rank < max(ranks, default=0):
+                raise ValueError(f"{asked} is lower than the rank of an adapter on {path!r} ({max(ranks)}).")
+            if adapter_rank(layer, block_rank(layer, target_rank)) != target_rank:
+                raise ValueError(f"{asked} must be a multiple of the groups of {path!r} ({block_count(layer)}).")
         for each in config.values() if isinstance(config, Mapping) else [config] if config is not None else []:
             each.r, each.rank_pattern = target_rank, dict.fromkeys(each.rank_pattern, target_rank)
     for name in names:
@@ -178,6 +184,11 @@ def prepare_model_for_compiled_hotswap(
                 # A number would be compiled in.
                 scaling[name] = torch.tensor(scaling[name], device=layer.factors(name)[0].device)
         _record(config_of(plain, name), layers, name)
+
+
+def _rank(layer: LoraLayer, name: str) -> int:
+    """The rank of an adapter as its tensors have it."""
+    return adapter_rank(layer, load(layer, name)[0].shape[1])
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -214,48 +225,35 @@ def _sorted_out(
 
 
 class _Swap(NamedTuple):
-    """What one layer gets: the new adapter's factors, none if it is not on the layer, and other tensors as they are."""
+    """What one layer gets: the new adapter's tensors, the factors with zeros up to the rank that there is room for."""
 
     path: str
     layer: LoraLayer
-    factors: tuple[Tensor, Tensor] | None
-    others: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     rank: int
     room: int
 
     @classmethod
     def of(cls, path: str, layer: LoraLayer, name: str, given: Mapping[str, Tensor]) -> _Swap:
         """Raises RuntimeError where the tensors do not fit the layer."""
-        keys = list(layer.key_map(name))
-        tensors = {key: given[f"{path}.{key}"] for key in keys if f"{path}.{key}" in given}
-        now = layer.factors(name)
-        room = adapter_rank(layer, as_stacks(layer, *now)[0].shape[1])
+        live, now, state = layer.key_map(name), layer.factors(name), layer.state_dict()
+        tensors = {key: given[f"{path}.{key}"] for key in live if f"{path}.{key}" in given}
         others = {key: tensor for key, tensor in tensors.items() if key not in FACTOR_KEYS}
-        if "lora_B.bias" in keys:
+        if "lora_B.bias" in live:
             others.setdefault("lora_B.bias", torch.zeros(layer.out_features))
-        pair = tuple(tensors[key] for key in FACTOR_KEYS if key in tensors)
-        fits = len(pair) == 2 and _alike(pair, now) and not len(pair[0]) % (now[0].shape[0] // room)
-        state, live = layer.state_dict(), layer.key_map(name)
+        pair = [tensors[key] for key in FACTOR_KEYS if key in tensors]
+        fits = not tensors or (len(pair) == 2 and _alike(pair, now) and not len(pair[0]) % block_count(layer))
         wrong = [key for key, tensor in others.items() if tensor.shape != state[live[key]].shape]
-        if not (fits or not tensors) or wrong or set(keys) - set(FACTOR_KEYS) != set(others):
+        if not fits or wrong or set(live) - set(FACTOR_KEYS) != set(others):
             shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items()) or "nothing"
             raise RuntimeError(
-                f"The adapter cannot be swapped in. On {path!r} it has {shapes}, which does not fit {', '.join(keys)}"
+                f"The adapter cannot be swapped in. On {path!r} it has {shapes}, which does not fit {', '.join(live)}"
                 f" ({' and '.join(str(tuple(tensor.shape)) for tensor in now)}) there."
             )
-        if not tensors:
-            return cls(path, layer, None, others, 0, room)
-        stacks = as_stacks(layer, *pair)
-        return cls(path, layer, stacks, others, adapter_rank(layer, stacks[0].shape[1]), room)
-
-    def fill(self, name: str) -> None:
-        """Puts the tensors in, with zeros where there is more room."""
-        a, b = (torch.zeros_like(stack) for stack in load(self.layer, name))
-        if self.factors is not None:
-            rank = self.factors[0].shape[1]
-            a[:, :rank], b[..., :rank] = self.factors
-        tensors = {**store(self.layer, a, b), **self.others}
-        fill(self.layer, {live: tensors[key] for key, live in self.layer.key_map(name).items()})
+        room, old_a, old_b = _rank(layer, name), *load(layer, name)
+        a, b = as_stacks(layer, *pair) if pair else (old_a[:, :0], old_b[..., :0])
+        tensors = {**store(layer, a, b, old_a.shape[1]), **others}
+        return cls(path, layer, tensors, adapter_rank(layer, a.shape[1]), room)
 
 
 def _alike(new: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
@@ -266,30 +264,16 @@ def _alike(new: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
     return a.shape[0] * old_b.shape[1] == b.shape[1] * old_a.shape[0]
 
 
-def _check_room(path: str, layer: LoraLayer, rank: int) -> None:
-    """Raises ValueError where the adapters of a layer cannot be brought to a rank."""
-    largest = max((adapter_rank(layer, load(layer, name)[0].shape[1]) for name in layer.adapter_names()), default=0)
-    if rank < largest:
-        raise ValueError(f"target_rank={rank} is lower than the rank of an adapter on {path!r} ({largest}).")
-    if adapter_rank(layer, block_rank(layer, rank)) != rank:
-        raise ValueError(f"target_rank={rank} must be a multiple of the groups of {path!r} ({block_count(layer)}).")
-
-
 def _resize(layer: LoraLayer, name: str, rank: int) -> None:
     """Pads the factors of an adapter with zeros, up to a rank."""
-    a, b = load(layer, name)
-    more = block_rank(layer, rank) - a.shape[1]
-    if not more:
-        return
-    tensors = store(layer, nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more)))
+    tensors = store(layer, *load(layer, name), block_rank(layer, rank))
     for key, live in layer.key_map(name).items():
-        if key not in tensors:
-            continue
         path, _, attribute = live.rpartition(".")
         owner = layer.get_submodule(path)
-        if isinstance(owner, TiedFactor):  # it grows with the one that it is tied to
-            continue
         old = getattr(owner, attribute)
+        # What is tied grows with the one that it is tied to.
+        if key not in tensors or old.shape == tensors[key].shape or isinstance(owner, TiedFactor):
+            continue
         new = nn.Parameter(tensors[key], requires_grad=old.requires_grad)
         new.__dict__.update(old.__dict__)  # marks of other packages, such as Megatron
         setattr(owner, attribute, new)
@@ -301,8 +285,7 @@ def _resize(layer: LoraLayer, name: str, rank: int) -> None:
 
 def _set_alpha(layer: LoraLayer, name: str, alpha: float, r: int) -> None:
     """Gives an adapter the scale that `alpha` and `r` mean, whatever rank its tensors are padded to."""
-    rank = adapter_rank(layer, load(layer, name)[0].shape[1])
-    layer.r[name] = rank
+    layer.r[name] = rank = _rank(layer, name)
     layer.lora_alpha[name] = alpha * (rank / r) ** (0.5 if layer.use_rslora[name] else 1)
     layer.set_scale(name, 1.0)
 

@@ -55,7 +55,10 @@ def reduce_intruder_dimension(
         change, found = _without_intruders(layer, old_adapter_name, top_k, threshold_epsilon, mitigation_lambda)
         if logging_sink is not None:
             logging_sink(f"{key}: {found} intruders among the first {top_k} directions")
-        tensors[layer] = _as_lora(layer, old_adapter_name, change)
+        rank = load(layer, old_adapter_name)[0].shape[1]
+        tensors[layer] = of_svd(layer, *truncated_svd(change / layer.scaling[old_adapter_name], rank), rank)
+        if layer.lora_bias[old_adapter_name]:
+            tensors[layer]["lora_B.bias"] = layer.lora_B[old_adapter_name].bias
     config = combined_config(method, [old_adapter_name], layers)
     config.init_lora_weights = True
     add_combined(method, new_adapter_name, [old_adapter_name], config, tensors)
@@ -73,12 +76,3 @@ def _without_intruders(layer: Any, name: str, top_k: int, epsilon: float, left: 
     u, s, vh = truncated_svd(weight + change, top_k)
     intruders = (before.mT @ u).abs().amax(dim=1) < epsilon
     return change - u @ ((1 - left) * (s * intruders)[..., None] * vh), int(intruders.sum())
-
-
-def _as_lora(layer: Any, name: str, change: Tensor) -> dict[str, Tensor]:
-    """The tensors of the nearest LoRA of an adapter's rank and scale; its bias is taken over."""
-    rank = load(layer, name)[0].shape[1]
-    tensors = of_svd(layer, *truncated_svd(change / layer.scaling[name], rank), rank)
-    if layer.lora_bias[name]:
-        tensors["lora_B.bias"] = layer.lora_B[name].bias
-    return tensors

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import nn
 
 from peft.checkpoint.files import opened_weights
 from peft.core.storage import backend_of
-from peft.core.targets import ROOT
+from peft.core.targets import ROOT, target_name
+from peft.core.walk import layers_of
 from peft.model import PeftModel
 from peft.ops.principal import truncated_svd
 from peft.tuners.lora.factors import in_two
@@ -41,42 +42,29 @@ def replace_lora_weights_loftq(
         ValueError: no module with the adapter is quantised, or it is not known where the weights are.
         FileNotFoundError: there is no such file, or a weight is not in it.
     """
-    layers = {
-        name.removeprefix(ROOT): layer
-        for name, layer in peft_model.named_modules()
-        if isinstance(layer, LoraLayer) and layer.has(adapter_name) and backend_of(layer) is not None
-    }
+    found = layers_of(peft_model, LoraLayer, adapter_name)
+    layers = {target_name(path.removeprefix(ROOT), la): la for path, la in found.items() if backend_of(la) is not None}
     if not layers:
         raise ValueError(
             f"Adapter {adapter_name!r} is on no layer that bitsandbytes (or another quantisation) holds; for weights"
             " that are not quantised yet, use init_lora_weights='loftq'."
         )
     base: Any = peft_model.get_base_model()
-    source = model_path or getattr(base, "name_or_path", None)
+    source = os.fspath(model_path or getattr(base, "name_or_path", None) or "")
     if not source:
         raise ValueError("model_path is needed: the model does not say where its weights are.")
-    read = _weights_in(source, getattr(base, "base_model_prefix", ""))
+    if not os.path.exists(source):
+        source = snapshot_download(source, allow_patterns=["*.safetensors"], local_files_only=True)
+    places, prefix = opened_weights(source), f"{getattr(base, 'base_model_prefix', '')}."
     for name, layer in layers.items():
-        original = layer.op.matrix(read(f"{name}.weight")).float()
+        wanted = f"{name}.weight"
+        key = next((key for key in (wanted, wanted.removeprefix(prefix)) if key in places), None)
+        if key is None:
+            raise FileNotFoundError(f"{source!r} holds no weight {wanted!r}.")
+        original = layer.op.matrix(places[key].get_tensor(key)).float()
         lost = original.to(layer.get_base_weight().device) - layer.op.matrix(layer.get_base_weight()).float()
         before = [factor.clone() for factor in layer.factors(adapter_name)]
         parts = truncated_svd(lost, layer.r[adapter_name])
         fill_factors(layer, adapter_name, *in_two(*parts, layer.scaling[adapter_name]))
         if callback is not None and not callback(peft_model, name):
             fill_factors(layer, adapter_name, *before)
-
-
-def _weights_in(source: str | os.PathLike, prefix: str) -> Callable[[str], Tensor]:
-    """Reads single tensors of a saved model, in one .safetensors file or several."""
-    source = os.fspath(source)
-    if not os.path.exists(source):
-        source = snapshot_download(source, allow_patterns=["*.safetensors"], local_files_only=True)
-    places = opened_weights(source)
-
-    def read(name: str) -> Tensor:
-        found = next((key for key in (name, name.removeprefix(f"{prefix}.")) if key in places), None)
-        if found is None:
-            raise FileNotFoundError(f"{source!r} holds no weight {name!r}.")
-        return places[found].get_tensor(found)
-
-    return read

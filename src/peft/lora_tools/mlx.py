@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peft.checkpoint.files import load_safetensors
 from peft.folder import replace_files
-from peft.lora_tools.formats import config_of_modules, load_tensors, scaled_factors
+from peft.lora_tools.formats import config_of_modules, scaled_factors
 from peft.untrusted import read_json
 
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -64,11 +65,8 @@ def write_mlx(folder: str | os.PathLike, config: Any, tensors: Mapping[str, Tens
             "rank": rank, "scale": alpha / rank, "dropout": config.lora_dropout, "keys": sorted(keys)
         },
     }  # fmt: skip
-
-    def write(place: str) -> None:
-        save_file(out, place, {"format": "mlx"})
-
-    replace_files(folder, {FILE: write, CONFIG: json.dumps(content, indent=2).encode()})
+    settings = json.dumps(content, indent=2).encode()
+    replace_files(folder, {FILE: lambda place: save_file(out, place, {"format": "mlx"}), CONFIG: settings})
 
 
 def read_mlx(folder: str | os.PathLike, embeddings: Iterable[str]) -> tuple[Any, dict[str, Tensor]]:
@@ -87,7 +85,7 @@ def read_mlx(folder: str | os.PathLike, embeddings: Iterable[str]) -> tuple[Any,
     if not isinstance(settings, dict) or not isinstance(settings.get("scale"), (int, float)):
         raise ValueError(f"{path} has no lora_parameters with a scale: it is not mlx-lm's, or not of a LoRA.")
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_tensors(os.path.join(folder, FILE))[0].items():
+    for key, tensor in load_safetensors(os.path.join(folder, FILE), torch.device("cpu")).items():
         name, _, leaf = key.rpartition(".")
         if leaf not in _LEAVES or tensor.dim() > 2:
             raise ValueError(f"{key!r} {list(tensor.shape)} is no part of a LoRA of a linear layer.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -50,38 +49,31 @@ def choose(scalings: Tensor, top_k: int | None, softmax: bool) -> Tensor:
     return torch.zeros_like(scalings).scatter(-1, chosen.indices, values)
 
 
-#: what a call knows: the weights of the experts, [batch, tokens, layers, experts]; a number in the first pass
+#: what a call knows: expert -> its weights, [batch, tokens, layers]; a number for all in the first pass
 WEIGHTS = "xlora_weights"
 
 
-class Mixture:
-    """How much of each expert the tokens of a batch take, which all layers of a model read."""
+def weights_at(layer: int, rows: torch.Size) -> dict[str, Tensor] | float:
+    """Expert -> its weights in one layer for an input of this shape, features aside: [*rows, 1]; or a number for all.
 
-    experts: Sequence[str] = ()
-    #: what the classifier gave last
-    scalings: Tensor | None = None
+    Raises:
+        ValueError: the input does not count tokens as the model's own does.
+    """
+    weights = fact(WEIGHTS)
+    if isinstance(weights, float):
+        return weights
+    return {name: _of_input(shares[:, :, layer, None], rows) for name, shares in weights.items()}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"experts": self.experts}  # what belongs to one batch is not copied
 
-    def at(self, layer: int, rows: torch.Size) -> Tensor | float:
-        """The weights in one layer for an input of this shape, features aside: [*rows, experts], or a number for all.
-
-        Raises:
-            ValueError: the input does not count tokens as the model's own does.
-        """
-        weights = fact(WEIGHTS)
-        if not isinstance(weights, Tensor):
-            return weights or 0.0
-        weights = weights[:, :, layer]
-        batch, tokens, experts = weights.shape
-        if rows[:2] == (batch, tokens):
-            return weights.view(batch, tokens, *[1] * (len(rows) - 2), experts)
-        if rows == (batch * tokens,):  # models that flatten batch and sequence
-            return weights.flatten(0, 1)
-        if len(rows) == 2 and rows[0] == batch and rows[1] < tokens:  # the last ones, as an output layer may see
-            return weights[:, tokens - rows[1] :]
-        raise ValueError(
-            f"X-LoRA has weights for {batch} samples of {tokens} tokens, and a layer sees an input of shape"
-            f" {tuple(rows)} without its features. Leave that layer out of the experts' target_modules."
-        )
+def _of_input(weights: Tensor, rows: torch.Size) -> Tensor:
+    batch, tokens, _ = weights.shape
+    if rows[:2] == (batch, tokens):
+        return weights.view(batch, tokens, *[1] * (len(rows) - 1))
+    if rows == (batch * tokens,):  # models that flatten batch and sequence
+        return weights.flatten(0, 1)
+    if len(rows) == 2 and rows[0] == batch and rows[1] < tokens:  # the last ones, as an output layer may see
+        return weights[:, tokens - rows[1] :]
+    raise ValueError(
+        f"X-LoRA has weights for {batch} samples of {tokens} tokens, and a layer sees an input of shape"
+        f" {tuple(rows)} without its features. Leave that layer out of the experts' target_modules."
+    )

@@ -16,7 +16,7 @@ from peft.core.routing import Route
 from peft.ops.lora import compute_dtype
 from peft.tuners.lora.kinds import Embedding, Linear
 from peft.tuners.lora.layer import LoraLayer
-from peft.xlora.gate import WEIGHTS, Mixture
+from peft.xlora.gate import WEIGHTS, weights_at
 
 NO_ROUTES = "adapter_names (a mixed batch) cannot be used with X-LoRA, which weighs all experts itself."
 
@@ -28,13 +28,14 @@ class XLoraLayer(LoraLayer):
     kinds = frozenset(("Linear", "Conv1D", "Embedding"))
     cannot_merge = "X-LoRA weighs its experts anew for each token, so they cannot be merged."
 
-    #: set by the model
-    mixture: Mixture
-    layer_number: int
+    layer_number: int  # set by the model
 
     def low(self, name: str, x: Tensor) -> Tensor:
         """A x of one expert: [..., r]."""
-        raise NotImplementedError
+        a, _ = self.factors(name)
+        if self.op.kind == "Embedding":
+            return F.embedding(x, a.T)
+        return F.linear(self.lora_dropout[name](x), a.to(compute_dtype(x)))
 
     def changes(self, names: Sequence[str]) -> list[Change]:
         if fact(WEIGHTS) is None:
@@ -43,13 +44,13 @@ class XLoraLayer(LoraLayer):
 
     def mixed(self, names: Sequence[str], x: Tensor) -> Tensor:
         """What the experts add for each token, in its shares: [..., out]."""
-        weights = self.mixture.at(self.layer_number, x.shape if self.op.kind == "Embedding" else x.shape[:-1])
-        if isinstance(weights, float) and weights == 0:
+        weights = weights_at(self.layer_number, x.shape if self.op.kind == "Embedding" else x.shape[:-1])
+        if weights == 0:
             return torch.zeros((), device=x.device)
         dtype = compute_dtype(x) if x.is_floating_point() else self.place()[1] or torch.float32
         low, up = [], []
         for name in names:
-            share = weights[..., self.mixture.experts.index(name), None] if isinstance(weights, Tensor) else weights
+            share = weights if isinstance(weights, float) else weights[name]
             low.append((self.low(name, x) * (share * self.scaling[name])).to(dtype))
             up.append(self.factors(name)[1].to(dtype))
         change = F.linear(torch.cat(low, -1), torch.cat(up, 1))
@@ -62,13 +63,6 @@ class XLoraLayer(LoraLayer):
 class XLoraLinearLayer(XLoraLayer, Linear):
     """A linear layer with experts."""
 
-    def low(self, name: str, x: Tensor) -> Tensor:
-        a = self.lora_A[name].weight
-        return F.linear(self.lora_dropout[name](x), a.to(compute_dtype(x)))
-
 
 class XLoraEmbeddingLayer(XLoraLayer, Embedding):
     """An embedding with experts."""
-
-    def low(self, name: str, x: Tensor) -> Tensor:
-        return F.embedding(x, self.lora_embedding_A[name].T)

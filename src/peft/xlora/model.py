@@ -21,7 +21,7 @@ from peft.tuners.lora.model import LoraMethod, LoraModel
 from peft.tuners.lora.variants import VARIANTS
 from peft.untrusted import is_said_by_file
 from peft.xlora.config import XLoraConfig
-from peft.xlora.gate import WEIGHTS, Mixture, XLoraClassifier, choose
+from peft.xlora.gate import WEIGHTS, XLoraClassifier, choose
 from peft.xlora.layer import NO_ROUTES, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
 
 
@@ -82,9 +82,7 @@ class XLoraMethod(LoraMethod):
 
     def make_layer(self, config: Any, target: nn.Module, parameter_name: str | None, key: str) -> AdapterLayer:
         kind = XLoraEmbeddingLayer if isinstance(target, nn.Embedding) else XLoraLinearLayer
-        layer = kind(target, parameter_name=parameter_name)
-        layer.mixture = self.tuner.mixture
-        return layer
+        return kind(target, parameter_name=parameter_name)
 
     def check_config(self, adapter_name: str, config: Any) -> None:
         if config.peft_type != PeftType.LORA:
@@ -130,14 +128,15 @@ class XLoraMethod(LoraMethod):
         share = float(config.scaling_pass_value * config.global_scaling_weight)
         with torch.no_grad(), calling(**{WEIGHTS: share}):
             hidden = module(*args, **first).hidden_states[-1]
-        self.tuner.mixture.scalings = scalings = classifier(hidden)
+        self.tuner._scalings = scalings = classifier(hidden)
         if self.tuner._is_logging:
             self.tuner._log.append(scalings.detach())
         if config.top_k_lora is not None or config.enable_softmax_topk:
             scalings = choose(scalings, config.top_k_lora, config.enable_softmax_topk)
         call = current()
         assert call is not None  # `around_forward` has begun one
-        call.facts[WEIGHTS] = scalings * config.global_scaling_weight
+        weights = (scalings * config.global_scaling_weight).unbind(-1)
+        call.facts[WEIGHTS] = dict(zip(config.adapters, weights, strict=True))
 
 
 class XLoraModel(LoraModel, layer=XLoraLayer, method=XLoraMethod, prefix="xlora_"):
@@ -153,11 +152,15 @@ class XLoraModel(LoraModel, layer=XLoraLayer, method=XLoraMethod, prefix="xlora_
 
     def hold(self, model: nn.Module) -> None:
         self.lora_model = _Holder(model)
-        self.mixture = Mixture()
         #: name of the mixture; None while only experts are there
         self.xlora_name: str | None = None
+        #: what the classifier gave last
+        self._scalings: Tensor | None = None
         self._is_logging = False
         self._log: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_scalings": None}  # what belongs to one batch is not copied
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
@@ -186,7 +189,6 @@ class XLoraModel(LoraModel, layer=XLoraLayer, method=XLoraMethod, prefix="xlora_
         self.internal_xlora_classifier = classifier
         agree(classifier.parameters(), self.model)
         average_gradients(self)
-        self.mixture.experts = tuple(config.adapters)
         self.xlora_name = adapter_name
         experts = {name: self.peft_config.pop(name) for name in config.adapters}
         self.peft_config.update({adapter_name: config, **experts})
@@ -206,7 +208,7 @@ class XLoraModel(LoraModel, layer=XLoraLayer, method=XLoraMethod, prefix="xlora_
         if names != [self.xlora_name]:
             raise ValueError(f"Only the mixture {self.xlora_name!r} can be active, with all its experts; got {names}.")
         trains_experts = self.xlora_config.use_trainable_adapters and not inference_mode
-        super().set_adapter(self.mixture.experts, inference_mode=not trains_experts)
+        super().set_adapter(list(self.xlora_config.adapters), inference_mode=not trains_experts)
         self.internal_xlora_classifier.requires_grad_(not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -221,9 +223,10 @@ class XLoraModel(LoraModel, layer=XLoraLayer, method=XLoraMethod, prefix="xlora_
             return
         if adapter_name != self.xlora_name:
             raise ValueError(f"Adapter {adapter_name!r} is an expert of {self.xlora_name!r}, which needs it.")
-        del self.peft_config[adapter_name], self.internal_xlora_classifier
+        experts = self.peft_config.pop(adapter_name).adapters
+        del self.internal_xlora_classifier
         self.xlora_name = None
-        for name in self.mixture.experts:
+        for name in experts:
             super().delete_adapter(name)
 
     def routed(self, adapter_names: Sequence[str]) -> AbstractContextManager[Any]:
@@ -240,8 +243,9 @@ class XLoraModel(LoraModel, layer=XLoraLayer, method=XLoraMethod, prefix="xlora_
         Raises:
             ValueError: not from 1 to the number of experts.
         """
-        if value is not None and not 1 <= value <= len(self.mixture.experts):
-            raise ValueError(f"top_k_lora must be from 1 to {len(self.mixture.experts)}, or None; got {value}.")
+        experts = len(self.xlora_config.adapters)
+        if value is not None and not 1 <= value <= experts:
+            raise ValueError(f"top_k_lora must be from 1 to {experts}, or None; got {value}.")
         self.xlora_config.top_k_lora = value
 
     def set_global_scaling_weight(self, weight: float) -> None:
@@ -254,11 +258,11 @@ class XLoraModel(LoraModel, layer=XLoraLayer, method=XLoraMethod, prefix="xlora_
 
     def set_scaling_pass_value(self, value: float | None) -> None:
         """Sets the weight of every expert in the first pass; one over the number of experts if None."""
-        self.xlora_config.scaling_pass_value = 1 / len(self.mixture.experts) if value is None else value
+        self.xlora_config.scaling_pass_value = 1 / len(self.xlora_config.adapters) if value is None else value
 
     def get_latest_scalings(self) -> Tensor | None:
         """What the classifier gave last, before `top_k_lora`: [batch, tokens, layers, experts]; None if nothing yet."""
-        return self.mixture.scalings
+        return self._scalings
 
     internal_xlora_scalings = property(get_latest_scalings)
 

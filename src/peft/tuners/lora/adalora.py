@@ -14,15 +14,15 @@ from peft.config import LayoutConfig
 from peft.core.base_op import BaseOp, ConvOp
 from peft.core.change import LowRank
 from peft.core.method import Method
-from peft.core.scale import ScaledLayer
-from peft.core.slots import ModuleSlot, Setting, Slot
+from peft.core.slots import Setting, Slot
 from peft.core.storage.flat import bring_together, read_in_units
 from peft.core.storage.shared import put, whole, with_gradient
 from peft.core.tuner import BaseTuner
-from peft.core.walk import layers_of
+from peft.core.walk import in_files, layers_of
 from peft.errors import warn
 from peft.ops.rank_budget import budget_at, kept_ranks, orthogonality_gap, track_sensitivity, triplet_scores
 from peft.registry import PeftType
+from peft.tuners.lora.base import DropoutLayer
 from peft.tuners.lora.config import LoraConfig
 from peft.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -98,7 +98,7 @@ class AdaLoraConfig(LoraConfig, peft_type=PeftType.ADALORA):
         return content if self._allocated else {**content, "rank_pattern": None}
 
 
-class AdaLoraLayer(ScaledLayer):
+class AdaLoraLayer(DropoutLayer):
     """A module with a low-rank change in the form of a singular value decomposition.
 
     `ranknum` [1] is the rank that the scale counts with; it stays when ranks are dropped.
@@ -107,16 +107,14 @@ class AdaLoraLayer(ScaledLayer):
     lora_A = Slot()
     lora_B = Slot()
     lora_E = Slot()
-    lora_dropout = ModuleSlot[nn.Module](trained=False, stored=False)
     ranknum = Slot(trained=False, stored=False)
 
     r = Setting[int]("init_r")
-    lora_alpha = Setting[float]()
 
     def create(self, name: str, config: AdaLoraConfig) -> None:
         r = config.init_r
         self.scaling[name] = self.initial_scaling(name)
-        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.make_dropout(name, config)
         for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
             getattr(self, slot)[name] = nn.Parameter(torch.randn(shape))
         torch.randn(1)  # one more number, so that a seed means the values that it means to huggingface/peft
@@ -144,9 +142,8 @@ class AdaLoraLayer(ScaledLayer):
 
     def change(self, name: str) -> LowRank:
         scale = self.scaling[name] / (self.ranknum[name].to(self.lora_E[name].dtype) + 1e-5)
-        dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return LowRank(self.lora_A[name] * (self.lora_E[name] * scale), self.lora_B[name], dropout=p)
+        down = self.lora_A[name] * (self.lora_E[name] * scale)
+        return LowRank(down, self.lora_B[name], dropout=self.dropout_of(name))
 
     @classmethod
     def check(cls, config: AdaLoraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
@@ -166,9 +163,14 @@ class RankAllocator:
     def __init__(self, model: nn.Module, peft_config: AdaLoraConfig, adapter_name: str):
         self.peft_config, self.adapter_name = peft_config, adapter_name
         self.reset_ipt()
-        layers = layers_of(model, AdaLoraLayer, adapter_name).values()
+        layers = self._layers(model).values()
         self.init_bgt = sum(layer.r[adapter_name] for layer in layers)
         self.target_bgt = peft_config.target_r * len(layers)
+
+    def _layers(self, model: nn.Module) -> dict[str, AdaLoraLayer]:
+        """The layers with the adapter, by the names that they have in files."""
+        found = layers_of(model, AdaLoraLayer, self.adapter_name)
+        return {in_files(model, self.adapter_name, path): layer for path, layer in found.items()}
 
     def set_total_step(self, total_step: int) -> None:
         """Sets the number of training steps."""
@@ -195,7 +197,7 @@ class RankAllocator:
         name = self.adapter_name
         tensors = {
             f"{path}.{slot}.{name}": with_gradient(getattr(layer, slot)[name])
-            for path, layer in layers_of(model, AdaLoraLayer, name).items()
+            for path, layer in self._layers(model).items()
             for slot in _SLOTS
         }
         if any(tensor.dim() != 2 for tensor, _ in tensors.values()):
@@ -218,7 +220,7 @@ class RankAllocator:
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
         """Sets E to zero at all but the `budget` most important ranks; returns which are kept, by name of the E."""
-        name, layers = self.adapter_name, layers_of(model, AdaLoraLayer, self.adapter_name)
+        name, layers = self.adapter_name, self._layers(model)
 
         def importance(key: str) -> Tensor:
             return whole(self.exp_avg_ipt[key] * self.exp_avg_unc[key])
@@ -241,7 +243,7 @@ class RankAllocator:
     def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: Mapping[str, Iterable[bool]]) -> None:
         """Sets E to zero at the ranks that are not kept."""
         with torch.no_grad():
-            for path, layer in layers_of(model, AdaLoraLayer, self.adapter_name).items():
+            for path, layer in self._layers(model).items():
                 e, name = layer.lora_E[self.adapter_name], f"{path}.lora_E"
                 kept = rank_pattern.get(f"{name}.{self.adapter_name}", rank_pattern.get(name))
                 if kept is not None:

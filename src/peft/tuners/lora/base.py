@@ -58,19 +58,35 @@ def _call(factor: Any, cast: bool, x: Tensor) -> Tensor:
     return factor(x.to(factor.weight.dtype) if cast else x)
 
 
-class FactorLayer(ScaledLayer):
+class DropoutLayer(ScaledLayer):
+    """A module with adapters whose dropout is a module of torch's, where other packages look for it."""
+
+    lora_dropout = ModuleSlot[nn.Module](trained=False, stored=False)
+    lora_alpha = Setting[float]()
+
+    def make_dropout(self, name: str, config: LoraConfig) -> None:
+        """Makes the dropout of an adapter."""
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        # Past `ModuleDict.__setitem__`, here and below: the name was checked before.
+        self._modules["lora_dropout"]._modules[name] = dropout  # type: ignore[union-attr]
+
+    def dropout_of(self, name: str) -> float:
+        """Probability of dropout on the adapter's input at present."""
+        dropout: Any = self._modules["lora_dropout"]._modules[name]  # type: ignore[union-attr]
+        return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+
+
+class FactorLayer(DropoutLayer):
     """A module with two factors by adapter, A [r, in] and B [out, r], whose scaled product is added to its weight."""
 
     lora_A: Any = ModuleSlot[Any]()  # nn.ModuleDict of nn.Linear (or of what stands for one)
     lora_B: Any = ModuleSlot[Any]()
-    lora_dropout = ModuleSlot[nn.Module](trained=False, stored=False)
     unit_slots = frozenset(("lora_A", "lora_B", "lora_magnitude_vector"))
 
-    lora_alpha = Setting[float]()
     use_rslora = Setting[bool]()
     use_dora = Setting[bool]()
     lora_bias = Setting[bool]()
-    lora_residual = Setting[Residual]()
+    lora_residual = Setting[Residual]()  # until the adapter is complete
 
     if TYPE_CHECKING:
 
@@ -84,11 +100,6 @@ class FactorLayer(ScaledLayer):
         """The base weight [out, in] as it will be when adapter `name` is there."""
         weight = self.op.matrix(self.get_base_weight())
         return self.lora_residual[name](weight) if name in self.lora_residual else weight
-
-    def note_residual(self, name: str, residual: Residual | None) -> None:
-        """Notes what is to be left of the base weight when adapter `name` is complete."""
-        if residual is not None:
-            self.lora_residual[name] = residual
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
         """Makes A and B as layers of torch start: so an adapter starts without `init_lora_weights`."""
@@ -112,10 +123,6 @@ class FactorLayer(ScaledLayer):
         modules: Any = self._modules  # past `__getattr__`, which takes longer than the rest
         return _weight(modules["lora_A"]._modules[name]), _weight(modules["lora_B"]._modules[name])
 
-    def flat_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B as matrices [r, in] and [out, r]."""
-        return a, b
-
     def low_rank(self, name: str) -> LowRank:
         """scaling B A, and the bias that belongs to it."""
         modules: Any = self._modules
@@ -123,19 +130,15 @@ class FactorLayer(ScaledLayer):
         scaling = self.settings["scaling"][name]
         bias = b._parameters.get("bias")
         offset = None if bias is None else bias * scaling
-        down, up = self.flat_factors(widened(_weight(a)), widened(_weight(b)))
+        down, up = widened(_weight(a)), widened(_weight(b))
+        if down.dim() > 2:  # those of a convolution
+            down, up = down.flatten(1), up.flatten(1)
         change = LowRank(down, up, scaling, self.dropout_of(name), offset)
         # Somebody wants to see them called; FSDP has done so to bring their weights together.
         if self.op.linear and not (_is_plain(a) and _is_plain(b)):
             cast = self.cast_input_dtype_enabled
             change.low, change.high = partial(_call, a, cast), partial(_call, b, cast)
         return change
-
-    def dropout_of(self, name: str) -> float:
-        """Probability of dropout on the adapter's input at present."""
-        modules: Any = self._modules
-        dropout = modules["lora_dropout"]._modules[name]
-        return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
 def draw_(a: Tensor, r: int, init_lora_weights: bool | str) -> None:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from peft.core.combine import add_combined, check_combination, combined_config, layers_with
 from peft.core.method import Method
+from peft.core.part import as_names
 from peft.ops.merging import (
     SignMethod,
-    check_density,
-    check_sign_method,
     clamp_to_quantile,
     combine,
     svd_of_product,
@@ -46,10 +45,6 @@ class Combination:
     def __post_init__(self) -> None:
         if self.name not in COMBINATIONS:
             raise ValueError(f"Unknown combination_type {self.name!r}; use one of {', '.join(COMBINATIONS)}.")
-        if self.method not in ("linear", "cat"):
-            check_density(self.density)
-        if "ties" in self.name:
-            check_sign_method(self.majority_sign_method)
         if self.svd_rank is not None and self.svd_rank < 1:
             raise ValueError(f"svd_rank must be a positive integer, got {self.svd_rank}.")
         if self.svd_clamp is not None and not 0 <= self.svd_clamp <= 1:
@@ -71,34 +66,76 @@ class Combination:
         return combine(tensors, weights, method, self.density, self.majority_sign_method)
 
 
-def add_weighted_adapter(
-    method: Method, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
-) -> None:
-    """See [`LoraModel.add_weighted_adapter`]."""
-    adapters, weights = check_combination(method, adapters, weights, adapter_name)
-    layers: dict[Any, str] = layers_with(method, adapters)
-    _check_factors(adapters, layers, how)
-    configs = [method.configs[name] for name in adapters]
-    if len({tuple(config.alora_invocation_tokens or ()) for config in configs}) > 1:
-        raise ValueError("aLoRA adapters can be combined where all of them have the same alora_invocation_tokens.")
-    largest = max(rank for config in configs for rank in (config.r, *(config.rank_pattern or {}).values()))
-    if "dare" in how.name:
-        start = configs[0].init_lora_weights
-        _skip_start_values(adapters, layers, how.svd_rank if how.on_product and how.svd_rank else largest, start)
-    tensors, ranks = {}, {}
-    for layer, key in layers.items():
-        here = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if layer.has(name)]
-        ranks[key], tensors[layer] = _combined(layer, here, how, key, largest)
-    config = combined_config(method, adapters, layers)
+class Combining(Method):
+    """A method whose adapters can be combined: LoRA."""
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: SignMethod = "total",
+    ) -> None:
+        """Adds an adapter that combines others; it is not active yet. A call that raises changes nothing.
+
+        Args:
+            adapters: names of the adapters to combine. One of them at most may have `modules_to_save` or
+                `trainable_token_indices`, which the new adapter takes over as they are.
+            weights: a factor for each; negative ones take an adapter's effect away.
+            adapter_name: the new adapter's name.
+            combination_type: `"cat"` and `"svd"` make the weighted sum of the changes that the adapters make to a
+                weight: exact, with the sum of all ranks, or the nearest of rank `svd_rank`. `"linear"` sums the
+                factors A and B instead, which is cheap and rough. `"ties"` (arXiv:2306.01708), `"dare_linear"`,
+                `"dare_ties"` (arXiv:2311.03099) and `"magnitude_prune"` prune first; with `_svd` at the end they
+                work on the changes, else on A and B. Those on A and B need adapters of the same rank.
+            svd_rank: rank of the new adapter, for the svd types; the largest of the adapters' ranks if None.
+            svd_clamp: quantile that no entry of the factors may pass, for the svd types.
+            svd_full_matrices: has no influence on the outcome; taken for compatibility.
+            svd_driver: method of `torch.linalg.svd` on CUDA.
+            density: share of the entries that pruning keeps, 0 to 1.
+            majority_sign_method: how `ties` and `dare_ties` elect the sign of an entry: by the sum (`"total"`) or by
+                counting (`"frequency"`).
+
+        Raises:
+            ValueError: an adapter does not exist, the name is taken, ranks differ where they may not, a setting is
+                out of range or missing, or an adapter is on a bare parameter.
+            RuntimeError: an unknown `majority_sign_method`.
+        """
+        how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+        adapters, weights = check_combination(self, as_names(adapters), weights, adapter_name)
+        layers: dict[Any, str] = layers_with(self, adapters)
+        _check_factors(adapters, layers, how)
+        configs = [self.configs[name] for name in adapters]
+        if len({tuple(config.alora_invocation_tokens or ()) for config in configs}) > 1:
+            raise ValueError("aLoRA adapters can be combined where all of them have the same alora_invocation_tokens.")
+        largest = max(rank for config in configs for rank in (config.r, *(config.rank_pattern or {}).values()))
+        if "dare" in how.name:
+            start = configs[0].init_lora_weights
+            _skip_start_values(adapters, layers, how.svd_rank if how.on_product and how.svd_rank else largest, start)
+        tensors, ranks = {}, {}
+        for layer, key in layers.items():
+            here = {name: weight for name, weight in zip(adapters, weights, strict=True) if layer.has(name)}
+            ranks[key], tensors[layer] = _combined(layer, here, how, key, largest)
+        config = combined_config(self, adapters, layers)
+        _describe(config, ranks, tensors)
+        add_combined(self, adapter_name, adapters, config, tensors)
+
+
+def _describe(config: Any, ranks: Mapping[str, int], tensors: Mapping[Any, dict[str, Tensor]]) -> None:
+    """Lets the configuration say what the new adapter is; if one layer's B has a bias, all get one."""
     config.r = config.lora_alpha = max(ranks.values())
     config.rank_pattern = {key: rank for key, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora, config.init_lora_weights = False, True
     config.lora_bias = any("lora_B.bias" in values for values in tensors.values())
-    if config.lora_bias:
-        for layer, values in tensors.items():
-            values.setdefault("lora_B.bias", torch.zeros(layer.out_features))
-    add_combined(method, adapter_name, adapters, config, tensors)
+    for layer, values in tensors.items() if config.lora_bias else ():
+        values.setdefault("lora_B.bias", torch.zeros(layer.out_features))
 
 
 def _check_factors(adapters: Sequence[str], layers: Mapping[Any, str], how: Combination) -> None:
@@ -130,36 +167,30 @@ def _skip_start_values(adapters: Sequence[str], layers: Iterable[Any], rank: int
             b.normal_() if normal else a.uniform_()
 
 
+@torch.no_grad()
 def _combined(
-    layer: Any, here: Sequence[tuple[str, float]], how: Combination, key: str, largest: int
+    layer: Any, here: Mapping[str, float], how: Combination, key: str, largest: int
 ) -> tuple[int, dict[str, Tensor]]:
     """The combination of some adapters, whose largest rank is `largest`, on one layer: its rank and its tensors."""
-    names = [name for name, _ in here]
-    scaled = [weight * float(layer.scaling[name]) for name, weight in here]
-    with torch.no_grad():
-        if how.on_product:
-            factors = _of_products(layer, names, [weight for _, weight in here], how, key, largest)
-        else:
-            factors = _of_factors(layer, names, scaled, how)
-        tensors = store(layer, *factors)
-        if any(layer.lora_bias[name] for name in names):
-            tensors["lora_B.bias"] = how.of([_bias(layer, name) for name in names], scaled)
-    return adapter_rank(layer, factors[0].shape[1]), tensors
+    stacks = [load(layer, name) for name in here]
+    scaled = [weight * float(layer.scaling[name]) for name, weight in here.items()]
+    if how.on_product:
+        a, b = _of_products(layer, here, stacks, scaled, how, key, largest)
+    elif how.method == "cat":
+        a, b = _side_by_side(stacks, scaled)
+    else:  # the weights, which count once in the product, are shared out between A and B
+        for_b = [sqrt(abs(s)) for s in scaled]
+        for_a = [copysign(root, s) for root, s in zip(for_b, scaled, strict=True)]
+        a, b = how.of([a for a, _ in stacks], for_a), how.of([b for _, b in stacks], for_b)
+    tensors = store(layer, a, b)
+    if any(layer.lora_bias[name] for name in here):
+        tensors["lora_B.bias"] = how.of([_bias(layer, name) for name in here], scaled)
+    return adapter_rank(layer, a.shape[1]), tensors
 
 
 def _bias(layer: Any, name: str) -> Tensor:
     bias = layer.lora_B[name].bias
     return layer.lora_B[name].weight.new_zeros(layer.out_features) if bias is None else bias
-
-
-def _of_factors(layer: Any, names: Sequence[str], scaled: Sequence[float], how: Combination) -> tuple[Tensor, Tensor]:
-    """All A combined, and all B; the weights, which count once in the product, are shared out between them."""
-    stacks = [load(layer, name) for name in names]
-    if how.method == "cat":
-        return _side_by_side(stacks, scaled)
-    for_b = [sqrt(abs(s)) for s in scaled]
-    for_a = [copysign(root, s) for root, s in zip(for_b, scaled, strict=True)]
-    return how.of([a for a, _ in stacks], for_a), how.of([b for _, b in stacks], for_b)
 
 
 def _side_by_side(stacks: Sequence[tuple[Tensor, Tensor]], scaled: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -169,11 +200,16 @@ def _side_by_side(stacks: Sequence[tuple[Tensor, Tensor]], scaled: Sequence[floa
 
 
 def _of_products(
-    layer: Any, names: Sequence[str], weights: Sequence[float], how: Combination, key: str, largest: int
+    layer: Any,
+    here: Mapping[str, float],
+    stacks: Sequence[tuple[Tensor, Tensor]],
+    scaled: Sequence[float],
+    how: Combination,
+    key: str,
+    largest: int,
 ) -> tuple[Tensor, Tensor]:
     """The combined change of the weight, decomposed again."""
-    stacks = [(unrounded(a), unrounded(b)) for a, b in (load(layer, name) for name in names)]
-    room = min(stacks[0][0].shape[2], stacks[0][1].shape[1])
+    room, ranks = min(stacks[0][0].shape[2], stacks[0][1].shape[1]), sum(a.shape[1] for a, _ in stacks)
     wanted = how.svd_rank or adapter_rank(layer, min(block_rank(layer, largest), room))
     rank = block_rank(layer, wanted)
     if adapter_rank(layer, rank) != wanted or not 1 <= rank <= room:
@@ -181,13 +217,11 @@ def _of_products(
             f"svd_rank={wanted} does not fit {key!r}: its weight has a rank of at most {adapter_rank(layer, room)}"
             + (f", in equal parts for {len(stacks[0][0])} groups." if len(stacks[0][0]) > 1 else ".")
         )
-    ranks = sum(a.shape[1] for a, _ in stacks)
     if how.method == "linear" and how.svd_clamp is None and rank <= ranks <= room:
-        scaled = [weight * float(layer.scaling[name]) for name, weight in zip(names, weights, strict=True)]
-        a, b = _side_by_side(stacks, scaled)
+        a, b = _side_by_side([(unrounded(a), unrounded(b)) for a, b in stacks], scaled)
         u, s, vh = svd_of_product(b, a)
         return vh[:, :rank], u[..., :rank] * s[:, None, :rank]
-    changes = [product(layer, name) for name in names]
+    changes, weights = [product(layer, name) for name in here], [*here.values()]
     if layer.op.kind in ("Conv1D", "Embedding"):
         # Their weight is the matrix transposed. Entries are dropped in its order, so that a seed means the same as in
         # huggingface/peft.

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils._pytree import tree_map
 
-from peft.core.targets import base_of
-from peft.core.walk import live_key, put_back
+from peft.core.places import take_away_everywhere
+from peft.core.storage.shared import is_one_of_many
+from peft.core.targets import ROOT, base_of, target_name
+from peft.core.walk import layers_of, put_back
 from peft.errors import warn
 from peft.ops.pca import IncrementalPca
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.kinds import Linear
-from peft.tuners.lora.layer import LoraLayer, alpha_of, rank_of
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.preprocess import targeted
 from peft.tuners.lora.settings import EvaConfig
 
@@ -78,18 +81,19 @@ class _Inputs:
 
     def __init__(self, name: str, prepare: PrepareLayer | None, gather: bool, count: int):
         self.name, self.prepare, self.gather = name, prepare or _all_rows, gather
+        #: that of the first layer, where several have the same inputs
         self.pca = IncrementalPca(count)
         self.batch: Any = None
         #: of the first batch: tells inputs of different layers apart that are one and the same tensor
         self.stamp: Any = None
-        #: the first layer's of those that have the same, which are looked at for all; None until that is known
-        self.source: _Inputs | None = None
+        #: whether it is that first layer, whose inputs are looked at for all; None until that is known
+        self.leads: bool | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self.source is None:
+        if self.leads is None:
             tensor = _first_tensor(inputs, self.name)
             self.stamp = tensor.data_ptr(), tensor.shape, tensor.double().square().sum().item()
-        elif self.source is self:
+        elif self.leads:
             rows = self.prepare(inputs, self.batch, self.name).detach()
             rows = _gathered(rows) if self.gather else rows
             if len(rows) >= self.pca.count:
@@ -97,7 +101,7 @@ class _Inputs:
 
 
 def _gathered(rows: Tensor) -> Tensor:
-    if not dist.is_initialized():
+    if not is_one_of_many():
         return rows
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows.cpu())
@@ -142,18 +146,18 @@ def get_eva_state_dict(
     if isinstance(dataloader, Sized) and len(dataloader) == 0:
         raise ValueError("The dataloader is empty.")
     config, layers = _layers(model, peft_config, adapter_name)
-    watched = _watched(layers, config, prepare_layer_inputs_fn, gather_distributed_inputs)
+    setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
+    watched = _watched(layers, config, prepare_layer_inputs_fn, gather_distributed_inputs, setting.rho)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def run(batch: Any) -> None:
-        batch = _moved(batch, device)
+        batch = tree_map(lambda value: value.to(device) if hasattr(value, "to") else value, batch)
         known = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
         for inputs in watched.values():
             inputs.batch = known
         forward_fn(model, batch)
 
-    setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
-    budget = sum(rank_of(config, name) for name in layers)
+    budget = sum(config.at(name).r for name in layers)
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()
@@ -161,24 +165,21 @@ def get_eva_state_dict(
         for name, layer in layers.items():
             stack.enter_context(layer.register_forward_pre_hook(watched[name]))
         ranks = _ranks_found(watched, dataloader, run, budget, setting.tau, show_progress_bar)
-    found = {name: inputs.source or inputs for name, inputs in watched.items()}
-    return {name: one.pca.directions(ranks[name], setting.whiten) for name, one in found.items()}
+    return {name: inputs.pca.directions(ranks[name], setting.whiten) for name, inputs in watched.items()}
 
 
 def _watched(
-    layers: Mapping[str, nn.Module], config: LoraConfig, prepare: PrepareLayers, gather: bool
+    layers: Mapping[str, nn.Module], config: LoraConfig, prepare: PrepareLayers, gather: bool, rho: float
 ) -> dict[str, _Inputs]:
     """What sees the inputs of each layer."""
     by_layer = prepare if isinstance(prepare, Mapping) else dict.fromkeys(layers, prepare)
     unknown = sorted(set(by_layer) - set(layers))
     if unknown:
         raise ValueError(f"prepare_layer_inputs_fn names {', '.join(unknown)}, which are no layers of the adapter.")
-    setting: EvaConfig = config.eva_config or EvaConfig()  # type: ignore[assignment]
     watched = {}
     for name, layer in layers.items():
         width = getattr(base_of(layer), "in_features", 2**31)
-        count = min(round(rank_of(config, name) * setting.rho), width)
-        watched[name] = _Inputs(name, by_layer.get(name), gather, count)
+        watched[name] = _Inputs(name, by_layer.get(name), gather, min(round(config.at(name).r * rho), width))
     return watched
 
 
@@ -191,22 +192,28 @@ def _ranks_found(
     show: bool,
 ) -> dict[str, int]:
     """Goes through the data until the components that count stay as they are; returns the ranks of the layers."""
+    from tqdm.auto import tqdm
+
     for batch in islice(batches, 1):
         run(batch)
     first: dict[Any, _Inputs] = {}
-    source = {name: first.setdefault(inputs.stamp, inputs) for name, inputs in watched.items()}
-    for name, one in source.items():
-        watched[name].source, one.pca.count = one, max(one.pca.count, watched[name].pca.count)
-    ranks = {name: one.pca.count for name, one in source.items()}
-    with _progress_bar(len(watched), show) as bar:
+    for inputs in watched.values():
+        lead = first.setdefault(inputs.stamp, inputs)
+        lead.pca.count = max(lead.pca.count, inputs.pca.count)
+        inputs.leads, inputs.pca = inputs is lead, lead.pca
+    ranks: dict[str, int] = {}
+    hidden = not show or (is_one_of_many() and dist.get_rank() > 0)
+    with tqdm(total=len(watched), desc="EVA: layers whose directions are found", disable=hidden, leave=False) as bar:
         for _ in range(_MOST_PASSES):
             for batch in batches:
                 run(batch)
                 if any(one.pca.components is None for one in first.values()):
                     continue
-                ranks = _shared_out({name: one.pca.shares for name, one in source.items()}, budget)
-                needed = {id(one): max(ranks[n] for n in ranks if source[n] is one) for one in first.values()}
-                bar.n = sum(one.pca.is_stable(needed[id(one)], tau) for one in source.values())
+                ranks = _shared_out({name: inputs.pca.shares for name, inputs in watched.items()}, budget)
+                needed = Counter[IncrementalPca]()
+                for name, inputs in watched.items():
+                    needed[inputs.pca] = max(needed[inputs.pca], ranks[name])
+                bar.n = sum(inputs.pca.is_stable(needed[inputs.pca], tau) for inputs in watched.values())
                 bar.refresh()
                 if bar.n == len(watched):
                     return ranks
@@ -228,30 +235,15 @@ def _shared_out(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     return {name: counts[name] for name in shares}
 
 
-def _progress_bar(total: int, show: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    return tqdm(total=total, desc="EVA: layers whose directions are found", disable=not (show and first), leave=False)
-
-
 def _layers(model: Any, config: Any, adapter_name: str) -> tuple[LoraConfig, Mapping[str, nn.Module]]:
     """The configuration, and the layers by name: those that have the adapter, or would get it."""
     if hasattr(model, "peft_config"):
-        linear = ((name, module) for name, module in model.named_modules() if isinstance(module, Linear))
-        here = {name: module for name, module in linear if module.has(adapter_name) and not module.with_attention}
+        linear = layers_of(model, Linear, adapter_name)
+        here = {name: layer for name, layer in linear.items() if not layer.with_attention}
         return config or model.peft_config[adapter_name], here
     if config is None:
         raise ValueError("peft_config is needed for a model without an adapter.")
     return config, targeted(model, config)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    return type(batch)(_moved(value, device) for value in batch) if isinstance(batch, (tuple, list)) else batch
 
 
 @torch.no_grad()
@@ -305,21 +297,19 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
     plain = copy.copy(config)
     plain.init_lora_weights = True
     setting = config.eva_config or EvaConfig()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.has(adapter_name)}
-    prefix = next((name for name, module in model.named_modules() if module is tuner.model), "")
     ranks, alphas = {}, {}
-    for name, layer in layers.items():
-        key = name[len(prefix) + 1 :] if prefix else name
-        directions = found.get(name, found.get(key))
+    for path, layer in layers_of(tuner.model, LoraLayer, adapter_name).items():
+        key = target_name(path, layer)
+        directions = next((found[name] for name in (ROOT + path, path, key) if name in found), None)
         if directions is not None and len(directions) == 0:
-            _leave_out(tuner, layer, key, adapter_name)
+            _leave_out(tuner, layer, path, adapter_name)
             continue
         if directions is None:
             warn(f"EVA has found nothing for {key!r}, which starts as usual.")
-        rank, alpha = rank_of(config, key), alpha_of(config, key)
-        ranks[key] = new = rank if directions is None else len(directions)
-        alphas[key] = alpha * new / rank if setting.adjust_scaling_factors else alpha  # type: ignore[union-attr]
-        if new != rank or layer.factors(adapter_name)[0].is_meta:
+        own = config.at(key)
+        ranks[key] = new = own.r if directions is None else len(directions)
+        alphas[key] = own.lora_alpha * new / own.r if setting.adjust_scaling_factors else own.lora_alpha  # type: ignore[union-attr]
+        if new != own.r or layer.factors(adapter_name)[0].is_meta:
             trained = any(parameter.requires_grad for parameter in layer.adapter_parameters(adapter_name))
             dtype = layer.dtype_of(adapter_name)
             layer.update_layer(adapter_name, new, alphas[key], plain, target_name=key)
@@ -332,10 +322,14 @@ def _start(model: Any, config: LoraConfig, adapter_name: str, found: dict[str, T
     config.alpha_pattern = {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
-def _leave_out(tuner: Any, layer: LoraLayer, key: str, adapter_name: str) -> None:
+def _leave_out(tuner: Any, layer: LoraLayer, path: str, adapter_name: str) -> None:
     """Takes the adapter off one layer, and the layer off its module if that was all it was for."""
+    active = layer.active_adapters
     layer.delete_adapter(adapter_name)
-    if not layer.adapter_names():
-        put_back(tuner.model, live_key(tuner.model, key), layer.base_layer)
+    if layer.adapter_names() and layer.active_adapters != active:
+        layer.set_adapter(active)  # none of the others comes in its place
+    elif not layer.adapter_names():
+        put_back(tuner.model, path, layer.base_layer)
+        take_away_everywhere(tuner.model, {layer: layer.base_layer})
         tuner._parts = None
-        tuner.targeted_module_names.remove(key)
+        tuner.targeted_module_names.remove(target_name(path, layer))

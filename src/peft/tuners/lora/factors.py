@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from peft.core.base_op import ConvOp, EmbeddingOp, ParallelLinearOp, ParameterOp, kernel_numel
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.merge import difference, without_dropout
+from peft.core.merge import without_dropout
 from peft.core.storage import onloaded
 from peft.ops.principal import unrounded
 
@@ -27,12 +27,8 @@ FACTOR_KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embed
 def block_count(layer: AdapterLayer) -> int:
     """How many blocks the weight of a layer's module has."""
     if isinstance(layer.op, ConvOp):
-        return _conv(layer).groups
+        return layer.get_base_layer().groups
     return layer.op.num_experts if isinstance(layer.op, ParameterOp) else 1
-
-
-def _conv(layer: AdapterLayer) -> Any:
-    return layer.get_base_layer()
 
 
 def block_rank(layer: AdapterLayer, r: int) -> int:
@@ -43,15 +39,6 @@ def block_rank(layer: AdapterLayer, r: int) -> int:
 def adapter_rank(layer: AdapterLayer, rank: int) -> int:
     """The adapter's rank where that of one block is `rank`."""
     return rank * block_count(layer) if isinstance(layer.op, ConvOp) else rank
-
-
-@torch.no_grad()
-def change_blocks(layer: AdapterLayer, name: str) -> Tensor:
-    """What an adapter of any method changes a layer's base weight by: [blocks, out, in].
-
-    Computed in the adapter's dtype, so that nothing of it is lost in a base weight of lower precision.
-    """
-    return difference(layer, name).unflatten(0, (block_count(layer), -1))
 
 
 @torch.no_grad()
@@ -70,12 +57,14 @@ def change_factors(layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor] | No
     return b * change.scale, a
 
 
-def store(layer: AdapterLayer, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """The tensors of a LoRA on a layer's module, by the names that files have for them."""
+def store(layer: AdapterLayer, a: Tensor, b: Tensor, rank: int = 0) -> dict[str, Tensor]:
+    """The tensors of a LoRA on a layer's module, by the names that files have for them; with zeros up to a rank."""
+    missing = max(rank - a.shape[1], 0)
+    a, b = pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
     if isinstance(layer.op, EmbeddingOp):
         return {"lora_embedding_A": a[0].contiguous(), "lora_embedding_B": b[0].contiguous()}
     if isinstance(layer.op, ConvOp):
-        conv = _conv(layer)
+        conv = layer.get_base_layer()
         window = tuple(conv.kernel_size)
         a, b = _over_all_channels(layer, a).flatten(0, 1), b.flatten(0, 1)
         a, b = a.view(-1, conv.in_channels, *window), b.view(*b.shape, *(1 for _ in window))
@@ -102,9 +91,7 @@ def of_svd(layer: AdapterLayer, u: Tensor, s: Tensor, vh: Tensor, rank: int) -> 
         u, s, vh: decomposition of the blocks, [blocks, out, k], [blocks, k] and [blocks, k, in].
         rank: where it is more than k, the rest is zero.
     """
-    missing = max(rank - s.shape[1], 0)
-    a, b = in_two(u[..., :rank], s[:, :rank], vh[:, :rank])
-    return store(layer, pad(a, (0, 0, 0, missing)), pad(b, (0, missing)))
+    return store(layer, *in_two(u[..., :rank], s[:, :rank], vh[:, :rank]), rank)
 
 
 def check_plain(layer: Any, name: str) -> None:
@@ -149,8 +136,7 @@ def product(layer: Any, name: str) -> Tensor:
 
 def _over_all_channels(layer: AdapterLayer, a: Tensor) -> Tensor:
     """`a` [groups, r, in] over the channels of all groups, which a LoRA's A sees: zero for those of the others."""
-    groups = len(a)
-    conv = _conv(layer)
+    groups, conv = len(a), layer.get_base_layer()
     if a.shape[-1] == conv.in_channels * kernel_numel(conv):
         return a
     wide = a.new_zeros(groups, a.shape[1], groups, a.shape[2])
@@ -166,7 +152,7 @@ def load(layer: Any, name: str) -> tuple[Tensor, Tensor]:
 
 def as_stacks(layer: AdapterLayer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Stored factors as the stacks a [blocks, r, in] and b [blocks, out, r]."""
-    blocks = block_count(layer)
-    if isinstance(layer.op, ConvOp):
-        return a.flatten(1).unflatten(0, (blocks, -1)), b.flatten(1).unflatten(0, (blocks, -1))
-    return a.unflatten(0, (blocks, -1)), b.unflatten(1, (-1, blocks)).permute(2, 0, 1)
+    blocks, a, b = block_count(layer), a.flatten(1), b.flatten(1)
+    by_rank = not isinstance(layer.op, ConvOp)  # as `store` has it
+    b = b.unflatten(1, (-1, blocks)).permute(2, 0, 1) if by_rank else b.unflatten(0, (blocks, -1))
+    return a.unflatten(0, (blocks, -1)), b

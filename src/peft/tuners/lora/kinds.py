@@ -69,9 +69,6 @@ class _ConvNd(LoraLayer):
         self.lora_A[name] = conv(base.in_channels, r, **shape, padding_mode=base.padding_mode, bias=False)
         self.lora_B[name] = conv(r, base.out_channels, 1, groups=base.groups, bias=config.lora_bias)
 
-    def flat_factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return a.flatten(1), b.flatten(1)
-
     def check_merge(self, name: str) -> None:
         super().check_merge(name)
         if self.get_base_layer().groups > 1:

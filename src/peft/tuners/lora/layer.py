@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,10 +15,9 @@ from peft.core.layer import AdapterLayer
 from peft.core.part import without
 from peft.core.slots import Setting
 from peft.core.storage import onloaded, storage_of
-from peft.patterns import get_pattern_key
 from peft.tuners.lora.base import FactorLayer, TiedFactor
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.megatron import check_megatron, check_parallel
+from peft.tuners.lora.megatron import check_parallel
 from peft.tuners.lora.starts import CORDA, GRADIENT, Start, check_start, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.base import Variant
@@ -74,30 +74,25 @@ class LoraLayer(FactorLayer):
             adapter_name, r, lora_alpha, config: its name, rank, numerator of its scale, configuration.
             kwargs: `target_name`, the module's name; `planned`, see `add_adapter`.
         """
-        key = kwargs.get("target_name", "")
-        self.add_adapter(adapter_name, config, kwargs.get("planned"), r=r, lora_alpha=lora_alpha, key=key)
+        own = copy.copy(config)
+        own.r, own.lora_alpha = r or config.r, lora_alpha
+        self.add_adapter(adapter_name, config, kwargs.get("planned"), own, key=kwargs.get("target_name", ""))
         if "planned" not in kwargs:  # else the model does so when all its layers have the adapter
             self.change_base(adapter_name)
 
-    def create(self, name: str, config: LoraConfig, r: int = 0, lora_alpha: float | None = None, key: str = "") -> None:
-        r = r or config.r
-        if r < 1:
-            raise ValueError(f"r must be a positive integer, got {r}.")
-        self.r[name] = r
-        self.lora_alpha[name] = config.lora_alpha if lora_alpha is None else lora_alpha
+    def create(self, name: str, config: LoraConfig, key: str = "") -> None:
+        if config.r < 1:
+            raise ValueError(f"r must be a positive integer, got {config.r}.")
         self.scaling[name] = self.initial_scaling(name)
-        # Past `ModuleDict.__setitem__`, here and below: the name was checked before.
-        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
-        modules: Any = self._modules
-        modules["lora_dropout"]._modules[name] = dropout
-        self.make_factors(name, r, config)
+        self.make_dropout(name, config)
+        self.make_factors(name, config.r, config)
         self._start(name, config)
         variant = variant_of(config, key)
         if variant is not None and variant.applies(self):
             self.lora_variant[name] = variant
             for slot, kind in variant.slots.items():
                 self.add_slot(slot, kind)
-            self.note_residual(name, variant.create(self, name, config))
+            variant.create(self, name, config)
 
     def _start(self, name: str, config: LoraConfig) -> None:
         """Gives A and B their start values, those of the method that the configuration names."""
@@ -107,7 +102,7 @@ class LoraLayer(FactorLayer):
             return
         self.lora_start[name] = start
         if not self.factors(name)[0].is_meta:
-            self.note_residual(name, start.fill(self, name, config))
+            start.fill(self, name, config)
 
     def change_base(self, name: str) -> Any:
         if name not in self.lora_residual:
@@ -152,10 +147,8 @@ class LoraLayer(FactorLayer):
         return super().train(mode)
 
     def key_map(self, name: str) -> dict[str, str]:
-        if not self.has(name):
-            return {}
-        slots = [slot for slot in self.own_slots if name in getattr(self, slot)]
-        tied = [slot for slot in slots if isinstance(getattr(self, slot)[name], TiedFactor)]
+        modules: Any = self._modules
+        tied = [slot for slot in self.own_slots if isinstance(modules[slot]._modules.get(name), TiedFactor)]
         keys = {**super().key_map(name), **{f"{slot}.weight": f"{slot}.{name}.weight" for slot in tied}}
         return keys if name not in self.lora_variant else self.lora_variant[name].key_map(name, keys)
 
@@ -171,8 +164,7 @@ class LoraLayer(FactorLayer):
 
     @classmethod
     def check(cls, config: LoraConfig, key: str, module: Any, op: BaseOp) -> None:
-        name = f"{key}.{op.weight_name}" if isinstance(op, ParameterOp) else key
-        r = rank_of(config, name)
+        name, r = f"{key}.{op.weight_name}" if isinstance(op, ParameterOp) else key, config.r
         if r < 1:
             raise ValueError(f"r must be a positive integer, got {r} for {name!r}.")
         if isinstance(op, ParameterOp):
@@ -186,31 +178,13 @@ class LoraLayer(FactorLayer):
         check_start(config, name, module, op, r)
         variant = variant_of(config, name)
         if variant is not None:
-            kind = "Parameter" if isinstance(op, ParameterOp) else op.kind
-            if kind not in variant.kinds:
+            if op.kind not in variant.kinds:
                 known = ", ".join(sorted(variant.kinds))
-                raise ValueError(f"{variant.label} is not supported on {name!r}, a {kind}; it works on {known}.")
+                raise ValueError(f"{variant.label} is not supported on {name!r}, a {op.kind}; it works on {known}.")
             variant.check(config, name, module, op, r)
-
-
-def check_config(config: LoraConfig) -> None:
-    """Raises ValueError where a configuration asks for what there is no code for."""
-    start_of(config.init_lora_weights)
-    variant_of(config)
-    check_megatron(config)
 
 
 def _check_parameter(config: LoraConfig, name: str) -> None:
     for setting in ("fan_in_fan_out", "lora_bias"):
         if getattr(config, setting) and (setting == "lora_bias" or not config.target_modules):  # it may be for these
             raise ValueError(f"{setting}={getattr(config, setting)} is not supported for target_parameters ({name!r}).")
-
-
-def rank_of(config: LoraConfig, key: str) -> int:
-    """The rank of the adapter on one module."""
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
-
-
-def alpha_of(config: LoraConfig, key: str) -> float:
-    """Its lora_alpha."""
-    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)

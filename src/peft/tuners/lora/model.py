@@ -12,30 +12,29 @@ from torch import Tensor, nn
 from peft.core.base_op import base_op
 from peft.core.call import calling
 from peft.core.layer import AdapterLayer
-from peft.core.method import Method
-from peft.core.part import as_names
 from peft.core.plan import Plan
 from peft.core.targets import base_of
 from peft.core.tuner import BaseTuner
 from peft.errors import warn
-from peft.ops.merging import SignMethod
 from peft.tuners.lora.base import TiedFactor
-from peft.tuners.lora.combine import Combination, add_weighted_adapter
+from peft.tuners.lora.combine import Combining
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import FACTOR_KEYS
 from peft.tuners.lora.kinds import LAYERS, Embedding, Linear
-from peft.tuners.lora.layer import LoraLayer, alpha_of, check_config, rank_of
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.megatron import check_megatron
 from peft.tuners.lora.quantised import linear_class
 from peft.tuners.lora.replication import replicate_layers, same_stack
 from peft.tuners.lora.starts import drawn_from, settle_seed, start_of
 from peft.tuners.lora.variants import variant_of
 from peft.tuners.lora.variants.alora import Invocations
+from peft.tuners.lora.variants.base import Variant
 from peft.tuners.lora.variants.dora import Dora
 from peft.tuners.lora.variants.kasa import Kasa
 from peft.tuners.lora.variants.monteclora import Monteclora
 
 
-class LoraMethod(Method):
+class LoraMethod(Combining):
     """What LoRA says about a whole model: ranks by module, calls that are watched, losses, sums of adapters."""
 
     @classmethod
@@ -50,7 +49,9 @@ class LoraMethod(Method):
         return drawn_from(config.init_seed)
 
     def check_config(self, adapter_name: str, config: LoraConfig) -> None:
-        check_config(config)
+        start_of(config.init_lora_weights)
+        variant_of(config)
+        check_megatron(config)
         if config.alora_invocation_tokens and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"aLoRA does not work on {type(self.model).__name__}, an encoder-decoder.")
         for name, other in self.configs.items():
@@ -82,8 +83,8 @@ class LoraMethod(Method):
         return made(target, op=op) if parameter_name is None else made(target, None, parameter_name, None, op=op)
 
     def add(self, layer: Any, adapter_name: str, config: LoraConfig, key: str, planned: Any) -> None:
-        r, lora_alpha = rank_of(config, key), alpha_of(config, key)
-        layer.update_layer(adapter_name, r, lora_alpha, config=config, target_name=key, planned=planned)
+        own = config.at(key)
+        layer.update_layer(adapter_name, own.r, own.lora_alpha, config=config, target_name=key, planned=planned)
 
     def without_start(
         self, adapter_name: str, tensors: dict[str, Tensor], content: dict[str, Any], initial: dict[str, Tensor]
@@ -155,7 +156,7 @@ class LoraMethod(Method):
         Args:
             adapter_names: of which adapters; the active ones if None.
         """
-        return sum((v.penalty(layer, name) for layer, name, v in self._variants(Kasa, adapter_names)), 0.0)
+        return sum(self._penalties(Kasa, adapter_names), 0.0)
 
     def monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
         """What MonteCLoRA adds to the loss in training: the mean over all layers; 0 where no adapter has any.
@@ -163,32 +164,24 @@ class LoraMethod(Method):
         Args:
             adapter_names: of which adapters; the active ones if None.
         """
-        losses = [
-            layer.lora_monteclora_sampler[name].penalty()
-            for layer, name, _ in self._variants(Monteclora, adapter_names)
-            if layer.training
-        ]
+        losses = self._penalties(Monteclora, adapter_names)
         return sum(losses, 0.0) / max(len(losses), 1)
 
-    def _variants(self, kind: type, adapter_names: str | Sequence[str] | None) -> Iterator[tuple[Any, str, Any]]:
+    def _penalties(self, kind: type[Variant], adapter_names: str | Sequence[str] | None) -> list[Tensor | float]:
+        """What a variant adds to the loss, for each layer and adapter that has it."""
         names = self.tuner.active_adapters if adapter_names is None else self.tuner.check_names(adapter_names)
-        for layer in self.tuner.adapter_layers():
-            for name in names:
-                variant = layer.lora_variant.get(name) if isinstance(layer, LoraLayer) else None
-                if isinstance(variant, kind):
-                    yield layer, name, variant
+        layers = [layer for layer in self.tuner.adapter_layers() if isinstance(layer, LoraLayer)]
+        found = ((layer, name, layer.lora_variant.get(name)) for layer in layers for name in names)
+        return [variant.penalty(layer, name) for layer, name, variant in found if isinstance(variant, kind)]
 
     def tie(self, layer: AdapterLayer, to: AdapterLayer, adapter_name: str) -> None:
-        if not isinstance(to, Embedding):
+        if not isinstance(to, Embedding) or not isinstance(layer, (Embedding, Linear)):
             return super().tie(layer, to, adapter_name)
         if isinstance(layer, Embedding):
-            layer.lora_embedding_A[adapter_name] = to.lora_embedding_A[adapter_name]
-            layer.lora_embedding_B[adapter_name] = to.lora_embedding_B[adapter_name]
-        elif isinstance(layer, Linear):
+            layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name] = to.factors(adapter_name)
+        else:
             layer.lora_A[adapter_name] = TiedFactor(to.lora_embedding_B, adapter_name)
             layer.lora_B[adapter_name] = TiedFactor(to.lora_embedding_A, adapter_name)
-        else:
-            return super().tie(layer, to, adapter_name)
         for setting in ("r", "lora_alpha", "scaling"):
             getattr(layer, setting)[adapter_name] = getattr(to, setting)[adapter_name]
 
@@ -196,48 +189,6 @@ class LoraMethod(Method):
         if not config.layer_replication or any(same_stack(config, other) for other in self.configs.values()):
             return None  # nothing to do, or done for another adapter
         return replicate_layers(model, config.layer_replication)
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: SignMethod = "total",
-    ) -> None:
-        """Adds an adapter that combines others; it is not active yet. A call that raises changes nothing.
-
-        Args:
-            adapters: names of the adapters to combine. One of them at most may have `modules_to_save` or
-                `trainable_token_indices`, which the new adapter takes over as they are.
-            weights: a factor for each; negative ones take an adapter's effect away.
-            adapter_name: the new adapter's name.
-            combination_type: `"cat"` and `"svd"` make the weighted sum of the changes that the adapters make to a
-                weight: exact, with the sum of all ranks, or the nearest of rank `svd_rank`. `"linear"` sums the
-                factors A and B instead, which is cheap and rough. `"ties"` (arXiv:2306.01708), `"dare_linear"`,
-                `"dare_ties"` (arXiv:2311.03099) and `"magnitude_prune"` prune first; with `_svd` at the end they
-                work on the changes, else on A and B. Those on A and B need adapters of the same rank.
-            svd_rank: rank of the new adapter, for the svd types; the largest of the adapters' ranks if None.
-            svd_clamp: quantile that no entry of the factors may pass, for the svd types.
-            svd_full_matrices: has no influence on the outcome; taken for compatibility.
-            svd_driver: method of `torch.linalg.svd` on CUDA.
-            density: share of the entries that pruning keeps, 0 to 1.
-            majority_sign_method: how `ties` and `dare_ties` elect the sign of an entry: by the sum (`"total"`) or by
-                counting (`"frequency"`).
-
-        Raises:
-            ValueError: an adapter does not exist, the name is taken, ranks differ where they may not, a setting is
-                out of range or missing, or an adapter is on a bare parameter.
-            RuntimeError: an unknown `majority_sign_method`.
-        """
-        adapters = as_names(adapters)
-        how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
-        add_weighted_adapter(self, adapters, weights, adapter_name, how)
 
 
 class LoraModel(BaseTuner, layer=LoraLayer, method=LoraMethod, prefix="lora_"):

@@ -21,7 +21,7 @@ from peft.core.targets import named_targets
 from peft.core.walk import with_progress
 from peft.pickles import read_pickle
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import LoraLayer, rank_of
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.settings import CordaConfig, LoraGAConfig
 from peft.tuners.lora.starts import CORDA, GRADIENT
 from peft.untrusted import check_allowed
@@ -80,56 +80,51 @@ def preprocess_corda(
     layers = targeted(model, lora_config)
     if setting.cache_file or setting.covariance_file:
         check_allowed(lora_config, "corda_config")
-    kept = _read(setting.cache_file)
-    if kept is None:
-        covariances = _covariances(layers, lora_config, setting, run_model, hooked_model)
-        kept = {}
+
+    def covariances() -> dict[str, Tensor]:
+        if run_model is None:
+            raise ValueError("run_model is needed, unless corda_config names a file of an earlier run that exists.")
+        seen = layers if hooked_model is None else targeted(hooked_model, lora_config)
+        found = _covariances(seen, run_model, setting.use_float16_for_covariance)
+        missing = [name for name in layers if name not in found]
+        if missing:
+            raise ValueError(f"run_model did not reach {', '.join(missing[:4])}.")
+        return found
+
+    def decompositions() -> dict[str, Tensor]:
+        known, found = _kept(setting.covariance_file, covariances), dict[str, Tensor]()
         for name, layer in with_progress(list(layers.items()), setting.verbose, "CorDA"):
-            eigens = _decomposed(layer, covariances[name], rank_of(lora_config, name), setting.corda_method)
-            kept |= {f"{name}.eigens.{key}": value for key, value in vars(eigens).items()}
+            eigens = _decomposed(layer, known[name], lora_config.at(name).r, setting.corda_method)
+            found |= {f"{name}.eigens.{key}": value for key, value in vars(eigens).items()}
             if not setting.prune_temporary_fields:
-                layer.covariance_matrix = covariances[name]
-        _write(setting.cache_file, kept)
+                layer.covariance_matrix = known[name]
+        return found
+
+    kept = _kept(setting.cache_file, decompositions)
     for name, layer in layers.items():
         values = (kept[f"{name}.eigens.{key}"] for key in CordaEigens.__dataclass_fields__)
         layer.__dict__[CORDA] = CordaEigens(*values)
 
 
-def _covariances(
-    layers: dict[str, nn.Module],
-    config: LoraConfig,
-    setting: CordaConfig,
-    run_model: Callable[[], Any] | None,
-    hooked_model: nn.Module | None,
-) -> dict[str, Tensor]:
+def _covariances(layers: dict[str, nn.Module], run_model: Callable[[], Any], in_half: bool) -> dict[str, Tensor]:
     """The mean of X^T X over the calls of each layer, its inputs X scaled to at most 1: [in, in] by name."""
-    known = _read(setting.covariance_file)
-    if known is not None:
-        return known
-    if run_model is None:
-        raise ValueError("run_model is needed, unless corda_config names a file of an earlier run that exists.")
-    sums: dict[str, tuple[Tensor, int]] = {}
+    sums: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
 
     def add(name: str, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().flatten(0, -2)
-        x = x if setting.use_float16_for_covariance else x.float()
+        x = x if in_half else x.float()
         covariance = (x := x / x.max().abs()).T @ x
         if not covariance.isfinite().all():
             raise ValueError(f"The inputs of {name!r} are not finite, or all zero.")
-        total, count = sums.get(name, (torch.zeros_like(covariance), 0))
-        sums[name] = total + covariance, count + 1
+        calls[name] += 1
+        sums[name] = sums[name] + covariance if name in sums else covariance
 
-    seen = layers if hooked_model is None else targeted(hooked_model, config)
     with ExitStack() as hooks:
-        for name, layer in seen.items():
+        for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs)))
         run_model()
-    missing = [name for name in layers if name not in sums]
-    if missing:
-        raise ValueError(f"run_model did not reach {', '.join(missing[:4])}.")
-    found = {name: total / count for name, (total, count) in sums.items()}
-    _write(setting.covariance_file, found)
-    return found
+    return {name: total / calls[name] for name, total in sums.items()}
 
 
 def _decomposed(layer: Any, covariance: Tensor, r: int, method: str) -> CordaEigens:
@@ -167,16 +162,13 @@ def preprocess_loraga(
     quantised = [name for name, layer in layers.items() if storage_of(layer, "weight").backend is not None]
     if quantised:
         raise ValueError(f"LoRA-GA needs gradients of the weights, which {quantised[0]!r}, quantised, has not.")
-    kept = _read(cache_file)
-    if kept is None:
-        kept = {f"{name}.{GRADIENT}": grad for name, grad in _gradients(model, layers, train_step).items()}
-        _write(cache_file, kept)
+    kept = _kept(cache_file, lambda: _gradients(model, layers, train_step))
     for name, layer in layers.items():
         layer.__dict__[GRADIENT] = kept[f"{name}.{GRADIENT}"]
 
 
 def _gradients(model: nn.Module, layers: dict[str, Any], train_step: Callable[[], Any]) -> dict[str, Tensor]:
-    """The mean gradient of each layer's weight over the backward passes."""
+    """The mean gradient of each layer's weight over the backward passes, by the names that files have for them."""
     passes: Counter[str] = Counter()
     state = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     training = model.training
@@ -194,7 +186,7 @@ def _gradients(model: nn.Module, layers: dict[str, Any], train_step: Callable[[]
         missing = [name for name, weight in weights.items() if weight.grad is None]
         if missing:
             raise ValueError(f"train_step gave no gradient to {', '.join(missing[:4])}; it has to call backward().")
-        return {name: weight.grad / passes[name] for name, weight in weights.items()}
+        return {f"{name}.{GRADIENT}": weight.grad / passes[name] for name, weight in weights.items()}
     finally:
         for parameter, requires_grad, grad in state:
             parameter.requires_grad_(requires_grad)
@@ -202,14 +194,12 @@ def _gradients(model: nn.Module, layers: dict[str, Any], train_step: Callable[[]
         model.train(training)
 
 
-def _read(path: str | None) -> dict[str, Tensor] | None:
-    """The tensors in a file; None if there is none, or it is empty."""
-    if path is None or not os.path.exists(path) or not os.path.getsize(path):
-        return None
-    return read_pickle(path)
-
-
-def _write(path: str | None, tensors: dict[str, Tensor]) -> None:
+def _kept(path: str | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in a file; if there is none, or it is empty, what `make` makes, which is then kept there."""
+    if path is not None and os.path.exists(path) and os.path.getsize(path):
+        return read_pickle(path)
+    tensors = make()
     if path is not None:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         torch.save(tensors, path)
+    return tensors

@@ -14,7 +14,6 @@ from peft.core.storage import storage_of
 from peft.core.targets import base_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.kinds import Linear
-from peft.tuners.lora.layer import alpha_of, rank_of
 
 
 class QuantisedLinear(Linear):
@@ -78,11 +77,8 @@ def linear_class(module: Any) -> type[Linear]:
 def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> Linear | None:
     """A LoRA layer with an adapter on a quantised linear layer; None for modules that are something else."""
     base = base_of(target)
-    if not isinstance(base_op(base), LinearOp):
-        return None
-    made = linear_class(base)
+    made = linear_class(base) if isinstance(base_op(base), LinearOp) else Linear
     if not issubclass(made, QuantisedLinear):
         return None
-    key = kwargs.pop("target_name", "")
-    settings = {"r": rank_of(config, key), "lora_alpha": alpha_of(config, key), **kwargs}
-    return made(target, adapter_name, config, **settings)
+    own = config.at(kwargs.pop("target_name", ""))
+    return made(target, adapter_name, config, **{"r": own.r, "lora_alpha": own.lora_alpha, **kwargs})

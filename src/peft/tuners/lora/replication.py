@@ -41,7 +41,8 @@ def replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> Callabl
         raise ValueError(f"layer_replication={ranges} goes beyond the {len(layers)} layers of {type(model).__name__}.")
     replicated = nn.ModuleList().train(layers.training)
     for index in order:
-        replicated.append(_sharing_copy(layers[index]) if layers[index] in list(replicated) else layers[index])
+        layer, own = layers[index], {id(t): t for t in (*layers[index].parameters(), *layers[index].buffers())}
+        replicated.append(copy.deepcopy(layer, own) if layer in list(replicated) else layer)
     _number_layers(replicated)
     setattr(parent, name, replicated)
     config.num_hidden_layers = len(replicated)
@@ -52,12 +53,6 @@ def replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> Callabl
         config.num_hidden_layers = count
 
     return undo
-
-
-def _sharing_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module that holds the very same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
 
 
 def _number_layers(layers: nn.ModuleList) -> None:

@@ -1,7 +1,8 @@
 """How the factors A and B of an adapter start, beyond drawing them at random.
 
-A start fills A and B of one adapter. Some take the part of the base weight that A and B begin with out of it, so that
-the model as a whole is unchanged: they return what is left of a weight, which is written when the adapter is complete.
+A start says what A and B of one adapter are. Some take the part of the base weight that A and B begin with out of it,
+so that the model as a whole is unchanged: what is left of the weight is noted, and written when the adapter is
+complete.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from peft.errors import warn
 from peft.fields import as_settings
 from peft.ops.principal import randomised_svd, seeded, truncated_svd
 from peft.ops.quantise import int8_rounded, nf4_rounded
-from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.base import FactorLayer
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.factors import in_two
 from peft.tuners.lora.settings import LoftQConfig, LoraGAConfig
@@ -35,7 +37,7 @@ class Start:
     """One way to start.
 
     Attributes:
-        fill: gives A and B their values; returns the residual if the base weight changes.
+        factors: A [r, in] and B [out, r] of an adapter on a layer; None for those that it would have by default.
         kinds: kinds of base module it works on.
         plain_on: other kinds, where it means the plain start (as in huggingface/peft).
         changes_base: whether it changes the base weight.
@@ -44,13 +46,23 @@ class Start:
         check: raises ValueError where it cannot be made: (configuration, module's name, module, rank).
     """
 
-    fill: Callable[[FactorLayer, str, LoraConfig], Residual | None]
+    factors: Callable[[FactorLayer, str, LoraConfig], tuple[Tensor, Tensor] | None]
     kinds: frozenset[str] = frozenset(("Linear", "Conv1D"))
     plain_on: frozenset[str] = frozenset(("Embedding",))
     changes_base: bool = False
     takes_product: bool = False
     trains_b: bool = True
     check: Callable[[LoraConfig, str, nn.Module, int], None] = lambda config, name, module, r: None
+
+    def fill(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
+        """Gives A and B of an adapter their values, and notes what is to be left of the base weight."""
+        factors = self.factors(layer, name, config)
+        if factors is None:
+            layer.reset_lora_parameters(name)
+            return
+        fill_factors(layer, name, *factors)
+        if self.takes_product:
+            layer.lora_residual[name] = partial(_without_product, layer, name)
 
 
 def to_compute(tensor: Tensor, config: Any) -> Tensor:
@@ -76,14 +88,10 @@ def fill_factors(layer: FactorLayer, name: str, a: Tensor, b: Tensor) -> None:
             factor.copy_(values.reshape(factor.shape))
 
 
-def without_product(layer: FactorLayer, name: str) -> Residual:
-    """W - s B A, for the values that the factors have when it is asked for."""
-
-    def residual(weight: Tensor) -> Tensor:
-        change = layer.low_rank(name).delta().to(weight.device)
-        return (weight.to(change.dtype) - change).to(weight.dtype)
-
-    return residual
+def _without_product(layer: FactorLayer, name: str, weight: Tensor) -> Tensor:
+    """W - s B A."""
+    change = layer.low_rank(name).delta().to(weight.device)
+    return (weight.to(change.dtype) - change).to(weight.dtype)
 
 
 def settle_seed(config: LoraConfig) -> None:
@@ -117,58 +125,53 @@ def drawn_from(seed: int | None) -> Iterator[None]:
         yield
 
 
-def _pissa(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
+def _pissa(layer: FactorLayer, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """The r largest singular values of W and their vectors (arXiv:2404.02948)."""
     weight, r = base_matrix(layer, config), layer.r[name]
     steps = re.search(r"\d+$", str(config.init_lora_weights))
     parts = truncated_svd(weight, r) if steps is None else randomised_svd(weight, r, int(steps[0]))
-    fill_factors(layer, name, *in_two(*parts, layer.scaling[name]))
-    return without_product(layer, name)
+    return in_two(*parts, layer.scaling[name])
 
 
-def _olora(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
+def _olora(layer: FactorLayer, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """The first r columns of Q and rows of R of W = Q R (arXiv:2406.01775)."""
     q, r = torch.linalg.qr(base_matrix(layer, config))
-    fill_factors(layer, name, r[: layer.r[name]], q[:, : layer.r[name]])
-    return without_product(layer, name)
+    return r[: layer.r[name]], q[:, : layer.r[name]]
 
 
-def _orthogonal(layer: FactorLayer, name: str, config: LoraConfig) -> None:
+def _orthogonal(layer: FactorLayer, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """A and B of random directions in two halves of an orthonormal basis, so that B A is zero though neither is."""
     r = layer.r[name]
     basis, _ = torch.linalg.qr(torch.randn(r, r))
-    one, other = basis[::2], basis[1::2]
-    a = torch.randn(layer.in_features, r // 2) @ one / 10
-    b = torch.randn(r // 2, layer.out_features).T @ other / 10
-    fill_factors(layer, name, a.T, b)
+    a = torch.randn(layer.in_features, r // 2) @ basis[::2] / 10
+    return a.T, torch.randn(r // 2, layer.out_features).T @ basis[1::2] / 10
 
 
-def _mica(layer: FactorLayer, name: str, config: LoraConfig) -> None:
+def _mica(layer: FactorLayer, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """B the left singular vectors of the r smallest singular values of W, A zero (arXiv:2604.01694)."""
     u, _, _ = torch.linalg.svd(base_matrix(layer, config), full_matrices=False)
-    fill_factors(layer, name, torch.zeros_like(layer.factors(name)[0]), u[:, -layer.r[name] :])
+    return torch.zeros_like(layer.factors(name)[0]), u[:, -layer.r[name] :]
 
 
-def _zero(layer: FactorLayer, name: str, config: LoraConfig) -> None:
+def _zero(layer: FactorLayer, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """A at random as it was made, B zero."""
-    nn.init.zeros_(layer.factors(name)[1])
+    a, b = layer.factors(name)
+    return a, torch.zeros_like(b)
 
 
-def _corda(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
+def _corda(layer: FactorLayer, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """Singular values and vectors of W C, C the covariance of the inputs, with C taken out again (arXiv:2406.05223)."""
     found = layer.get_base_layer().__dict__[CORDA]
-    fill_factors(layer, name, *in_two(found.U_WC, found.S_WC, found.V_WC.T, layer.scaling[name]))
-    return without_product(layer, name)
+    return in_two(found.U_WC, found.S_WC, found.V_WC.T, layer.scaling[name])
 
 
-def _lora_ga(layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
+def _lora_ga(layer: FactorLayer, name: str, config: LoraConfig) -> tuple[Tensor, Tensor] | None:
     """Singular vectors of the gradient of W (arXiv:2407.05000)."""
     setting: LoraGAConfig = config.lora_ga_config or LoraGAConfig()  # type: ignore[assignment]
-    base, r, scaling = layer.get_base_layer(), layer.r[name], layer.scaling[name]
-    if GRADIENT not in base.__dict__:
-        layer.reset_lora_parameters(name)
+    gradient, r, scaling = layer.get_base_layer().__dict__.get(GRADIENT), layer.r[name], layer.scaling[name]
+    if gradient is None:
         return None
-    gradient = to_compute(layer.op.matrix(base.__dict__[GRADIENT]), config)
+    gradient = to_compute(layer.op.matrix(gradient), config)
     u, s, vh = randomised_svd(gradient, min(4 * r, *gradient.shape), 4)
     of_a, of_b = {
         "ArBr": (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
@@ -183,11 +186,10 @@ def _lora_ga(layer: FactorLayer, name: str, config: LoraConfig) -> Residual | No
         b = b * (largest / lengths[0])
     elif setting.scale == "gd_scale":
         a, b = a / scaling, b / scaling
-    fill_factors(layer, name, a, b)
-    return without_product(layer, name)
+    return a, b
 
 
-def _loftq(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
+def _loftq(layer: FactorLayer, name: str, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """B A the nearest of rank r to what quantising W loses, by turns with quantising W - B A (arXiv:2310.08659)."""
     setting = as_settings("loftq_config", config.loftq_config, LoftQConfig)
     weight, r = base_matrix(layer, config), layer.r[name]
@@ -197,8 +199,8 @@ def _loftq(layer: FactorLayer, name: str, config: LoraConfig) -> Residual:
         before = change
         u, s, vh = truncated_svd(weight - quantise(weight - before), r)
         change = (u * s) @ vh
-    fill_factors(layer, name, *in_two(u, s, vh, layer.scaling[name]))
-    return lambda base: quantise(base.float() - before.to(base.device)).to(base.dtype)
+    layer.lora_residual[name] = lambda base: quantise(base.float() - before.to(base.device)).to(base.dtype)
+    return in_two(u, s, vh, layer.scaling[name])
 
 
 def _check_even(config: LoraConfig, name: str, module: nn.Module, r: int) -> None:
@@ -272,7 +274,7 @@ def check_start(config: LoraConfig, name: str, module: nn.Module, op: BaseOp, r:
     if op.kind not in start.kinds or getattr(op, "num_experts", 1) > 1:
         known = ", ".join(sorted(start.kinds))
         raise ValueError(f"{asked} does not work on {name!r}, a {op.kind}; it works on {known}.")
-    if r > most and start.fill not in (_zero, _orthogonal):
+    if r > most and start.factors not in (_zero, _orthogonal):
         raise ValueError(f"{asked} needs a rank of at most {most} on {name!r}, got r={r}.")
     start.check(config, name, module, r)
     if start.changes_base:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,14 +130,11 @@ class Alora(Variant):
         "aLoRA adapter {name!r} cannot be merged: it acts on some tokens and not on others; a weight acts on all."
     )
 
-    def __init__(self, setting: Iterable[int], key: str = ""):
-        super().__init__(tuple(setting), key)
-
     def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)
         change.where = self._where
         return change
 
     def _where(self, shape: torch.Size, samples: Sequence[int] | None) -> Tensor | None:
-        found = fact(_FOUND, {}).get(self.setting)
+        found = fact(_FOUND, {}).get(tuple(self.setting))
         return None if found is None else found.mask(shape, fact("samples") if samples is None else samples)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft.core.base_op import BaseOp
 from peft.core.change import Change
 from peft.core.slots import Slot
-from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.base import FactorLayer
 from peft.tuners.lora.config import LoraConfig
 
 T = TypeVar("T")
@@ -52,16 +52,16 @@ class Variant:
         """Whether there is anything to do on a layer's module, or a plain LoRA will do there."""
         return True
 
-    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
-        """Makes the tensors beside A and B, which have their start values.
-
-        Returns what is to be left of the base weight, if that changes.
-        """
-        return None
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
+        """Makes the tensors beside A and B, which have their start values."""
 
     def change(self, layer: FactorLayer, name: str) -> Change | Iterable[Change]:
         """What the adapter does to the module at present."""
         return layer.low_rank(name)
+
+    def penalty(self, layer: FactorLayer, name: str) -> Tensor | float:
+        """What is to be added to the loss at present."""
+        return 0.0
 
     def key_map(self, name: str, keys: dict[str, str]) -> dict[str, str]:
         """Names of the adapter's tensors, in files and in the live module, where `keys` is how they are as a rule."""

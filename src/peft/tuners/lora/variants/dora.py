@@ -111,7 +111,7 @@ def _lengths(layer: FactorLayer, name: str, weight: Tensor, squares: Tensor) -> 
         weight: W [out, in].
         squares: ||W_i||^2: [out].
     """
-    a, b = (factor.to(weight.device) for factor in layer.flat_factors(*layer.factors(name)))
+    a, b = (factor.to(weight.device).flatten(1) for factor in layer.factors(name))
     if a.shape[1] == weight.shape[1]:
         return changed_row_norms(weight, squares, a, b, layer.scaling[name])
     # A convolution with groups: A sees the channels of all of them, W those of one. huggingface/peft takes B and A for

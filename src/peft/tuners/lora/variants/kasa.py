@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.slots import Slot
-from peft.tuners.lora.base import FactorLayer, Residual
+from peft.tuners.lora.base import FactorLayer
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.starts import base_matrix
 from peft.tuners.lora.variants.base import Variant
@@ -33,15 +33,14 @@ class Kasa(Variant):
             shape = f"[{op.out_features}, {op.in_features}]"
             raise ValueError(f"KaSA needs r below the sides of {name!r} {shape}, to leave some of it; got r={r}.")
 
-    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> Residual | None:
+    def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
         a, _ = layer.factors(name)
         layer.lora_diag[name] = nn.Parameter(torch.randn(layer.r[name], device=a.device, dtype=a.dtype))
-        if a.is_meta:
-            return None
-        u, s, vh = torch.linalg.svd(base_matrix(layer, config), full_matrices=False)
-        r = layer.r[name]
-        u, vh = u[:, -r:] * s[-r:], vh[-r:]
-        return lambda weight: (weight - (u @ vh).to(weight.device)).to(weight.dtype)
+        if not a.is_meta:
+            u, s, vh = torch.linalg.svd(base_matrix(layer, config), full_matrices=False)
+            least = slice(-layer.r[name], None)
+            u, vh = u[:, least] * s[least], vh[least]
+            layer.lora_residual[name] = lambda weight: (weight - (u @ vh).to(weight.device)).to(weight.dtype)
 
     def change(self, layer: FactorLayer, name: str) -> LowRank:
         change = layer.low_rank(name)

@@ -103,3 +103,6 @@ class Monteclora(Variant):
             noise = layer.lora_monteclora_sampler[name].draw(layer.in_features)
             change.down, change.low, change.high = change.down + noise.to(change.down.dtype), None, None
         return change
+
+    def penalty(self, layer: FactorLayer, name: str) -> Tensor | float:
+        return layer.lora_monteclora_sampler[name].penalty() if layer.training else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,14 +24,14 @@ class Velora(Variant):
     label = "VeLoRA (velora_config)"
     slots: ClassVar[dict[str, Slot]] = {"lora_velora_embed": FixedSlot()}
 
-    def __init__(self, setting: Any, key: str = ""):
-        super().__init__(setting, key)
-        self._found = setting.init_type == "random"
+    #: whether there is a direction yet
+    _found = False
 
     def create(self, layer: FactorLayer, name: str, config: LoraConfig) -> None:
-        width = group_width(layer.in_features, self.setting.num_groups)
         a, _ = layer.factors(name)
-        direction = unit(torch.randn(width, device=a.device)) if self._found else torch.zeros(width, device=a.device)
+        direction = torch.zeros(group_width(layer.in_features, self.setting.num_groups), device=a.device)
+        if self.setting.init_type == "random":
+            direction, self._found = unit(torch.randn_like(direction)), True
         layer.lora_velora_embed[name] = direction.to(a.dtype)
 
     def change(self, layer: FactorLayer, name: str) -> LowRank:
