@@ -15,7 +15,7 @@ from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import product_with
 from peft.ops.memo import remember
-from peft.ops.orthogonal import orthonormal_basis
+from peft.ops.principal import unrounded
 from peft.registry import PeftType
 from peft.values import Fraction, NonNegativeFloat, PositiveInt
 
@@ -76,7 +76,7 @@ class DeftLayer(AdapterLayer):
         p = self.deft_P[name]
         if not self.deft_orthonormal[name]:
             return p, p.relu()
-        q = remember(p, "basis", lambda: orthonormal_basis(p))
+        q = remember(p, "basis", lambda: torch.linalg.qr(unrounded(p)).Q.to(p.dtype))
         return q, q
 
     def taken_out(self, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from peft.core.change import Change, LowRank
 from peft.core.scale import ScaledLayer
 from peft.core.slots import Dropout, ModuleSlot, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.starts import uniform
+from peft.ops.starts import linears, uniform
 from peft.registry import PeftType
 from peft.values import Fraction, NonNegativeInt, PositiveInt
 
@@ -59,7 +59,6 @@ class GraloraLayer(ScaledLayer):
     gralora_dropout = Dropout()
 
     def create(self, name: str, config: GraloraConfig) -> None:
-        self.scaling[name] = self.initial_scaling(name)
         k, random = config.gralora_k, not config.init_weights
         downs, ups, rows = [], [], self.out_features // k
         for _ in range(k):
@@ -67,11 +66,8 @@ class GraloraLayer(ScaledLayer):
             ups.append((uniform(rows, config.r) if random else torch.zeros(rows, config.r)).T)
         self.gralora_A[name], self.gralora_B[name] = nn.Parameter(torch.stack(downs)), nn.Parameter(torch.stack(ups))
         if config.hybrid_r:
-            down = nn.Linear(self.in_features, config.hybrid_r, bias=False)
-            up = nn.Linear(config.hybrid_r, self.out_features, bias=False)
-            down.reset_parameters()  # drawn twice, as by huggingface/peft, for the same start from the same seed
-            up.reset_parameters() if random else nn.init.zeros_(up.weight)
-            self.gralora_A_general[name], self.gralora_B_general[name] = down, up
+            sizes = (self.in_features, config.hybrid_r), (config.hybrid_r, self.out_features)
+            self.gralora_A_general[name], self.gralora_B_general[name] = linears(*sizes, zero=not random)
 
     def initial_scaling(self, name: str) -> float:
         config = self.configs[name]

@@ -17,7 +17,7 @@ from peft.core.tuner import BaseTuner
 from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import cayley, cayley_neumann, skew_symmetric
-from peft.ops.principal import principal_factors, scaled_change
+from peft.ops.principal import principal_factors, unrounded
 from peft.registry import PeftType
 from peft.values import Fraction, NonNegativeInt, PositiveInt, Range
 
@@ -90,13 +90,15 @@ class PsoftRotation(nn.Module):
     def change(self) -> Tensor:
         """diag(b) R diag(a) - I, [r, r]; computed in single precision at least."""
         change = self._plain_change()
-        vectors = (None if vector is None else vector.to(change) for vector in (self.vector_b, self.vector_a))
-        return scaled_change(change, *vectors)
+        ones = change.new_ones(self.r)
+        b, a = (ones if vector is None else vector.to(change) for vector in (self.vector_b, self.vector_a))
+        # R - I and what the scales change: not the difference of numbers that are nearly the same.
+        return b[:, None] * change * a + torch.diag((b - 1) * a + (a - 1))
 
     def _plain_change(self) -> Tensor:
         """R - I."""
         if not self.orthogonal:
-            weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+            weight = unrounded(self.weight)
             return weight - torch.eye(self.r, dtype=weight.dtype, device=weight.device)
         skew = skew_symmetric(self.weight[None], self.r)
         if self.terms is None:

@@ -14,7 +14,6 @@ from peft.core.change import OnOutput
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.rotations import rotate_pairs
 from peft.registry import PeftType
 from peft.values import Range
 
@@ -69,8 +68,14 @@ class RoadLayer(AdapterLayer):
 
     def change(self, name: str) -> OnOutput:
         straight, across = self.factors(name)
-        # In the dtype of the adapter: in half precision, small angles would be rounded away.
-        return OnOutput(lambda y: rotate_pairs(y, straight, across).to(y.dtype))
+
+        def rotate(y: Tensor) -> Tensor:
+            # In the dtype of the adapter: in half precision, small angles would be rounded away.
+            a, b = y.unflatten(-1, (len(straight), 2, -1)).unbind(-2)
+            pairs = a * straight[:, 0] - b * across[:, 0], b * straight[:, -1] + a * across[:, -1]
+            return torch.stack(pairs, dim=-2).flatten(-3).to(y.dtype)
+
+        return OnOutput(rotate)
 
     @classmethod
     def check(cls, config: RoadConfig, key: str, module: nn.Module, op: BaseOp) -> None:

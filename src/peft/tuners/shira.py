@@ -59,7 +59,6 @@ class ShiraLayer(ScaledLayer):
 
     def create(self, name: str, config: ShiraConfig) -> None:
         count = config.r * (self.in_features + self.out_features)
-        self.scaling[name] = 1.0
         self.shira_weight[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
 
     def draw(self, name: str, config: ShiraConfig) -> None:

@@ -16,6 +16,7 @@ from peft.core.slots import Dropout, FixedSlot, ModuleSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.memo import remember
 from peft.ops.sparse import Entries
+from peft.ops.starts import linears
 from peft.registry import PeftType
 from peft.values import Fraction, PositiveInt
 
@@ -69,11 +70,8 @@ class SupertuningLayer(AdapterLayer):
         if config.r is None or config.lora_alpha is None:
             return
         self.supertuning_scaling[name] = config.lora_alpha / config.r
-        down = nn.Linear(self.in_features, config.r, bias=False)
-        up = nn.Linear(config.r, self.out_features, bias=False)
-        down.reset_parameters()  # drawn twice, as by huggingface/peft, for the same start from the same seed
-        nn.init.zeros_(up.weight) if config.init_weights else up.reset_parameters()
-        self.supertuning_lora_A[name], self.supertuning_lora_B[name] = down, up
+        sizes = (self.in_features, config.r), (config.r, self.out_features)
+        self.supertuning_lora_A[name], self.supertuning_lora_B[name] = linears(*sizes, zero=config.init_weights)
 
     def draw(self, name: str, config: SupertuningConfig) -> None:
         sizes = self.original_matrix().abs().flatten()

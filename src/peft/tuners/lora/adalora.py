@@ -115,7 +115,6 @@ class AdaLoraLayer(ScaledLayer):
 
     def create(self, name: str, config: AdaLoraConfig) -> None:
         r = config.init_r
-        self.scaling[name] = self.initial_scaling(name)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
             getattr(self, slot)[name] = nn.Parameter(torch.randn(shape))

@@ -55,7 +55,6 @@ class LoKrLayer(LycorisLayer):
     lokr_t2 = Slot()
 
     def create(self, name: str, config: LoKrConfig) -> None:
-        super().create(name, config)
         r, base = config.r, self.get_base_layer()
         kernel: tuple[int, ...] = base.kernel_size if isinstance(self.op, ConvOp) else ()
         core = self.effective_kernel(config)

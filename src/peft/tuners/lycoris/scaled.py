@@ -47,17 +47,13 @@ class LycorisConfig(LayerConfig):
 class LycorisLayer(ScaledLayer):
     """A module with adapters `scaling` times some change of the weight.
 
-    A method writes `create`, which calls the one here first, and `matrix`.
+    A method writes `create` and `matrix`.
     """
 
     alpha = Setting[float]()
     rank_dropout = Setting[float]()
     rank_dropout_scale = Setting[bool]()
     module_dropout = Setting[float]()
-
-    def create(self, name: str, config: Any) -> None:
-        self.scaling[name] = self.initial_scaling(name)
-        self.rank_dropout_scale[name] = getattr(config, "rank_dropout_scale", True)
 
     def effective_kernel(self, config: Any) -> tuple[int, ...]:
         """Sizes of the kernel that is decomposed; empty where the weight is decomposed as a matrix."""
@@ -87,4 +83,5 @@ class LycorisLayer(ScaledLayer):
             return None
         device = next(iter(self.adapter_parameters(name))).device
         kept = (torch.rand(self.out_features, device=device) > p).float()
-        return kept / kept.mean().clamp(min=1 / self.out_features) if self.rank_dropout_scale[name] else kept
+        is_scaled = self.rank_dropout_scale.get(name, True)
+        return kept / kept.mean().clamp(min=1 / self.out_features) if is_scaled else kept
