@@ -11,7 +11,9 @@ from enum import Enum
 from functools import cache, reduce
 from numbers import Integral, Real
 from operator import or_
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+
+N = TypeVar("N")
 
 #: integers are less than this, as those of tensors are; other numbers are no larger than a float32
 _INTEGERS, _LARGEST = 2**63, 3.4e38
@@ -33,9 +35,27 @@ class Range:
             raise ValueError(f"{name} {self.must}, got {value}{where}.")
 
 
+class Divides:
+    """What the number in a field has to divide: these sizes, by name, of every module that an adapter goes on."""
+
+    def __init__(self, *sizes: str):
+        self.sizes = sizes
+
+    def __repr__(self) -> str:
+        return f"must divide {' and '.join(self.sizes)}"
+
+    def check(self, name: str, value: int, op: Any, key: str) -> None:
+        """Raises ValueError where the value of field `name` does not fit the module `key`, which `op` describes."""
+        for size in self.sizes:
+            if getattr(op, size) % value:
+                raise ValueError(f"{name}={value} must divide the {size} of {key!r}, {getattr(op, size)}.")
+
+
 #: types of fields with numbers in a range; numbers by module (see `pattern_fields`) have to be in that of the field too
 PositiveInt = Annotated[int, Range("must be a positive integer", lambda number: number > 0)]
 PositiveFloat = Annotated[float, Range("must be positive", lambda number: number > 0)]
+#: of both sides of each weight
+Divisor = Annotated[PositiveInt, Divides("in_features", "out_features")]
 NonNegativeInt = Annotated[int, Range("must be non-negative", lambda number: number >= 0)]
 NonNegativeFloat = Annotated[float, Range("must be non-negative", lambda number: number >= 0)]
 Fraction = Annotated[float, Range("must be at least 0 and less than 1", lambda number: 0 <= number < 1)]
@@ -43,11 +63,11 @@ Share = Annotated[float, Range("must be between 0 and 1", lambda number: 0 <= nu
 
 
 @cache
-def ranges(config_class: type) -> dict[str, Range]:
-    """The ranges of a configuration's fields, of those that have one."""
+def noted(config_class: type, of: type[N]) -> dict[str, N]:
+    """What the types of a configuration's fields note of that kind (ranges, say), of those that do."""
     kinds = typing.get_type_hints(config_class, include_extras=True) if field_types(config_class) else {}
     members = ((name, member) for name, kind in kinds.items() for member in (kind, *typing.get_args(kind)))
-    return {name: extra for name, member in members for extra in typing.get_args(member) if isinstance(extra, Range)}
+    return {name: extra for name, member in members for extra in typing.get_args(member) if isinstance(extra, of)}
 
 
 @cache

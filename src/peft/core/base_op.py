@@ -54,6 +54,11 @@ class BaseOp:
         out_features, in_features = self.matrix(shaped(getattr(module, self.weight_name))).shape
         return out_features, in_features
 
+    @property
+    def part_features(self) -> int:
+        """Rows of one of the matrices that lie one above the other: of a projection of attention, or of an expert."""
+        return getattr(self, "expert_out_features", self.out_features // self.projections)
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The module's weight as a matrix [out, in]; a view where that is possible."""
         return weight

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayoutConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import Change, LowRank
 from peft.core.scale import ScaledLayer
 from peft.core.slots import Dropout, ModuleSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.starts import linears, uniform
 from peft.registry import PeftType
-from peft.values import Fraction, NonNegativeInt, PositiveInt
+from peft.values import Divisor, Fraction, NonNegativeInt, PositiveInt
 
 
 @dataclass
@@ -40,7 +39,7 @@ class GraloraConfig(LayoutConfig, peft_type=PeftType.GRALORA):
     hybrid_r: NonNegativeInt = 0
     alpha: NonNegativeInt = 64
     gralora_dropout: Fraction = 0.0
-    gralora_k: PositiveInt = 2
+    gralora_k: Divisor = 2
     init_weights: bool = True
 
     def check(self) -> None:
@@ -78,12 +77,6 @@ class GraloraLayer(ScaledLayer):
         yield LowRank(*granular_factors(self.gralora_A[name], self.gralora_B[name]), scale, p)
         if name in self.gralora_A_general:
             yield LowRank(self.gralora_A_general[name].weight, self.gralora_B_general[name].weight, scale, p)
-
-    @classmethod
-    def check(cls, config: GraloraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        k = config.gralora_k
-        if op.in_features % k or op.out_features % k:
-            raise ValueError(f"gralora_k={k} must divide both sides of {key!r}, {op.out_features} x {op.in_features}.")
 
 
 def granular_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

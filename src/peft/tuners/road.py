@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import OnOutput
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
-from peft.values import Range
+from peft.values import Divides, Range
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
+EvenDivisor = Annotated[
+    int, Range("must be a positive even number", lambda size: size > 0 and size % 2 == 0), Divides("part_features")
+]
 #: variant -> angles (and as many scales) for each pair of outputs
 ANGLES: dict[str, int] = {"road_1": 1, "road_2": 2, "road_4": 4}
 
@@ -39,7 +41,7 @@ class RoadConfig(LayerConfig, peft_type=PeftType.ROAD):
     """
 
     variant: RoadVariant = "road_1"
-    group_size: Annotated[int, Range("must be a positive even number", lambda size: size > 0 and size % 2 == 0)] = 64
+    group_size: EvenDivisor = 64
     init_weights: bool = True
 
 
@@ -76,13 +78,6 @@ class RoadLayer(AdapterLayer):
             return torch.stack(pairs, dim=-2).flatten(-3).to(y.dtype)
 
         return OnOutput(rotate)
-
-    @classmethod
-    def check(cls, config: RoadConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        # The projections of attention, and experts, are rotated each by itself.
-        rows = getattr(op, "expert_out_features", op.out_features // op.projections)
-        if rows % config.group_size:
-            raise ValueError(f"group_size={config.group_size} does not divide the {rows} outputs of {key!r}.")
 
 
 class RoadModel(BaseTuner, layer=RoadLayer, prefix="road_"):
