@@ -35,27 +35,28 @@ class Range:
             raise ValueError(f"{name} {self.must}, got {value}{where}.")
 
 
-class Divides:
-    """What the number in a field has to divide: these sizes, by name, of every module that an adapter goes on."""
+@dataclass(frozen=True)
+class Fits:
+    """What the number in a field has to be for each module: `must` in words, `holds` as a test of it and a `BaseOp`."""
 
-    def __init__(self, *sizes: str):
-        self.sizes = sizes
+    must: str
+    holds: Callable[[Any, Any], bool]
 
     def __repr__(self) -> str:
-        return f"must divide {' and '.join(self.sizes)}"
+        return self.must
 
-    def check(self, name: str, value: int, op: Any, key: str) -> None:
+    def check(self, name: str, value: Any, op: Any, key: str) -> None:
         """Raises ValueError where the value of field `name` does not fit the module `key`, which `op` describes."""
-        for size in self.sizes:
-            if getattr(op, size) % value:
-                raise ValueError(f"{name}={value} must divide the {size} of {key!r}, {getattr(op, size)}.")
+        if not self.holds(value, op):
+            raise ValueError(f"{name} {self.must}; got {value} for {key!r}, {op.out_features} x {op.in_features}.")
 
 
 #: types of fields with numbers in a range; numbers by module (see `pattern_fields`) have to be in that of the field too
 PositiveInt = Annotated[int, Range("must be a positive integer", lambda number: number > 0)]
 PositiveFloat = Annotated[float, Range("must be positive", lambda number: number > 0)]
-#: of both sides of each weight
-Divisor = Annotated[PositiveInt, Divides("in_features", "out_features")]
+Divisor = Annotated[
+    PositiveInt, Fits("must divide both sides", lambda n, op: op.in_features % n == op.out_features % n == 0)
+]
 NonNegativeInt = Annotated[int, Range("must be non-negative", lambda number: number >= 0)]
 NonNegativeFloat = Annotated[float, Range("must be non-negative", lambda number: number >= 0)]
 Fraction = Annotated[float, Range("must be at least 0 and less than 1", lambda number: 0 <= number < 1)]

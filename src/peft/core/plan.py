@@ -34,7 +34,7 @@ from peft.core.wrappers import plain_name
 from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, listed, warn
 from peft.patterns import get_pattern_key
 from peft.target_tables import LINEAR_INSIDE
-from peft.values import Divides, noted
+from peft.values import Fits, noted
 
 #: so many names that match nothing are named
 _MANY = 20
@@ -287,8 +287,8 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
         needed = "linear layers" if dropout.needs == "linear" else "modules whose input it can drop"
         raise ValueError(f"{dropout.field} needs {needed}; {target.key!r} is a {op.kind}.")
     own, kind = config.at(target.name), cast(Any, type(config))
-    for name, divides in noted(kind, Divides).items():
-        divides.check(name, getattr(own, name), op, target.key)
+    for name, limits in noted(kind, Fits).items():
+        limits.check(name, getattr(own, name), op, target.key)
     layer_class.check(own, target.key, module, op)
 
 

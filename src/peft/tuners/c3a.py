@@ -16,8 +16,11 @@ from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.circulant import BlockCirculant
 from peft.registry import PeftType
-from peft.values import Divides, PositiveInt
+from peft.values import Fits, PositiveInt
 
+BlockSize = Annotated[
+    PositiveInt, Fits("must divide both sides", lambda b, op: op.in_features % b == op.part_features % b == 0)
+]
 #: `init_weights` by name -> how the kernel is drawn
 STARTS: dict[str, Any] = {
     "xavier_uniform": nn.init.xavier_uniform_,
@@ -40,7 +43,7 @@ class C3AConfig(LayerConfig, peft_type=PeftType.C3A):
             zero, without effect, False as `"xavier_uniform"`.
     """
 
-    block_size: Annotated[PositiveInt, Divides("in_features", "part_features")] = 256
+    block_size: BlockSize = 256
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
 

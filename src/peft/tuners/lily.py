@@ -38,9 +38,6 @@ class LilyConfig(LayerConfig, peft_type=PeftType.LILY):
         num_B: number n of factors B; at least 2.
         scaling: factor of what is added.
         init_weights: start the B at zero, without effect; False starts them at random.
-
-    Raises:
-        ValueError: a number that is not positive, or `num_B` less than 2.
     """
 
     r: PositiveInt = 32

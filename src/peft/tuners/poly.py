@@ -37,9 +37,6 @@ class PolyConfig(LayerConfig, peft_type=PeftType.POLY):
         n_tasks: number of tasks.
         n_skills: number of skills in each layer.
         n_splits: number of parts that a skill is cut into; a task chooses for each part on its own.
-
-    Raises:
-        ValueError: numbers that are not positive, or another router.
     """
 
     r: PositiveInt = 8

@@ -14,11 +14,13 @@ from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.registry import PeftType
-from peft.values import Divides, Range
+from peft.values import Fits, Range
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
-EvenDivisor = Annotated[
-    int, Range("must be a positive even number", lambda size: size > 0 and size % 2 == 0), Divides("part_features")
+GroupSize = Annotated[
+    int,
+    Range("must be a positive even number", lambda size: size > 0 and size % 2 == 0),
+    Fits("must divide the outputs", lambda size, op: op.part_features % size == 0),
 ]
 #: variant -> angles (and as many scales) for each pair of outputs
 ANGLES: dict[str, int] = {"road_1": 1, "road_2": 2, "road_4": 4}
@@ -41,7 +43,7 @@ class RoadConfig(LayerConfig, peft_type=PeftType.ROAD):
     """
 
     variant: RoadVariant = "road_1"
-    group_size: EvenDivisor = 64
+    group_size: GroupSize = 64
     init_weights: bool = True
 
 

@@ -52,10 +52,6 @@ class CachedTokens(VirtualTokens):
 
     The table [num_virtual_tokens, layers * 2 * token_dim] holds, for each virtual token, keys and values of the first
     layer, of the second, and so on. An encoder-decoder has them in its decoder's self-attention.
-
-    Args:
-        config: the configuration, with all its shapes filled in.
-        word_embeddings: not used.
     """
 
     adds_tokens: ClassVar[bool] = False

@@ -66,10 +66,6 @@ class MultitaskPromptEmbedding(PromptEmbedding):
     token_dim] is shared, `prefix_task_cols` [tasks, tokens, ranks] and `prefix_task_rows` [tasks, ranks, token_dim]
     hold a factor of low rank for each task.
 
-    Args:
-        config: the configuration, with all its shapes filled in.
-        word_embeddings: the base model's.
-
     Raises:
         ValueError: the file of source tasks does not fit.
     """

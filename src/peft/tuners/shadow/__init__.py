@@ -204,9 +204,11 @@ class ShadowMethod(Method):
         _, backbone = network.find_blocks(self.model)
         device, dtype = place_of(self.model)
         with torch.device("meta") if device is not None and device.type == "meta" else torch.device("cpu"):
-            name = None if config.shadow_model == "mirror" else config.shadow_model
-            found: Any = network.load_network(name) if name else (network.mirror(backbone, config), None)
-            small, projection = found
+            projection: Any = None
+            if config.shadow_model == "mirror":
+                small = network.mirror(backbone, config)
+            else:
+                small, projection = network.load_network(config.shadow_model)
             widths = network.width_of(small), network.width_of(self.model)
             if projection is None:
                 projection = nn.Linear(*widths, bias=False) if widths[0] != widths[1] else nn.Identity()
