@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from peft.config import LayerConfig
-from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.change import Add, Change
 from peft.core.scale import ScaledLayer
 from peft.core.slots import Setting
@@ -57,10 +57,9 @@ class LycorisLayer(ScaledLayer):
 
     def effective_kernel(self, config: Any) -> tuple[int, ...]:
         """Sizes of the kernel that is decomposed; empty where the weight is decomposed as a matrix."""
-        base = self.get_base_layer()
-        if not config.use_effective_conv2d or not isinstance(self.op, ConvOp) or kernel_numel(base) == 1:
+        kernel = self.op.kernel
+        if not config.use_effective_conv2d or math.prod(kernel) == 1:
             return ()
-        kernel: tuple[int, ...] = base.kernel_size
         return (*kernel, 1) if len(kernel) == 1 else kernel  # as the files of one-dimensional ones have it
 
     def initial_scaling(self, name: str) -> float:
