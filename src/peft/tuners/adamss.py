@@ -113,6 +113,10 @@ class AdamssLayer(AdapterLayer):
         self.adamss_A[name] = nn.ParameterList([down for down, _ in pairs])
         self.adamss_B[name] = nn.ParameterList([up for _, up in pairs])
 
+    def draw(self, name: str, config: AdamssConfig) -> None:
+        if name not in self.adamss_newB:  # on a twin without, for minimal files
+            self.adamss_newB[name] = subspaces_of(self.with_bias(), config)[2]
+
     def with_bias(self) -> Tensor:
         """The base weight with the bias as its last column: [out, in + 1]."""
         weight, bias = self.original_matrix(), self.original_bias()
