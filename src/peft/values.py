@@ -54,13 +54,14 @@ class Fits:
 #: types of fields with numbers in a range; numbers by module (see `pattern_fields`) have to be in that of the field too
 PositiveInt = Annotated[int, Range("must be a positive integer", lambda number: number > 0)]
 PositiveFloat = Annotated[float, Range("must be positive", lambda number: number > 0)]
-Divisor = Annotated[
-    PositiveInt, Fits("must divide both sides", lambda n, op: op.in_features % n == op.out_features % n == 0)
-]
 NonNegativeInt = Annotated[int, Range("must be non-negative", lambda number: number >= 0)]
 NonNegativeFloat = Annotated[float, Range("must be non-negative", lambda number: number >= 0)]
 Fraction = Annotated[float, Range("must be at least 0 and less than 1", lambda number: 0 <= number < 1)]
 Share = Annotated[float, Range("must be between 0 and 1", lambda number: 0 <= number <= 1)]
+#: one of numbers that have to fit each module
+Divisor = Annotated[
+    PositiveInt, Fits("must divide both sides", lambda n, op: op.in_features % n == op.out_features % n == 0)
+]
 
 
 @cache
