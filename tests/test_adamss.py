@@ -8,14 +8,8 @@ from torch import nn
 
 import peft
 from peft.ops.principal import leading_parts
-from peft.ops.rank_budget import track_sensitivity
-from peft.ops.subspaces import (
-    above,
-    cluster_basis,
-    cluster_rows,
-    spread_rows,
-    subspaces_at,
-)
+from peft.ops.rank_budget import budget_at, track_sensitivity
+from peft.ops.subspaces import cluster_basis, cluster_rows, spread_rows
 
 pytest.importorskip("sklearn")
 
@@ -77,12 +71,15 @@ def test_vectors_clusters_and_bases():
 
 
 def test_the_number_of_subspaces_falls():
-    assert [subspaces_at(step, 10, 20, 100, 20, 1.0) for step in (10, 15, 20)] == [100, 60, 20]
-    assert subspaces_at(15, 10, 20, 100, 20, 3.0) == 30
-    scores = torch.tensor([0.3, 0.1, 0.5, 0.2])
-    assert above(scores, 3).tolist() == [True, False, True, False]
-    assert above(scores, 4).all() and above(scores, 9).all()
-    assert above(scores, 1).tolist() == above(scores, 0).tolist() == [False, False, True, False]
+    assert [budget_at(step, 10, 20, 100, 20, 1.0) for step in (10, 15, 20)] == [100, 60, 20]
+    assert budget_at(15, 10, 20, 100, 20) == 30
+    assert budget_at(21, 20, 20, 100, 20) == 20, "no steps between them"
+
+
+@pytest.mark.parametrize("target, left", [(1, 1), (3, 2), (6, 6), (9, 6)])
+def test_those_above_the_last_of_the_budget_are_trained_and_one_at_least(target, left):
+    settings = {**ASA, "asa_target_subspaces": target, "init_warmup": 0, "final_warmup": 1, "mask_interval": 1}
+    assert train(adapted(init_weights=None, **settings), 2)[-1] == left
 
 
 def test_importance_is_measured_against_the_mean_so_far():

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peft
-from peft.ops.circulant import BlockCirculant, circulant_blocks
-from peft.ops.rotations import rotate_pairs
+from peft.ops.circulant import BlockCirculant
 from peft.tuners.gralora import granular_factors
 from tiny_models import fill_adapter
 
@@ -38,17 +37,16 @@ def layer_of(model: peft.PeftModel):
 # ---- RoAd
 
 
-def test_pairs_lie_half_a_group_apart():
-    x = torch.arange(12.0)
-    s, t = torch.randn(3, 2, 2), torch.randn(3, 2, 2)
-    rotated = rotate_pairs(x, s, t)
+@over("variant", ["road_1", "road_4"])
+def test_pairs_lie_half_a_group_apart(variant):
+    layer = layer_of(adapt(peft.RoadConfig, linear(4, 12), variant=variant, group_size=4))
+    s, t = (factors.expand(3, 2, 2) for factors in layer.factors("default"))
+    x, rotated = torch.arange(12.0), layer.change("default").map(torch.arange(12.0))
     for group in range(3):
         for i in range(2):
             a, b = 4 * group + i, 4 * group + i + 2
-            assert rotated[a] == s[group, 0, i] * x[a] - t[group, 0, i] * x[b]
-            assert rotated[b] == s[group, 1, i] * x[b] + t[group, 1, i] * x[a]
-    same = [factors[:, :1] for factors in (s, t)]
-    torch.testing.assert_close(rotate_pairs(x, *same), rotate_pairs(x, *(factors.expand_as(s) for factors in same)))
+            torch.testing.assert_close(rotated[a], s[group, 0, i] * x[a] - t[group, 0, i] * x[b])
+            torch.testing.assert_close(rotated[b], s[group, 1, i] * x[b] + t[group, 1, i] * x[a])
 
 
 @over("variant, values", [("road_1", 24), ("road_2", 48), ("road_4", 96)])
@@ -184,7 +182,7 @@ def test_beft_trains_on_nothing_but_what_goes_through():
 def test_circulant_products_are_those_of_the_matrix(b):
     torch.manual_seed(0)
     kernel = torch.randn(3, 2, b, dtype=torch.float64, requires_grad=True)
-    dense = circulant_blocks(kernel)
+    dense = BlockCirculant(kernel).dense()
     for i in range(b):
         torch.testing.assert_close(dense[i::b, ::b], kernel[..., -i % b])
         torch.testing.assert_close(dense[::b, i::b], kernel[..., i])
@@ -199,7 +197,7 @@ def test_the_gradient_of_the_input_is_that_of_a_reversed_one_as_in_the_reference
     grad = torch.randn(3, 12, dtype=torch.float64)
     reversed_ = grad.unflatten(1, (3, 4))[..., [0, 3, 2, 1]].flatten(1)
     mine = torch.autograd.grad(BlockCirculant(kernel).linear(x), x, grad)[0]
-    torch.testing.assert_close(mine, reversed_ @ circulant_blocks(kernel))
+    torch.testing.assert_close(mine, reversed_ @ BlockCirculant(kernel).dense())
 
 
 @over("rows, by_waves", [(1, True), (2000, False)])
@@ -211,7 +209,7 @@ def test_c3a_computes_the_same_by_waves_and_as_a_weight(rows, by_waves, monkeypa
     with torch.no_grad():
         y = layer(x)
     assert bool(products) == by_waves
-    weight = layer.weight + circulant_blocks(layer.c3a_kernel["default"] / 64)
+    weight = layer.weight + BlockCirculant(layer.c3a_kernel["default"] / 64).dense()
     torch.testing.assert_close(y, nn.functional.linear(x, weight, layer.bias))
     torch.testing.assert_close(layer(x), y)
 

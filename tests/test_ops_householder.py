@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft.ops.householder import gram_schmidt, reflect, reflection_factors
+from peft.ops.householder import gram_schmidt, reflection_factors
 
 
 def chain(u: torch.Tensor) -> torch.Tensor:
@@ -21,11 +21,9 @@ def chain(u: torch.Tensor) -> torch.Tensor:
 
 @settings(deadline=None, max_examples=40)
 @given(n=st.integers(1, 8), r=st.integers(1, 6), seed=st.integers(0, 99))
-def test_reflections_are_applied_in_their_order(n, r, seed):
+def test_reflections_are_in_their_order(n, r, seed):
     generator = torch.Generator().manual_seed(seed)
     u = torch.randn(n, r, generator=generator, dtype=torch.float64)
-    rows = torch.randn(2, 3, n, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(reflect(rows, u), rows @ chain(u))
     left, right = reflection_factors(u)
     torch.testing.assert_close(torch.eye(n, dtype=u.dtype) + left @ right.T, chain(u))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from peft.ops.random_bases import draw_bases, scaled_bases
+import peft
+from peft.ops.random_bases import draw_bases
 
 
 @settings(deadline=None, max_examples=30)
@@ -31,28 +33,26 @@ def test_bases_have_deviation_one_and_the_asked_share_of_entries():
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 4), st.integers(0, 3), st.integers(0, 1000))
-def test_factors_are_the_scaled_bases(r, narrow, more, spare, seed):
+@given(st.integers(1, 4), st.integers(2, 7), st.integers(2, 7), st.integers(0, 3), st.integers(0, 1000))
+def test_factors_are_the_scaled_bases(r, inputs, outputs, spare, seed):
     """For a layer that is smaller than the largest one, of which the bases have the size."""
-    wide, count = narrow + more, -(-narrow // r)
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(size, dtype=torch.float64, generator=generator)
-
-    a, b = draw(r, 1, narrow + spare), draw(wide + spare, count + spare, r)
-    scale, gamma = draw(r, count), draw(count, narrow)
-    right, left = scaled_bases(a, b, scale, gamma, wide)
-    assert left.shape == (wide, count * r) and right.shape == (count * r, narrow)
+    torch.manual_seed(seed)
+    (narrow, wide), largest = sorted((inputs, outputs)), max(inputs, outputs) + spare
+    net = nn.Sequential(nn.Linear(inputs, outputs), nn.Linear(largest, largest)).double()
+    model = peft.get_peft_model(net, peft.RandLoraConfig(r=r, target_modules=["0", "1"], init_weights=False)).double()
+    layer = model.base_model.model[0]
+    a, b = (getattr(layer, slot)["default"].double() for slot in ("randlora_A", "randlora_B"))
+    scale, gamma = (getattr(layer, slot)["default"] for slot in ("randlora_lambda", "randlora_gamma"))
+    count = -(-narrow // r)
     rows = [scale[j, i] * gamma[i] * a[j, 0, :narrow] for j in range(r) for i in range(count)]
     columns = [b[:wide, i, j] for i in range(count) for j in range(r)]
-    expected = sum(torch.outer(column, row) for column, row in zip(columns, rows, strict=True))
-    torch.testing.assert_close(left @ right, expected)
+    expected = 640 / r * sum(torch.outer(column, row) for column, row in zip(columns, rows, strict=True))
+    torch.testing.assert_close(layer.change("default").delta(), expected if inputs <= outputs else expected.T)
 
 
 def test_trained_scales_make_full_rank():
     torch.manual_seed(0)
-    a, b = (part.double() for part in draw_bases(3, 12, 20, 0))
-    scale, gamma = torch.rand(3, 4).double() + 1, torch.rand(4, 12).double()
-    right, left = scaled_bases(a, b, scale, gamma, 20)
-    assert torch.linalg.matrix_rank(left @ right) == 12
+    config = peft.RandLoraConfig(r=3, target_modules=["0"], init_weights=False)
+    layer = peft.get_peft_model(nn.Sequential(nn.Linear(12, 20)), config).base_model.model[0]
+    nn.init.uniform_(layer.randlora_gamma["default"])
+    assert torch.linalg.matrix_rank(layer.change("default").delta()) == 12

@@ -36,7 +36,7 @@ def by_definition(model, ids: torch.Tensor, name: str = "default") -> torch.Tens
     config = model.peft_config[name]
     vectors = lm.model.embed_tokens(ids)
     small = tuner.shadow_backbone[name]
-    given = {"inputs_embeds": vectors} if not hasattr(small, "embed_tokens") else {"input_ids": ids}
+    given = {"inputs_embeds": vectors} if isinstance(small.embed_tokens, nn.Identity) else {"input_ids": ids}
     s = tuner.shadow_projection[name](small(**given).last_hidden_state)
     positions = torch.arange(ids.shape[1])[None]
     rotary = lm.model.rotary_emb(vectors, positions)
@@ -244,6 +244,8 @@ def test_the_network_alone(build, tmp_path):
     expected = head(small(inputs_embeds=vectors).last_hidden_state)
     for copied in (False, True):
         alone = tuner.unload_shadow(copy=copied).eval()
+        assert (alone.get_input_embeddings() is model.get_input_embeddings()) != copied
+        assert any(weight is alone.get_input_embeddings().weight for weight in alone.backbone.parameters())
         torch.testing.assert_close(alone(ids).logits, expected)
         torch.testing.assert_close(alone(input_ids=ids, labels=ids).loss, model(input_ids=ids, labels=ids).shadow_loss)
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}

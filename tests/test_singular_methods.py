@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import peft
 from peft.ops.principal import principal_factors
-from peft.ops.shared_vector import assign_entries, take_entries
 from peft.ops.singular import Framed, common_basis, coordinates, keeping_off
 from peft.ops.sparse import Entries, in_row_order, off_diagonal_positions
 from peft.tuners.frod import kind_of, number_of
+from peft.tuners.unilora import assign_entries
 
 torch.set_num_threads(1)
 
@@ -111,7 +111,7 @@ def test_entries_are_dealt_out_evenly_and_keep_the_norm(count, length):
     times = index.bincount(minlength=length)
     assert times.max() - times.min() <= 1 and len(index) == len(scale) == count
     vector = torch.randn(length) * (times > 0)
-    torch.testing.assert_close(take_entries(vector, index, scale).norm(), vector.norm())
+    torch.testing.assert_close((vector[index] * scale).norm(), vector.norm())
     assert not torch.equal(index, index.sort().values)
 
 

@@ -122,6 +122,15 @@ def test_loha_exchanges_its_cores_in_two_gradients_as_the_reference_does():
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
+@pytest.mark.parametrize("config", [peft.LoHaConfig, peft.LoKrConfig, peft.HiraConfig])
+def test_the_weight_of_a_convolution_as_a_parameter_is_a_stack_of_matrices(config):
+    settings = {"target_modules": [], "target_parameters": ["target.weight"], "r": 2, "init_weights": False}
+    model = peft.get_peft_model(Model(nn.Conv1d(4, 6, 3)), config(**settings))
+    matrix = weight_of(model).flatten(0, 1)
+    assert torch.linalg.matrix_rank(matrix) > 1, "not the same for all of the kernel"
+    same_as_merged(model, torch.randn(2, 4, 9))
+
+
 @pytest.mark.parametrize("config, scales", [(peft.LoHaConfig, True), (peft.LoKrConfig, False)])
 def test_rank_dropout_leaves_out_rows_in_training(config, scales, kind):
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from peft.errors import warn
 from peft.html import table
 from peft.patterns import get_pattern_key
 from peft.registry import METHODS, PeftType, TaskType, method_of, value_of
-from peft.values import check_value, dataclass_in, enum_in, field_types, is_of, ranges, shown
+from peft.values import Range, check_value, dataclass_in, enum_in, field_types, is_of, noted, shown
 from peft.version import __version__
 
 
@@ -41,7 +41,7 @@ class Settings:
         kind: Any = type(self)
         for name, of in field_types(kind).items():
             check_value(name, getattr(self, name), of, kind.__name__)
-        for name, limits in ranges(kind).items():
+        for name, limits in noted(kind, Range).items():
             limits.check(name, getattr(self, name))
 
 
@@ -130,7 +130,7 @@ class ConfigFields:
                 raise ValueError(f"{field.name} is a probability: at least 0 and at most 1; got {value}.")
             if field.name == "modules_to_save" and "" in (value or ()):
                 raise ValueError(f"{field.name} has an empty name in it: {shown(value)}.")
-        for name, limits in ranges(own_class).items():
+        for name, limits in noted(own_class, Range).items():
             for value, where in self._values_of(name):
                 limits.check(name, value, where)
         known = [task.value for task in TaskType]

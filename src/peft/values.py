@@ -11,7 +11,9 @@ from enum import Enum
 from functools import cache, reduce
 from numbers import Integral, Real
 from operator import or_
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+
+N = TypeVar("N")
 
 #: integers are less than this, as those of tensors are; other numbers are no larger than a float32
 _INTEGERS, _LARGEST = 2**63, 3.4e38
@@ -33,6 +35,22 @@ class Range:
             raise ValueError(f"{name} {self.must}, got {value}{where}.")
 
 
+@dataclass(frozen=True)
+class Fits:
+    """What the number in a field has to be for each module: `must` in words, `holds` as a test of it and a `BaseOp`."""
+
+    must: str
+    holds: Callable[[Any, Any], bool]
+
+    def __repr__(self) -> str:
+        return self.must
+
+    def check(self, name: str, value: Any, op: Any, key: str) -> None:
+        """Raises ValueError where the value of field `name` does not fit the module `key`, which `op` describes."""
+        if not self.holds(value, op):
+            raise ValueError(f"{name} {self.must}; got {value} for {key!r}, {op.out_features} x {op.in_features}.")
+
+
 #: types of fields with numbers in a range; numbers by module (see `pattern_fields`) have to be in that of the field too
 PositiveInt = Annotated[int, Range("must be a positive integer", lambda number: number > 0)]
 PositiveFloat = Annotated[float, Range("must be positive", lambda number: number > 0)]
@@ -40,14 +58,18 @@ NonNegativeInt = Annotated[int, Range("must be non-negative", lambda number: num
 NonNegativeFloat = Annotated[float, Range("must be non-negative", lambda number: number >= 0)]
 Fraction = Annotated[float, Range("must be at least 0 and less than 1", lambda number: 0 <= number < 1)]
 Share = Annotated[float, Range("must be between 0 and 1", lambda number: 0 <= number <= 1)]
+#: one of numbers that have to fit each module
+Divisor = Annotated[
+    PositiveInt, Fits("must divide both sides", lambda n, op: op.in_features % n == op.out_features % n == 0)
+]
 
 
 @cache
-def ranges(config_class: type) -> dict[str, Range]:
-    """The ranges of a configuration's fields, of those that have one."""
+def noted(config_class: type, of: type[N]) -> dict[str, N]:
+    """What the types of a configuration's fields note of that kind (ranges, say), of those that do."""
     kinds = typing.get_type_hints(config_class, include_extras=True) if field_types(config_class) else {}
     members = ((name, member) for name, kind in kinds.items() for member in (kind, *typing.get_args(kind)))
-    return {name: extra for name, member in members for extra in typing.get_args(member) if isinstance(extra, Range)}
+    return {name: extra for name, member in members for extra in typing.get_args(member) if isinstance(extra, of)}
 
 
 @cache

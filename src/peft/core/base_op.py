@@ -6,7 +6,6 @@ weight, turns a changed matrix back into the module's shape, and runs the module
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +30,7 @@ class BaseOp:
         scales_input, scales_output: whether the features of its input and output lie along one dimension.
         batch_dim: the dimension of the input that counts samples.
         projections: how many of the same size lie one above the other in it.
+        kernel: the sizes of a convolution's kernel.
         rounds: how often it counts all of them, one after the other; None where samples are mingled.
     """
 
@@ -43,6 +43,7 @@ class BaseOp:
     scales_output = False
     batch_dim = 0
     projections = 1
+    kernel: tuple[int, ...] = ()
     rounds: int | None = 1
     own_forward = False  # whether its forward is more than its kind, so that only its weight can be changed
 
@@ -53,6 +54,11 @@ class BaseOp:
         """(out_features, in_features)."""
         out_features, in_features = self.matrix(shaped(getattr(module, self.weight_name))).shape
         return out_features, in_features
+
+    @property
+    def part_features(self) -> int:
+        """Rows of one of the matrices that lie one above the other: of a projection of attention, or of an expert."""
+        return getattr(self, "expert_out_features", self.out_features // self.projections)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The module's weight as a matrix [out, in]; a view where that is possible."""
@@ -169,16 +175,17 @@ class ConvOp(BaseOp):
 
     def __init__(self, module: Any):
         super().__init__(module)
-        self.kind = f"Conv{len(module.kernel_size)}d"  # subclasses too
+        self.kernel = tuple(module.kernel_size)
+        self.kind = f"Conv{len(self.kernel)}d"  # subclasses too
 
     def low_rank(self, module: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         # LoRA's A sees the channels of all groups, and B has those of the ranks that belong to the output's group. As a
         # change of the matrix, all ranks are seen by each group, in its own channels.
         groups = module.groups if down.shape[1] == self.in_features else 1
-        window = (module.in_channels // groups, *module.kernel_size)
+        window = (module.in_channels // groups, *self.kernel)
         low = _convolve(module, x, down.reshape(-1, *window).repeat(groups, *[1] * len(window)), groups)
-        conv = _CONVOLUTIONS[len(module.kernel_size) - 1]
-        return conv(low, up.reshape(*up.shape, *[1] * len(module.kernel_size)), groups=module.groups)
+        conv = _CONVOLUTIONS[len(self.kernel) - 1]
+        return conv(low, up.reshape(*up.shape, *[1] * len(self.kernel)), groups=module.groups)
 
     def run(self, module: Any, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         if self.weight_name in module._parameters:  # else it is made of other tensors
@@ -187,11 +194,11 @@ class ConvOp(BaseOp):
         return y if bias is None else y + self.along_output(module, bias)
 
     def product(self, module: Any, x: Tensor, matrix: Matrix) -> Tensor:
-        weight = matrix.dense().to(x.dtype).reshape(-1, module.in_channels // module.groups, *module.kernel_size)
+        weight = matrix.dense().to(x.dtype).reshape(-1, module.in_channels // module.groups, *self.kernel)
         return _convolve(module, x, weight, module.groups)
 
     def along_output(self, module: Any, values: Tensor) -> Tensor:
-        return values.view(-1, *[1] * len(module.kernel_size))
+        return values.view(-1, *[1] * len(self.kernel))
 
     along_input = along_output
 
@@ -431,8 +438,3 @@ def base_op(module: nn.Module, parameter_name: str | None = None) -> BaseOp | No
                 )
             return kind(module)
     return None
-
-
-def kernel_numel(module: nn.Module) -> int:
-    """Positions in a convolution's kernel; 1 for other modules."""
-    return math.prod(getattr(module, "kernel_size", ())) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1

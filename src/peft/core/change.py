@@ -289,7 +289,7 @@ class OnInput(Change):
 
     map: Callable[[Tensor], Tensor]
     on_weight: Callable[[Tensor], Tensor]
-    thin: Callable[[], tuple[Tensor, Tensor]] | None = None
+    thin: tuple[Tensor, Tensor] | None = None
 
     def acts(self, op: BaseOp) -> bool:
         return op.linear

@@ -30,15 +30,16 @@ def model_config_of(model: nn.Module) -> dict[str, Any]:
     return dict(config) if isinstance(config, dict) else {}
 
 
-def read_model_config(model: nn.Module, field: str) -> Any:
-    """A field of `PromptLearningConfig` as the base model's configuration has it; None if it says nothing."""
+def read_model_config(model: Any, *fields: str) -> Any:
+    """The first of these fields (of `PromptLearningConfig`, say) that the base model's configuration has; else None."""
 
     def entry(section: Any, name: str) -> Any:
         return section.get(name) if isinstance(section, Mapping) else getattr(section, name, None)
 
     config = getattr(model, "config", None)
     sections = [entry(config, name) for name in TEXT_SECTIONS] + [config]
-    values = (entry(s, name) for s in sections if s is not None for name in MODEL_CONFIG_NAMES.get(field, (field,)))
+    places = ((section, field) for field in fields for section in sections if section is not None)
+    values = (entry(section, name) for section, field in places for name in MODEL_CONFIG_NAMES.get(field, (field,)))
     return next((value for value in values if value is not None), None)
 
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -34,6 +34,7 @@ from peft.core.wrappers import plain_name
 from peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, listed, warn
 from peft.patterns import get_pattern_key
 from peft.target_tables import LINEAR_INSIDE
+from peft.values import Fits, noted
 
 #: so many names that match nothing are named
 _MANY = 20
@@ -285,7 +286,10 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
     if dropout is not None and getattr(config, dropout.field) and not getattr(op, dropout.needs):
         needed = "linear layers" if dropout.needs == "linear" else "modules whose input it can drop"
         raise ValueError(f"{dropout.field} needs {needed}; {target.key!r} is a {op.kind}.")
-    layer_class.check(config.at(target.name), target.key, module, op)
+    own, kind = config.at(target.name), cast(Any, type(config))
+    for name, limits in noted(kind, Fits).items():
+        limits.check(name, getattr(own, name), op, target.key)
+    layer_class.check(own, target.key, module, op)
 
 
 def _check_matches(

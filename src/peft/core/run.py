@@ -109,7 +109,7 @@ def _fused(layer: AdaptedModule, change: Any, x: Tensor, weight: Tensor, bias: T
         thin = change.matrix.thin()
         return None if thin is None else lora_linear(x, weight, bias, None, *thin, 1.0, change.dropout)
     if costs.map_as_low_rank(change, x.numel(), weight.numel()):
-        left, right = change.thin()
+        left, right = change.thin
         up = F.linear(left.T.to(dtype), weight).T
         return lora_linear(x, weight, bias, None, right.T, up, 1.0)
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from peft.core.layer import AdapterLayer
@@ -12,6 +14,10 @@ class ScaledLayer(AdapterLayer):
     """A module with adapters whose change is multiplied by `scaling[name]`, at the start `initial_scaling(name)`."""
 
     scaling = Setting[float]()
+
+    def new_record(self, name: str, config: Any, own: Any = None) -> None:
+        super().new_record(name, config, own)
+        self.scaling[name] = self.initial_scaling(name)
 
     def initial_scaling(self, name: str) -> float:
         """The scale of an adapter as its configuration says."""

@@ -10,17 +10,12 @@ from peft.ops.matrix import Matrix
 
 
 def circulant_blocks(kernel: Tensor, step: int = 1) -> Tensor:
-    """The matrix [rows * b, columns * b] whose block (m, n) has the entry kernel[m, n, (j - step i) mod b] at (i, j).
+    """The matrix [rows, b, columns, b] whose block (m, n) has the entry kernel[m, n, (j - step i) mod b] at (i, j).
 
     Args:
         kernel: first rows of the blocks, [rows, columns, b].
         step: 1 or -1.
     """
-    return _blocks(kernel, step).reshape(kernel.shape[0] * kernel.shape[2], -1)
-
-
-def _blocks(kernel: Tensor, step: int) -> Tensor:
-    """The same as [rows, b, columns, b]."""
     # Each row is a window into two copies of the kernel.
     windows = torch.cat((kernel, kernel), -1).unfold(-1, kernel.shape[-1], 1)
     windows = windows[..., 1:, :].flip(-2) if step == 1 else windows[..., :-1, :]
@@ -48,10 +43,10 @@ class BlockCirculant(Matrix):
         self.step = step
 
     def dense(self) -> Tensor:
-        return circulant_blocks(self.tensors[0], self.step)
+        return circulant_blocks(self.tensors[0], self.step).flatten(2).flatten(0, 1)
 
     def added_to(self, weight: Tensor) -> Tensor:
-        blocks = _blocks(self.tensors[0], self.step)
+        blocks = circulant_blocks(self.tensors[0], self.step)
         return (weight.reshape(blocks.shape) + blocks.to(weight.dtype)).view(weight.shape)
 
     def for_inputs(self) -> BlockCirculant:

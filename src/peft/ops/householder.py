@@ -1,4 +1,4 @@
-"""Products with chains of Householder reflections, in compact WY form."""
+"""Chains of Householder reflections, in compact WY form."""
 
 from __future__ import annotations
 
@@ -6,24 +6,11 @@ import torch
 from torch import Tensor
 
 
-def reflect(rows: Tensor, u: Tensor, orthogonal: bool = False) -> Tensor:
-    """`rows` times (I - 2 u1 u1^T) ... (I - 2 ur ur^T).
+def reflection_factors(u: Tensor, orthogonal: bool = False) -> tuple[Tensor, Tensor]:
+    """L and K, both [n, r], with (I - 2 u1 u1^T) ... (I - 2 ur ur^T) = I + L K^T.
 
     The product of r reflections is I - U T U^T with an upper triangular T [r, r], whose inverse is half the identity
-    plus the strict upper triangle of U^T U (arXiv:0911.2181, the UT transform), so two thin products and one solve
-    do it.
-
-    Args:
-        rows: [..., n].
-        u: [n, r]; its columns are normalised here.
-        orthogonal: make the columns orthonormal first, by Gram-Schmidt in their order.
-    """
-    left, right = reflection_factors(u, orthogonal)
-    return rows + (rows @ left) @ right.T
-
-
-def reflection_factors(u: Tensor, orthogonal: bool = False) -> tuple[Tensor, Tensor]:
-    """-U T and U, both [n, r], so that left @ right^T is what the reflections add to the identity.
+    plus the strict upper triangle of U^T U (arXiv:0911.2181, the UT transform).
 
     Args:
         u: [n, r]; its columns are normalised here.

@@ -156,9 +156,3 @@ def butterfly(change: Tensor) -> Tensor:
         below = product.view(groups, 2, pairs, half, pairs * half)
         product = torch.einsum("njhrgq,ngjqs->nhjrgs", factor, below).reshape(groups, pairs * size, pairs * size)
     return product - torch.eye(product.shape[-1], dtype=change.dtype, device=change.device)
-
-
-def orthonormal_basis(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of a matrix [n, r] with r at most n, in their order: [n, r]."""
-    work = torch.promote_types(columns.dtype, torch.float32)  # there is no decomposition in half precision
-    return torch.linalg.qr(columns.to(work)).Q.to(columns.dtype)

@@ -94,15 +94,3 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng([device], device_type=device.type), module.device(device):
         module.manual_seed(seed)
         yield
-
-
-def scaled_change(change: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """diag(rows) R diag(columns) - I out of R - I, without taking the difference of numbers that are nearly the same.
-
-    Args:
-        change: R - I, [r, r].
-        rows, columns: [r]; None for ones.
-    """
-    ones = torch.ones_like(change[0])
-    rows, columns = ones if rows is None else rows, ones if columns is None else columns
-    return rows[:, None] * change * columns + torch.diag((rows - 1) * columns + (columns - 1))

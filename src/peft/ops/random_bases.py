@@ -1,4 +1,4 @@
-"""Fixed random bases, and matrices of full rank that a few trained scales make of them (arXiv:2502.00987)."""
+"""Fixed random bases, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -34,19 +34,3 @@ def draw_bases(r: int, narrow: int, wide: int, seed: int, sparsity: float | None
             a, b = (torch.rand(size, generator=generator) for size in ((r, 1, narrow), (wide, count, r)))
             a, b = (((part > 1 - edge).float() - (part < edge).float()) for part in (a, b))
         return (a / a.std()).float(), (b / b.std()).float()
-
-
-def scaled_bases(a: Tensor, b: Tensor, scale: Tensor, gamma: Tensor, wide: int) -> tuple[Tensor, Tensor]:
-    """Factors N [n r, narrow] and M [wide, n r] of the matrix M N, N scaled entry by entry.
-
-    Args:
-        a: [r, 1, at least narrow].
-        b: [at least wide, at least n, r].
-        scale: [r, n].
-        gamma: [n, narrow].
-        wide: rows of the matrix.
-    """
-    count, narrow = gamma.shape
-    # Product of the scales first: for their gradients, only they themselves have to be kept.
-    scales = scale.unsqueeze(-1) * gamma
-    return (a[:, :, :narrow] * scales).flatten(0, 1), b[:wide, :count].flatten(1)

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 
 
-def budget_at(step: int, first: int, last: int, start: int, target: int) -> int:
-    """Ranks to keep at a step: `start` up to step `first`, `target` after step `last`, a falling cubic between them."""
-    if step <= first:
-        return start
-    if step > last:
-        return target
-    left = 1 - (step - first) / (last - first)
-    return int((start - target) * left**3 + target)
+def budget_at(step: int, first: int, last: int, start: int, target: int, exponent: float = 3.0) -> int:
+    """Ranks to keep at a step: `start` up to step `first`, `target` from step `last` on, between them by a power."""
+    left = 1.0 if step <= first else max(0.0, 1 - (step - first) / max(last - first, 1))
+    return int((start - target) * left**exponent + target)
 
 
 def track_sensitivity(

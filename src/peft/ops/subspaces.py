@@ -1,4 +1,4 @@
-"""The row space of a weight in clusters of rows, and which of these are worth training."""
+"""The row space of a weight in clusters of rows."""
 
 from __future__ import annotations
 
@@ -41,21 +41,3 @@ def spread_rows(blocks: Sequence[Tensor], rows: Tensor) -> Tensor:
         rows: where the rows of all blocks, one after the other, belong: [out].
     """
     return torch.block_diag(*blocks).index_select(0, rows.argsort())
-
-
-def subspaces_at(step: int, first: int, last: int, start: int, target: int, exponent: float) -> int:
-    """How many subspaces are trained at a step: `start` at step `first`, `target` at step `last`."""
-    left = min(1.0, max(0.0, 1 - (step - first) / (last - first)))
-    return int(target + (start - target) * left**exponent)
-
-
-def above(scores: Tensor, count: int) -> Tensor:
-    """Which scores [n] are above the one that is `count`-th from the top, so one fewer than `count`; at least one is.
-
-    All of them, if there are no more than `count`.
-    """
-    if count >= len(scores):
-        return torch.ones_like(scores, dtype=torch.bool)
-    kept = scores > scores.sort(descending=True).values[max(count, 1) - 1]
-    kept[scores.argmax()] = True
-    return kept

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peft.ops.matrix import Matrix
 from peft.ops.memo import remember
-from peft.ops.sparse import add_at, sampled_product
+from peft.ops.sparse import Entries, add_at, sampled_product
 
 #: order -> which roots (a pair of conjugates counts as one, those nearest to zero first) are taken outside the circle
 _SYMLETS: dict[int, tuple[int, ...]] = {
@@ -130,11 +130,13 @@ class Wavelets(Matrix):
     def __init__(self, values: Tensor, positions: Tensor, family: str, out_features: int, in_features: int):
         self.positions, self.shape = positions, (out_features, in_features)
         self.taps = filters(family)
-        order, self.waves = remember(positions, ("waves", family, self.shape), self._place)
-        super().__init__(values.index_select(0, order))
+        heights, widths = (2 * half_length(size, len(self.taps[0])) for size in self.shape)
+        places = remember(positions, ("waves", family, self.shape), self._place)
+        self.spectrum = Entries.at(places, values, (heights, widths))
+        super().__init__(*self.spectrum.tensors)
 
-    def _place(self) -> tuple[Tensor, Tensor]:
-        """The order of the coefficients by row of S, and their places in it [2, n]."""
+    def _place(self) -> Tensor:
+        """The places of the coefficients in S, [2, n]."""
         places, high, counts = [], [], []
         for size, index in zip(self.shape, self.positions.long(), strict=True):
             count = half_length(size, len(self.taps[0]))
@@ -143,9 +145,7 @@ class Wavelets(Matrix):
             high.append(index // count)
             counts.append(count)
         # What is high in the columns of the spectrum is filtered high along the rows of the matrix, and the reverse.
-        waves = torch.stack((places[0] + high[1] * counts[0], places[1] + high[0] * counts[1]))
-        order = (waves[0] * 2 * counts[1] + waves[1]).argsort()
-        return order, waves[:, order].int()
+        return torch.stack((places[0] + high[1] * counts[0], places[1] + high[0] * counts[1]))
 
     @property
     def values(self) -> Tensor:
@@ -161,10 +161,7 @@ class Wavelets(Matrix):
         if self.single:
             return self.added_to(self.values.new_zeros(self.shape))
         with torch.autocast(self.values.device.type, enabled=False):
-            heights, widths = (2 * half_length(size, len(self.taps[0])) for size in self.shape)
-            index = self.waves[0].long() * widths + self.waves[1]
-            spectrum = self.values.new_zeros(heights * widths).index_add(0, index, self.values).view(heights, widths)
-            columns = synthesise(spectrum, self.taps, self.shape[0])
+            columns = synthesise(self.spectrum.of(self.tensors).dense(), self.taps, self.shape[0])
             return synthesise(columns.T, self.taps, self.shape[1]).T
 
     def added_to(self, weight: Tensor) -> Tensor:
@@ -179,9 +176,9 @@ class Wavelets(Matrix):
 
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         length = len(self.taps[0])
-        taps = torch.tensor(self.taps, dtype=torch.float64, device=self.waves.device)
+        taps = torch.tensor(self.taps, dtype=torch.float64, device=self.positions.device)
         indices, shares = [], []
-        for size, waves in zip(self.shape, self.waves.long(), strict=True):
+        for size, waves in zip(self.shape, self.spectrum.positions.long(), strict=True):
             count = half_length(size, length)
             reached = 2 * (waves % count)[:, None] + torch.arange(length, device=waves.device) - (length - 2)
             inside = (reached >= 0) & (reached < size)
@@ -196,9 +193,9 @@ class Wavelets(Matrix):
         if rows.shape[0] * self.values.numel() > self.shape[0] * self.shape[1]:
             return super().apply(x)
         # For a few vectors, the coefficients are looked up rather than put into a matrix.
-        outer, inner = self.waves.long()
+        outer, inner = self.spectrum.positions.long()
         waves = analyse(rows.to(self.values.dtype).T, self.taps).index_select(0, inner) * self.values[:, None]
-        spectrum = waves.new_zeros(2 * half_length(self.shape[0], len(self.taps[0])), len(rows))
+        spectrum = waves.new_zeros(self.spectrum.shape[0], len(rows))
         product = synthesise(spectrum.index_add(0, outer, waves), self.taps, self.shape[0]).T
         return product.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
@@ -207,5 +204,5 @@ class Wavelets(Matrix):
             entries, source, shares = self._reached()
             found = sampled_product(grad.T, seen, entries).to(self.values.dtype) * shares.to(self.values)
             return (torch.zeros_like(self.values).index_add(0, source, found),)
-        outer, inner = self.waves.long()
+        outer, inner = self.spectrum.positions.long()
         return (analyse(analyse(grad.T @ seen, self.taps).T, self.taps)[inner, outer],)

@@ -19,14 +19,8 @@ from peft.core.slots import FixedSlot, ModuleSlot, Setting
 from peft.core.tuner import BaseTuner
 from peft.core.walk import layers_of
 from peft.ops.principal import leading_parts
-from peft.ops.rank_budget import track_sensitivity
-from peft.ops.subspaces import (
-    above,
-    cluster_basis,
-    cluster_rows,
-    spread_rows,
-    subspaces_at,
-)
+from peft.ops.rank_budget import budget_at, kept_ranks, track_sensitivity
+from peft.ops.subspaces import cluster_basis, cluster_rows, spread_rows
 from peft.registry import PeftType
 from peft.values import NonNegativeFloat, PositiveInt
 
@@ -120,7 +114,7 @@ class AdamssLayer(AdapterLayer):
         self.adamss_B[name] = nn.ParameterList([up for _, up in pairs])
 
     def draw(self, name: str, config: AdamssConfig) -> None:
-        if name not in self.adamss_newB:
+        if name not in self.adamss_newB:  # on a twin without, for minimal files
             self.adamss_newB[name] = subspaces_of(self.with_bias(), config)[2]
 
     def with_bias(self) -> Tensor:
@@ -236,14 +230,16 @@ class AdamssMethod(Method):
             if global_step % config.mask_interval == 0:
                 total = sum(len(layer.pairs(name)) for layer in layers)
                 schedule = config.init_warmup, config.final_warmup, total, config.asa_target_subspaces
-                _drop_least(layers, name, subspaces_at(global_step, *schedule, config.asa_schedule_exponent))
+                _drop_least(layers, name, budget_at(global_step, *schedule, config.asa_schedule_exponent))
 
 
 def _drop_least(layers: list[AdamssLayer], name: str, budget: int) -> None:
-    """Keeps on training the subspaces of most importance, and forgets what it was."""
+    """Keeps on training the subspaces of more importance than the last of the budget, and forgets what it was."""
     found = [(layer, index, score) for layer in layers for index, score in layer.scores(name).items()]
-    if found:
-        kept = above(torch.stack([score.detach().float().cpu() for _, _, score in found]), budget)
+    if len(found) > budget:
+        scores = torch.stack([score.detach().float().cpu() for _, _, score in found])
+        (kept,) = kept_ranks([scores], budget - 1)
+        kept[scores.argmax()] = True
         for (layer, index, _), keep in zip(found, kept.tolist(), strict=True):
             if not keep:
                 layer.drop(name, index)

@@ -40,9 +40,6 @@ class AdaptionPromptConfig(LayerConfig, peft_type=PeftType.ADAPTION_PROMPT):
         target_modules: name of the attention modules; that of the model type if None.
         adapter_len: length of the prompt, in tokens.
         adapter_layers: how many layers have one, counted from the top.
-
-    Raises:
-        ValueError: numbers that are not positive.
     """
 
     target_modules: str | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayoutConfig
-from peft.core.base_op import BaseOp, ConvOp
+from peft.core.base_op import BaseOp
 from peft.core.change import OnInput, ScaleOutput
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
@@ -77,7 +77,7 @@ class BOFTLayer(AdapterLayer):
     def create(self, name: str, config: BOFTConfig) -> None:
         size = config.boft_block_size or self.in_features // config.boft_block_num
         self.boft_R[name] = nn.Parameter(torch.zeros(config.factors, self.in_features // size, size, size))
-        shape = (1, self.out_features) if isinstance(self.op, ConvOp) else (self.out_features, 1)
+        shape = (1, self.out_features) if self.op.kernel else (self.out_features, 1)
         self.boft_s[name] = nn.Parameter(torch.ones(shape))
         if not config.init_weights:
             nn.init.normal_(self.boft_R[name], std=0.1)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.circulant import BlockCirculant
 from peft.registry import PeftType
-from peft.values import PositiveInt
+from peft.values import Fits, PositiveInt
 
+BlockSize = Annotated[
+    PositiveInt, Fits("must divide both sides", lambda b, op: op.in_features % b == op.part_features % b == 0)
+]
 #: `init_weights` by name -> how the kernel is drawn
 STARTS: dict[str, Any] = {
     "xavier_uniform": nn.init.xavier_uniform_,
@@ -41,7 +43,7 @@ class C3AConfig(LayerConfig, peft_type=PeftType.C3A):
             zero, without effect, False as `"xavier_uniform"`.
     """
 
-    block_size: PositiveInt = 256
+    block_size: BlockSize = 256
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
 
@@ -65,17 +67,6 @@ class C3ALayer(AdapterLayer):
         # There are transforms for single and double precision only.
         kernel = kernel if kernel.dtype == torch.float64 else kernel.float()
         return Add(BlockCirculant(kernel / self.in_features))
-
-    @classmethod
-    def check(cls, config: C3AConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        b = config.block_size
-        # The projections of attention, and experts, have blocks of their own.
-        rows = getattr(op, "expert_out_features", op.out_features // op.projections)
-        if rows % b or op.in_features % b:
-            raise ValueError(
-                f"The block size {b} is no factor of both sides of {key!r}, {rows} x {op.in_features}. Choose another"
-                " block_size, or one for this module in block_size_pattern."
-            )
 
 
 class C3AModel(BaseTuner, layer=C3ALayer, prefix="c3a_"):

@@ -15,7 +15,7 @@ from peft.core.slots import Dropout, Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import product_with
 from peft.ops.memo import remember
-from peft.ops.orthogonal import orthonormal_basis
+from peft.ops.principal import unrounded
 from peft.registry import PeftType
 from peft.values import Fraction, NonNegativeFloat, PositiveInt
 
@@ -55,13 +55,11 @@ class DeftLayer(AdapterLayer):
 
     deft_r = Setting[int]("r")
     deft_scaling = Setting[float]()
-    deft_orthonormal = Setting[bool]()
     deft_dropout = Dropout()
 
     def create(self, name: str, config: DeftConfig) -> None:
         r = min(config.r, self.out_features)
         self.deft_scaling[name] = 1.0 if config.alpha is None else config.alpha / r
-        self.deft_orthonormal[name] = config.decomposition_method == "qr"
         self.deft_P[name] = nn.Parameter(0.02 * torch.randn(self.out_features, r))
         if config.para:
             return
@@ -74,9 +72,9 @@ class DeftLayer(AdapterLayer):
     def basis(self, name: str) -> tuple[Tensor, Tensor]:
         """Q and P', both [out, r]."""
         p = self.deft_P[name]
-        if not self.deft_orthonormal[name]:
+        if self.configs[name].decomposition_method == "relu":
             return p, p.relu()
-        q = remember(p, "basis", lambda: orthonormal_basis(p))
+        q = remember(p, "basis", lambda: torch.linalg.qr(unrounded(p)).Q.to(p.dtype))
         return q, q
 
     def taken_out(self, name: str) -> Tensor:

@@ -50,9 +50,6 @@ class FrodConfig(LayoutConfig, peft_type=PeftType.FROD):
         progressbar: show one while the bases are made.
         runtime_offload_base_weight: accepted for the sake of files; the base weight is part of the computation here, so
             it stays where it is.
-
-    Raises:
-        ValueError: `sparse_rate` is not between 0 and 1.
     """
 
     projection_prng_key: int = 0

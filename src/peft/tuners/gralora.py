@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayoutConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import Change, LowRank
 from peft.core.scale import ScaledLayer
 from peft.core.slots import Dropout, ModuleSlot, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.starts import uniform
+from peft.ops.starts import linears, uniform
 from peft.registry import PeftType
-from peft.values import Fraction, NonNegativeInt, PositiveInt
+from peft.values import Divisor, Fraction, NonNegativeInt, PositiveInt
 
 
 @dataclass
@@ -40,7 +39,7 @@ class GraloraConfig(LayoutConfig, peft_type=PeftType.GRALORA):
     hybrid_r: NonNegativeInt = 0
     alpha: NonNegativeInt = 64
     gralora_dropout: Fraction = 0.0
-    gralora_k: PositiveInt = 2
+    gralora_k: Divisor = 2
     init_weights: bool = True
 
     def check(self) -> None:
@@ -59,7 +58,6 @@ class GraloraLayer(ScaledLayer):
     gralora_dropout = Dropout()
 
     def create(self, name: str, config: GraloraConfig) -> None:
-        self.scaling[name] = self.initial_scaling(name)
         k, random = config.gralora_k, not config.init_weights
         downs, ups, rows = [], [], self.out_features // k
         for _ in range(k):
@@ -67,11 +65,8 @@ class GraloraLayer(ScaledLayer):
             ups.append((uniform(rows, config.r) if random else torch.zeros(rows, config.r)).T)
         self.gralora_A[name], self.gralora_B[name] = nn.Parameter(torch.stack(downs)), nn.Parameter(torch.stack(ups))
         if config.hybrid_r:
-            down = nn.Linear(self.in_features, config.hybrid_r, bias=False)
-            up = nn.Linear(config.hybrid_r, self.out_features, bias=False)
-            down.reset_parameters()  # drawn twice, as by huggingface/peft, for the same start from the same seed
-            up.reset_parameters() if random else nn.init.zeros_(up.weight)
-            self.gralora_A_general[name], self.gralora_B_general[name] = down, up
+            sizes = (self.in_features, config.hybrid_r), (config.hybrid_r, self.out_features)
+            self.gralora_A_general[name], self.gralora_B_general[name] = linears(*sizes, zero=not random)
 
     def initial_scaling(self, name: str) -> float:
         config = self.configs[name]
@@ -82,12 +77,6 @@ class GraloraLayer(ScaledLayer):
         yield LowRank(*granular_factors(self.gralora_A[name], self.gralora_B[name]), scale, p)
         if name in self.gralora_A_general:
             yield LowRank(self.gralora_A_general[name].weight, self.gralora_B_general[name].weight, scale, p)
-
-    @classmethod
-    def check(cls, config: GraloraConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        k = config.gralora_k
-        if op.in_features % k or op.out_features % k:
-            raise ValueError(f"gralora_k={k} must divide both sides of {key!r}, {op.out_features} x {op.in_features}.")
 
 
 def granular_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayoutConfig
-from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Dropout, Slot
@@ -55,10 +55,9 @@ class HiraLayer(AdapterLayer):
     hira_dropout = Dropout(needs="multiplies")
 
     def create(self, name: str, config: HiraConfig) -> None:
-        r = config.r
-        kernel = self.get_base_layer().kernel_size if isinstance(self.op, ConvOp) else ()
-        inside = (self.in_features // kernel_numel(self.get_base_layer()), *kernel) if kernel else (self.in_features,)
-        a, b = torch.randn(r, *inside), torch.randn(self.out_features, r, *[1] * len(kernel))
+        r, kernel = config.r, self.op.kernel
+        a = torch.randn(r, self.in_features // math.prod(kernel), *kernel)
+        b = torch.randn(self.out_features, r, *[1] * len(kernel))
         embedding = self.op.kind == "Embedding"
         if config.init_weights and embedding:
             nn.init.zeros_(a)

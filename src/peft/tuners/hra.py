@@ -12,7 +12,7 @@ from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
 from peft.errors import warn
-from peft.ops.householder import reflect, reflection_factors
+from peft.ops.householder import reflection_factors
 from peft.ops.starts import uniform
 from peft.registry import PeftType
 from peft.values import PositiveInt
@@ -53,12 +53,11 @@ class HRALayer(AdapterLayer):
         self.hra_u[name] = nn.Parameter(u.repeat_interleave(2, dim=1) if pairs else u)
 
     def change(self, name: str) -> OnInput:
-        u, orthogonal = self.hra_u[name], self.hra_apply_GS[name]
+        left, right = reflection_factors(self.hra_u[name], self.hra_apply_GS[name])
         return OnInput(
-            # W R x: R x = (x^T R^T)^T, so in reverse order.
-            lambda x: reflect(x, u.to(x.dtype).flip(1), orthogonal=orthogonal),
-            lambda weight: reflect(weight, u, orthogonal=orthogonal),
-            thin=lambda: reflection_factors(u, orthogonal),
+            lambda x: x + (x @ right.to(x.dtype)) @ left.to(x.dtype).T,
+            lambda weight: weight + (weight @ left) @ right.T,
+            thin=(left, right),
         )
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from peft.config import LayoutConfig
-from peft.core.base_op import ConvOp
 from peft.core.change import ScaleInput, ScaleOutput
 from peft.core.combine import (
     add_combined,
@@ -71,10 +70,7 @@ class IA3Layer(AdapterLayer):
     def create(self, name: str, config: IA3Config, is_feedforward: bool = False) -> None:
         self.scales_input[name] = is_feedforward
         size = self.op.input_size(self.get_base_layer()) if is_feedforward else self.out_features
-        if isinstance(self.op, ConvOp):
-            shape = (1, size, *[1] * len(self.get_base_layer().kernel_size))
-        else:
-            shape = (1, size) if is_feedforward else (size, 1)
+        shape = (1, size, *[1] * len(self.op.kernel)) if self.op.kernel or is_feedforward else (size, 1)
         start = torch.ones(shape) if config.init_ia3_weights else torch.randn(shape)
         self.ia3_l[name] = nn.Parameter(start)
 

@@ -18,6 +18,7 @@ from peft.core.slots import ModuleSlot, Setting
 from peft.core.storage.flat import weight_of
 from peft.core.targets import matching_entry
 from peft.core.tuner import BaseTuner
+from peft.ops.starts import linears
 from peft.registry import PeftType
 from peft.values import PositiveInt, Range
 
@@ -37,9 +38,6 @@ class LilyConfig(LayerConfig, peft_type=PeftType.LILY):
         num_B: number n of factors B; at least 2.
         scaling: factor of what is added.
         init_weights: start the B at zero, without effect; False starts them at random.
-
-    Raises:
-        ValueError: a number that is not positive, or `num_B` less than 2.
     """
 
     r: PositiveInt = 32
@@ -68,12 +66,8 @@ class LilyLayer(ScaledLayer):
     def create(self, name: str, config: LilyConfig) -> None:
         # A B_e is held as [r, out], one on top of the other.
         sizes = (self.in_features, config.r), (self.out_features, config.num_B * config.r), (config.r, config.num_B)
-        a, b, router = (nn.Linear(*size, bias=False) for size in sizes)
-        for factor in (a, router):  # drawn anew, as by huggingface/peft, for the same start from the same seed
-            factor.reset_parameters()
-        nn.init.zeros_(b.weight) if config.init_weights else b.reset_parameters()
+        a, b, self.lily_router[name] = linears(*sizes, zero=config.init_weights)
         self.lily_A[name], self.lily_B[name] = self.first("lily_A", name, a), self.first("lily_B", name, b)
-        self.lily_router[name] = router
 
     def first(self, slot: str, name: str, factor: nn.Linear) -> nn.Linear:
         """The factor of the layer's group: that of the first of its layers."""

@@ -106,7 +106,7 @@ class OSFLayer(AdapterLayer):
 
 
 class OSFMethod(Method):
-    """Which modules are adapted by default, and how many directions of each stay."""
+    """Which modules are adapted by default."""
 
     def choose_targets(self, config: OSFConfig, model_config: dict[str, Any]) -> None:
         # Where nothing is known of the type of the model, as where everything is trained: all linear layers.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from peft.core.slots import ModuleSlot, Setting
 from peft.core.storage.base import widened
 from peft.core.tuner import BaseTuner
 from peft.ops.matrix import product_with
+from peft.ops.starts import linears
 from peft.registry import PeftType
 from peft.values import NonNegativeInt, PositiveInt
 
@@ -57,40 +57,29 @@ class PeanutLayer(ScaledLayer):
     act_fn = Setting[str]()
 
     def create(self, name: str, config: PeanutConfig) -> None:
-        r, out = config.r, self.out_features
-        a, b = nn.Linear(out, r, bias=False), nn.Linear(r, out, bias=False)
-        encoders, decoders = ([nn.Linear(r, r, bias=False) for _ in range(config.depth)] for _ in range(2))
-        for layer in (a, *encoders, *decoders):  # drawn anew, in the order in which huggingface/peft draws them
-            layer.reset_parameters()
-        nn.init.zeros_(b.weight) if config.init_weights else b.reset_parameters()
+        r, out, depth = config.r, self.out_features, config.depth
+        a, b, *inner = linears((out, r), (r, out), *[(r, r)] * 2 * depth, zero=config.init_weights)
         self.peanut_A[name], self.peanut_B[name] = a, b
-        if config.depth:
-            self.peanut_encoders[name], self.peanut_decoders[name] = nn.ModuleList(encoders), nn.ModuleList(decoders)
-
-    def weights(self, name: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """A, the encoders, and the decoders."""
-        modules: Any = [self._modules[slot] for slot in ("peanut_A", "peanut_encoders", "peanut_decoders")]
-        a, encoders, decoders = (
-            [widened(p) for p in held[name].parameters()] if name in held else [] for held in modules
-        )
-        return a[0], encoders, decoders
-
-    def hidden(self, name: str) -> Tensor:
-        """H [r, in]."""
-        a, encoders, decoders = self.weights(name)
-        activation = activation_of(self.act_fn[name])
-        h, before = activation(product_with(a, self.original_matrix)), []
-        for encoder in encoders:
-            before.append(h)
-            h = activation(encoder @ h)
-        for decoder in decoders:
-            h = activation(decoder @ h) + before.pop()
-        return h
+        if depth:
+            self.peanut_encoders[name] = nn.ModuleList(inner[:depth])
+            self.peanut_decoders[name] = nn.ModuleList(inner[depth:])
 
     def change(self, name: str) -> LowRank:
-        a, encoders, decoders = self.weights(name)
-        h = self.remembered(lambda: self.hidden(name), a, *encoders, *decoders)
+        layers = (self.peanut_A, self.peanut_encoders, self.peanut_decoders)
+        weights = [widened(weight) for held in layers if name in held for weight in held[name].parameters()]
+        h = self.remembered(lambda: self.hidden(name, *weights), *weights)
         return LowRank(h, widened(self.peanut_B[name].weight), self.scaling[name])
+
+    def hidden(self, name: str, a: Tensor, *inner: Tensor) -> Tensor:
+        """H [r, in], of A and the weights of the encoders and decoders."""
+        activation, depth = activation_of(self.act_fn[name]), self.res_num[name]
+        h, before = activation(product_with(a, self.original_matrix)), []
+        for encoder in inner[:depth]:
+            before.append(h)
+            h = activation(encoder @ h)
+        for decoder in inner[depth:]:
+            h = activation(decoder @ h) + before.pop()
+        return h
 
     @classmethod
     def check(cls, config: PeanutConfig, key: str, module: nn.Module, op: BaseOp) -> None:

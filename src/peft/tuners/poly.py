@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.call import calling, fact
 from peft.core.change import Beside
 from peft.core.layer import AdapterLayer
@@ -22,7 +21,7 @@ from peft.core.slots import ModuleSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.starts import uniform
 from peft.registry import PeftType
-from peft.values import PositiveInt
+from peft.values import Divisor, PositiveInt
 
 
 @dataclass
@@ -38,9 +37,6 @@ class PolyConfig(LayerConfig, peft_type=PeftType.POLY):
         n_tasks: number of tasks.
         n_skills: number of skills in each layer.
         n_splits: number of parts that a skill is cut into; a task chooses for each part on its own.
-
-    Raises:
-        ValueError: numbers that are not positive, or another router.
     """
 
     r: PositiveInt = 8
@@ -48,7 +44,7 @@ class PolyConfig(LayerConfig, peft_type=PeftType.POLY):
     poly_type: Literal["poly"] = "poly"
     n_tasks: PositiveInt = 1
     n_skills: PositiveInt = 4
-    n_splits: PositiveInt = 1
+    n_splits: Divisor = 1
 
 
 class PolyRouter(nn.Module):
@@ -113,12 +109,6 @@ class PolyLayer(AdapterLayer):
 
     def _forward_routed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("adapter_names (a mixed batch) cannot be used with Poly; task_ids says what each sample gets.")
-
-    @classmethod
-    def check(cls, config: PolyConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        for side, width in (("in_features", op.in_features), ("out_features", op.out_features)):
-            if width % config.n_splits:
-                raise ValueError(f"{side}={width} of {key!r} must be divisible by n_splits={config.n_splits}.")
 
 
 class PolyMethod(Method):

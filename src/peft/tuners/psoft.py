@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayoutConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Dropout, FixedSlot, ModuleSlot, Setting
@@ -17,9 +16,13 @@ from peft.core.tuner import BaseTuner
 from peft.errors import warn
 from peft.ops.memo import remember
 from peft.ops.orthogonal import cayley, cayley_neumann, skew_symmetric
-from peft.ops.principal import principal_factors, scaled_change
+from peft.ops.principal import principal_factors, unrounded
 from peft.registry import PeftType
-from peft.values import Fraction, NonNegativeInt, PositiveInt, Range
+from peft.values import Fits, Fraction, NonNegativeInt, PositiveInt, Range
+
+Rank = Annotated[
+    PositiveInt, Fits("must be at most the shorter side", lambda r, op: r <= min(op.out_features, op.in_features))
+]
 
 
 @dataclass
@@ -48,7 +51,7 @@ class PsoftConfig(LayoutConfig, peft_type=PeftType.PSOFT):
         init_weights: start without effect; False starts R at random.
     """
 
-    r: PositiveInt = 32
+    r: Rank = 32
     psoft_alpha: PositiveInt = 32
     psoft_dropout: Fraction = 0.0
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
@@ -90,13 +93,15 @@ class PsoftRotation(nn.Module):
     def change(self) -> Tensor:
         """diag(b) R diag(a) - I, [r, r]; computed in single precision at least."""
         change = self._plain_change()
-        vectors = (None if vector is None else vector.to(change) for vector in (self.vector_b, self.vector_a))
-        return scaled_change(change, *vectors)
+        ones = change.new_ones(self.r)
+        b, a = (ones if vector is None else vector.to(change) for vector in (self.vector_b, self.vector_a))
+        # R - I and what the scales change: not the difference of numbers that are nearly the same.
+        return b[:, None] * change * a + torch.diag((b - 1) * a + (a - 1))
 
     def _plain_change(self) -> Tensor:
         """R - I."""
         if not self.orthogonal:
-            weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+            weight = unrounded(self.weight)
             return weight - torch.eye(self.r, dtype=weight.dtype, device=weight.device)
         skew = skew_symmetric(self.weight[None], self.r)
         if self.terms is None:
@@ -140,12 +145,6 @@ class PsoftLayer(AdapterLayer):
         # On the side of the outputs: a training step then keeps x A^T, and x is not needed.
         up = remember(rotation.weight, "up", rotated, b, *vectors)
         return LowRank(self.psoft_A[name].to(up.dtype), up, self.scaling[name], self.dropout_of(name))
-
-    @classmethod
-    def check(cls, config: PsoftConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        side = min(op.out_features, op.in_features)
-        if config.r > side:
-            raise ValueError(f"r={config.r} is more than the shorter side of {key!r}, which is {side}.")
 
 
 class PsoftModel(BaseTuner, layer=PsoftLayer, prefix="psoft_"):

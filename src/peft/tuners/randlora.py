@@ -15,7 +15,7 @@ from peft.core.plan import Plan
 from peft.core.scale import ScaledLayer
 from peft.core.slots import Dropout, FixedSlot, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.random_bases import draw_bases, scaled_bases
+from peft.ops.random_bases import draw_bases
 from peft.registry import PeftType
 from peft.values import Fraction, NonNegativeFloat, PositiveInt
 
@@ -62,7 +62,6 @@ class RandLoraLayer(ScaledLayer):
     randlora_dropout = Dropout()
 
     def create(self, name: str, config: RandLoraConfig) -> None:
-        self.scaling[name] = self.initial_scaling(name)
         narrow, wide = sorted((self.in_features, self.out_features))
         count = math.ceil(narrow / config.r)
         start, spread = (torch.zeros, max(count, narrow)) if config.init_weights else (torch.randn, wide)
@@ -81,8 +80,11 @@ class RandLoraLayer(ScaledLayer):
     def change(self, name: str) -> LowRank:
         scale, gamma = self.randlora_lambda[name] * self.scaling[name], self.randlora_gamma[name]
         a, b = (shared[name].to(scale) for shared in (self.randlora_A, self.randlora_B))
-        narrow, wide = scaled_bases(a, b, scale, gamma, max(self.in_features, self.out_features))
-        down, up = (narrow, wide) if self.in_features <= self.out_features else (wide.T, narrow.T)
+        (count, narrow), wide = gamma.shape, max(self.in_features, self.out_features)
+        # Product of the scales first: for their gradients, only they themselves have to be kept.
+        n = (a[:, :, :narrow] * (scale.unsqueeze(-1) * gamma)).flatten(0, 1)
+        m = b[:wide, :count].flatten(1)
+        down, up = (n, m) if self.in_features <= self.out_features else (m.T, n.T)
         return LowRank(down, up, dropout=self.dropout_of(name))
 
 

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayerConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import OnOutput
 from peft.core.layer import AdapterLayer
 from peft.core.slots import Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.rotations import rotate_pairs
 from peft.registry import PeftType
-from peft.values import Range
+from peft.values import Fits, Range
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
+GroupSize = Annotated[
+    int,
+    Range("must be a positive even number", lambda size: size > 0 and size % 2 == 0),
+    Fits("must divide the outputs", lambda size, op: op.part_features % size == 0),
+]
 #: variant -> angles (and as many scales) for each pair of outputs
 ANGLES: dict[str, int] = {"road_1": 1, "road_2": 2, "road_4": 4}
 
@@ -40,7 +43,7 @@ class RoadConfig(LayerConfig, peft_type=PeftType.ROAD):
     """
 
     variant: RoadVariant = "road_1"
-    group_size: Annotated[int, Range("must be a positive even number", lambda size: size > 0 and size % 2 == 0)] = 64
+    group_size: GroupSize = 64
     init_weights: bool = True
 
 
@@ -69,15 +72,14 @@ class RoadLayer(AdapterLayer):
 
     def change(self, name: str) -> OnOutput:
         straight, across = self.factors(name)
-        # In the dtype of the adapter: in half precision, small angles would be rounded away.
-        return OnOutput(lambda y: rotate_pairs(y, straight, across).to(y.dtype))
 
-    @classmethod
-    def check(cls, config: RoadConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        # The projections of attention, and experts, are rotated each by itself.
-        rows = getattr(op, "expert_out_features", op.out_features // op.projections)
-        if rows % config.group_size:
-            raise ValueError(f"group_size={config.group_size} does not divide the {rows} outputs of {key!r}.")
+        def rotate(y: Tensor) -> Tensor:
+            # In the dtype of the adapter: in half precision, small angles would be rounded away.
+            a, b = y.unflatten(-1, (len(straight), 2, -1)).unbind(-2)
+            pairs = a * straight[:, 0] - b * across[:, 0], b * straight[:, -1] + a * across[:, -1]
+            return torch.stack(pairs, dim=-2).flatten(-3).to(y.dtype)
+
+        return OnOutput(rotate)
 
 
 class RoadModel(BaseTuner, layer=RoadLayer, prefix="road_"):

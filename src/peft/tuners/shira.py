@@ -59,27 +59,24 @@ class ShiraLayer(ScaledLayer):
 
     def create(self, name: str, config: ShiraConfig) -> None:
         count = config.r * (self.in_features + self.out_features)
-        self.scaling[name] = 1.0
         self.shira_weight[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
 
     def draw(self, name: str, config: ShiraConfig) -> None:
-        self.shira_indices[name] = self.choose(name, config, self.shira_weight[name].numel())
-
-    def choose(self, name: str, config: ShiraConfig, count: int) -> Tensor:
-        """Where the entries are: [2, count]; negative where neither the configuration nor, so far, a file says it."""
+        count = self.shira_weight[name].numel()
         if self.waits_for_file:
-            return torch.empty(2, count, dtype=torch.int32, device="meta")
-        if config.mask_fn is None and config.mask_type == "random":
+            positions = torch.empty(2, count, dtype=torch.int32, device="meta")
+        elif config.mask_fn is not None:
+            with onloaded(self.get_base_layer()):
+                mask = config.mask_fn(self.get_base_layer(), config.r)
+            positions = self.op.matrix(mask).nonzero().T.int().contiguous()
+            if (ones := positions.shape[1]) != count:
+                raise ValueError(f"mask_fn of {name!r} must return r (in + out) = {count} ones, got {ones}.")
+        elif config.mask_type == "random":
             drawn = in_row_order(draw_places(self.out_features, self.in_features, count, config.random_seed))[1]
-            return drawn.clone()  # which a file may overwrite
-        if config.mask_fn is None:
-            return torch.full((2, count), -1, dtype=torch.int32)
-        with onloaded(self.get_base_layer()):
-            mask = config.mask_fn(self.get_base_layer(), config.r)
-        positions = self.op.matrix(mask).nonzero().T.int().contiguous()
-        if positions.shape[1] != count:
-            raise ValueError(f"mask_fn of {name!r} must return r (in + out) = {count} ones, got {positions.shape[1]}.")
-        return positions
+            positions = drawn.clone()  # which a file may overwrite
+        else:  # a file may say where they are
+            positions = torch.full((2, count), -1, dtype=torch.int32)
+        self.shira_indices[name] = positions
 
     def change(self, name: str) -> Add:
         positions = self.shira_indices[name]

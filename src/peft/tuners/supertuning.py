@@ -12,10 +12,11 @@ from peft.config import LayerConfig
 from peft.core.base_op import BaseOp
 from peft.core.change import Add, Change, LowRank
 from peft.core.layer import AdapterLayer
-from peft.core.slots import Dropout, FixedSlot, ModuleSlot, Setting, Slot
+from peft.core.slots import Dropout, FixedSlot, ModuleSlot, Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.memo import remember
 from peft.ops.sparse import Entries
+from peft.ops.starts import linears
 from peft.registry import PeftType
 from peft.values import Fraction, PositiveInt
 
@@ -60,7 +61,6 @@ class SupertuningLayer(AdapterLayer):
     supertuning_lora_A = ModuleSlot[nn.Linear]()
     supertuning_lora_B = ModuleSlot[nn.Linear]()
 
-    supertuning_scaling = Setting[float]()
     supertuning_lora_dropout = Dropout("lora_dropout", needs="multiplies")
 
     def create(self, name: str, config: SupertuningConfig) -> None:
@@ -68,12 +68,8 @@ class SupertuningLayer(AdapterLayer):
         self.supertuning_values[name] = nn.Parameter(torch.zeros(count) if config.init_weights else torch.randn(count))
         if config.r is None or config.lora_alpha is None:
             return
-        self.supertuning_scaling[name] = config.lora_alpha / config.r
-        down = nn.Linear(self.in_features, config.r, bias=False)
-        up = nn.Linear(config.r, self.out_features, bias=False)
-        down.reset_parameters()  # drawn twice, as by huggingface/peft, for the same start from the same seed
-        nn.init.zeros_(up.weight) if config.init_weights else up.reset_parameters()
-        self.supertuning_lora_A[name], self.supertuning_lora_B[name] = down, up
+        sizes = (self.in_features, config.r), (config.r, self.out_features)
+        self.supertuning_lora_A[name], self.supertuning_lora_B[name] = linears(*sizes, zero=config.init_weights)
 
     def draw(self, name: str, config: SupertuningConfig) -> None:
         sizes = self.original_matrix().abs().flatten()
@@ -86,7 +82,8 @@ class SupertuningLayer(AdapterLayer):
         yield Add(Entries.at(rows, self.supertuning_values[name], (self.out_features, columns)))
         if name in self.supertuning_lora_A:
             down, up = self.supertuning_lora_A[name].weight, self.supertuning_lora_B[name].weight
-            yield LowRank(down, up, self.supertuning_scaling[name], self.dropout_of(name))
+            config = self.configs[name]
+            yield LowRank(down, up, config.lora_alpha / config.r, self.dropout_of(name))
 
     @classmethod
     def check(cls, config: SupertuningConfig, key: str, module: nn.Module, op: BaseOp) -> None:

@@ -38,9 +38,6 @@ class TinyLoraConfig(LayoutConfig, peft_type=PeftType.TINYLORA):
         tinylora_dropout: probability of dropout on the adapter's input.
         init_weights: start v at zero, without effect; "uniform" or False starts it between -init_v_bound and
             init_v_bound.
-
-    Raises:
-        ValueError: `weight_tying` is not between 0 and 1, or the start is unknown.
     """
 
     r: PositiveInt = 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +18,6 @@ from peft.core.method import Method
 from peft.core.plan import Plan
 from peft.core.slots import Dropout, FixedSlot, Setting, Slot
 from peft.core.tuner import BaseTuner
-from peft.ops.shared_vector import assign_entries, take_entries
 from peft.registry import PeftType
 from peft.values import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -73,9 +74,38 @@ class UniLoraLayer(AdapterLayer):
 
     def change(self, name: str) -> LowRank:
         theta = self.unilora_theta_d[name]
-        down = take_entries(theta, self.unilora_indices_A[name], self.unilora_scales_A[name])
-        up = take_entries(theta, self.unilora_indices_B[name], self.unilora_scales_B[name])
+        factors: list[Tensor] = []
+        for indices, scales in (
+            (self.unilora_indices_A, self.unilora_scales_A),
+            (self.unilora_indices_B, self.unilora_scales_B),
+        ):
+            index, scale = indices[name], scales[name].to(theta.dtype)
+            # The gradient of `gather` takes a fraction of the time of that of indexing.
+            factors.append(theta.gather(0, index.flatten()).view(index.shape) * scale)
+        down, up = factors
         return LowRank(down, up, dropout=self.dropout_of(name))
+
+
+@lru_cache(maxsize=1)  # the layers of an adapter ask for the same one after the other
+@torch.inference_mode(False)  # what is kept may be needed where gradients are wanted
+def assign_entries(count: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Which entry of a vector each of many values takes, each entry as often as any other, in random order.
+
+    Args:
+        count: number of values.
+        length: of the vector. Where it is longer than there are values, some entries are not taken.
+        seed: of the order.
+
+    Returns:
+        Indices [count], and their scales [count]: 1 over the root of how often the index is taken, so that the values
+        are a projection of the vector that keeps its norm.
+    """
+    rng = np.random.default_rng(seed)
+    index = np.arange(length).repeat(count // length)
+    index = np.concatenate((index, rng.choice(length, count % length, replace=False)))
+    rng.shuffle(index)
+    times = np.bincount(index, minlength=length)
+    return torch.from_numpy(index), torch.from_numpy((1 / np.sqrt(times[index])).astype(np.float32))
 
 
 class UniLoraMethod(Method):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import LayoutConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -21,7 +20,7 @@ from peft.core.tuner import BaseTuner
 from peft.core.walk import layers_of
 from peft.ops.vector_bank import mix_vectors, pack_logits, unpack_logits
 from peft.registry import PeftType
-from peft.values import Fraction, NonNegativeFloat, PositiveInt
+from peft.values import Divisor, Fraction, NonNegativeFloat, PositiveInt
 
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 
@@ -48,7 +47,7 @@ class VBLoRAConfig(LayoutConfig, peft_type=PeftType.VBLORA):
 
     r: PositiveInt = 4
     num_vectors: PositiveInt = 256
-    vector_length: PositiveInt = 256
+    vector_length: Divisor = 256
     topk: PositiveInt = 2
     save_only_topk_weights: bool = False
     vblora_dropout: Fraction = 0.0
@@ -91,12 +90,6 @@ class VBLoRALayer(AdapterLayer):
         bank, k = self.vblora_vector_bank[name], self.vblora_topk[name]
         a, b = (mix_vectors(getattr(self, slot)[name], bank, k) for slot in _LOGITS)
         return LowRank(a.flatten(1), b.transpose(1, 2).flatten(0, 1), dropout=self.dropout_of(name))
-
-    @classmethod
-    def check(cls, config: VBLoRAConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        for side, size in (("in_features", op.in_features), ("out_features", op.out_features)):
-            if size % config.vector_length:
-                raise ValueError(f"{side}={size} of {key!r} is not divisible by vector_length={config.vector_length}.")
 
 
 def _new_bank(config: VBLoRAConfig) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from peft.config import LayoutConfig
-from peft.core.base_op import BaseOp
 from peft.core.change import Add
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
@@ -82,28 +81,22 @@ class WaveFTLayer(AdapterLayer):
             return Add(Wavelets(values, places, family, self.out_features, self.in_features))
         return Add(Entries.at(places, values, (self.out_features, self.in_features)))
 
-    @classmethod
-    def check(cls, config: WaveFTConfig, key: str, module: nn.Module, op: BaseOp) -> None:
-        if not config.proportional_parameters:
-            check_frequencies(config.n_frequency, key, op.out_features // op.projections, op.in_features)
-
 
 class WaveFTMethod(Method):
     """How many coefficients each module gets."""
 
     def check_plan(self, plan: Plan, config: WaveFTConfig) -> None:
         counts = self.plan_settings(plan, config)
-        for target in plan.targets if counts else ():
+        for target in plan.targets:
             count, op = counts[target.name]["waveft_n_frequency"], target.op
             check_frequencies(count, target.name, op.out_features // op.projections, op.in_features)
 
     def plan_settings(self, plan: Plan, config: WaveFTConfig) -> dict[str, dict[str, Any]]:
-        sizes = {target.name: target.op.out_features * target.op.in_features for target in plan.targets}
-        if not config.proportional_parameters or not sizes:
-            return {}
-        budget = config.n_frequency * len(sizes) / sum(sizes.values())
-        counts = {name: max(1, round(size * budget)) for name, size in sizes.items()}
-        # What is said of an attention module holds for its output projection, too.
+        counts = {target.name: config.at(target.name).n_frequency for target in plan.targets}
+        if config.proportional_parameters:
+            sizes = {target.name: target.op.out_features * target.op.in_features for target in plan.targets}
+            budget = config.n_frequency * len(sizes) / max(sum(sizes.values()), 1)
+            counts = {name: max(1, round(size * budget)) for name, size in sizes.items()}
         for layer in plan.layers:  # what is said of an attention module holds for its output projection
             counts.setdefault(layer.name, counts.get(layer.name.removesuffix(".out_proj"), 0))
         return {name: {"waveft_n_frequency": count} for name, count in counts.items()}

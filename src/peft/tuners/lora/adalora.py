@@ -113,7 +113,6 @@ class AdaLoraLayer(DropoutLayer):
 
     def create(self, name: str, config: AdaLoraConfig) -> None:
         r = config.init_r
-        self.scaling[name] = self.initial_scaling(name)
         self.make_dropout(name, config)
         for slot, shape in zip(_SLOTS, self.shapes(r), strict=True):
             getattr(self, slot)[name] = nn.Parameter(torch.randn(shape))

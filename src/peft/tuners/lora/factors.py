@@ -7,13 +7,14 @@ a [blocks, r, in] and b [blocks, out, r].
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from peft.core.base_op import ConvOp, EmbeddingOp, ParallelLinearOp, ParameterOp, kernel_numel
+from peft.core.base_op import ConvOp, EmbeddingOp, ParallelLinearOp, ParameterOp
 from peft.core.change import LowRank
 from peft.core.layer import AdapterLayer
 from peft.core.merge import without_dropout
@@ -137,7 +138,7 @@ def product(layer: Any, name: str) -> Tensor:
 def _over_all_channels(layer: AdapterLayer, a: Tensor) -> Tensor:
     """`a` [groups, r, in] over the channels of all groups, which a LoRA's A sees: zero for those of the others."""
     groups, conv = len(a), layer.get_base_layer()
-    if a.shape[-1] == conv.in_channels * kernel_numel(conv):
+    if a.shape[-1] == conv.in_channels * math.prod(conv.kernel_size):
         return a
     wide = a.new_zeros(groups, a.shape[1], groups, a.shape[2])
     index = torch.arange(groups, device=a.device)

@@ -40,7 +40,6 @@ class LoHaLayer(LycorisLayer):
     hada_t2 = Slot()
 
     def create(self, name: str, config: LoHaConfig) -> None:
-        super().create(name, config)
         r, kernel = config.r, self.effective_kernel(config)
         if kernel:
             a, b = (r, self.out_features), (r, self.in_features // math.prod(kernel))

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.slots import Slot
 from peft.core.tuner import BaseTuner
 from peft.ops.hadamard import expand_core
@@ -55,12 +54,10 @@ class LoKrLayer(LycorisLayer):
     lokr_t2 = Slot()
 
     def create(self, name: str, config: LoKrConfig) -> None:
-        super().create(name, config)
-        r, base = config.r, self.get_base_layer()
-        kernel: tuple[int, ...] = base.kernel_size if isinstance(self.op, ConvOp) else ()
+        r, kernel = config.r, self.op.kernel
         core = self.effective_kernel(config)
         a, b = factorization(self.out_features, config.decompose_factor)
-        c, d = factorization(self.in_features // kernel_numel(base), config.decompose_factor)
+        c, d = factorization(self.in_features // math.prod(kernel), config.decompose_factor)
         zero1, zero2 = config.init_weights is True, config.init_weights == "lycoris"
         if config.decompose_both and r < max(a, c) / 2:
             self.lokr_w1_a[name], self.lokr_w1_b[name] = started(a, r, zero=zero1), started(r, c)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from peft.config import LayerConfig
-from peft.core.base_op import ConvOp, kernel_numel
 from peft.core.change import Add, Change
 from peft.core.scale import ScaledLayer
 from peft.core.slots import Setting
@@ -47,7 +47,7 @@ class LycorisConfig(LayerConfig):
 class LycorisLayer(ScaledLayer):
     """A module with adapters `scaling` times some change of the weight.
 
-    A method writes `create`, which calls the one here first, and `matrix`.
+    A method writes `create` and `matrix`.
     """
 
     alpha = Setting[float]()
@@ -55,16 +55,11 @@ class LycorisLayer(ScaledLayer):
     rank_dropout_scale = Setting[bool]()
     module_dropout = Setting[float]()
 
-    def create(self, name: str, config: Any) -> None:
-        self.scaling[name] = self.initial_scaling(name)
-        self.rank_dropout_scale[name] = getattr(config, "rank_dropout_scale", True)
-
     def effective_kernel(self, config: Any) -> tuple[int, ...]:
         """Sizes of the kernel that is decomposed; empty where the weight is decomposed as a matrix."""
-        base = self.get_base_layer()
-        if not config.use_effective_conv2d or not isinstance(self.op, ConvOp) or kernel_numel(base) == 1:
+        kernel = self.op.kernel
+        if not config.use_effective_conv2d or math.prod(kernel) == 1:
             return ()
-        kernel: tuple[int, ...] = base.kernel_size
         return (*kernel, 1) if len(kernel) == 1 else kernel  # as the files of one-dimensional ones have it
 
     def initial_scaling(self, name: str) -> float:
@@ -87,4 +82,5 @@ class LycorisLayer(ScaledLayer):
             return None
         device = next(iter(self.adapter_parameters(name))).device
         kept = (torch.rand(self.out_features, device=device) > p).float()
-        return kept / kept.mean().clamp(min=1 / self.out_features) if self.rank_dropout_scale[name] else kept
+        is_scaled = self.rank_dropout_scale.get(name, True)
+        return kept / kept.mean().clamp(min=1 / self.out_features) if is_scaled else kept

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -52,10 +53,6 @@ class CachedTokens(VirtualTokens):
 
     The table [num_virtual_tokens, layers * 2 * token_dim] holds, for each virtual token, keys and values of the first
     layer, of the second, and so on. An encoder-decoder has them in its decoder's self-attention.
-
-    Args:
-        config: the configuration, with all its shapes filled in.
-        word_embeddings: not used.
     """
 
     adds_tokens: ClassVar[bool] = False
@@ -227,8 +224,7 @@ def _cache_shape(config: PromptLearningConfig, model: nn.Module) -> dict[str, An
     """What the base model's configuration says of its cache; wins over a configuration that counts query heads."""
     found = {}
     if config.task_type == TaskType.SEQ_2_SEQ_LM:
-        read = partial(read_model_config, model)
-        found = {field: _first(read, names) for field, names in _DECODER_NAMES.items()}
+        found = {field: read_model_config(model, *names) for field, names in _DECODER_NAMES.items()}
     shapes = [shape for shape in key_shapes(model, found.get("num_attention_heads")) if shape]
     if shapes and (len(set(shapes)) == 1 or not config.token_dim):  # room for those of the widest layer
         heads, width = (max(sizes) for sizes in zip(*shapes, strict=True))
@@ -246,24 +242,17 @@ def key_shapes(model: nn.Module, heads: int | None = None) -> list[tuple[int, in
     layers, shared = read("num_layers") or 1, read("num_kv_shared_layers") or 0
     by_layer = read("per_layer_config")
     if by_layer is None:
-        return [_key_shape(read, heads)] * (layers - shared) + [None] * shared
-    own = [_key_shape(partial(_field, by_layer[index]), heads) for index in range(layers - shared)]
+        return [_key_shape(model, heads)] * (layers - shared) + [None] * shared
+    own = [_key_shape(SimpleNamespace(config=by_layer[index]), heads) for index in range(layers - shared)]
     return own + [None] * shared
 
 
-def _key_shape(read: Callable[[str], Any], heads: int | None) -> tuple[int, int] | None:
-    heads, hidden = heads or read("num_attention_heads"), read("token_dim") or read("hidden_size")
+def _key_shape(model: Any, heads: int | None) -> tuple[int, int] | None:
+    read = partial(read_model_config, model)
+    heads, hidden = heads or read("num_attention_heads"), read("token_dim")
     if not heads or not hidden:
         return None
-    key_heads = _first(read, _KEY_HEADS) or heads
+    key_heads = read(*_KEY_HEADS) or heads
     if read("multi_query") and not read("new_decoder_architecture"):  # Falcon, GPT BigCode
         key_heads = 1
-    return key_heads, _first(read, _HEAD_WIDTH) or hidden // heads
-
-
-def _field(config: Any, name: str) -> Any:
-    return getattr(config, name, None)
-
-
-def _first(read: Callable[[str], Any], names: Iterable[str]) -> Any:
-    return next((value for name in names if (value := read(name)) is not None), None)
+    return key_heads, read(*_HEAD_WIDTH) or hidden // heads

@@ -43,10 +43,6 @@ class CartridgeEncoder(CachedTokens):
 
     `frozen_embedding` [num_frozen_tokens, layers * 2 * token_dim] (None where there are none) and
     `trainable_embedding`, with as many rows as are left, are one table in files.
-
-    Args:
-        config: the configuration, with all its shapes filled in.
-        word_embeddings: not used.
     """
 
     frozen_embedding: nn.Parameter | None

@@ -75,10 +75,6 @@ class CPTEmbedding(VirtualTokens):
     The loss is over labels only, those of the examples as well as those in `labels`. `input_type_mask` [batch, length]
     says of each token of the input what kind it is, as `cpt_tokens_type_mask` does; without, all are labels.
 
-    Args:
-        config: the configuration, with all its shapes filled in.
-        word_embeddings: the base model's.
-
     Raises:
         ValueError: an id that the base model does not have.
     """
@@ -166,9 +162,8 @@ class CPTEmbedding(VirtualTokens):
 
     def _weights(self, kinds: Tensor) -> Tensor:
         """decay^(number of labels that come after) for the tokens of each label; [batch, length] as `kinds`."""
-        weights = torch.ones(kinds.shape, device=kinds.device)
-        for row, weight in zip(kinds, weights, strict=True):
+        weights = []
+        for row in kinds:
             labels = row[(row > 0) & (row % _KINDS == 0)].unique()
-            for later, label in enumerate(labels.flip(0)):
-                weight[row == label] = self.config.opt_loss_decay_factor**later
-        return weights
+            weights.append(self.config.opt_loss_decay_factor ** (labels > row[:, None]).sum(1))
+        return torch.stack(weights)

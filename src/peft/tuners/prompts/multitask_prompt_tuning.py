@@ -66,10 +66,6 @@ class MultitaskPromptEmbedding(PromptEmbedding):
     token_dim] is shared, `prefix_task_cols` [tasks, tokens, ranks] and `prefix_task_rows` [tasks, ranks, token_dim]
     hold a factor of low rank for each task.
 
-    Args:
-        config: the configuration, with all its shapes filled in.
-        word_embeddings: the base model's.
-
     Raises:
         ValueError: the file of source tasks does not fit.
     """
@@ -97,19 +93,17 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         lacking = [name for name in wanted if name not in source]
         if lacking:
             raise ValueError(f"{path} is no prompt of source tasks: it lacks {', '.join(lacking)}.")
-        values = {"prompt_embeddings": source["prompt_embeddings"]}
-        for name in wanted[1:]:
-            factors = source[name]
-            if start == MultitaskPromptTuningInit.EXACT_SOURCE_TASK:
-                task = config.prompt_tuning_init_task
-                if task is None or not 0 <= task < len(factors):
-                    raise ValueError(f"prompt_tuning_init_task={task}, but {path} has {len(factors)} tasks.")
-                factors = factors[task]
-            else:
-                factors = factors.mean(0)
-            values[name] = factors.expand(self.num_tasks, *factors.shape)
-        stored = self.stored_tensors()
-        for name, value in values.items():
+        stored, task = self.stored_tensors(), config.prompt_tuning_init_task
+        for name in wanted:
+            value = source[name]
+            if name in self.stored_beside:
+                if start != MultitaskPromptTuningInit.EXACT_SOURCE_TASK:
+                    value = value.mean(0)
+                elif task is None or not 0 <= task < len(value):
+                    raise ValueError(f"prompt_tuning_init_task={task}, but {path} has {len(value)} tasks.")
+                else:
+                    value = value[task]
+                value = value.expand(self.num_tasks, *value.shape)
             if value.shape != stored[name].shape:
                 raise ValueError(
                     f"{name} in {path} gives {tuple(value.shape)}, but this prompt has {tuple(stored[name].shape)}:"

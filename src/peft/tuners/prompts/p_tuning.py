@@ -34,9 +34,6 @@ class PromptEncoderConfig(PromptLearningConfig, peft_type=PeftType.P_TUNING):
         encoder_hidden_size: hidden width of the network; the width of the base model's embeddings if None.
         encoder_num_layers: layers of the LSTM; the MLP always has three.
         encoder_dropout: probability of dropout between the layers of the LSTM.
-
-    Raises:
-        ValueError: an unknown network, or sizes that are not positive.
     """
 
     encoder_reparameterization_type: str | PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
@@ -56,10 +53,6 @@ class PromptEncoder(VirtualTokens):
     - LSTM: a bidirectional LSTM along the prompt, then Linear - ReLU - Linear
 
     (arXiv:2103.10385). Only f(embedding) is stored; a prompt that is loaded is the table alone.
-
-    Args:
-        config: the configuration, with all its shapes filled in.
-        word_embeddings: not used.
     """
 
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None):

@@ -23,9 +23,6 @@ class PrefixTuningConfig(PromptLearningConfig, peft_type=PeftType.PREFIX_TUNING)
         init_weights: None starts at random; `"zero"` starts with keys and values of zero.
         encoder_hidden_size: hidden width of the projection; `token_dim` if None.
         prefix_projection: make the prefix from narrow vectors by a network of two layers while it is trained.
-
-    Raises:
-        ValueError: an unknown start, or a width that is not positive.
     """
 
     init_weights: Literal["zero"] | None = None
@@ -41,10 +38,6 @@ class PrefixEncoder(CachedTokens):
     `embedding` [num_virtual_tokens, layers * 2 * token_dim] holds P_1, Q_1, P_2, Q_2, ... of each virtual token. With
     the projection it is Linear(Tanh(Linear(`embedding`))), with `embedding` [num_virtual_tokens, token_dim]; what is
     stored, and loaded, is always the table. An encoder-decoder has the prefix in its decoder's self-attention.
-
-    Args:
-        config: the configuration, with all its shapes filled in.
-        word_embeddings: not used.
     """
 
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None):

@@ -57,10 +57,6 @@ class PromptTuningConfig(PromptLearningConfig, peft_type=PeftType.PROMPT_TUNING)
 class PromptEmbedding(VirtualTokens):
     """The prompt is a table `embedding` [num_virtual_tokens * num_transformer_submodules, token_dim] of its own:
     input = [embedding; E(tokens)], where E are the base model's frozen word embeddings (arXiv:2104.08691).
-
-    Args:
-        config: the configuration, with all its shapes filled in.
-        word_embeddings: the base model's.
     """
 
     def __init__(self, config: Any, word_embeddings: nn.Module):

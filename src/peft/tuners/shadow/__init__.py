@@ -204,9 +204,11 @@ class ShadowMethod(Method):
         _, backbone = network.find_blocks(self.model)
         device, dtype = place_of(self.model)
         with torch.device("meta") if device is not None and device.type == "meta" else torch.device("cpu"):
-            name = None if config.shadow_model == "mirror" else config.shadow_model
-            found: Any = network.load_network(name) if name else (network.mirror(backbone, config), None)
-            small, projection = found
+            projection: Any = None
+            if config.shadow_model == "mirror":
+                small = network.mirror(backbone, config)
+            else:
+                small, projection = network.load_network(config.shadow_model)
             widths = network.width_of(small), network.width_of(self.model)
             if projection is None:
                 projection = nn.Linear(*widths, bias=False) if widths[0] != widths[1] else nn.Identity()
@@ -216,7 +218,7 @@ class ShadowMethod(Method):
                     f" {projection.out_features}; it has to go from {widths[0]} to {widths[1]}, the width of the model."
                 )
         if self._lends_embeddings(config, small) and "embed_tokens" in small._modules:
-            del small.embed_tokens
+            small.embed_tokens = nn.Identity()
         made = {"shadow_backbone": small, "shadow_projection": projection, "shadow_head": self._own_head(config)}
         return {slot: module.to(dtype) for slot, module in made.items() if module is not None}
 
@@ -340,8 +342,7 @@ class ShadowMethod(Method):
 
         Args:
             adapter_name: the adapter; the active one if None.
-            copy: give it tensors of its own, embeddings included, so that it can be saved; else it shares them with
-                this model, and embeddings that the base lends stay the base's.
+            copy: give it tensors of its own, embeddings included; else it shares them with this model.
 
         Raises:
             ValueError: there is no such adapter.
@@ -351,13 +352,7 @@ class ShadowMethod(Method):
         small = take(self.network("backbone")[name])
         projection, head = take(self.network("projection")[name]), take(self.head(name))
         model: Any = self.model
-        lent = model.get_input_embeddings() if self._lends_embeddings(self.configs[name], small) else None
-        if lent is not None and copy:
-            if "embed_tokens" in network.find_blocks(model)[1]._modules:
-                small.embed_tokens = deepcopy(lent)
-            else:
-                small.set_input_embeddings(deepcopy(lent))
-            lent = None
+        lent = take(model.get_input_embeddings()) if self._lends_embeddings(self.configs[name], small) else None
         is_classification = self.configs[name].task_type == TaskType.SEQ_CLS
         return detached.DetachedShadowModel(small, projection, head, is_classification, lent)
 

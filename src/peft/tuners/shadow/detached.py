@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +19,7 @@ class _Detached:
         projection: from its width to that which the head takes; none if None.
         head: what makes logits of a state; without, the states are what comes out.
         is_classification: whether there is one outcome for a text, rather than one for each token.
-        input_embeddings: those of another model, where the network has none of its own. They stay that model's, and
-            are not saved along.
+        input_embeddings: those of another model, where the network has none of its own.
     """
 
     main_input_name = "input_ids"
@@ -38,24 +38,18 @@ class _Detached:
 
         begin: Any = super().__init__  # of transformers' class, see below
         begin(backbone.config)
+        if input_embeddings is not None:
+            backbone = copy(backbone)  # which stays without, and shares all else
+            backbone._modules = dict(backbone._modules)
+            backbone.set_input_embeddings(input_embeddings)
         self.backbone = backbone
         self.shadow_hidden_projection = nn.Identity() if projection is None else projection
         self.head = head
         self.is_classification = is_classification
-        self._lent = (input_embeddings,)  # in a tuple, so that it is no module of this model
         self.generation_config = GenerationConfig.from_model_config(backbone.config)
 
     def can_generate(self) -> bool:
         return getattr(self, "head", None) is not None and not self.is_classification
-
-    def get_input_embeddings(self) -> Any:
-        return self.backbone.get_input_embeddings() if self._lent[0] is None else self._lent[0]
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        if self._lent[0] is None:
-            self.backbone.set_input_embeddings(value)
-        else:
-            self._lent = (value,)
 
     def get_output_embeddings(self) -> Any:
         return None if self.is_classification else self.head
@@ -70,8 +64,6 @@ class _Detached:
     ) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
-        if self._lent[0] is not None and kwargs.get("inputs_embeds") is None:
-            kwargs["inputs_embeds"], input_ids = self._lent[0](input_ids).to(self.backbone.dtype), None
         kwargs["return_dict"] = True
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         states = self.shadow_hidden_projection(output.last_hidden_state)

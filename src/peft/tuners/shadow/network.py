@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.core.model_config import read_model_config
+from peft.core.model_config import MODEL_CONFIG_NAMES, read_model_config
 from peft.core.storage import place_of
 from peft.core.walk import live_modules
 from peft.hub import fetch
@@ -18,11 +18,10 @@ from peft.untrusted import read_json
 
 #: a setting of the mirror -> what configurations of base models call it
 MIRRORED = {
-    "shadow_hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "shadow_hidden_size": MODEL_CONFIG_NAMES["token_dim"],
     "shadow_intermediate_size": ("intermediate_size", "ffn_dim", "n_inner"),
-    "shadow_num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
+    "shadow_num_attention_heads": MODEL_CONFIG_NAMES["num_attention_heads"],
 }
-_DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
 #: what a checkpoint of a small network and a projection to the width of a larger one calls itself
 _PROJECTED = "causal_lm_with_hidden_projection"
 
@@ -61,7 +60,7 @@ def _set(config: Any, names: tuple[str, ...], value: int) -> None:
 def mirror(backbone: Any, settings: Any) -> nn.Module:
     """A fresh network of the kind of `backbone`, as deep and as wide as `settings` (a `ShadowConfig`) say."""
     config, depth = deepcopy(backbone.config), settings.shadow_num_hidden_layers or 1
-    _set(config, _DEPTH, depth)
+    _set(config, MODEL_CONFIG_NAMES["num_layers"], depth)
     for field, names in MIRRORED.items():
         if getattr(settings, field) is not None:
             _set(config, names, getattr(settings, field))
