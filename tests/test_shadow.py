@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft
@@ -182,8 +183,6 @@ def test_training_lowers_the_loss(checkpointing):
 def test_save_and_load(tmp_path, name, low_cpu_mem_usage):
     model, ids = adapted(shadow_hidden_size=16), tiny.tokens()
     model.save_pretrained(tmp_path)
-    from safetensors.torch import load_file
-
     keys = set(load_file(tmp_path / "adapter_model.safetensors"))
     assert {
         "base_model.model.model.layers.1.shadow_up.default.weight",
@@ -252,13 +251,11 @@ def test_the_network_alone(build, tmp_path):
         found = [alone.generate(input_ids=ids, use_cache=cached, **options) for cached in (True, False)]
         assert torch.equal(*found)
         torch.testing.assert_close(model(ids).logits, model(ids).logits)
-    alone.save_pretrained(tmp_path)
-    again = adapted(build(), seed=7).base_model.unload_shadow(copy=True).eval()
-    from safetensors.torch import load_file
-
-    missing = again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False).missing_keys
-    assert not [key for key in missing if "head" not in key]
-    torch.testing.assert_close(again(ids).logits, expected)
+        alone.save_pretrained(tmp_path / str(copied))
+        again = adapted(build(), seed=7).base_model.unload_shadow(copy=True).eval()
+        missing = again.load_state_dict(load_file(tmp_path / f"{copied}/model.safetensors"), strict=False).missing_keys
+        assert not [key for key in missing if "head" not in key]
+        torch.testing.assert_close(again(ids).logits, expected)
     with torch.no_grad():
         alone.backbone.get_input_embeddings().weight.zero_()
     torch.testing.assert_close(head(small(inputs_embeds=vectors).last_hidden_state), expected)
@@ -298,8 +295,6 @@ def test_a_pretrained_network(tmp_path):
 
 def test_a_pretrained_network_with_a_projection(tmp_path):
     import json
-
-    from safetensors.torch import save_file
 
     small = tiny.llama("LlamaModel", seed=3, hidden_size=16, num_hidden_layers=1)
     projection = torch.randn(32, 16)

@@ -24,6 +24,7 @@ class _Detached:
 
     main_input_name = "input_ids"
     base_model_prefix = "backbone"
+    named_parameters: Any  # of transformers' class, see below
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(
@@ -45,6 +46,10 @@ class _Detached:
         self.backbone = backbone
         self.shadow_hidden_projection = nn.Identity() if projection is None else projection
         self.head = head
+        shared = getattr(head, "weight", None)
+        names = [name for name, parameter in self.named_parameters(remove_duplicate=False) if parameter is shared]
+        if len(names) > 1:  # saved once
+            self._tied_weights_keys = {names[-1]: names[0]}
         self.is_classification = is_classification
         self.generation_config = GenerationConfig.from_model_config(backbone.config)
 
