@@ -28,6 +28,7 @@ from peft import (
     get_model_status,
     get_peft_model,
 )
+from peft.core.layer import AdapterLayer
 from peft.core.tuner import BaseTuner
 from peft.errors import PeftWarning
 from peft.registry import METHODS
@@ -388,12 +389,12 @@ def test_embeddings_that_cannot_be_found_to_be_saved_are_warned_of(tmp_path):
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.mixed])
 def test_settings_of_layers_are_dictionaries(method):
     layer = METHODS[method].model_class.layer_class(nn.Linear(4, 4))
-    layer.new_record("default", None)
+    AdapterLayer.new_record(layer, "default", None)
     for name in layer.other_param_names:
         held = getattr(layer, name)
         held["default"] = 3
         assert isinstance(held, dict) and json.dumps(getattr(layer, name)) == '{"default": 3}', name
-    layer.new_record("default", None)
+    AdapterLayer.new_record(layer, "default", None)
     assert not any(getattr(layer, name) for name in layer.other_param_names)
 
 
