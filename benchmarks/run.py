@@ -188,9 +188,9 @@ def conditions(workers: dict[str, Worker], options: argparse.Namespace) -> dict[
         "machine": machine(), **where,
         "versions": f"peft (ours) {ours}, {listed}",
         "date": datetime.date.today().isoformat(),
-        "measured": f"{clock}, {about['ours']['threads']} threads, medians of up to {options.runs} alternating runs, some"
-        f" of several rounds (in brackets the middle half), scale {options.scale!r}; each library is divided by the floor"
-        " of its own process",
+        "measured": f"{clock}, {about['ours']['threads']} threads, medians of up to {options.runs} alternating runs,"
+        f" some of several rounds (in brackets the middle half), scale {options.scale!r}; each library is divided by"
+        " the floor of its own process",
     }  # fmt: skip
 
 
