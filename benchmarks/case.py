@@ -115,13 +115,18 @@ class Row:
 
 @dataclass
 class Case:
-    """Some rows that one preparation serves. `runs` and `warm_up` are for what takes long."""
+    """Some rows that one preparation serves.
+
+    `runs` and `warm_up` are for what takes long. In a run, the parts take turns `rounds` times; the ratio of each of
+    these rounds counts by itself.
+    """
 
     name: str
     prepare: Callable[[], Prepared]
     rows: list[Row]
     runs: int | None = None
     warm_up: bool = True
+    rounds: int = 1
 
 
 def llama(scale: Scale, dtype: torch.dtype = torch.float32, device: str = "cpu", **fields: Any) -> Any:

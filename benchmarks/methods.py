@@ -46,8 +46,9 @@ def cases(scale: Scale) -> list[Case]:
             name,
             lambda n=name: _prepare(scale, n),
             [Row(name, "adapter", "floor", 2.0), Row(f"{name}, bytes kept", "adapter kept", "floor kept", unit="B")],
-            runs=5,
+            runs=3,
             warm_up=False,  # preparing is one
+            rounds=5,
         )
         for name in names
     ]

@@ -38,7 +38,7 @@ class Worker:
         module = import_module(name)
         self.groups[name] = {case.name: case for case in module.cases(self.scale)}
         listed = [
-            {"name": case.name, "runs": case.runs, "warm_up": case.warm_up, "rows": [vars(row) for row in case.rows]}
+            {**vars(case), "prepare": None, "rows": [vars(row) for row in case.rows]}
             for case in self.groups[name].values()
         ]
         return {"title": module.TITLE, "text": module.TEXT.format(s=self.scale), "cases": listed}
@@ -55,15 +55,16 @@ class Worker:
         outcome = {name: tensor.tolist() for name, tensor in self.prepared.outcome.items()}
         return {"outcome": outcome, "tolerance": self.prepared.tolerance}
 
-    def run(self) -> dict[str, float]:
-        """Measures every part of the case once: seconds, or what the part returns."""
+    def run(self, rounds: int) -> list[dict[str, float]]:
+        """Measures every part of the case in turn, so often: seconds, or what the part returns."""
         assert self.prepared is not None
-        measured = {}
-        for name, part in self.prepared.parts.items():
-            gc.collect()
-            clock = Clock(self.now)
-            value = part(clock)
-            measured[name] = clock.seconds if value is None else value
+        measured: list[dict[str, float]] = [{} for _ in range(rounds)]
+        for found in measured:
+            for name, part in self.prepared.parts.items():
+                gc.collect()
+                clock = Clock(self.now)
+                value = part(clock)
+                found[name] = clock.seconds if value is None else value
         return measured
 
 

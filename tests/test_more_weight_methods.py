@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peft
 from peft.ops.circulant import BlockCirculant
-from peft.tuners.gralora import granular_factors
+from peft.ops.granular import Granular
 from tiny_models import fill_adapter
 
 torch.set_num_threads(1)
@@ -108,14 +109,27 @@ def test_a_mixed_batch_of_road_runs_the_base_once():
 @over("k, r", [(1, 3), (2, 4), (4, 8)])
 def test_granular_matrices_are_blocks_of_their_own_factors(k, r):
     a, b = torch.randn(k, 16 // k, r).double(), torch.randn(k, r, 24 // k).double()
-    down, up = granular_factors(a, b)
-    dense, size = up @ down, r // k
+    dense, size = Granular(a, b).dense(), r // k
     for m in range(k):
         for n in range(k):
             block = dense[m * 24 // k : (m + 1) * 24 // k, n * 16 // k : (n + 1) * 16 // k]
             ranks = slice(m * size, (m + 1) * size), slice(n * size, (n + 1) * size)
             torch.testing.assert_close(block, (a[n][:, ranks[0]] @ b[m][ranks[1]]).T)
     assert torch.linalg.matrix_rank(dense) == min(k * r, 16)
+    torch.testing.assert_close(Granular(a, b, 1.5).added_to(dense), 2.5 * dense)
+
+
+@over("k, r", [(1, 3), (2, 4), (4, 8)])
+def test_granular_matrices_have_their_gradients_by_blocks(k, r):
+    shapes = (5, 3, 16), (k, 16 // k, r), (k, r, 24 // k)
+    tensors = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+    weight = torch.randn(24, 16).double()
+    plain = F.linear(tensors[0], weight + Granular(*tensors[1:], 1.5).dense())
+    product = Granular(*tensors[1:], 1.5).linear(tensors[0], weight)
+    grad = torch.randn_like(plain)
+    torch.testing.assert_close(product, plain)
+    expected = torch.autograd.grad(plain, tensors, grad)
+    torch.testing.assert_close(torch.autograd.grad(product, tensors, grad), expected)
 
 
 def test_gralora_has_the_values_of_a_lora_of_its_rank_and_a_rank_k_times_that():

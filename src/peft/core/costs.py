@@ -15,6 +15,7 @@ from torch import Tensor
 from peft.core.change import Add, OnInput
 from peft.ops.circulant import BlockCirculant
 from peft.ops.fourier import Spectrum
+from peft.ops.granular import Granular
 from peft.ops.hadamard import HadamardProduct, Rescaled
 from peft.ops.matrix import Dense
 from peft.ops.shards import Tiled
@@ -56,6 +57,12 @@ def _circulant(matrix: BlockCirculant, rows: int, narrow: int, wide: int) -> boo
     return torch.is_grad_enabled() or waves > 60 * narrow * wide
 
 
+def _granular(matrix: Granular, rows: int, narrow: int, wide: int) -> bool:
+    """Making the matrix takes 100 multiplications for each of its entries."""
+    count, _, rank = matrix.tensors[0].shape
+    return rows * count * rank * (narrow + wide) > 100 * narrow * wide
+
+
 #: kind of matrix -> whether it is better multiplied as the matrix that it stands for, by `rows` vectors
 _AS_WEIGHT: dict[type, Callable[[Any, int, int, int], bool]] = {
     Dense: lambda matrix, rows, narrow, wide: True,
@@ -66,6 +73,7 @@ _AS_WEIGHT: dict[type, Callable[[Any, int, int, int], bool]] = {
     # A sampled product takes 8 times a dense one's work for each entry; looking entries up, for few tokens, less.
     Entries: lambda matrix, rows, narrow, wide: rows * matrix.tensors[0].numel() > narrow * wide,
     BlockCirculant: _circulant,
+    Granular: _granular,
     Wavelets: lambda matrix, rows, narrow, wide: rows * matrix.tensors[0].numel() > narrow * wide,
     HadamardProduct: lambda matrix, rows, narrow, wide: (
         3 * len(matrix.tensors[1]) ** 2 * (narrow + wide) >= narrow * wide

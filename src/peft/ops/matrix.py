@@ -49,7 +49,8 @@ class Matrix:
 
     def columns(self, index: Tensor) -> Tensor:
         """The columns of M at `index` [...]: [..., out]."""
-        return F.embedding(index, self.dense().T)
+        thin = self.thin()
+        return F.embedding(index, self.dense().T) if thin is None else F.linear(F.embedding(index, thin[0].T), thin[1])
 
     def thin(self) -> tuple[Tensor, Tensor] | None:
         """A [r, in] and B [out, r] with M = B A, for matrices that are of low rank."""

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft.config import LayoutConfig
-from peft.core.change import Change, LowRank
+from peft.core.change import Add, Change, LowRank
 from peft.core.scale import ScaledLayer
 from peft.core.slots import Dropout, ModuleSlot, Slot
 from peft.core.tuner import BaseTuner
+from peft.ops.granular import Granular
 from peft.ops.starts import linears, uniform
 from peft.registry import PeftType
 from peft.values import Divisor, Fraction, NonNegativeInt, PositiveInt
@@ -74,25 +75,9 @@ class GraloraLayer(ScaledLayer):
 
     def change(self, name: str) -> Iterator[Change]:
         scale, p = self.scaling[name], self.dropout_of(name)
-        yield LowRank(*granular_factors(self.gralora_A[name], self.gralora_B[name]), scale, p)
+        yield Add(Granular(self.gralora_A[name], self.gralora_B[name], scale), p)
         if name in self.gralora_A_general:
             yield LowRank(self.gralora_A_general[name].weight, self.gralora_B_general[name].weight, scale, p)
-
-
-def granular_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix of low-rank blocks as a product: factors [k r, in] and [out, k r], which are zero for the most part.
-
-    The r ranks of a column of blocks are shared out among its blocks, k groups of r / k in the order of the rows; so
-    are those of a row of blocks, in the order of the columns. Block (m, n) is (a[n][:, group m] b[m][group n])^T.
-
-    Args:
-        a: for each column of blocks, [k, in / k, r].
-        b: for each row of blocks, [k, r, out / k].
-    """
-    k = len(a)
-    parts = b.unflatten(1, (k, -1)).permute(1, 2, 3, 0)  # [n, r / k, out / k, m]
-    spread = torch.diag_embed(parts, dim1=0, dim2=1)  # row m of blocks has group m of each column's ranks [n, m, r / k]
-    return torch.block_diag(*a.mT), spread.permute(0, 4, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
 class GraloraModel(BaseTuner, layer=GraloraLayer, prefix="gralora_"):
