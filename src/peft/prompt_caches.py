@@ -14,6 +14,7 @@ from torch import Tensor
 from peft.checkpoint import load_peft_weights, write_adapter
 from peft.config import PeftConfig
 from peft.core.call import cached_tokens
+from peft.core.model_config import cache_in
 from peft.registry import PeftType
 from peft.tuners.prompts.cache import CachedTokens, layers_of
 
@@ -128,7 +129,7 @@ def initialize_kv_prefix_from_text(
     with model.disable_adapter():
         output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
     return initialize_kv_prefix_from_past_key_values(
-        model, adapter_name=adapter_name, past_key_values=output.past_key_values, num_virtual_tokens=count
+        model, adapter_name=adapter_name, past_key_values=cache_in(output), num_virtual_tokens=count
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import cache, reduce
@@ -45,10 +45,15 @@ class Fits:
     def __repr__(self) -> str:
         return self.must
 
-    def check(self, name: str, value: Any, op: Any, key: str) -> None:
-        """Raises ValueError where the value of field `name` does not fit the module `key`, which `op` describes."""
+    def check(self, name: str, value: Any, op: Any, key: str, patterns: Sequence[str] = ()) -> None:
+        """Raises ValueError where the value of field `name` does not fit the module `key`, which `op` describes.
+
+        `patterns` are the fields that have values for single modules.
+        """
         if not self.holds(value, op):
-            raise ValueError(f"{name} {self.must}; got {value} for {key!r}, {op.out_features} x {op.in_features}.")
+            also = f" {name}_pattern has it for single modules." if f"{name}_pattern" in patterns else ""
+            size = f"{op.part_features} x {op.in_features}"
+            raise ValueError(f"{name}={value} does not fit {key!r}, {size}: {self.must}.{also}")
 
 
 #: types of fields with numbers in a range; numbers by module (see `pattern_fields`) have to be in that of the field too
@@ -60,7 +65,8 @@ Fraction = Annotated[float, Range("must be at least 0 and less than 1", lambda n
 Share = Annotated[float, Range("must be between 0 and 1", lambda number: 0 <= number <= 1)]
 #: one of numbers that have to fit each module
 Divisor = Annotated[
-    PositiveInt, Fits("must divide both sides", lambda n, op: op.in_features % n == op.out_features % n == 0)
+    PositiveInt,
+    Fits("both sides have to be divisible by it", lambda n, op: op.in_features % n == op.out_features % n == 0),
 ]
 
 

@@ -108,10 +108,10 @@ def with_gradient(output: Any) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor) and value.requires_grad]
 
 
-def cached_tokens(past_key_values: Any) -> int:
+def cached_tokens(cache: Any) -> int:
     """How many tokens a cache of keys and values holds."""
-    if past_key_values is None:
+    if cache is None:
         return 0
-    if hasattr(past_key_values, "get_seq_length"):
-        return int(past_key_values.get_seq_length())
-    return past_key_values[0][0].shape[-2] if len(past_key_values) else 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return cache[0][0].shape[-2] if len(cache) else 0

@@ -1,7 +1,8 @@
-"""What the configurations of base models call things."""
+"""What base models and their configurations call things."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -16,6 +17,25 @@ MODEL_CONFIG_NAMES: dict[str, tuple[str, ...]] = {
 }
 #: where a configuration made of several keeps that of the text model
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "encoder")
+
+#: what models call the keys and values of earlier tokens: those of transformers "cache" from 5.24 on
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_in(inputs: Any) -> Any:
+    """The keys and values of earlier tokens among a model's inputs or outputs, a mapping; None if there are none."""
+    return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+
+
+def cache_name(model: nn.Module) -> str | None:
+    """What a model, or what it passes its inputs on to, calls the keys and values that it takes, if any."""
+
+    def arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(type(module).forward).parameters
+
+    passed_on = any(argument.kind is argument.VAR_KEYWORD for argument in arguments(model).values())
+    takers = model.modules() if passed_on else [model]
+    return next((name for module in takers for name in CACHE_NAMES if name in arguments(module)), None)
 
 
 def model_config_of(model: nn.Module) -> dict[str, Any]:

@@ -288,7 +288,7 @@ def _check_target(target: Target, config: LayerConfig, layer_class: type[Adapter
         raise ValueError(f"{dropout.field} needs {needed}; {target.key!r} is a {op.kind}.")
     own, kind = config.at(target.name), cast(Any, type(config))
     for name, limits in noted(kind, Fits).items():
-        limits.check(name, getattr(own, name), op, target.key)
+        limits.check(name, getattr(own, name), op, target.key, config.pattern_fields)
     layer_class.check(own, target.key, module, op)
 
 

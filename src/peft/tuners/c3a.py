@@ -19,7 +19,10 @@ from peft.registry import PeftType
 from peft.values import Fits, PositiveInt
 
 BlockSize = Annotated[
-    PositiveInt, Fits("must divide both sides", lambda b, op: op.in_features % b == op.part_features % b == 0)
+    PositiveInt,
+    Fits(
+        "a block size has to be a factor of both sides", lambda b, op: op.in_features % b == op.part_features % b == 0
+    ),
 ]
 #: `init_weights` by name -> how the kernel is drawn
 STARTS: dict[str, Any] = {

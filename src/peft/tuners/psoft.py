@@ -21,7 +21,7 @@ from peft.registry import PeftType
 from peft.values import Fits, Fraction, NonNegativeInt, PositiveInt, Range
 
 Rank = Annotated[
-    PositiveInt, Fits("must be at most the shorter side", lambda r, op: r <= min(op.out_features, op.in_features))
+    PositiveInt, Fits("it has to be at most the shorter side", lambda r, op: r <= min(op.out_features, op.in_features))
 ]
 
 

@@ -20,7 +20,7 @@ RoadVariant = Literal["road_1", "road_2", "road_4"]
 GroupSize = Annotated[
     int,
     Range("must be a positive even number", lambda size: size > 0 and size % 2 == 0),
-    Fits("must divide the outputs", lambda size, op: op.part_features % size == 0),
+    Fits("the outputs have to be divisible by it", lambda size, op: op.part_features % size == 0),
 ]
 #: variant -> angles (and as many scales) for each pair of outputs
 ANGLES: dict[str, int] = {"road_1": 1, "road_2": 2, "road_4": 4}

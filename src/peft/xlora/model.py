@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft.core.call import calling, current, fact
 from peft.core.layer import AdapterLayer
-from peft.core.model_config import read_model_config
+from peft.core.model_config import cache_in, read_model_config
 from peft.core.part import check_adapter_name, trained_in
 from peft.core.storage.sharded import agree, average_gradients
 from peft.core.wrappers import state_names
@@ -120,7 +120,7 @@ class XLoraMethod(LoraMethod):
         """Runs the first pass and sets the weights for the second."""
         if isinstance(fact(WEIGHTS), float):
             return  # this is the first pass
-        if kwargs.get("past_key_values") is not None:
+        if cache_in(kwargs) is not None:
             raise ValueError("X-LoRA cannot go on from a cache (past_key_values): it runs all tokens twice.")
         config, classifier = self.tuner.xlora_config, self.tuner.internal_xlora_classifier
         first = {key: value for key, value in kwargs.items() if key != "labels"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft.config import PromptLearningConfig
 from peft.core import tensor_parallel
 from peft.core.call import cached_tokens
-from peft.core.model_config import MODEL_CONFIG_NAMES, embeddings_of, read_model_config
+from peft.core.model_config import MODEL_CONFIG_NAMES, cache_in, embeddings_of, read_model_config
 from peft.core.storage import onloaded, place_of
 from peft.core.storage.gradients import keep_open
 from peft.core.storage.sharded import agree, average_gradients, call_whole
@@ -343,7 +343,7 @@ class PromptHost(nn.Module):
         task_ids = inputs.pop("task_ids", None)
         inputs.pop("cache_position", None)  # of older transformers; models work it out themselves
         # The decoder's cache says nothing of the encoder, which runs anew on whatever input it is given.
-        seen = 0 if encoder.adds_tokens and self._encodes_first else cached_tokens(inputs.get("past_key_values"))
+        seen = 0 if encoder.adds_tokens and self._encodes_first else cached_tokens(cache_in(inputs))
         encoder.make_room(inputs, batch, seen)
         if seen:
             return inputs

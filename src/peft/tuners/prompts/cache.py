@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
-from peft.core.model_config import read_model_config
+from peft.core.model_config import CACHE_NAMES, cache_in, cache_name, read_model_config
 from peft.core.storage import place_of
 from peft.core.undo import replaced
 from peft.registry import TaskType
@@ -58,6 +57,8 @@ class CachedTokens(VirtualTokens):
     adds_tokens: ClassVar[bool] = False
     #: kind of the base model
     model_type: str | None = None
+    #: what the base model calls its cache
+    cache_name: str
     #: (heads, width) of the keys of each layer, None where it takes those of another layer; empty: all as in `shape`
     layer_shapes: Sequence[tuple[int, int] | None] = ()
     #: the base model's configuration, where the cache has to know that layers differ
@@ -72,7 +73,7 @@ class CachedTokens(VirtualTokens):
     @classmethod
     def build(cls, config: PromptLearningConfig, model: nn.Module, word_embeddings: nn.Module) -> CachedTokens:
         encoder = cls(config, word_embeddings)
-        encoder.model_type = read_model_config(model, "model_type")
+        encoder.model_type, encoder.cache_name = read_model_config(model, "model_type"), cache_name(model) or ""
         shapes = [] if encoder.in_decoder else key_shapes(model)
         if len(set(shapes)) > 1:
             encoder.layer_shapes, encoder.layers_from = shapes, model.config
@@ -81,9 +82,7 @@ class CachedTokens(VirtualTokens):
     @classmethod
     def shapes(cls, config: Any, model: Any, word_embeddings: nn.Module) -> dict[str, Any]:
         method, kind = config.peft_type.value, type(model).__name__
-        passed_on = any(argument.kind is argument.VAR_KEYWORD for argument in _arguments(model).values())
-        takers = model.modules() if passed_on else [model]
-        if not any("past_key_values" in _arguments(module) for module in takers):
+        if cache_name(model) is None:
             raise ValueError(f"{method} puts keys and values into a cache, but {kind} takes no past_key_values.")
         others = set(read_model_config(model, "layer_types") or ()) - _ATTENTION
         if others:
@@ -121,9 +120,11 @@ class CachedTokens(VirtualTokens):
 
     def insert(self, inputs: dict[str, Any], prompt: Any, embed: nn.Module, side: str = "") -> None:
         """Puts the keys and values into the cache that is given, which is empty, or into a new one."""
-        given = inputs.get("past_key_values")
+        given = cache_in(inputs)
         cache = given if hasattr(given, "update") else self._empty_cache()
-        inputs["past_key_values"] = _pour(layers_of(prompt), cache, place_of(embed)[1])
+        for name in CACHE_NAMES:
+            inputs.pop(name, None)
+        inputs[self.cache_name] = _pour(layers_of(prompt), cache, place_of(embed)[1])
 
     def make_room(self, inputs: dict[str, Any], batch_size: int, seen: int, side: str = "") -> None:
         super().make_room(inputs, batch_size, seen, "decoder_" if self.in_decoder else side)
@@ -143,7 +144,7 @@ class CachedTokens(VirtualTokens):
                 " (gradient_checkpointing_kwargs={'use_reentrant': False}), in versions of transformers that leave the"
                 " cache to checkpointed layers. Or call model.gradient_checkpointing_disable()."
             )
-        _make_read_only(inputs["past_key_values"])
+        _make_read_only(inputs[self.cache_name])
         with ExitStack() as stack:
             for block in blocks:
                 stack.enter_context(replaced(block, _KEEPS_CACHE, True))
@@ -163,10 +164,6 @@ class CachedTokens(VirtualTokens):
         if tuple(prompt_embeddings.shape) != wanted:
             raise ValueError(f"The prompt has the shape {wanted}, got {tuple(prompt_embeddings.shape)}.")
         self.load_stored({"prompt_embeddings": prompt_embeddings})
-
-
-def _arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(type(module).forward).parameters
 
 
 def _cut(layer: Tensor, shape: tuple[int, int] | None) -> Tensor | tuple[None, None]:

@@ -17,6 +17,7 @@ from peft.core.base_op import BaseOp, BlockOp
 from peft.core.call import Call, begin, current, end, fact
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
+from peft.core.model_config import CACHE_NAMES, cache_in, cache_name
 from peft.core.part import without
 from peft.core.plan import Plan
 from peft.core.slots import ModuleSlot, Setting
@@ -255,7 +256,10 @@ class ShadowMethod(Method):
         self.last_shadow_loss, kwargs = None, dict(kwargs)
         given = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds")}
         given["input_ids"] = args[0] if args else given["input_ids"]
-        kwargs["past_key_values"] = cache = self._cache(kwargs)
+        cache = self._cache(kwargs)
+        for name in CACHE_NAMES:
+            kwargs.pop(name, None)
+        kwargs[cache_name(self.model) or CACHE_NAMES[-1]] = cache
         state = self.start(active[0], given, kwargs, cache)
         begin(Call(None, {**outer.facts, _STATE: _Beside(state, lambda: state)}))
         return args, kwargs
@@ -267,7 +271,7 @@ class ShadowMethod(Method):
     def _cache(self, kwargs: dict[str, Any]) -> Any:
         """The cache of the base model's forward pass, None if it has none."""
         model: Any = self.model
-        given, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        given, wanted = cache_in(kwargs), kwargs.get("use_cache")
         wanted = getattr(model.config, "use_cache", False) if wanted is None else wanted
         if given is not None or not wanted or (model.training and getattr(model, "is_gradient_checkpointing", False)):
             return given
@@ -300,7 +304,8 @@ class ShadowMethod(Method):
             own = DynamicCache(config=small.config)
             if len(cache.layers) > depth:
                 own.layers = cache.layers[depth:]
-        output = small(**inputs, past_key_values=own, use_cache=cache is not None, return_dict=True)
+        inputs[cache_name(small) or CACHE_NAMES[-1]] = own
+        output = small(**inputs, use_cache=cache is not None, return_dict=True)
         if own is not None:
             while len(cache.layers) < depth:
                 cache.layers.append(cache.layer_class_to_replicate())

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft.core.model_config import cache_in, cache_name
 from peft.tuners.shadow import network
 
 
@@ -81,7 +82,8 @@ class _Detached:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = network.logits(self.head, states[:, kept])
         loss = None if labels is None else network.language_loss(logits, labels)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+        cache: Any = {cache_name(self.backbone): cache_in(output)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **cache)
 
 
 @lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft.core.call import Call, begin, cached_tokens, current, end, fact, remember_for_backward
 from peft.core.change import LowRank
 from peft.core.method import Method
+from peft.core.model_config import cache_in
 from peft.errors import warn
 from peft.tuners.lora.base import FactorLayer
 from peft.tuners.lora.variants.base import Variant
@@ -79,7 +80,7 @@ class Invocations:
         given = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs.get("inputs_embeds") if given is None else given
         ids = given if isinstance(given, Tensor) and given.dim() == 2 and not given.is_floating_point() else None
-        past, rows = cached_tokens(kwargs.get("past_key_values")), len(inputs) if isinstance(inputs, Tensor) else 0
+        past, rows = cached_tokens(cache_in(kwargs)), len(inputs) if isinstance(inputs, Tensor) else 0
         prompt = fact(_PROMPT)
         found = {}
         for tokens in self.tokens():
