@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import peft
 from peft import PeftModel, PromptEmbedding, PromptTuningConfig, TaskType, get_peft_model
+from peft.core.model_config import cache_name
 from peft.registry import METHODS
 from peft.tuners.prompts.base import VirtualTokens
 from tiny_models import (
@@ -534,7 +535,7 @@ def test_method_that_is_keys_and_values(method):
             return cache
 
         def insert(self, inputs, prompt, embed, side=""):
-            inputs["past_key_values"] = prompt
+            inputs[cache_name(llama())] = prompt
 
     method(KeysAndValues)
     model, inputs = prompted("llama"), batch("llama")
