@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from peft.config import PeftConfig, check_is_config
+from peft.core.model_config import is_checkpointed
 from peft.core.part import check_adapter_name
 from peft.core.walk import parts_of
 from peft.core.whole import alone, passing
@@ -180,11 +181,8 @@ class PeftModel(SavedAdapters, Delegated):
         Args:
             model: the base model; nothing is done unless it checkpoints.
         """
-        # transformers renames the attribute, and warns of the old name.
-        new = "is_activation_checkpointing"
-        if not getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing", False):
-            return
-        if getattr(model, "_require_grads_hook", None) is None:  # else transformers has seen to it
+        # transformers may have seen to it.
+        if is_checkpointed(model) and getattr(model, "_require_grads_hook", None) is None:
             let_gradients_through_inputs(model)
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:

@@ -38,6 +38,12 @@ def cache_name(model: nn.Module) -> str | None:
     return next((name for module in takers for name in CACHE_NAMES if name in arguments(module)), None)
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether a model of transformers makes its activations anew in the backward pass."""
+    new = "is_activation_checkpointing"  # newer versions warn of the other name
+    return bool(getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing", False))
+
+
 def model_config_of(model: nn.Module) -> dict[str, Any]:
     """The model's configuration as a dictionary; empty where it has none."""
     config = getattr(model, "config", None)

@@ -17,7 +17,7 @@ from peft.core.base_op import BaseOp, BlockOp
 from peft.core.call import Call, begin, current, end, fact
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.model_config import CACHE_NAMES, cache_in, cache_name
+from peft.core.model_config import CACHE_NAMES, cache_in, cache_name, is_checkpointed
 from peft.core.part import without
 from peft.core.plan import Plan
 from peft.core.slots import ModuleSlot, Setting
@@ -273,7 +273,7 @@ class ShadowMethod(Method):
         model: Any = self.model
         given, wanted = cache_in(kwargs), kwargs.get("use_cache")
         wanted = getattr(model.config, "use_cache", False) if wanted is None else wanted
-        if given is not None or not wanted or (model.training and getattr(model, "is_gradient_checkpointing", False)):
+        if given is not None or not wanted or (model.training and is_checkpointed(model)):
             return given
         from transformers import DynamicCache
 
