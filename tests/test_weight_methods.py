@@ -121,7 +121,6 @@ def test_loha_exchanges_its_cores_in_two_gradients_as_the_reference_does():
         assert not torch.allclose(a.grad, true, rtol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
 @pytest.mark.parametrize("config", [peft.LoHaConfig, peft.LoKrConfig, peft.HiraConfig])
 def test_the_weight_of_a_convolution_as_a_parameter_is_a_stack_of_matrices(config):
     settings = {"target_modules": [], "target_parameters": ["target.weight"], "r": 2, "init_weights": False}
@@ -131,6 +130,7 @@ def test_the_weight_of_a_convolution_as_a_parameter_is_a_stack_of_matrices(confi
     same_as_merged(model, torch.randn(2, 4, 9))
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
 @pytest.mark.parametrize("config, scales", [(peft.LoHaConfig, True), (peft.LoKrConfig, False)])
 def test_rank_dropout_leaves_out_rows_in_training(config, scales, kind):
     torch.manual_seed(0)
