@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from peft.core.call import cached_tokens
-from peft.core.model_config import CACHE_NAMES, cache_in
+from peft.core.model_config import cache_in, take_cache
 from peft.core.undo import replaced
 from peft.errors import warn
 from peft.model import TASK_CLASSES, PeftModel
@@ -213,8 +213,7 @@ class GeneratingModel(TaskModel):
         side = "decoder_" if self._encodes_first else ""
         ids, vectors, tokens = f"{side}input_ids", f"{side}inputs_embeds", prompt.num_virtual_tokens
         if kwargs.get("use_cache") is False:
-            for name in CACHE_NAMES:  # a prompt of keys and values comes back from the step before
-                kwargs.pop(name, None)
+            take_cache(kwargs)  # a prompt of keys and values comes back from the step before
         seen = cached_tokens(cache_in(kwargs))
         filled = tokens if prompt.adds_tokens and not seen else 0
         mask = kwargs.get(f"{side}attention_mask")

@@ -27,6 +27,14 @@ def cache_in(inputs: Any) -> Any:
     return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
 
 
+def take_cache(inputs: dict[str, Any]) -> Any:
+    """`cache_in`, and takes it out of the inputs, whatever it is called there."""
+    found = cache_in(inputs)
+    for name in CACHE_NAMES:
+        inputs.pop(name, None)
+    return found
+
+
 def cache_name(model: nn.Module) -> str | None:
     """What a model, or what it passes its inputs on to, calls the keys and values that it takes, if any."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft.config import PromptLearningConfig
-from peft.core.model_config import CACHE_NAMES, cache_in, cache_name, read_model_config
+from peft.core.model_config import cache_name, read_model_config, take_cache
 from peft.core.storage import place_of
 from peft.core.undo import replaced
 from peft.registry import TaskType
@@ -120,10 +120,8 @@ class CachedTokens(VirtualTokens):
 
     def insert(self, inputs: dict[str, Any], prompt: Any, embed: nn.Module, side: str = "") -> None:
         """Puts the keys and values into the cache that is given, which is empty, or into a new one."""
-        given = cache_in(inputs)
+        given = take_cache(inputs)
         cache = given if hasattr(given, "update") else self._empty_cache()
-        for name in CACHE_NAMES:
-            inputs.pop(name, None)
         inputs[self.cache_name] = _pour(layers_of(prompt), cache, place_of(embed)[1])
 
     def make_room(self, inputs: dict[str, Any], batch_size: int, seen: int, side: str = "") -> None:

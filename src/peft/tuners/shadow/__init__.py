@@ -17,7 +17,7 @@ from peft.core.base_op import BaseOp, BlockOp
 from peft.core.call import Call, begin, current, end, fact
 from peft.core.layer import AdapterLayer
 from peft.core.method import Method
-from peft.core.model_config import CACHE_NAMES, cache_in, cache_name, is_checkpointed
+from peft.core.model_config import CACHE_NAMES, cache_in, cache_name, is_checkpointed, take_cache
 from peft.core.part import without
 from peft.core.plan import Plan
 from peft.core.slots import ModuleSlot, Setting
@@ -257,8 +257,7 @@ class ShadowMethod(Method):
         given = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds")}
         given["input_ids"] = args[0] if args else given["input_ids"]
         cache = self._cache(kwargs)
-        for name in CACHE_NAMES:
-            kwargs.pop(name, None)
+        take_cache(kwargs)
         kwargs[cache_name(self.model) or CACHE_NAMES[-1]] = cache
         state = self.start(active[0], given, kwargs, cache)
         begin(Call(None, {**outer.facts, _STATE: _Beside(state, lambda: state)}))
